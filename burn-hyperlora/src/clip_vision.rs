@@ -1,0 +1,1 @@
+//! CLIP image encoder (transformers `CLIPVisionModelWithProjection`).

@@ -1,0 +1,1 @@
+//! The commands of `hyperlora`: parse, call the library, print.

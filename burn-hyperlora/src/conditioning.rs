@@ -1,0 +1,1 @@
+//! A batch to the conditions of the UNet and of the hypernetwork.

@@ -1,0 +1,1 @@
+//! The training data: shards to draws to batches.

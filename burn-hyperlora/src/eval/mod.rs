@@ -1,0 +1,1 @@
+//! Does it learn? Measurements on photos that training never saw.

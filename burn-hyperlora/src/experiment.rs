@@ -1,0 +1,1 @@
+//! The experiment YAML, typed: composes the config of every room and validates it once.

@@ -1,0 +1,1 @@
+//! LoRA files in the formats that other tools read.

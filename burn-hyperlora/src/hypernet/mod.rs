@@ -1,0 +1,1 @@
+//! The hypernetwork: conditions to LoRA weights.

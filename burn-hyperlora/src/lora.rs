@@ -1,0 +1,119 @@
+//! LoRA weights of a batch: what the hypernetwork makes and the UNet takes.
+
+use burn::tensor::Tensor;
+
+/// One low-rank update per sample: `y = W x + (x @ down) @ up`.
+///
+/// Scale (alpha / rank) and the user's weight are already folded into `up` by whoever made the pair.
+#[derive(Debug, Clone)]
+pub struct LoraPair {
+    /// `[B, in, r]`
+    pub down: Tensor<3>,
+    /// `[B, r, out]`
+    pub up: Tensor<3>,
+}
+
+/// The four updated linears of one attention module.
+#[derive(Debug, Clone)]
+pub struct AttentionLora {
+    /// Of `to_q`.
+    pub q: LoraPair,
+    /// Of `to_k`.
+    pub k: LoraPair,
+    /// Of `to_v`.
+    pub v: LoraPair,
+    /// Of `to_out.0`.
+    pub out: LoraPair,
+}
+
+/// The updates of every attention module of a UNet, in the UNet's own module order.
+#[derive(Debug, Clone)]
+pub struct LoraWeights {
+    /// One entry per attention module.
+    pub modules: Vec<AttentionLora>,
+}
+
+/// Where one LoRA applies: an attention module of the UNet, as the released `hyper_lora_modules.json` describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttentionSite {
+    /// Path in the UNet, diffusers naming: `down_blocks.1.attentions.0.transformer_blocks.0.attn1`.
+    pub path: String,
+    /// Width of the queries and of the output.
+    pub hidden_size: usize,
+    /// Width of keys and values where they come from the prompt; `None` for self-attention.
+    pub cross_attention_dim: Option<usize>,
+}
+
+impl LoraPair {
+    fn map(self, f: &mut impl FnMut(Tensor<3>) -> Tensor<3>) -> Self {
+        Self { down: f(self.down), up: f(self.up) }
+    }
+
+    /// `x W_down W_up` for `x` of shape `[B, N, in]`; the result is `[B, N, out]`.
+    pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
+        x.matmul(self.down.clone()).matmul(self.up.clone())
+    }
+
+    /// Both updates at once, exactly: ranks add up.
+    fn concat(self, other: Self) -> Self {
+        Self {
+            down: Tensor::cat(vec![self.down, other.down], 2),
+            up: Tensor::cat(vec![self.up, other.up], 1),
+        }
+    }
+}
+
+impl AttentionLora {
+    /// The four pairs in the order q, k, v, out.
+    pub fn pairs(&self) -> [&LoraPair; 4] {
+        [&self.q, &self.k, &self.v, &self.out]
+    }
+
+    fn map(self, f: &mut impl FnMut(Tensor<3>) -> Tensor<3>) -> Self {
+        Self { q: self.q.map(f), k: self.k.map(f), v: self.v.map(f), out: self.out.map(f) }
+    }
+}
+
+impl LoraWeights {
+    /// Applies `f` to every tensor, in the order q.down q.up k.down k.up v.down v.up out.down out.up of each module.
+    pub fn map(self, mut f: impl FnMut(Tensor<3>) -> Tensor<3>) -> Self {
+        Self { modules: self.modules.into_iter().map(|module| module.map(&mut f)).collect() }
+    }
+
+    /// Every tensor, in the order of [`map`](Self::map).
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor<3>> {
+        self.modules.iter().flat_map(AttentionLora::pairs).flat_map(|pair| [&pair.down, &pair.up])
+    }
+
+    /// Both LoRAs at once (ID and Base): their ranks are concatenated.
+    ///
+    /// # Panics
+    /// When the two were made for different module lists, which only a programming error can cause.
+    #[must_use]
+    pub fn concat(self, other: Self) -> Self {
+        assert_eq!(self.modules.len(), other.modules.len(), "LoRAs of different UNets");
+        let modules = self
+            .modules
+            .into_iter()
+            .zip(other.modules)
+            .map(|(a, b)| AttentionLora {
+                q: a.q.concat(b.q),
+                k: a.k.concat(b.k),
+                v: a.v.concat(b.v),
+                out: a.out.concat(b.out),
+            })
+            .collect();
+        Self { modules }
+    }
+
+    /// Weights each sample's update: `weights` is `[B]`, 0 switches a sample's LoRA off.
+    #[must_use]
+    pub fn weighted(self, weights: &Tensor<1>) -> Self {
+        let factor = weights.clone().reshape([-1, 1, 1]);
+        let mut is_up = true;
+        self.map(|tensor| {
+            is_up = !is_up;
+            if is_up { tensor * factor.clone() } else { tensor }
+        })
+    }
+}

@@ -1,0 +1,3 @@
+//! `hyperlora`: train, generate, sample, evaluate.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! AdamW over named parameters, learning-rate schedules, gradient clipping.

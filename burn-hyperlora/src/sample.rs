@@ -1,0 +1,1 @@
+//! Drawing pictures with the base and a LoRA.

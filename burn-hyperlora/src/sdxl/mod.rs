@@ -1,0 +1,1 @@
+//! The frozen base: SDXL, part by part, in the names of diffusers.

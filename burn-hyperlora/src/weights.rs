@@ -1,0 +1,1 @@
+//! Named tensors in safetensors files, read lazily and checked as a whole.

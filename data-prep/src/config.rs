@@ -1,0 +1,1 @@
+//! Reading YAML configurations: unknown keys are errors that name line, column and the nearest key.

@@ -1,0 +1,92 @@
+//! The one error type of the library, and the exit code that each kind of failure maps to.
+
+use std::path::{Path, PathBuf};
+
+/// Result of every fallible library call.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong, sorted by who can mend it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something the user gave does not hold: a YAML key, a model file, a shard, a path.
+    #[error("{place}: {problem}\n  remedy: {remedy}")]
+    Input {
+        /// File and position (key, line, column name).
+        place: String,
+        /// What is wrong there, with the offending value.
+        problem: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// The disk or another device of the machine failed.
+    #[error("{path}: {problem}: {source}\n  remedy: {remedy}")]
+    Disk {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was attempted.
+        problem: String,
+        /// The system's own words.
+        source: std::io::Error,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// A fault of the program itself.
+    #[error("{0}")]
+    Fault(String),
+}
+
+impl Error {
+    /// An error in what the user gave.
+    pub fn input(place: impl ToString, problem: impl ToString, remedy: impl ToString) -> Self {
+        Self::Input {
+            place: place.to_string(),
+            problem: problem.to_string(),
+            remedy: remedy.to_string(),
+        }
+    }
+
+    /// An error in a file or folder that the user named.
+    pub fn file(path: &Path, problem: impl ToString, remedy: impl ToString) -> Self {
+        Self::input(path.display(), problem, remedy)
+    }
+
+    /// Reading failed: a missing or unreadable file is the user's to mend, the rest is the disk's.
+    pub fn read(path: &Path, source: std::io::Error) -> Self {
+        use std::io::ErrorKind as Kind;
+        match source.kind() {
+            Kind::NotFound | Kind::PermissionDenied | Kind::IsADirectory | Kind::NotADirectory => {
+                Self::file(path, format!("cannot be read: {source}"), "check the path and its permissions")
+            }
+            _ => Self::Disk {
+                path: path.into(),
+                problem: "reading failed".into(),
+                source,
+                remedy: "check the disk, then run the same command again".into(),
+            },
+        }
+    }
+
+    /// Writing failed: a forbidden place is the user's to mend, a full or failing disk is not.
+    pub fn write(path: &Path, source: std::io::Error) -> Self {
+        use std::io::ErrorKind as Kind;
+        match source.kind() {
+            Kind::PermissionDenied | Kind::NotFound | Kind::NotADirectory | Kind::ReadOnlyFilesystem => {
+                Self::file(path, format!("cannot be written: {source}"), "choose a folder that you may write to")
+            }
+            _ => Self::Disk {
+                path: path.into(),
+                problem: "writing failed".into(),
+                source,
+                remedy: "free some space, then run the same command again: what stood there before is intact".into(),
+            },
+        }
+    }
+
+    /// The process exit code: 2 the user's input, 1 a fault of the machine or the program.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Input { .. } => 2,
+            Self::Disk { .. } | Self::Fault(_) => 1,
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Finding, measuring and embedding faces with ONNX models.

@@ -1,0 +1,149 @@
+//! Files and folders that are whole or absent: written beside, synced, renamed.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Writes `path` in one piece: until the last byte is on the disk, what stood there before stays.
+///
+/// # Errors
+/// Input for a place that cannot be written to, Disk for a full or failing disk.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_whole_with(path, |file| file.write_all(bytes))
+}
+
+/// [`write_whole`] for content that is made while it is written.
+///
+/// # Errors
+/// As [`write_whole`]; an error of `fill` counts as one of the disk.
+pub fn write_whole_with(path: &Path, fill: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<()> {
+    let beside = beside(path);
+    let written = File::create(&beside)
+        .and_then(|mut file| fill(&mut file).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&beside, path))
+        .and_then(|()| sync_parent(path));
+    written.map_err(|source| {
+        // The half-written file is of no use; failing to remove it changes nothing for the caller.
+        let _ = fs::remove_file(&beside);
+        Error::write(path, source)
+    })
+}
+
+/// A folder under construction: fill [`path`](Self::path), then [`commit`](Self::commit).
+/// Dropped without a commit, it leaves nothing behind.
+#[derive(Debug)]
+pub struct StagedFolder {
+    staged: PathBuf,
+    target: PathBuf,
+    committed: bool,
+}
+
+impl StagedFolder {
+    /// Makes an empty folder beside `target`; one left there by a killed run is removed first.
+    ///
+    /// # Errors
+    /// Input for a place that cannot be written to, Disk for a failing disk.
+    pub fn new(target: &Path) -> Result<Self> {
+        let staged = beside(target);
+        let made = match fs::remove_dir_all(&staged) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(source),
+            _ => fs::create_dir_all(&staged),
+        };
+        made.map_err(|source| Error::write(&staged, source))?;
+        Ok(Self { staged, target: target.into(), committed: false })
+    }
+
+    /// Where to write the folder's files until it is committed.
+    pub fn path(&self) -> &Path {
+        &self.staged
+    }
+
+    /// Syncs every file and puts the folder in its place, instead of one that stood there.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); a folder that stood at the target is then still there.
+    pub fn commit(mut self) -> Result<()> {
+        let place = || -> std::io::Result<()> {
+            for entry in fs::read_dir(&self.staged)? {
+                File::open(entry?.path())?.sync_all()?;
+            }
+            File::open(&self.staged)?.sync_all()?;
+            if self.target.exists() {
+                let old = self.target.with_extension("old");
+                if old.exists() {
+                    fs::remove_dir_all(&old)?;
+                }
+                fs::rename(&self.target, &old)?;
+                fs::rename(&self.staged, &self.target)?;
+                fs::remove_dir_all(&old)?;
+            } else {
+                fs::rename(&self.staged, &self.target)?;
+            }
+            sync_parent(&self.target)
+        };
+        place().map_err(|source| Error::write(&self.target, source))?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+impl Drop for StagedFolder {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing refers to it: a failure to remove it must not hide the error that led here.
+            let _ = fs::remove_dir_all(&self.staged);
+        }
+    }
+}
+
+/// `folder/name` -> `folder/.name.partial`, on the same file system, so that the rename is atomic.
+fn beside(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.partial"))
+}
+
+/// A rename is on the disk only once its folder is.
+fn sync_parent(path: &Path) -> std::io::Result<()> {
+    match path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => File::open(".")?.sync_all(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_write_keeps_the_old_file() -> Result<()> {
+        let folder = tempfile::tempdir().map_err(|e| Error::write(Path::new("tmp"), e))?;
+        let path = folder.path().join("weights");
+        write_whole(&path, b"old")?;
+        let failed = write_whole_with(&path, |file| {
+            file.write_all(b"half of the ne")?;
+            Err(std::io::ErrorKind::StorageFull.into())
+        });
+        assert_eq!(failed.map_err(|e| e.exit_code()), Err(1));
+        assert_eq!(fs::read(&path).ok().as_deref(), Some(&b"old"[..]));
+        assert_eq!(fs::read_dir(folder.path()).map(Iterator::count).ok(), Some(1));
+        Ok(())
+    }
+
+    #[test]
+    fn a_folder_appears_whole_or_not_at_all() -> Result<()> {
+        let root = tempfile::tempdir().map_err(|e| Error::write(Path::new("tmp"), e))?;
+        let target = root.path().join("step-1");
+        drop(StagedFolder::new(&target)?);
+        assert_eq!(fs::read_dir(root.path()).map(Iterator::count).ok(), Some(0));
+        for content in [b"first", b"again"] {
+            let staged = StagedFolder::new(&target)?;
+            write_whole(&staged.path().join("a"), content)?;
+            staged.commit()?;
+            assert_eq!(fs::read(target.join("a")).ok().as_deref(), Some(&content[..]));
+        }
+        assert_eq!(fs::read_dir(root.path()).map(Iterator::count).ok(), Some(1));
+        Ok(())
+    }
+}

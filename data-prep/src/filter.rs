@@ -1,0 +1,1 @@
+//! Which faces stay, and why the others went.

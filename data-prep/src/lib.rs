@@ -1,0 +1,17 @@
+//! Photos in, Parquet shards of filtered, embedded faces out.
+//!
+//! The way of a photo: [`source`] -> [`face`] -> [`filter`] -> [`caption`] -> [`shard`]; [`pipeline`] walks it and
+//! [`report`] shows what happened. Training reads the result through [`shard`], generation shares [`face`].
+
+pub mod caption;
+pub mod config;
+pub mod error;
+pub mod face;
+pub mod files;
+pub mod filter;
+pub mod pipeline;
+pub mod report;
+pub mod shard;
+pub mod source;
+
+pub use error::{Error, Result};

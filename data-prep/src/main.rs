@@ -1,0 +1,3 @@
+//! `data-prep`: photos to Parquet shards.
+
+fn main() {}

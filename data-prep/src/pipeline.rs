@@ -1,0 +1,1 @@
+//! Source -> face -> filter -> caption -> shard.

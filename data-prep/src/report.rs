@@ -1,0 +1,1 @@
+//! Statistics and the contact sheet of kept and rejected faces.

@@ -1,0 +1,1 @@
+//! The contract between preparation and training: Parquet shards and their manifest.
