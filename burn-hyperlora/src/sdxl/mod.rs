@@ -1,1 +1,14 @@
 //! The frozen base: SDXL, part by part, in the names of diffusers.
+
+pub mod attention;
+pub mod autoencoder_kl;
+pub mod clip_text;
+pub mod embeddings;
+pub mod resnet;
+pub mod scheduler;
+pub mod text;
+pub mod tokenizer;
+pub mod unet_2d_blocks;
+pub mod unet_2d_condition;
+
+pub use unet_2d_condition as unet;

@@ -1,0 +1,1 @@
+//! Attention with per-sample LoRA, and the transformer layer made of it.

@@ -1,0 +1,1 @@
+//! The image autoencoder: photos to latents and back.

@@ -1,0 +1,1 @@
+//! The two CLIP text encoders.

@@ -1,0 +1,1 @@
+//! Residual convolution blocks, down- and upsampling.

@@ -1,0 +1,1 @@
+//! Both text encoders and their tokenizers as one: prompts to embeddings.

@@ -1,0 +1,1 @@
+//! The blocks of the UNet, unrolled into a flat list of operations.

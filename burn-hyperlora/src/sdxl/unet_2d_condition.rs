@@ -1,0 +1,1 @@
+//! The denoiser: configuration, loading, forward pass and gradients of LoRA weights.
