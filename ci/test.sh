@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Everything that must hold: format, lints, tests, docs, and that the CUDA code still type-checks.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. ci/setup.sh
+
+check_tools
+say "assets (photos and face models, downloaded once)"
+ci/assets.sh
+
+say "format"
+cargo fmt --all --check
+
+say "lints"
+cargo clippy --workspace --all-targets -- -D warnings
+
+say "tests"
+cargo test --workspace
+
+say "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+# DOCS_RS keeps build scripts from fetching what only linking needs.
+say "CUDA code (types only)"
+DOCS_RS=1 cargo check -p burn-hyperlora --features cuda
+
+say "all checks passed"
