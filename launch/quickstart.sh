@@ -43,7 +43,7 @@ say "5/6 does it learn? the identity gap"
 "$hyperlora" eval identity-gap "$run" --device "$device" | tee "$run/identity-gap.txt"
 
 say "6/6 a LoRA from photos, and pictures drawn with it"
-photos=${HYPERLORA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/hyperlora}/photos/orl
+photos=${HYPERLORA_CACHE:-$HOME/.cache/hyperlora}/photos/orl
 checkpoint=$(find "$run/checkpoints" -maxdepth 1 -name 'step-*' | sort | tail -n 1)
 "$hyperlora" generate --checkpoint "$checkpoint" --device "$device" \
   --image "$photos/s36/1.pgm" --image "$photos/s36/2.pgm" -o "$lora"
