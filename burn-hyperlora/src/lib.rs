@@ -6,6 +6,8 @@
 
 pub mod error;
 
+pub mod random;
+
 pub mod data;
 pub mod weights;
 
@@ -26,6 +28,8 @@ pub mod optim;
 pub mod sample;
 
 pub mod checkpoint;
+
+pub mod signals;
 
 pub mod metrics;
 

@@ -56,10 +56,7 @@ impl LoraPair {
 
     /// Both updates at once, exactly: ranks add up.
     fn concat(self, other: Self) -> Self {
-        Self {
-            down: Tensor::cat(vec![self.down, other.down], 2),
-            up: Tensor::cat(vec![self.up, other.up], 1),
-        }
+        Self { down: Tensor::cat(vec![self.down, other.down], 2), up: Tensor::cat(vec![self.up, other.up], 1) }
     }
 }
 

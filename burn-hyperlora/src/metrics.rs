@@ -1,1 +1,0 @@
-//! What a run reports: TensorBoard event files, progress, summary.

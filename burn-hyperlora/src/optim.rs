@@ -1,1 +1,0 @@
-//! AdamW over named parameters, learning-rate schedules, gradient clipping.

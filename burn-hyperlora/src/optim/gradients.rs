@@ -1,0 +1,206 @@
+//! Gradients by parameter path, flat: summed over micro-batches, measured and clipped as one vector.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Gradients, Tensor};
+
+/// The gradients of a module's trainable parameters, keyed by the parameter's path in the module.
+///
+/// Each is flattened and lives on the plain device; the order is that of the paths, so sums over all of them are the same in every run.
+#[derive(Debug, Clone, Default)]
+pub struct GradientMap {
+    by_path: BTreeMap<String, Tensor<1>>,
+}
+
+/// Gradients whose global norm is at most the limit.
+#[derive(Debug)]
+pub struct Clipped {
+    /// The gradients, scaled where needed.
+    pub gradients: GradientMap,
+    /// Their global L2 norm before clipping.
+    pub norm: f64,
+}
+
+/// The gradients hold NaN or infinity: applied, they would ruin the weights.
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+#[error("the gradient norm is {norm}")]
+pub struct NonFiniteNorm {
+    /// The norm: NaN or infinite.
+    pub norm: f64,
+}
+
+impl GradientMap {
+    /// Takes the gradients of `module`'s parameters that require one; where the backward pass reached a parameter not at
+    /// all, its gradient is zero, so that the set of paths never depends on what a batch happened to hold.
+    pub fn take<M: Module>(module: &M, gradients: &mut Gradients) -> Self {
+        let mut taker = Taker { gradients, path: Vec::new(), taken: Self::default() };
+        module.visit(&mut taker);
+        taker.taken
+    }
+
+    /// Sets the flat gradient of one parameter.
+    pub fn insert(&mut self, path: impl Into<String>, gradient: Tensor<1>) {
+        self.by_path.insert(path.into(), gradient);
+    }
+
+    /// Takes one parameter's gradient out.
+    pub fn remove(&mut self, path: &str) -> Option<Tensor<1>> {
+        self.by_path.remove(path)
+    }
+
+    /// All of them in the order of their paths.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor<1>)> {
+        self.by_path.iter().map(|(path, gradient)| (path.as_str(), gradient))
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.by_path.is_empty()
+    }
+
+    /// The L2 norm of all gradients as one vector.
+    pub fn norm(&self) -> f64 {
+        let squares: Vec<Tensor<1>> = self.by_path.values().map(|gradient| gradient.clone().square().sum()).collect();
+        if squares.is_empty() {
+            return 0.0;
+        }
+        // One read from the device; the sum over parameters is in f64.
+        Tensor::cat(squares, 0).into_data().iter::<f64>().sum::<f64>().sqrt()
+    }
+
+    /// Scales all gradients so that their global norm is at most `max_norm` (as `torch.nn.utils.clip_grad_norm_`).
+    ///
+    /// # Errors
+    /// [`NonFiniteNorm`] when a gradient is NaN or infinite; whether to skip the step or to stop is the caller's to say.
+    pub fn clip(self, max_norm: Option<f64>) -> Result<Clipped, NonFiniteNorm> {
+        let norm = self.norm();
+        if !norm.is_finite() {
+            return Err(NonFiniteNorm { norm });
+        }
+        let factor = max_norm.map_or(1.0, |max| max / (norm + 1e-6));
+        Ok(Clipped { gradients: if factor < 1.0 { self.scale(factor) } else { self }, norm })
+    }
+
+    fn scale(self, factor: f64) -> Self {
+        Self { by_path: self.by_path.into_iter().map(|(path, g)| (path, g.mul_scalar(factor))).collect() }
+    }
+}
+
+/// Sums gradients over the micro-batches of one optimiser step.
+#[derive(Debug, Default)]
+pub struct GradientAccumulator {
+    sum: GradientMap,
+    count: usize,
+}
+
+impl GradientAccumulator {
+    /// Adds one micro-batch; a parameter that it lacks counts as zero.
+    pub fn add(&mut self, gradients: GradientMap) {
+        for (path, gradient) in gradients.by_path {
+            let sum = match self.sum.remove(&path) {
+                Some(sum) => sum + gradient,
+                None => gradient,
+            };
+            self.sum.insert(path, sum);
+        }
+        self.count += 1;
+    }
+
+    /// The mean over the micro-batches added since the last call, and an empty accumulator again.
+    pub fn take_mean(&mut self) -> GradientMap {
+        let Self { sum, count } = std::mem::take(self);
+        if count > 1 { sum.scale(1.0 / count as f64) } else { sum }
+    }
+}
+
+struct Taker<'a> {
+    gradients: &'a mut Gradients,
+    path: Vec<String>,
+    taken: GradientMap,
+}
+
+impl ModuleVisitor for Taker<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !param.is_require_grad() {
+            return;
+        }
+        let value = param.val();
+        let gradient = value.grad_remove(self.gradients).unwrap_or_else(|| Tensor::zeros_like(&value.clone().inner()));
+        self.taken.insert(self.path.join("."), gradient.flatten(0, -1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use burn::nn::LinearConfig;
+    use burn::tensor::Device;
+
+    use super::*;
+
+    fn gradients(values: &[(&str, &[f32])]) -> GradientMap {
+        let mut map = GradientMap::default();
+        for (path, values) in values {
+            map.insert(*path, Tensor::from_floats(*values, &Device::flex()));
+        }
+        map
+    }
+
+    fn values(map: &GradientMap) -> Vec<f32> {
+        map.iter().flat_map(|(_, gradient)| gradient.to_data().iter::<f32>().collect::<Vec<_>>()).collect()
+    }
+
+    #[test]
+    fn the_mean_counts_every_micro_batch() {
+        let mut accumulator = GradientAccumulator::default();
+        accumulator.add(gradients(&[("a", &[1.0, 2.0]), ("b", &[8.0])]));
+        accumulator.add(gradients(&[("a", &[3.0, 6.0])]));
+        assert_eq!(values(&accumulator.take_mean()), [2.0, 4.0, 4.0]);
+        assert!(accumulator.take_mean().is_empty());
+    }
+
+    #[test]
+    fn clipping_scales_the_whole_vector_and_tells_the_norm_before() {
+        let clipped = gradients(&[("a", &[3.0, 0.0]), ("b", &[4.0])]).clip(Some(1.0)).unwrap();
+        assert!((clipped.norm - 5.0).abs() < 1e-6);
+        assert!((clipped.gradients.norm() - 1.0).abs() < 1e-5);
+        let untouched = gradients(&[("a", &[3.0]), ("b", &[4.0])]).clip(Some(5.1)).unwrap();
+        assert_eq!(values(&untouched.gradients), [3.0, 4.0]);
+        let unlimited = gradients(&[("a", &[3e4])]).clip(None).unwrap();
+        assert_eq!(values(&unlimited.gradients), [3e4]);
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_is_refused() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            assert!(!gradients(&[("a", &[1.0]), ("b", &[bad])]).clip(Some(1.0)).unwrap_err().norm.is_finite());
+        }
+    }
+
+    #[test]
+    fn trainable_parameters_always_have_a_gradient_and_frozen_ones_never() {
+        let device = Device::flex().autodiff();
+        let mut linear = LinearConfig::new(2, 3).init(&device);
+        let input = Tensor::<2>::ones([1, 2], &device);
+        // The bias is trainable but not on the way of this loss.
+        let mut backward = input.clone().matmul(linear.weight.val()).sum().backward();
+        let taken = GradientMap::take(&linear, &mut backward);
+        assert_eq!(taken.iter().map(|(path, _)| path).collect::<Vec<_>>(), ["bias", "weight"]);
+        assert_eq!(values(&taken), [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
+
+        linear.weight = linear.weight.set_require_grad(false);
+        let mut backward = linear.forward(input).sum().backward();
+        let taken = GradientMap::take(&linear, &mut backward);
+        assert_eq!(taken.iter().map(|(path, _)| path).collect::<Vec<_>>(), ["bias"]);
+    }
+}

@@ -1,0 +1,176 @@
+//! AdamW, clipping and schedule against `torch.optim` (fixture: `ci/parity/optim_fixtures.py`), and its restored state.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::module::{Module, Param};
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{Device, Tensor, TensorData};
+use burn_hyperlora::optim::{Decay, GradientMap, OptimConfig, Optimizer, Schedule};
+use safetensors::SafeTensors;
+
+const STEPS: usize = 20;
+
+/// The fixture's tensors, flat.
+fn fixture() -> BTreeMap<String, Vec<f32>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/adamw.safetensors");
+    let bytes = std::fs::read(path).unwrap();
+    let read = SafeTensors::deserialize(&bytes).unwrap();
+    read.tensors()
+        .into_iter()
+        .map(|(name, view)| (name, view.data().chunks_exact(4).map(bytemuck::pod_read_unaligned).collect()))
+        .collect()
+}
+
+fn config() -> OptimConfig {
+    OptimConfig {
+        learning_rate: 1e-2,
+        weight_decay: 0.05,
+        schedule: Schedule { warmup_steps: 5, decay: Decay::Cosine { min_factor: 0.1 } },
+        ..OptimConfig::default()
+    }
+}
+
+fn linear(fixture: &BTreeMap<String, Vec<f32>>) -> Linear {
+    let device = Device::flex().autodiff();
+    let mut linear = LinearConfig::new(3, 4).init(&device);
+    let data = |name: &str| fixture[name].clone();
+    linear.weight = Param::from_data(TensorData::new(data("weight.0"), [3, 4]), &device);
+    linear.bias = Some(Param::from_data(TensorData::new(data("bias.0"), [4]), &device));
+    linear
+}
+
+/// Row `step` of a recorded tensor.
+fn row<'a>(fixture: &'a BTreeMap<String, Vec<f32>>, name: &str, step: usize) -> &'a [f32] {
+    let all = &fixture[name];
+    let width = all.len() / STEPS;
+    &all[step * width..][..width]
+}
+
+fn gradients(fixture: &BTreeMap<String, Vec<f32>>, step: usize) -> GradientMap {
+    let mut gradients = GradientMap::default();
+    for name in ["weight", "bias"] {
+        gradients.insert(name, Tensor::from_floats(row(fixture, &format!("{name}.grad"), step), &Device::flex()));
+    }
+    gradients
+}
+
+fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (found, expected) in found.iter().zip(expected) {
+        assert!((found - expected).abs() <= tolerance * expected.abs().max(1e-6), "{what}: {found} != {expected}");
+    }
+}
+
+fn values(linear: &Linear) -> [Vec<f32>; 2] {
+    [
+        linear.weight.val().to_data().try_to_vec().unwrap(),
+        linear.bias.as_ref().unwrap().val().to_data().try_to_vec().unwrap(),
+    ]
+}
+
+/// Steps `range` of the fixture's run.
+fn run(
+    fixture: &BTreeMap<String, Vec<f32>>,
+    mut linear: Linear,
+    optimizer: &mut Optimizer,
+    range: std::ops::Range<usize>,
+) -> Linear {
+    for step in range {
+        let learning_rate = config().learning_rate_at(step as u64, STEPS as u64);
+        let clipped = gradients(fixture, step).clip(config().clip_norm).unwrap();
+        linear = optimizer.step(linear, clipped.gradients, learning_rate);
+    }
+    linear
+}
+
+#[test]
+fn twenty_steps_are_torchs() {
+    let fixture = fixture();
+    let mut linear = linear(&fixture);
+    let mut optimizer = Optimizer::new(&config());
+    for step in 0..STEPS {
+        let norm = gradients(&fixture, step).norm() as f32;
+        assert_close("norm", &[norm], row(&fixture, "norm", step), 1e-5);
+        let learning_rate = config().learning_rate_at(step as u64, STEPS as u64) as f32;
+        assert_close("learning rate", &[learning_rate], row(&fixture, "learning_rate", step), 1e-6);
+
+        linear = run(&fixture, linear, &mut optimizer, step..step + 1);
+        let [weight, bias] = values(&linear);
+        assert_close("weight", &weight, row(&fixture, "weight.after", step), 1e-5);
+        assert_close("bias", &bias, row(&fixture, "bias.after", step), 1e-5);
+        assert!(linear.weight.is_require_grad() && linear.weight.val().is_require_grad());
+    }
+    for (name, moment) in optimizer.tensors() {
+        assert_close(&name, &moment.try_to_vec().unwrap(), &fixture[&name], 1e-4);
+    }
+}
+
+#[test]
+fn a_restored_optimiser_goes_on_bit_for_bit() {
+    let fixture = fixture();
+    let mut straight = Optimizer::new(&config());
+    let expected = values(&run(&fixture, linear(&fixture), &mut straight, 0..STEPS));
+
+    let mut first = Optimizer::new(&config());
+    let half = run(&fixture, linear(&fixture), &mut first, 0..STEPS / 2);
+    let tensors: BTreeMap<String, TensorData> = first.tensors().collect();
+    let mut second = Optimizer::new(&config());
+    second.restore(&half, &first.steps(), tensors, Path::new("optimizer.safetensors")).unwrap();
+    let resumed = values(&run(&fixture, half, &mut second, STEPS / 2..STEPS));
+
+    for (resumed, expected) in resumed.iter().flatten().zip(expected.iter().flatten()) {
+        assert_eq!(resumed.to_bits(), expected.to_bits());
+    }
+}
+
+#[test]
+fn frozen_parameters_keep_their_bits_and_have_no_state() {
+    let fixture = fixture();
+    let mut linear = linear(&fixture);
+    linear.bias = linear.bias.map(|bias| bias.set_require_grad(false));
+    let before = values(&linear);
+    let mut optimizer = Optimizer::new(&config());
+    let input = Tensor::<2>::ones([1, 3], &Device::flex().autodiff());
+    let mut backward = linear.forward(input).sum().backward();
+    let taken = GradientMap::take(&linear, &mut backward);
+    let linear = optimizer.step(linear, taken, 1e-2);
+
+    let after = values(&linear);
+    assert_ne!(before[0], after[0]);
+    assert_eq!(before[1], after[1]);
+    assert_eq!(optimizer.steps().into_keys().collect::<Vec<_>>(), ["weight"]);
+}
+
+#[test]
+fn state_that_does_not_fit_is_one_error_and_changes_nothing() {
+    let fixture = fixture();
+    let mut made = Optimizer::new(&config());
+    let linear = run(&fixture, linear(&fixture), &mut made, 0..1);
+    let tensors: BTreeMap<String, TensorData> = made.tensors().collect();
+    let origin = Path::new("step-1/optimizer.safetensors");
+    let message = |steps: &BTreeMap<String, usize>, tensors: BTreeMap<String, TensorData>, module: &Linear| {
+        let mut optimizer = Optimizer::new(&config());
+        let error = optimizer.restore(module, steps, tensors, origin).unwrap_err();
+        assert!(optimizer.steps().is_empty());
+        assert_eq!(error.exit_code(), 2);
+        error.to_string()
+    };
+
+    let mut missing = tensors.clone();
+    missing.remove("exp_avg.bias");
+    assert!(message(&made.steps(), missing, &linear).contains("`exp_avg.bias` is missing"));
+
+    let mut short = tensors.clone();
+    short.insert("exp_avg_sq.bias".into(), TensorData::new(vec![0.0_f32; 3], [3]));
+    assert!(message(&made.steps(), short, &linear).contains("has 3 elements, the parameter has 4"));
+
+    let mut stray = tensors.clone();
+    stray.insert("exp_avg.other".into(), TensorData::new(vec![0.0_f32; 3], [3]));
+    assert!(message(&made.steps(), stray, &linear).contains("`exp_avg.other`"));
+
+    let frozen = linear.clone().no_grad();
+    assert!(message(&made.steps(), tensors, &frozen).contains("not trained here"));
+}
