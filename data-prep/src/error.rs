@@ -38,11 +38,7 @@ pub enum Error {
 impl Error {
     /// An error in what the user gave.
     pub fn input(place: impl ToString, problem: impl ToString, remedy: impl ToString) -> Self {
-        Self::Input {
-            place: place.to_string(),
-            problem: problem.to_string(),
-            remedy: remedy.to_string(),
-        }
+        Self::Input { place: place.to_string(), problem: problem.to_string(), remedy: remedy.to_string() }
     }
 
     /// An error in a file or folder that the user named.
