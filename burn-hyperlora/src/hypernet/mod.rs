@@ -1,1 +1,25 @@
-//! The hypernetwork: conditions to LoRA weights.
+//! The hypernetwork: conditions to LoRA weights (arXiv 2503.16944).
+//!
+//! ```text
+//! ID embedding -> id_projector --x--> +-----------+
+//!                                     | resampler | -> coefficients -> mixed ID bases   -> ID-LoRA
+//! CLIP states of the face ------y---> +-----------+
+//! CLIP states of the rest ------x---> base_resampler -> coefficients -> mixed Base bases -> Base-LoRA
+//! ```
+
+mod basis;
+mod config;
+mod folder;
+mod groups;
+mod hyper_lora;
+mod id_projector;
+mod init;
+mod parameters;
+mod resampler;
+mod statistics;
+
+pub use config::{HyperLoraConfig, ResamplerConfig};
+pub use groups::{ParameterGroup, Stage};
+pub use hyper_lora::{HyperLora, LORA_SCALE, TOKENS_PER_SITE};
+pub use parameters::{ParameterMapper, ParameterVisitor};
+pub use statistics::CoefficientStatistics;

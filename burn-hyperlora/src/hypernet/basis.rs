@@ -1,0 +1,97 @@
+//! The LoRA space: every down and every up matrix is a linear mix of K learned matrices.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+
+use super::config::HyperLoraConfig;
+use super::init::Init;
+use crate::lora::{AttentionLora, AttentionSite, LoraPair};
+
+/// Which of the two LoRAs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// The person.
+    Id,
+    /// Everything else in the picture.
+    Base,
+}
+
+/// The bases of one attention module's four linears.
+#[derive(Module, Debug)]
+pub(super) struct AttentionBases {
+    to_q: LinearBases,
+    to_k: LinearBases,
+    to_v: LinearBases,
+    to_out: LinearBases,
+}
+
+impl AttentionBases {
+    pub(super) fn new(init: &Init, config: &HyperLoraConfig, site: &AttentionSite) -> Self {
+        let hidden = site.hidden_size;
+        let context = site.cross_attention_dim.unwrap_or(hidden);
+        let linear = |name, input| LinearBases::new(&init.at(name), config, input, hidden);
+        Self {
+            to_q: linear("to_q", hidden),
+            to_k: linear("to_k", context),
+            to_v: linear("to_v", context),
+            to_out: linear("to_out", hidden),
+        }
+    }
+
+    /// The LoRA of the coefficients `[B, 8, K]`, in the order q.down q.up k.down k.up v.down v.up out.down out.up.
+    pub(super) fn mix(&self, part: Part, coefficients: Tensor<3>, scale: f64) -> Option<AttentionLora> {
+        let [batch, _, basis] = coefficients.dims();
+        let token = |index| coefficients.clone().narrow(1, index, 1).reshape([batch, basis]); // [B, K]
+        let pair = |linear: &LinearBases, first| linear.mix(part, token(first), token(first + 1), scale);
+        Some(AttentionLora {
+            q: pair(&self.to_q, 0)?,
+            k: pair(&self.to_k, 2)?,
+            v: pair(&self.to_v, 4)?,
+            out: pair(&self.to_out, 6)?,
+        })
+    }
+}
+
+/// The bases of one linear: down `[K, in, r]`, up `[K, r, out]`.
+#[derive(Module, Debug)]
+struct LinearBases {
+    id_down_basis: Param<Tensor<3>>,
+    id_up_basis: Param<Tensor<3>>,
+    base_down_basis: Option<Param<Tensor<3>>>,
+    base_up_basis: Option<Param<Tensor<3>>>,
+}
+
+impl LinearBases {
+    fn new(init: &Init, config: &HyperLoraConfig, input: usize, output: usize) -> Self {
+        let (basis, base_rank) = (config.basis, config.base_rank);
+        // As a LoRA starts: down keeps the variance of its input (the coefficients have length 1), up is zero, so that
+        // the UNet begins unchanged. Both zero would give no gradient.
+        let std = (input as f64).sqrt().recip();
+        let down = |name, rank| init.normal(name, [basis, input, rank], std);
+        let up = |rank| init.zeros([basis, rank, output]);
+        Self {
+            id_down_basis: down("id_down_basis", config.id_rank),
+            id_up_basis: up(config.id_rank),
+            base_down_basis: (base_rank > 0).then(|| down("base_down_basis", base_rank)),
+            base_up_basis: (base_rank > 0).then(|| up(base_rank)),
+        }
+    }
+
+    /// `None` when this linear has no bases of that part.
+    fn mix(&self, part: Part, down: Tensor<2>, up: Tensor<2>, scale: f64) -> Option<LoraPair> {
+        let (down_basis, up_basis) = match part {
+            Part::Id => (&self.id_down_basis, &self.id_up_basis),
+            Part::Base => (self.base_down_basis.as_ref()?, self.base_up_basis.as_ref()?),
+        };
+        // The scale on the coefficients instead of the matrix: K numbers, not r * out.
+        Some(LoraPair { down: mix(down, down_basis), up: mix(up * scale, up_basis) })
+    }
+}
+
+/// `sum_k a_k M_k` for each sample: `[B, K] x [K, m, n]` to `[B, m, n]`.
+fn mix(coefficients: Tensor<2>, basis: &Param<Tensor<3>>) -> Tensor<3> {
+    let [batch, _] = coefficients.dims();
+    let [count, rows, columns] = basis.dims();
+    let flat = basis.val().reshape([count, rows * columns]);
+    coefficients.matmul(flat).reshape([batch, rows, columns])
+}

@@ -1,0 +1,87 @@
+//! Sizes of the hypernetwork.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Sizes of a [`HyperLora`](super::HyperLora); the defaults are those of the released weights, with a Base-LoRA.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HyperLoraConfig {
+    /// Rank of the ID-LoRA.
+    pub id_rank: usize,
+    /// Rank of the Base-LoRA; the paper takes half the ID-LoRA's. 0: no Base-LoRA.
+    pub base_rank: usize,
+    /// K: how many matrices span the space of each LoRA matrix.
+    pub basis: usize,
+    /// Tokens that the ID embedding becomes.
+    pub id_tokens: usize,
+    /// Width of the face recogniser's embedding.
+    pub id_embedding_dim: usize,
+    /// Width of the CLIP vision encoder's hidden states.
+    pub clip_dim: usize,
+    /// Sizes of the resampler; the Base-LoRA's own one has the same.
+    pub resampler: ResamplerConfig,
+}
+
+/// Sizes of a resampler.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ResamplerConfig {
+    /// Width of the latents.
+    pub dim: usize,
+    /// Number of layers.
+    pub depth: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Width of the feed-forward's middle, in units of `dim`.
+    pub ff_mult: usize,
+}
+
+impl Default for HyperLoraConfig {
+    fn default() -> Self {
+        Self {
+            id_rank: 8,
+            base_rank: 4,
+            basis: 128,
+            id_tokens: 16,
+            id_embedding_dim: 512,
+            clip_dim: 1024,
+            resampler: ResamplerConfig::default(),
+        }
+    }
+}
+
+impl Default for ResamplerConfig {
+    fn default() -> Self {
+        Self { dim: 1024, depth: 4, heads: 12, head_dim: 64, ff_mult: 4 }
+    }
+}
+
+impl HyperLoraConfig {
+    /// Checks that every size is one that a hypernetwork can have; `place` names the config in the error.
+    ///
+    /// # Errors
+    /// Input, naming the key, for a size of 0 (`base_rank` alone may be 0).
+    pub fn validate(&self, place: &str) -> Result<()> {
+        let ResamplerConfig { dim, depth, heads, head_dim, ff_mult } = self.resampler;
+        let sizes = [
+            ("id_rank", self.id_rank),
+            ("basis", self.basis),
+            ("id_tokens", self.id_tokens),
+            ("id_embedding_dim", self.id_embedding_dim),
+            ("clip_dim", self.clip_dim),
+            ("resampler.dim", dim),
+            ("resampler.depth", depth),
+            ("resampler.heads", heads),
+            ("resampler.head_dim", head_dim),
+            ("resampler.ff_mult", ff_mult),
+        ];
+        match sizes.into_iter().find(|(_, size)| *size == 0) {
+            Some((key, _)) => Err(Error::input(format!("{place}.{key}"), "is 0", "give a size of at least 1")),
+            None => Ok(()),
+        }
+    }
+}

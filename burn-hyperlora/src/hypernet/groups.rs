@@ -1,0 +1,191 @@
+//! Which parameters train in which stage.
+
+use std::collections::BTreeSet;
+use std::str::FromStr;
+
+use burn::module::Param;
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::hyper_lora::HyperLora;
+use super::parameters::ParameterMapper;
+use crate::error::{Error, Result};
+
+/// The three stages of training, in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// 1: the Base-LoRA, on crops with the face blurred away.
+    Base,
+    /// 2: the ID-LoRA from CLIP states alone.
+    IdClip,
+    /// 3: the ID-LoRA with the ID embedding as well.
+    IdEmbed,
+}
+
+/// Parameters that train or rest together. Every parameter belongs to exactly one group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum ParameterGroup {
+    /// `latents`: the queries of the ID resampler.
+    Latents,
+    /// `attn1`: their self-attention.
+    Attn1,
+    /// `attn2`: the attention to the ID tokens, with its norms.
+    Attn2,
+    /// `attn3`: the attention to the CLIP states, with its norms.
+    Attn3,
+    /// `proj_in`: ID tokens to the resampler's width.
+    ProjIn,
+    /// `proj_in_2`: CLIP states to the resampler's width.
+    ProjIn2,
+    /// `proj_out`: latents to coefficients.
+    ProjOut,
+    /// `ff`: the feed-forward parts.
+    Ff,
+    /// `norms`: the norms before self-attention and feed-forward.
+    Norms,
+    /// `id_projector`: ID embedding to tokens.
+    IdProjector,
+    /// `id_bases`: the ID-LoRA's bases.
+    IdBases,
+    /// `base_resampler`: all of the Base-LoRA's resampler.
+    BaseResampler,
+    /// `base_bases`: the Base-LoRA's bases.
+    BaseBases,
+}
+
+impl ParameterGroup {
+    /// All groups.
+    pub const ALL: [Self; 13] = [
+        Self::Latents,
+        Self::Attn1,
+        Self::Attn2,
+        Self::Attn3,
+        Self::ProjIn,
+        Self::ProjIn2,
+        Self::ProjOut,
+        Self::Ff,
+        Self::Norms,
+        Self::IdProjector,
+        Self::IdBases,
+        Self::BaseResampler,
+        Self::BaseBases,
+    ];
+
+    /// The name that stands in a YAML.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Latents => "latents",
+            Self::Attn1 => "attn1",
+            Self::Attn2 => "attn2",
+            Self::Attn3 => "attn3",
+            Self::ProjIn => "proj_in",
+            Self::ProjIn2 => "proj_in_2",
+            Self::ProjOut => "proj_out",
+            Self::Ff => "ff",
+            Self::Norms => "norms",
+            Self::IdProjector => "id_projector",
+            Self::IdBases => "id_bases",
+            Self::BaseResampler => "base_resampler",
+            Self::BaseBases => "base_bases",
+        }
+    }
+
+    /// What trains in a stage unless the YAML says otherwise.
+    ///
+    /// The authors tell what each stage is for, not the lists: stage 3 trains what reads the ID embedding and keeps the
+    /// rest, the CLIP attention above all.
+    pub fn defaults(stage: Stage) -> &'static [Self] {
+        match stage {
+            Stage::Base => &[Self::BaseResampler, Self::BaseBases],
+            Stage::IdClip => &[
+                Self::Latents,
+                Self::Attn1,
+                Self::Attn3,
+                Self::ProjIn2,
+                Self::ProjOut,
+                Self::Ff,
+                Self::Norms,
+                Self::IdBases,
+            ],
+            Stage::IdEmbed => &[Self::IdProjector, Self::ProjIn, Self::Attn2],
+        }
+    }
+
+    /// The group of a parameter, by the name of [`HyperLora::parameter_names`]; `None` for a name of something else.
+    pub fn of(parameter: &str) -> Option<Self> {
+        let (file, key) = parameter.split_once('.')?;
+        let parts: Vec<&str> = key.split('.').collect();
+        match (file, parts.as_slice()) {
+            ("hyper_lora_modules", [_, _, basis]) if basis.starts_with("id_") => Some(Self::IdBases),
+            ("hyper_lora_modules", [_, _, basis]) if basis.starts_with("base_") => Some(Self::BaseBases),
+            ("base_resampler", _) => Some(Self::BaseResampler),
+            ("id_projector", _) => Some(Self::IdProjector),
+            ("resampler", ["latents"]) => Some(Self::Latents),
+            ("resampler", ["proj_in", _]) => Some(Self::ProjIn),
+            ("resampler", ["proj_in_2", _]) => Some(Self::ProjIn2),
+            ("resampler", ["proj_out", _]) => Some(Self::ProjOut),
+            ("resampler", ["layers", _, module, ..]) => match *module {
+                "attn1" => Some(Self::Attn1),
+                "attn2" | "norm_attn2_l" | "norm_attn2_x" => Some(Self::Attn2),
+                "attn3" | "norm_attn3_l" | "norm_attn3_y" => Some(Self::Attn3),
+                "ff" => Some(Self::Ff),
+                "norm_attn1" | "norm_ff" => Some(Self::Norms),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+impl FromStr for ParameterGroup {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|group| group.name() == name).ok_or_else(|| {
+            let known: Vec<&str> = Self::ALL.into_iter().map(Self::name).collect();
+            Error::input(
+                format!("parameter group `{name}`"),
+                "there is no such group",
+                format!("use some of: {}", known.join(", ")),
+            )
+        })
+    }
+}
+
+impl TryFrom<String> for ParameterGroup {
+    type Error = Error;
+
+    fn try_from(name: String) -> Result<Self> {
+        name.parse()
+    }
+}
+
+impl From<ParameterGroup> for String {
+    fn from(group: ParameterGroup) -> Self {
+        group.name().into()
+    }
+}
+
+impl HyperLora {
+    /// The names of the parameters in `groups`, in the order of [`parameter_names`](Self::parameter_names).
+    pub fn names_in(&self, groups: &[ParameterGroup]) -> Vec<String> {
+        let mut names = self.parameter_names();
+        names.retain(|name| ParameterGroup::of(name).is_some_and(|group| groups.contains(&group)));
+        names
+    }
+
+    /// Lets the parameters in `groups` take gradients, and only these.
+    #[must_use]
+    pub fn trainable(self, groups: &[ParameterGroup]) -> Self {
+        struct Mark(BTreeSet<String>);
+        impl ParameterMapper for Mark {
+            fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                parameter.set_require_grad(self.0.contains(name))
+            }
+        }
+        let names = self.names_in(groups).into_iter().collect();
+        self.map_parameters(&mut Mark(names))
+    }
+}

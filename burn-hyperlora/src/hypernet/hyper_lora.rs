@@ -1,0 +1,181 @@
+//! The hypernetwork as a whole.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Tensor};
+
+use super::basis::{AttentionBases, Part};
+use super::config::HyperLoraConfig;
+use super::id_projector::IdProjector;
+use super::init::Init;
+use super::parameters::ParameterMapper;
+use super::resampler::{Resampler, ResamplerPorts};
+use crate::error::{Error, Result};
+use crate::lora::{AttentionLora, AttentionSite, LoraWeights};
+
+/// Query tokens of one attention module: down and up of `to_q`, `to_k`, `to_v`, `to_out`.
+pub const TOKENS_PER_SITE: usize = 8;
+
+/// `alpha / rank` of the generated LoRAs: alpha is half the rank for both parts.
+pub const LORA_SCALE: f64 = 0.5;
+
+/// Turns what is known of a portrait into the weights of an ID-LoRA and a Base-LoRA (arXiv 2503.16944).
+///
+/// Works on a plain device and on an autodiff device alike.
+#[derive(Module, Debug)]
+pub struct HyperLora {
+    pub(super) resampler: Resampler,
+    pub(super) id_projector: IdProjector,
+    pub(super) base_resampler: Option<Resampler>,
+    pub(super) hyper_lora_modules: Vec<AttentionBases>,
+    /// The attention modules in the hypernetwork's own order, which is that of its tokens and files.
+    #[module(skip)]
+    pub(super) sites: Vec<AttentionSite>,
+    /// For each attention module of the UNet, its place in `sites`.
+    #[module(skip)]
+    pub(super) unet_order: Vec<usize>,
+}
+
+impl HyperLora {
+    /// A new hypernetwork for the attention modules `sites`, given in the UNet's order.
+    ///
+    /// The values are a function of `seed` alone, whatever the device.
+    pub fn new(config: &HyperLoraConfig, sites: &[AttentionSite], seed: u64, device: &Device) -> Self {
+        let init = Init::new(seed, device);
+        let ports = |second_condition| ResamplerPorts {
+            input: config.clip_dim,
+            second_condition,
+            queries: sites.len() * TOKENS_PER_SITE,
+            output: config.basis,
+        };
+        let bases = init.at("hyper_lora_modules");
+        Self {
+            resampler: Resampler::new(&init.at("resampler"), &config.resampler, &ports(true)),
+            id_projector: IdProjector::new(
+                &init.at("id_projector"),
+                config.id_embedding_dim,
+                config.id_tokens,
+                config.clip_dim,
+            ),
+            base_resampler: (config.base_rank > 0)
+                .then(|| Resampler::new(&init.at("base_resampler"), &config.resampler, &ports(false))),
+            hyper_lora_modules: (sites.iter().enumerate())
+                .map(|(i, site)| AttentionBases::new(&bases.at(i), config, site))
+                .collect(),
+            sites: sites.to_vec(),
+            unet_order: (0..sites.len()).collect(),
+        }
+    }
+
+    /// The ID-LoRA of one portrait per sample; without ID embeddings (stage 2) all that reads them is off.
+    ///
+    /// # Shapes
+    /// `clip_states: [B, T, clip_dim]` of the masked face, `id_embedding: [B, id_embedding_dim]` of length 1.
+    pub fn id_lora(&self, clip_states: Tensor<3>, id_embedding: Option<Tensor<2>>) -> LoraWeights {
+        self.id_lora_of(self.id_coefficients(clip_states, id_embedding, 1))
+    }
+
+    /// The Base-LoRA of one portrait per sample: `clip_states: [B, T, clip_dim]` of the crop with the face blurred away.
+    ///
+    /// # Errors
+    /// Input when this hypernetwork has no Base-LoRA.
+    pub fn base_lora(&self, clip_states: Tensor<3>) -> Result<LoraWeights> {
+        self.base_lora_of(self.base_coefficients(clip_states, 1)?)
+    }
+
+    /// The coefficients `[B, Q, K]` of the ID-LoRA, of length 1 over K.
+    ///
+    /// # Shapes
+    /// As [`id_lora`](Self::id_lora), with `B * images_per_sample` in place of `B`; the images of a sample follow each
+    /// other, and their resampler outputs are averaged.
+    pub fn id_coefficients(
+        &self,
+        clip_states: Tensor<3>,
+        id_embedding: Option<Tensor<2>>,
+        images_per_sample: usize,
+    ) -> Tensor<3> {
+        let id_tokens = id_embedding.map(|embedding| self.id_projector.forward(embedding));
+        coefficients(self.resampler.forward(id_tokens, Some(clip_states)), images_per_sample)
+    }
+
+    /// The coefficients `[B, Q, K]` of the Base-LoRA, from `B * images_per_sample` images.
+    ///
+    /// # Errors
+    /// Input when this hypernetwork has no Base-LoRA.
+    pub fn base_coefficients(&self, clip_states: Tensor<3>, images_per_sample: usize) -> Result<Tensor<3>> {
+        let resampler = self.base_resampler.as_ref().ok_or_else(no_base)?;
+        Ok(coefficients(resampler.forward(Some(clip_states), None), images_per_sample))
+    }
+
+    /// The ID-LoRA that coefficients `[B, Q, K]` stand for, in the UNet's order.
+    pub fn id_lora_of(&self, coefficients: Tensor<3>) -> LoraWeights {
+        let modules = self.mix(Part::Id, &coefficients).flatten().collect();
+        LoraWeights { modules }
+    }
+
+    /// The Base-LoRA that coefficients `[B, Q, K]` stand for, in the UNet's order.
+    ///
+    /// # Errors
+    /// Input when this hypernetwork has no Base-LoRA.
+    pub fn base_lora_of(&self, coefficients: Tensor<3>) -> Result<LoraWeights> {
+        let modules = self.mix(Part::Base, &coefficients).collect::<Option<_>>().ok_or_else(no_base)?;
+        Ok(LoraWeights { modules })
+    }
+
+    /// Whether there is a Base-LoRA.
+    pub fn has_base(&self) -> bool {
+        self.base_resampler.is_some()
+    }
+
+    /// The attention modules that the LoRA weights are for, in the UNet's order.
+    pub fn sites(&self) -> Vec<AttentionSite> {
+        self.unet_order.iter().map(|&i| self.sites[i].clone()).collect()
+    }
+
+    /// Makes ready for stage 3: what reads the ID embedding starts silent, so that the function is what stage 2 left.
+    #[must_use]
+    pub fn start_id_embedding_stage(self) -> Self {
+        struct Silence;
+        impl ParameterMapper for Silence {
+            fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                if !(name.starts_with("resampler.") && name.ends_with(".attn2.to_out.0.weight")) {
+                    return parameter;
+                }
+                // A new leaf: zeros computed from the old values would carry their history.
+                let require_grad = parameter.is_require_grad();
+                let zeros = Tensor::zeros(parameter.dims(), &parameter.device());
+                parameter.map(|_| zeros.set_require_grad(require_grad))
+            }
+        }
+        self.map_parameters(&mut Silence)
+    }
+
+    fn mix<'a>(&'a self, part: Part, coefficients: &'a Tensor<3>) -> impl Iterator<Item = Option<AttentionLora>> + 'a {
+        // Per module first, per matrix inside it: backward then pads each small gradient to 8 tokens, and only one per
+        // module to all Q.
+        self.unet_order.iter().map(move |&i| {
+            let tokens = coefficients.clone().narrow(1, i * TOKENS_PER_SITE, TOKENS_PER_SITE); // [B, 8, K]
+            self.hyper_lora_modules[i].mix(part, tokens, LORA_SCALE)
+        })
+    }
+}
+
+/// Mean over the images of a sample, then length 1 over K: `[B * n, Q, K]` to `[B, Q, K]`.
+fn coefficients(tokens: Tensor<3>, images_per_sample: usize) -> Tensor<3> {
+    let [images, queries, basis] = tokens.dims();
+    let samples = images / images_per_sample;
+    let mean = if images_per_sample == 1 {
+        tokens
+    } else {
+        tokens.reshape([samples, images_per_sample, queries, basis]).mean_dim(1).reshape([samples, queries, basis])
+    };
+    let length = (mean.clone().square().sum_dim(2) + 1e-8).sqrt(); // [B, Q, 1]
+    mean / length
+}
+
+fn no_base() -> Error {
+    Error::input(
+        "Base-LoRA",
+        "this hypernetwork was made without one",
+        "go without Base-LoRA, or train with base_rank > 0",
+    )
+}

@@ -1,0 +1,106 @@
+//! The parameters by name: the names of the released files, which checkpoints and optimisers use as well.
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::Tensor;
+
+use super::hyper_lora::HyperLora;
+
+/// Module paths that read differently in the files. A name is `{file}.{key in that file}`.
+const RENAMED: [(&str, &str); 7] = [
+    (".gamma", ".weight"),
+    (".beta", ".bias"),
+    (".to_out.weight", ".to_out.0.weight"),
+    (".ff.proj.", ".ff.net.0.proj."),
+    (".ff.out.", ".ff.net.2."),
+    ("id_projector.linear.", "id_projector.0."),
+    ("id_projector.norm.", "id_projector.2."),
+];
+
+/// Sees every parameter once, in a fixed order.
+pub trait ParameterVisitor {
+    /// One parameter. Linear weights are `[in, out]` here; the files hold them as `[out, in]`.
+    fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>);
+}
+
+/// Replaces parameters, in the order of [`ParameterVisitor`].
+pub trait ParameterMapper {
+    /// The parameter to put in the place of `parameter`, of the same shape.
+    fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>>;
+}
+
+impl HyperLora {
+    /// Shows every parameter to `visitor`.
+    pub fn visit_parameters(&self, visitor: &mut impl ParameterVisitor) {
+        self.visit(&mut Named { path: Path::default(), inner: visitor });
+    }
+
+    /// Passes every parameter through `mapper`.
+    #[must_use]
+    pub fn map_parameters(self, mapper: &mut impl ParameterMapper) -> Self {
+        self.map(&mut Named { path: Path::default(), inner: mapper })
+    }
+
+    /// The names of all parameters.
+    pub fn parameter_names(&self) -> Vec<String> {
+        struct Names(Vec<String>);
+        impl ParameterVisitor for Names {
+            fn visit<const D: usize>(&mut self, name: &str, _parameter: &Param<Tensor<D>>) {
+                self.0.push(name.into());
+            }
+        }
+        let mut names = Names(Vec::new());
+        self.visit_parameters(&mut names);
+        names.0
+    }
+}
+
+/// Tracks where in the module tree a walk stands.
+#[derive(Default)]
+struct Path(Vec<String>);
+
+impl Path {
+    fn enter(&mut self, name: &str) {
+        self.0.push(name.into());
+    }
+
+    fn exit(&mut self) {
+        self.0.pop();
+    }
+
+    fn name(&self) -> String {
+        RENAMED.iter().fold(self.0.join("."), |name, (here, there)| name.replace(here, there))
+    }
+}
+
+struct Named<'a, T> {
+    path: Path,
+    inner: &'a mut T,
+}
+
+impl<T: ParameterVisitor> ModuleVisitor for Named<'_, T> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.enter(name);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, parameter: &Param<Tensor<D>>) {
+        self.inner.visit(&self.path.name(), parameter);
+    }
+}
+
+impl<T: ParameterMapper> ModuleMapper for Named<'_, T> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.enter(name);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.exit();
+    }
+
+    fn map_float<const D: usize>(&mut self, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        self.inner.map(&self.path.name(), parameter)
+    }
+}
