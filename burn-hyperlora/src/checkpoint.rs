@@ -1,1 +1,273 @@
-//! Checkpoints that are whole or absent.
+//! Checkpoints: folders that are whole or absent, and that say for themselves whether they still are what was written.
+//!
+//! `checkpoints/step-NNNNNNNN/` holds the caller's files (plain safetensors), `state.json` (the run's state that is no
+//! tensor) and `checksums.json` (size and SHA-256 of every other file), which is read before anything else.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use data_prep::files::{StagedFolder, write_whole};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+const STATE: &str = "state.json";
+const CHECKSUMS: &str = "checksums.json";
+
+/// The checkpoints of one run.
+#[derive(Debug, Clone)]
+pub struct CheckpointStore {
+    root: PathBuf,
+}
+
+/// One checkpoint folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// Optimiser steps done when it was written.
+    pub step: u64,
+    path: PathBuf,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct FileSum {
+    bytes: u64,
+    sha256: String,
+}
+
+/// By path relative to the checkpoint, with `/` between folders.
+type FileSums = BTreeMap<String, FileSum>;
+
+impl CheckpointStore {
+    /// Opens `root` (made if absent) for writing, and tidies up what a killed run left there.
+    ///
+    /// Only the one process that writes to the run may open it so: another's half-written checkpoint looks like a leftover.
+    ///
+    /// # Errors
+    /// Input for a place that cannot be written to, Disk for a failing disk.
+    pub fn open(root: &Path) -> Result<Self> {
+        let store = Self { root: root.into() };
+        fs::create_dir_all(root).and_then(|()| store.tidy()).map_err(|source| Error::write(root, source))?;
+        Ok(store)
+    }
+
+    /// Every whole checkpoint, oldest first.
+    ///
+    /// # Errors
+    /// As [`Error::read`]; a folder that does not exist holds none.
+    pub fn list(&self) -> Result<Vec<Checkpoint>> {
+        let names = match names(&self.root) {
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
+            names => names.map_err(|source| Error::read(&self.root, source))?,
+        };
+        let mut found: Vec<Checkpoint> = names
+            .iter()
+            .filter_map(|name| Some(Checkpoint { step: step_of(name)?, path: self.root.join(name) }))
+            .collect();
+        found.sort_by_key(|checkpoint| checkpoint.step);
+        Ok(found)
+    }
+
+    /// The checkpoint to go on from: the one with the most steps.
+    ///
+    /// # Errors
+    /// As [`list`](Self::list).
+    pub fn latest(&self) -> Result<Option<Checkpoint>> {
+        Ok(self.list()?.pop())
+    }
+
+    /// Writes the checkpoint of `step`: `fill` puts the caller's files into the folder it is given, `state` becomes
+    /// `state.json`. Whatever fails, no new folder appears and the older checkpoints are intact.
+    ///
+    /// # Errors
+    /// Those of `fill`; Disk for a full or failing disk, Input for a place that cannot be written to.
+    pub fn write(
+        &self,
+        step: u64,
+        state: &impl Serialize,
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Checkpoint> {
+        let path = self.root.join(format!("step-{step:08}"));
+        let staged = StagedFolder::new(&path)?;
+        fill(staged.path())?;
+        write_json(&staged.path().join(STATE), state)?;
+        let mut sums = FileSums::new();
+        seal(staged.path(), staged.path(), &mut sums)?;
+        write_json(&staged.path().join(CHECKSUMS), &sums)?;
+        staged.commit()?;
+        Ok(Checkpoint { step, path })
+    }
+
+    /// Removes all but the newest `keep` checkpoints; the newest one always stays.
+    ///
+    /// # Errors
+    /// Those of [`list`](Self::list); Input or Disk when a folder cannot be removed.
+    pub fn prune(&self, keep: usize) -> Result<()> {
+        let mut old = self.list()?;
+        old.truncate(old.len().saturating_sub(keep.max(1)));
+        for checkpoint in old {
+            // Out of sight first: a kill in the middle of the removal must not leave half a checkpoint.
+            let doomed = self.root.join(format!(".step-{:08}.partial", checkpoint.step));
+            fs::rename(&checkpoint.path, &doomed)
+                .and_then(|()| fs::remove_dir_all(&doomed))
+                .map_err(|source| Error::write(&checkpoint.path, source))?;
+        }
+        Ok(())
+    }
+
+    /// Removes half-written folders, and puts back a whole one that was being replaced when the run was killed.
+    fn tidy(&self) -> io::Result<()> {
+        for name in names(&self.root)? {
+            let path = self.root.join(&name);
+            if name.starts_with(".step-") && name.ends_with(".partial") {
+                fs::remove_dir_all(&path)?;
+            } else if let Some(target) = name.strip_suffix(".old").filter(|target| step_of(target).is_some()) {
+                let target = self.root.join(target);
+                if target.exists() {
+                    fs::remove_dir_all(&path)?;
+                } else {
+                    fs::rename(&path, &target)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Checkpoint {
+    /// The checkpoint in a folder that the user named, as `runs/a/checkpoints/step-00000300`.
+    ///
+    /// # Errors
+    /// Input when there is no such folder or its name is not that of a checkpoint.
+    pub fn at(path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        match step_of(&name) {
+            Some(step) if path.is_dir() => Ok(Self { step, path: path.into() }),
+            _ => Err(Error::file(
+                path,
+                "is no checkpoint folder",
+                "give one such as runs/NAME/checkpoints/step-00000300",
+            )),
+        }
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Compares every file with its checksum.
+    ///
+    /// # Errors
+    /// Input that names the first file that is missing, truncated or changed; Disk for a failing disk.
+    pub fn verify(&self) -> Result<()> {
+        let sums: FileSums = self.read_json(CHECKSUMS)?;
+        if !sums.contains_key(STATE) {
+            return Err(self.damaged(CHECKSUMS, format!("does not list {STATE}")));
+        }
+        for (name, expected) in &sums {
+            let path = self.path.join(name);
+            let mut file = self.open_file(name)?;
+            let bytes = file.metadata().map_err(|source| Error::read(&path, source))?.len();
+            if bytes != expected.bytes {
+                return Err(self.damaged(name, format!("has {bytes} bytes instead of {}", expected.bytes)));
+            }
+            if sum(&mut file).map_err(|source| Error::read(&path, source))?.sha256 != expected.sha256 {
+                return Err(self.damaged(name, "does not match its checksum"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The state that was given to [`CheckpointStore::write`]. Does not verify: see [`verify`](Self::verify).
+    ///
+    /// # Errors
+    /// Input for a state that is missing or of another version of the program, Disk for a failing disk.
+    pub fn state<T: DeserializeOwned>(&self) -> Result<T> {
+        self.read_json(STATE)
+    }
+
+    fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        let mut text = String::new();
+        match self.open_file(name)?.read_to_string(&mut text) {
+            Err(source) if source.kind() != io::ErrorKind::InvalidData => {
+                Err(Error::read(&self.path.join(name), source))
+            }
+            _ => serde_json::from_str(&text).map_err(|source| self.damaged(name, format!("cannot be read: {source}"))),
+        }
+    }
+
+    fn open_file(&self, name: &str) -> Result<File> {
+        let path = self.path.join(name);
+        File::open(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => self.damaged(name, "is missing"),
+            _ => Error::read(&path, source),
+        })
+    }
+
+    fn damaged(&self, name: &str, problem: impl ToString) -> Error {
+        Error::file(
+            &self.path.join(name),
+            problem,
+            format!("delete the folder {} to go on from the checkpoint before it", self.path.display()),
+        )
+    }
+}
+
+/// `step-00000300` -> 300.
+fn step_of(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("step-").filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))?;
+    digits.parse().ok()
+}
+
+/// The names in a folder, sorted; those that are not UTF-8 are none of ours.
+fn names(folder: &Path) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        names.extend(entry?.file_name().into_string());
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|source| Error::Fault(format!("{}: cannot be put as JSON: {source}", path.display())))?;
+    write_whole(path, text.as_bytes())
+}
+
+/// Syncs every file below `folder` and notes its checksum; folders are synced after what is in them.
+fn seal(root: &Path, folder: &Path, sums: &mut FileSums) -> Result<()> {
+    let failed = |source| Error::write(folder, source);
+    for name in names(folder).map_err(failed)? {
+        let path = folder.join(name);
+        if path.is_dir() {
+            seal(root, &path, sums)?;
+            continue;
+        }
+        let failed = |source| Error::write(&path, source);
+        let mut file = File::open(&path).map_err(failed)?;
+        file.sync_all().map_err(failed)?;
+        let relative = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();
+        sums.insert(relative, sum(&mut file).map_err(failed)?);
+    }
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
+}
+
+fn sum(file: &mut File) -> io::Result<FileSum> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+            return Ok(FileSum { bytes, sha256 });
+        }
+        hasher.update(&buffer[..read]);
+        bytes += read as u64;
+    }
+}

@@ -1,1 +1,13 @@
-//! Metrics
+//! What a run tells about itself: TensorBoard events, progress, the log, `summary.json`, and what it uses of the machine.
+
+mod event;
+pub mod log;
+mod progress;
+mod summary;
+mod tensorboard;
+mod usage;
+
+pub use progress::{Display, Progress};
+pub use summary::{GapStatistics, IdentityGap, StageSummary, Summary};
+pub use tensorboard::MetricsWriter;
+pub use usage::{Memory, RunningMeans, WaitClock};

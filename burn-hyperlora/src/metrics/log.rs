@@ -1,0 +1,95 @@
+//! The log: stderr at the level that `-v` and `-q` ask for, and `run.log` in the run folder.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::{fmt, util::SubscriberInitExt};
+
+use crate::error::{Error, Result};
+use crate::metrics::progress::around_bars;
+
+/// Starts the log, once per process.
+///
+/// `verbosity` is the number of `-v` less that of `-q`: below 0 stderr shows warnings only, 0 adds progress and results,
+/// 1 details, 2 everything, dependencies included. `run.log` in `run` is appended to and holds the details always; when
+/// its disk is full, lines are lost and the run goes on.
+///
+/// # Errors
+/// Input when `run.log` cannot be opened for writing, Disk for a failing disk, Fault when a log was started before.
+pub fn init(verbosity: i8, run: Option<&Path>) -> Result<()> {
+    let own = |level| Targets::new().with_default(LevelFilter::WARN).with_targets(OWN.map(|target| (target, level)));
+    let shown = match verbosity {
+        ..0 => own(LevelFilter::WARN),
+        0 => own(LevelFilter::INFO),
+        1 => own(LevelFilter::DEBUG),
+        2.. => Targets::new().with_default(LevelFilter::TRACE),
+    };
+    let stderr = fmt::layer().without_time().with_target(verbosity > 0).with_ansi(false).with_writer(BesideBars);
+    let file = match run {
+        Some(run) => Some(fmt::layer().with_ansi(false).log_internal_errors(false).with_writer(open(run)?)),
+        None => None,
+    };
+    tracing_subscriber::registry()
+        .with(stderr.with_filter(shown))
+        .with(file.with_filter(own(LevelFilter::DEBUG)))
+        .try_init()
+        .map_err(|problem| Error::Fault(format!("the log cannot be started: {problem}")))
+}
+
+/// The crates whose messages are this program's own.
+const OWN: [&str; 3] = ["hyperlora", "burn_hyperlora", "data_prep"];
+
+fn open(run: &Path) -> Result<File> {
+    let path = run.join("run.log");
+    fs::create_dir_all(run)
+        .and_then(|()| OpenOptions::new().append(true).create(true).open(&path))
+        .map_err(|source| Error::write(&path, source))
+}
+
+/// Stderr, written to while the progress bars are out of the way.
+struct BesideBars;
+
+impl Write for BesideBars {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        around_bars(|| io::stderr().write_all(line))?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl MakeWriter<'_> for BesideBars {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self::Writer {
+        Self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn details_go_into_the_run_folder_and_a_second_start_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("runs/a");
+        fs::create_dir_all(folder.path().join("taken/run.log")).unwrap();
+        assert!(init(0, Some(&folder.path().join("taken"))).is_err());
+
+        init(-1, Some(&run)).unwrap();
+        tracing::debug!("learning rate 1e-4");
+        tracing::trace!("too small to note");
+        let text = fs::read_to_string(run.join("run.log")).unwrap();
+        assert!(text.contains("DEBUG") && text.contains("learning rate 1e-4") && !text.contains("too small"), "{text}");
+        assert_eq!(init(0, None).unwrap_err().exit_code(), 1);
+    }
+}

@@ -1,0 +1,154 @@
+//! `summary.json`: the run in numbers. Training and evaluation each write their part and keep the other's.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use data_prep::files::write_whole;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// The file's name in the run folder.
+const FILE: &str = "summary.json";
+
+/// What is known about a run; fields that this version does not know stay as they are.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// In the order in which they ran.
+    #[serde(default)]
+    pub stages: Vec<StageSummary>,
+    /// Present once `hyperlora eval identity-gap` has run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity_gap: Option<IdentityGap>,
+    /// Everything else in the file.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// One training stage.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageSummary {
+    /// As in the YAML.
+    pub name: String,
+    /// Optimiser steps done.
+    pub steps: u64,
+    /// Mean loss over the fixed set of photos, noises and timesteps when the stage began.
+    pub fixed_set_loss_before: Option<f64>,
+    /// The same at its end; `None` until then.
+    pub fixed_set_loss_after: Option<f64>,
+    /// Training throughput, without start-up and evaluation.
+    pub images_per_second: f64,
+    /// Wall time of the training steps, over all resumptions.
+    pub seconds: f64,
+    /// Everything else in the file.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// Whether a LoRA of the right person denoises better than one of somebody else.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct IdentityGap {
+    /// Held-out photos of people in the training set.
+    pub known: GapStatistics,
+    /// People that training never saw.
+    pub unseen: GapStatistics,
+    /// Everything else in the file.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// Statistics of the paired gap over photos: loss with the LoRA of another person minus that with the same person's.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct GapStatistics {
+    /// Mean gap.
+    pub mean: f64,
+    /// Its t-statistic; `None` where it is undefined, as for a single photo.
+    pub t: Option<f64>,
+    /// Number of photos.
+    pub n: usize,
+    /// Everything else in the file, such as the mean loss of each condition.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+impl Summary {
+    /// Reads the summary of a run; a run that has none yet has an empty one.
+    ///
+    /// # Errors
+    /// Input for a file that is no summary, Disk for a failing disk.
+    pub fn read(run: &Path) -> Result<Self> {
+        let path = run.join(FILE);
+        let text = match fs::read_to_string(&path) {
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            text => text.map_err(|source| Error::read(&path, source))?,
+        };
+        serde_json::from_str(&text).map_err(|source| {
+            Error::file(
+                &path,
+                format!("is not a summary: {source}"),
+                "move the file away: the next run writes a new one",
+            )
+        })
+    }
+
+    /// Reads the summary of a run, changes it, and writes it whole.
+    ///
+    /// # Errors
+    /// Those of [`read`](Self::read); Input for a place that cannot be written to, Disk for a full or failing disk.
+    pub fn update(run: &Path, change: impl FnOnce(&mut Self)) -> Result<()> {
+        let path = run.join(FILE);
+        let mut summary = Self::read(run)?;
+        change(&mut summary);
+        let text = serde_json::to_string_pretty(&summary)
+            .map_err(|source| Error::Fault(format!("{}: cannot be put as JSON: {source}", path.display())))?;
+        write_whole(&path, format!("{text}\n").as_bytes())
+    }
+
+    /// The stage of that name, added at the end if it is new.
+    pub fn stage(&mut self, name: &str) -> &mut StageSummary {
+        let index = self.stages.iter().position(|stage| stage.name == name).unwrap_or_else(|| {
+            self.stages.push(StageSummary { name: name.into(), ..StageSummary::default() });
+            self.stages.len() - 1
+        });
+        &mut self.stages[index]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn each_writer_keeps_what_the_others_wrote() {
+        let run = tempfile::tempdir().unwrap();
+        let text = r#"{"later": [1], "stages": [{"name": "base", "steps": 1, "images_per_second": 2.0, "seconds": 3.0, "peak": 9}]}"#;
+        fs::write(run.path().join(FILE), text).unwrap();
+        Summary::update(run.path(), |summary| summary.stage("base").steps = 5).unwrap();
+        Summary::update(run.path(), |summary| summary.stage("id_clip").fixed_set_loss_before = Some(0.25)).unwrap();
+        let known = GapStatistics { mean: 0.01, t: Some(5.5), n: 64, ..GapStatistics::default() };
+        let gap = IdentityGap { known, ..IdentityGap::default() };
+        Summary::update(run.path(), |summary| summary.identity_gap = Some(gap.clone())).unwrap();
+
+        let json: Value = serde_json::from_slice(&fs::read(run.path().join(FILE)).unwrap()).unwrap();
+        assert_eq!(json["later"][0], 1);
+        assert_eq!((&json["stages"][0]["steps"], &json["stages"][0]["peak"]), (&5.into(), &9.into()));
+        assert_eq!(json["stages"][1]["fixed_set_loss_before"], 0.25);
+        assert_eq!(json["stages"][1]["fixed_set_loss_after"], Value::Null);
+        assert_eq!(json["identity_gap"]["known"]["t"], 5.5);
+        assert_eq!(Summary::read(run.path()).unwrap().identity_gap, Some(gap));
+    }
+
+    #[test]
+    fn a_broken_file_is_named_and_left_alone() {
+        let run = tempfile::tempdir().unwrap();
+        fs::write(run.path().join(FILE), "{\"stages\": 3}").unwrap();
+        let error = Summary::update(run.path(), |_| ()).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("summary.json"));
+        assert_eq!(fs::read(run.path().join(FILE)).unwrap(), b"{\"stages\": 3}");
+    }
+}
