@@ -1,10 +1,11 @@
 //! Photos in, Parquet shards of filtered, embedded faces out.
 //!
-//! The way of a photo: [`source`] -> [`face`] -> [`filter`] -> [`caption`] -> [`shard`]; [`pipeline`] walks it and
+//! The way of a photo: [`source`] -> [`face`] -> [`filter`] -> [`crop`] -> [`caption`] -> [`shard`]; [`pipeline`] walks it and
 //! [`report`] shows what happened. Training reads the result through [`shard`], generation shares [`face`].
 
 pub mod caption;
 pub mod config;
+pub mod crop;
 pub mod error;
 pub mod face;
 pub mod files;

@@ -1,0 +1,140 @@
+//! The picture around a face that training sees.
+
+use image::RgbImage;
+use image::imageops::{self, FilterType};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How much of the photo stays around the face.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CropConfig {
+    /// Side of the square crop as a multiple of the longer side of the face box; at least 1. Near an edge the square
+    /// moves inwards; where it is larger than the photo, the photo's edges cut it.
+    pub margin: f32,
+    /// Larger crops are scaled down to this longer side, in pixels.
+    pub max_side: u32,
+}
+
+impl Default for CropConfig {
+    fn default() -> Self {
+        Self { margin: 2.5, max_side: 1024 }
+    }
+}
+
+/// A cut out part of a photo, and the way of a coordinate from the photo into it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Crop {
+    /// The pixels.
+    pub image: RgbImage,
+    origin: [f32; 2],
+    scale: [f32; 2],
+}
+
+impl CropConfig {
+    /// Checks that a crop holds its face and has a size.
+    ///
+    /// # Errors
+    /// Input, at `place`.
+    pub fn validate(&self, place: &str) -> Result<()> {
+        if self.margin < 1.0 {
+            let problem = format!("margin is {}: the crop would cut the face", self.margin);
+            return Err(Error::input(place, problem, "give a margin of at least 1"));
+        }
+        if self.max_side == 0 {
+            return Err(Error::input(
+                place,
+                "max_side is 0",
+                "give the longest side of a crop in pixels, such as 1024",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Cuts `photo` around `face_box` (x0, y0, x1, y1 in its pixels).
+    pub fn cut(&self, photo: &RgbImage, face_box: [f32; 4]) -> Crop {
+        let [x0, y0, x1, y1] = face_box;
+        let side = self.margin * (x1 - x0).max(y1 - y0);
+        let (left, width) = window((x0 + x1) / 2.0, side, photo.width());
+        let (top, height) = window((y0 + y1) / 2.0, side, photo.height());
+        let cut = imageops::crop_imm(photo, left, top, width, height);
+
+        let longest = width.max(height);
+        if longest <= self.max_side {
+            return Crop { image: cut.to_image(), origin: [left as f32, top as f32], scale: [1.0; 2] };
+        }
+        let shrunk = |side: u32| {
+            let exact = f64::from(side) * f64::from(self.max_side) / f64::from(longest);
+            (exact.round() as u32).max(1)
+        };
+        let image = imageops::resize(&*cut, shrunk(width), shrunk(height), FilterType::Lanczos3);
+        let scale = [image.width() as f32 / width as f32, image.height() as f32 / height as f32];
+        Crop { image, origin: [left as f32, top as f32], scale }
+    }
+}
+
+impl Crop {
+    /// A point of the photo in pixels of the crop.
+    pub fn place(&self, point: [f32; 2]) -> [f32; 2] {
+        [(point[0] - self.origin[0]) * self.scale[0], (point[1] - self.origin[1]) * self.scale[1]]
+    }
+
+    /// A box (x0, y0, x1, y1) of the photo in pixels of the crop.
+    pub fn place_box(&self, [x0, y0, x1, y1]: [f32; 4]) -> [f32; 4] {
+        let ([x0, y0], [x1, y1]) = (self.place([x0, y0]), self.place([x1, y1]));
+        [x0, y0, x1, y1]
+    }
+}
+
+/// Start and length of a window of `side` about `centre`, moved and cut to lie in 0..`limit`.
+fn window(centre: f32, side: f32, limit: u32) -> (u32, u32) {
+    let length = (side.round().max(1.0) as u32).min(limit);
+    let start = (centre - length as f32 / 2.0).round().max(0.0) as u32;
+    (start.min(limit - length), length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Red counts x, green counts y.
+    fn ramp(width: u32, height: u32) -> RgbImage {
+        RgbImage::from_fn(width, height, |x, y| image::Rgb([x as u8, y as u8, 0]))
+    }
+
+    #[test]
+    fn the_face_is_in_the_middle_and_coordinates_follow() {
+        let crop = CropConfig { margin: 2.0, max_side: 512 }.cut(&ramp(200, 200), [80.0, 90.0, 110.0, 130.0]);
+        assert_eq!(crop.image.dimensions(), (80, 80));
+        assert_eq!(crop.image.get_pixel(0, 0).0, [55, 70, 0]);
+        assert_eq!(crop.place_box([80.0, 90.0, 110.0, 130.0]), [25.0, 20.0, 55.0, 60.0]);
+    }
+
+    #[test]
+    fn near_an_edge_the_square_moves_and_in_a_small_photo_it_is_cut() {
+        let config = CropConfig { margin: 2.0, max_side: 512 };
+        let corner = config.cut(&ramp(200, 200), [0.0, 160.0, 30.0, 190.0]);
+        assert_eq!(corner.image.dimensions(), (60, 60));
+        assert_eq!(corner.image.get_pixel(0, 0).0, [0, 140, 0]);
+        let small = config.cut(&ramp(92, 112), [20.0, 20.0, 80.0, 100.0]);
+        assert_eq!(small.image, ramp(92, 112));
+        assert_eq!(small.place([5.0, 6.0]), [5.0, 6.0]);
+    }
+
+    #[test]
+    fn large_crops_shrink_with_their_coordinates() {
+        let crop = CropConfig { margin: 1.0, max_side: 50 }.cut(&ramp(240, 240), [20.0, 40.0, 220.0, 240.0]);
+        assert_eq!(crop.image.dimensions(), (50, 50));
+        assert_eq!(crop.place([120.0, 140.0]), [25.0, 25.0]);
+        let [x, y, _] = crop.image.get_pixel(25, 25).0;
+        assert!(x.abs_diff(122) <= 2 && y.abs_diff(142) <= 2, "{x} {y}");
+    }
+
+    #[test]
+    fn a_crop_that_cuts_the_face_is_refused() {
+        assert!(CropConfig { margin: 0.9, max_side: 5 }.validate("crop").is_err());
+        assert!(CropConfig { margin: 1.0, max_side: 0 }.validate("crop").is_err());
+        assert!(CropConfig::default().validate("crop").is_ok());
+    }
+}

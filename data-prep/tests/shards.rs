@@ -1,0 +1,194 @@
+//! Shard folders: what is written is what is read, and damage is named.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow::array::{Int32Array, RecordBatch};
+use arrow::datatypes::{DataType, Field, Schema};
+use data_prep::shard::{
+    EMBEDDING_DIM, FaceRecord, MANIFEST_FILE, Manifest, SCHEMA_VERSION, ShardConfig, ShardFolder, ShardWriter,
+};
+
+fn record(number: usize) -> FaceRecord {
+    let value = number as f32;
+    FaceRecord {
+        key: format!("people/{number:03}.png"),
+        image: vec![number as u8; 100 + number],
+        width: 92,
+        height: 112,
+        face_box: [1.0, 2.0, 60.5, 80.25].map(|x| x + value),
+        points: [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], [9.0, value]],
+        landmarks: (0..68).map(|i| [i as f32, value - i as f32]).collect(),
+        score: 0.5 + value / 100.0,
+        id_embedding: (0..EMBEDDING_DIM).map(|i| ((i + number) as f32).sin()).collect(),
+        caption: "a photo of a person".into(),
+        sha256: format!("{number:064x}"),
+        identity: (number % 3 != 0).then(|| format!("s{number:02}")),
+        split: (number % 2 == 0).then(|| "train".into()),
+    }
+}
+
+/// A folder of 10 faces in shards of 4, row groups of 2.
+fn write(dir: &Path) -> Vec<FaceRecord> {
+    let records: Vec<_> = (0..10).map(record).collect();
+    let models = BTreeMap::from([("detector".to_owned(), "yunet".to_owned())]);
+    let config = ShardConfig { rows_per_group: 2, rows_per_shard: 4 };
+    let mut writer = ShardWriter::new(dir, &config, &models);
+    for record in &records {
+        writer.push(record.clone()).unwrap();
+    }
+    let manifest = Manifest {
+        schema_version: SCHEMA_VERSION,
+        photos: 12,
+        kept: 10,
+        splits: BTreeMap::from([("train".into(), 5)]),
+        rejected: BTreeMap::from([("no_face".into(), 2)]),
+        models,
+        shards: writer.finish().unwrap(),
+        config: serde_json::json!({"margin": 1.5}),
+    };
+    manifest.write(dir).unwrap();
+    records
+}
+
+fn failure(dir: &Path) -> String {
+    let error = ShardFolder::open(dir).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    error.to_string()
+}
+
+#[test]
+fn rows_come_back_in_order_group_by_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = write(dir.path());
+    let folder = ShardFolder::open(dir.path()).unwrap();
+    folder.verify().unwrap();
+    let places: Vec<_> = folder
+        .row_groups()
+        .iter()
+        .map(|group| (group.file.file_name().unwrap().to_str().unwrap(), group.index, group.rows))
+        .collect();
+    let [a, b, c] = ["shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet"];
+    assert_eq!(places, [(a, 0, 2), (a, 1, 2), (b, 0, 2), (b, 1, 2), (c, 0, 2)]);
+    let read: Vec<_> = folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap()).collect();
+    assert_eq!(read, records);
+    assert_eq!(folder.read(&folder.row_groups()[3]).unwrap(), records[6..8]);
+}
+
+#[test]
+fn the_same_rows_give_the_same_bytes() {
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write(one.path());
+    write(two.path());
+    for file in ["shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet", MANIFEST_FILE] {
+        assert_eq!(fs::read(one.path().join(file)).unwrap(), fs::read(two.path().join(file)).unwrap(), "{file}");
+    }
+}
+
+#[test]
+fn a_truncated_shard_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let shard = dir.path().join("shard-00001.parquet");
+    let bytes = fs::read(&shard).unwrap();
+    fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
+    let message = failure(dir.path());
+    assert!(
+        message.contains("shard-00001.parquet: holds") && message.contains("remedy: restore the file"),
+        "{message}"
+    );
+    fs::remove_file(&shard).unwrap();
+    assert!(failure(dir.path()).contains("shard-00001.parquet: cannot be read"));
+}
+
+#[test]
+fn a_shard_that_is_no_parquet_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let shard = dir.path().join("shard-00001.parquet");
+    let size = fs::read(&shard).unwrap().len();
+    fs::write(&shard, vec![7; size]).unwrap();
+    assert!(failure(dir.path()).contains("shard-00001.parquet: is truncated or not a Parquet file"));
+}
+
+#[test]
+fn damaged_rows_are_an_error_and_fail_the_checksum() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = write(dir.path());
+    let shard = dir.path().join("shard-00000.parquet");
+    let mut bytes = fs::read(&shard).unwrap();
+    // The first pages: keys and images.
+    bytes[8..160].fill(0xa5);
+    fs::write(&shard, bytes).unwrap();
+    let folder = ShardFolder::open(dir.path()).unwrap();
+    let error = folder.verify().unwrap_err();
+    assert!(error.to_string().contains("shard-00000.parquet: its SHA-256"), "{error}");
+    let error = folder.read(&folder.row_groups()[0]).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("shard-00000.parquet: row group 0 is damaged"), "{error}");
+    assert_eq!(folder.read(&folder.row_groups()[2]).unwrap(), records[4..6]);
+}
+
+#[test]
+fn a_manifest_that_does_not_fit_is_refused() {
+    let change = |from: &str, to: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path());
+        let path = dir.path().join(MANIFEST_FILE);
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        failure(dir.path())
+    };
+    let message = change("\"schema_version\": 1", "\"schema_version\": 2");
+    assert!(message.contains("has schema version 2, this program reads version 1"), "{message}");
+    let message = change("\"kept\": 10", "\"kept\": 11");
+    assert!(message.contains("counts 11 faces, its shards hold 10"), "{message}");
+    let message = change("\"rows\": 4", "\"rows\": 5");
+    assert!(message.contains("shard-00000.parquet: holds 4 rows, manifest.json says 5"), "{message}");
+    let message = change("\"photos\"", "\"pictures\"");
+    assert!(message.contains("manifest.json: is damaged: missing field `photos`"), "{message}");
+    let message = change("{", "[");
+    assert!(message.contains("manifest.json: is damaged"), "{message}");
+}
+
+#[test]
+fn a_folder_without_a_manifest_is_no_shard_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let message = failure(dir.path());
+    assert!(message.contains("holds no manifest.json") && message.contains("data-prep build"), "{message}");
+}
+
+#[test]
+fn a_parquet_file_with_other_columns_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let schema = Arc::new(Schema::new(vec![Field::new("key", DataType::Int32, false)]));
+    let batch = RecordBatch::try_new(schema.clone(), vec![Arc::new(Int32Array::from(vec![1, 2]))]).unwrap();
+    let mut bytes = Vec::new();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(&mut bytes, schema, None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+    fs::write(dir.path().join("shard-00000.parquet"), &bytes).unwrap();
+    let mut manifest = Manifest::read(dir.path()).unwrap();
+    manifest.shards[0].bytes = bytes.len() as u64;
+    manifest.write(dir.path()).unwrap();
+    let message = failure(dir.path());
+    assert!(message.contains("column 0 is `key` of type Int32, expected `key` of type Utf8"), "{message}");
+}
+
+#[test]
+fn an_embedding_of_another_length_and_uneven_sizes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = ShardWriter::new(dir.path(), &ShardConfig::default(), &BTreeMap::new());
+    let wrong = FaceRecord { id_embedding: vec![0.0; 128], ..record(1) };
+    assert!(writer.push(wrong).unwrap_err().to_string().contains("people/001.png: an ID embedding of 128"));
+    for (rows_per_group, rows_per_shard) in [(0, 4), (3, 4), (4, 0)] {
+        let config = ShardConfig { rows_per_group, rows_per_shard };
+        assert_eq!(config.validate("data.yaml: shards").unwrap_err().exit_code(), 2);
+    }
+}
