@@ -77,7 +77,9 @@ fn every_damage_is_named_with_its_remedy() {
         for (what, damage) in &damages {
             let checkpoint = store.write(5, &state(5), fill).unwrap();
             damage(&checkpoint.path().join(file)).unwrap();
-            let error = checkpoint.verify().expect_err(what);
+            let verified = checkpoint.verify();
+            assert!(verified.is_err(), "{file} {what} goes unnoticed");
+            let error = verified.unwrap_err();
             let message = error.to_string();
             // A bit flipped in the list of checksums shows as another file that does not match it.
             let named = file == "checksums.json" || message.contains(file);
