@@ -187,6 +187,13 @@ impl<'a> WeightsAt<'a> {
         self.weights.record.borrow_mut().asked.insert(self.key(name));
     }
 
+    /// Lets everything below this handle pass unread: a part that nothing asks for.
+    pub fn ignore_all(&self) {
+        let below = self.key("");
+        let names = self.weights.file.shapes().into_keys().filter(|name| name.starts_with(&below)).map(String::from);
+        self.weights.record.borrow_mut().asked.extend(names);
+    }
+
     /// A tensor as the file lays it out.
     pub fn tensor<const D: usize>(&self, name: &str, shape: [usize; D]) -> Tensor<D> {
         let values = self.weights.ask(self.key(name), shape);

@@ -1,0 +1,123 @@
+//! The transformer that CLIP's text and image towers share (transformers `CLIPEncoder`; Radford et al., arXiv 2103.00020).
+
+use burn::nn::{LayerNorm, Linear};
+use burn::tensor::Tensor;
+use burn::tensor::activation::{gelu, sigmoid};
+use burn::tensor::module::attention;
+use burn::tensor::ops::AttentionModuleOptions;
+use serde::Deserialize;
+
+use crate::weights::WeightsAt;
+
+/// `hidden_act` of a CLIP config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x * sigmoid(1.702 x)`: OpenAI's CLIP.
+    QuickGelu,
+    /// The exact GELU: OpenCLIP.
+    Gelu,
+}
+
+/// Sizes of a CLIP transformer, as both towers' `config.json` name them.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ClipEncoderConfig {
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// Width inside the MLPs.
+    pub intermediate_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Heads; a divisor of the width.
+    pub num_attention_heads: usize,
+    /// Between the two linears of an MLP.
+    pub hidden_act: Activation,
+    /// Epsilon of every layer norm.
+    #[serde(default = "layer_norm_eps")]
+    pub layer_norm_eps: f64,
+}
+
+fn layer_norm_eps() -> f64 {
+    1e-5
+}
+
+impl ClipEncoderConfig {
+    /// What makes these sizes impossible: the key and the problem.
+    pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
+        let (width, heads, layers) = (self.hidden_size, self.num_attention_heads, self.num_hidden_layers);
+        if width == 0 || heads == 0 || !width.is_multiple_of(heads) {
+            return Some(("num_attention_heads", format!("{heads} does not divide hidden_size {width}")));
+        }
+        // One layer has no penultimate states that any layer has touched.
+        (layers < 2).then(|| ("num_hidden_layers", format!("{layers} is too few: the penultimate layer is needed")))
+    }
+}
+
+/// A stack of pre-norm transformer layers.
+#[derive(Debug)]
+pub(crate) struct ClipEncoder {
+    layers: Vec<ClipLayer>,
+}
+
+impl ClipEncoder {
+    /// The first `layers` of the encoder at `at`.
+    pub(crate) fn new(at: &WeightsAt<'_>, config: &ClipEncoderConfig, layers: usize) -> Self {
+        Self { layers: (0..layers).map(|i| ClipLayer::new(&at.at("layers").at(i), config)).collect() }
+    }
+
+    /// Hidden states `[B, T, C]` after the last of these layers; `causal` hides later positions from earlier ones.
+    pub(crate) fn forward(&self, x: Tensor<3>, causal: bool) -> Tensor<3> {
+        self.layers.iter().fold(x, |x, layer| layer.forward(x, causal))
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct ClipLayer {
+    heads: usize,
+    activation: Activation,
+    norm1: LayerNorm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+    norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl ClipLayer {
+    pub(crate) fn new(at: &WeightsAt<'_>, config: &ClipEncoderConfig) -> Self {
+        let (width, inner) = (config.hidden_size, config.intermediate_size);
+        let square = |name| at.at("self_attn").at(name).linear(width, width, true);
+        Self {
+            heads: config.num_attention_heads,
+            activation: config.hidden_act,
+            norm1: at.at("layer_norm1").layer_norm(width, config.layer_norm_eps),
+            q: square("q_proj"),
+            k: square("k_proj"),
+            v: square("v_proj"),
+            out: square("out_proj"),
+            norm2: at.at("layer_norm2").layer_norm(width, config.layer_norm_eps),
+            fc1: at.at("mlp.fc1").linear(width, inner, true),
+            fc2: at.at("mlp.fc2").linear(inner, width, true),
+        }
+    }
+
+    pub(crate) fn forward(&self, x: Tensor<3>, causal: bool) -> Tensor<3> {
+        let [b, t, c] = x.dims();
+        // 1. Self-attention, heads side by side: [B, T, C] -> [B, heads, T, C / heads].
+        let normed = self.norm1.forward(x.clone());
+        let [q, k, v] = [&self.q, &self.k, &self.v]
+            .map(|linear| linear.forward(normed.clone()).reshape([b, t, self.heads, c / self.heads]).swap_dims(1, 2));
+        let options = AttentionModuleOptions { is_causal: causal, ..Default::default() };
+        let mixed = attention(q, k, v, None, None, options).swap_dims(1, 2).reshape([b, t, c]);
+        let x = x + self.out.forward(mixed);
+        // 2. MLP.
+        let inner = self.fc1.forward(self.norm2.forward(x.clone()));
+        let inner = match self.activation {
+            Activation::QuickGelu => inner.clone() * sigmoid(inner * 1.702),
+            Activation::Gelu => gelu(inner),
+        };
+        x + self.fc2.forward(inner)
+    }
+}
