@@ -7,12 +7,15 @@ use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Tensor, TensorData};
 use image::RgbImage;
-use image::imageops::{self, FilterType};
+use image::imageops;
 use serde::Deserialize;
 
+use crate::clip_vision::resize::bicubic;
 use crate::error::{Error, Result};
 use crate::sdxl::clip_encoder::{ClipEncoder, ClipEncoderConfig};
 use crate::weights::{self, Weights};
+
+mod resize;
 
 const REMEDY: &str = "use the folder of a CLIP image encoder, such as ViT-L/14, in transformers layout";
 
@@ -141,7 +144,7 @@ struct ProcessorConfig {
     image_std: [f32; 3],
     #[serde(default = "per_level")]
     rescale_factor: f64,
-    #[serde(default = "bicubic")]
+    #[serde(default = "pillow_bicubic")]
     resample: u32,
     #[serde(default = "yes")]
     do_resize: bool,
@@ -158,7 +161,7 @@ fn per_level() -> f64 {
 }
 
 /// Pillow's number for bicubic resampling.
-fn bicubic() -> u32 {
+fn pillow_bicubic() -> u32 {
     3
 }
 
@@ -168,7 +171,7 @@ fn yes() -> bool {
 
 /// Pictures to pixel values: shortest edge resized, centre cropped, normalised.
 ///
-/// Resampling is bicubic (a = -0.5) with antialiasing, as in Pillow, whose 8-bit arithmetic it follows within two levels.
+/// Bit for bit what Pillow's bicubic resampling gives.
 #[derive(Debug, Clone)]
 pub struct ImageProcessor {
     shortest_edge: u32,
@@ -193,7 +196,7 @@ impl ImageProcessor {
             let keys = "do_resize, do_center_crop, do_rescale, do_normalize";
             return Err(refuse(keys, "all must be true"));
         }
-        if config.resample != bicubic() {
+        if config.resample != pillow_bicubic() {
             return Err(refuse("resample", "only 3 (bicubic) is supported"));
         }
         let (Size::Side(shortest_edge) | Size::Shortest { shortest_edge }) = config.size else {
@@ -240,7 +243,7 @@ impl ImageProcessor {
                 as u32
         };
         let (width, height) = (scaled(width), scaled(height));
-        let resized = imageops::resize(picture, width, height, FilterType::CatmullRom);
+        let resized = bicubic(picture, width, height);
         // 2. The centre.
         let (left, top) = ((width - self.crop) / 2, (height - self.crop) / 2);
         let cropped = imageops::crop_imm(&resized, left, top, self.crop, self.crop).to_image();

@@ -57,7 +57,7 @@ fn relative_error(actual: &[f32], expected: &[f32]) -> f32 {
 
 fn assert_close<const D: usize>(what: &str, actual: Tensor<D>, expected: &Tensor<D>, tolerance: f32) {
     assert_eq!(actual.dims(), expected.dims(), "{what}");
-    let [actual, expected] = [actual, expected.clone()].map(|t| t.into_data().to_vec::<f32>().unwrap());
+    let [actual, expected] = [actual, expected.clone()].map(|t| t.into_data().try_to_vec::<f32>().unwrap());
     let error = relative_error(&actual, &expected);
     assert!(error <= tolerance, "{what}: relative error {error:e} above {tolerance:e}");
 }
@@ -146,8 +146,8 @@ fn the_image_processor_and_encoder_agree_with_transformers() {
 
     let processor = ImageProcessor::load(&fixtures().join("feature_extractor")).unwrap();
     let processed = processor.process(&[picture, upright], &device());
-    // Two levels of 255, over a standard deviation of about 0.27, against a largest value of about 2.1.
-    assert_close("pixel_values", processed, &pixel_values, 2.0 / 255.0 / 0.27 / 2.1);
+    // One level of 255 would be 7e-3: every pixel is equal.
+    assert_close("pixel_values", processed, &pixel_values, 1e-6);
 
     let model = ClipVisionModel::load(&fixtures().join("image_encoder"), &device()).unwrap();
     assert_eq!(model.config().tokens(), 17);
@@ -250,5 +250,5 @@ fn weights_that_do_not_fit_the_config_are_listed() {
     let copy =
         with_edited("vae", "config.json", |text| text.replace("\"layers_per_block\": 2", "\"layers_per_block\": 1"));
     let message = AutoencoderKl::load(copy.path(), &device()).unwrap_err().to_string();
-    assert!(message.contains("encoder.down_blocks.0.resnets.1"), "{message}");
+    assert!(message.contains("decoder.up_blocks.0.resnets.2.conv1.bias"), "{message}");
 }

@@ -34,6 +34,13 @@ OUT = Path(__file__).resolve().parents[2] / "burn-hyperlora/tests/fixtures/encod
 MERGES = 1500
 START, END = "<|startoftext|>", "<|endoftext|>"
 
+README = """# Fixtures of the encoders
+
+Made by `ci/parity/encoder_fixtures.py`: tiny random models in the diffusers layout, and what diffusers and transformers
+compute with them. The vocabulary is the beginning of OpenAI CLIP's (`bpe_simple_vocab_16e6.txt.gz`), as PyPI
+open-clip-torch 3.3.0 carries it: MIT licence, copyright (c) 2021 OpenAI.
+"""
+
 TEXTS = [
     "",
     " ",
@@ -284,6 +291,7 @@ def main():
     torch.set_num_threads(1)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
+    (OUT / "README.md").write_text(README)
     made, vocabulary = tokenizers(arguments.bpe)
     encoders = text_encoders(made, vocabulary)
     vae = autoencoder()

@@ -43,7 +43,8 @@ impl ClipTokenizer {
         let broken = |problem: &dyn std::fmt::Display| {
             Error::file(&origin, format!("no CLIP vocabulary: {problem}"), "use the tokenizer folder of the base model")
         };
-        let model: BPE = serde_json::from_value(json!({
+        // The library's own reader takes borrowed text only, and it alone makes both sources into a model.
+        let model = json!({
             "type": "BPE",
             "vocab": vocabulary,
             "merges": merges,
@@ -52,8 +53,8 @@ impl ClipTokenizer {
             "continuing_subword_prefix": "",
             "end_of_word_suffix": WORD_END,
             "fuse_unk": false,
-        }))
-        .map_err(|problem| broken(&problem))?;
+        });
+        let model: BPE = serde_json::from_str(&model.to_string()).map_err(|problem| broken(&problem))?;
 
         let pad = pad_token(folder)?;
         let mut tokenizer = Tokenizer::new(model);
