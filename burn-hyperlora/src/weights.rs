@@ -210,6 +210,22 @@ impl<'a> WeightsAt<'a> {
         }
     }
 
+    /// One stored linear with bias as two: the first and the second half of its `2 d_half` outputs.
+    pub fn linear_halves(&self, d_input: usize, d_half: usize) -> [Linear; 2] {
+        let weight = self.weights.ask(self.key("weight"), [2 * d_half, d_input]);
+        let bias = self.weights.ask(self.key("bias"), [2 * d_half]);
+        let half_of = |values: &Option<Vec<f32>>, half: usize| {
+            values.as_ref().map(|values| values[half * values.len() / 2..(half + 1) * values.len() / 2].to_vec())
+        };
+        [0, 1].map(|half| {
+            let transposed = half_of(&weight, half).map(|values| transpose(&values, d_half, d_input));
+            Linear {
+                weight: frozen(self.weights.place(transposed, [d_input, d_half])),
+                bias: Some(frozen(self.weights.place(half_of(&bias, half), [d_half]))),
+            }
+        })
+    }
+
     /// `weight` `[out, in, kernel, kernel]` and `bias` `[out]`; `padding` is the same on all sides.
     pub fn conv2d(&self, channels: [usize; 2], kernel: usize, stride: usize, padding: usize) -> Conv2d {
         Conv2d {

@@ -11,5 +11,7 @@ pub mod text;
 pub mod tokenizer;
 pub mod unet_2d_blocks;
 pub mod unet_2d_condition;
+pub mod unet_config;
+mod unet_gradients;
 
 pub use unet_2d_condition as unet;
