@@ -44,6 +44,13 @@ pub struct AttentionSite {
     pub cross_attention_dim: Option<usize>,
 }
 
+impl AttentionSite {
+    /// Its name in LoRA files: `lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1`.
+    pub fn lora_prefix(&self) -> String {
+        format!("lora_unet_{}", self.path.replace('.', "_"))
+    }
+}
+
 impl LoraPair {
     fn map(self, f: &mut impl FnMut(Tensor<3>) -> Tensor<3>) -> Self {
         Self { down: f(self.down), up: f(self.up) }

@@ -17,7 +17,7 @@ const ALIGNMENT: usize = 8;
 
 #[derive(Serialize)]
 struct Header {
-    __metadata__: BTreeMap<&'static str, &'static str>,
+    __metadata__: BTreeMap<String, String>,
     #[serde(flatten)]
     tensors: BTreeMap<String, TensorInfo>,
 }
@@ -28,6 +28,18 @@ struct Header {
 /// Input for a place that cannot be written to, Disk for a full or failing disk, Fault for two tensors of one name or
 /// an element type that safetensors files do not hold.
 pub fn save(path: &Path, tensors: impl IntoIterator<Item = (String, TensorData)>) -> Result<()> {
+    save_with_metadata(path, BTreeMap::new(), tensors)
+}
+
+/// [`save`] with entries for the file's metadata.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_with_metadata(
+    path: &Path,
+    mut metadata: BTreeMap<String, String>,
+    tensors: impl IntoIterator<Item = (String, TensorData)>,
+) -> Result<()> {
     let mut tensors: Vec<_> = tensors.into_iter().collect();
     tensors.sort_by(|(a, x), (b, y)| y.dtype().size().cmp(&x.dtype().size()).then_with(|| a.cmp(b)));
 
@@ -42,7 +54,8 @@ pub fn save(path: &Path, tensors: impl IntoIterator<Item = (String, TensorData)>
         }
     }
     // PyTorch's readers look for this entry.
-    let header = Header { __metadata__: BTreeMap::from([("format", "pt")]), tensors: infos };
+    metadata.insert("format".into(), "pt".into());
+    let header = Header { __metadata__: metadata, tensors: infos };
     let mut header =
         serde_json::to_vec(&header).map_err(|problem| Error::Fault(format!("safetensors header: {problem}")))?;
     header.resize(header.len().next_multiple_of(ALIGNMENT), b' ');

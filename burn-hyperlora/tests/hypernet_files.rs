@@ -1,0 +1,213 @@
+//! Files of the hypernetwork: the released folder both ways, and LoRA files for other tools.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, FloatDType, Tensor};
+use burn_hyperlora::export::save_kohya;
+use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig};
+use burn_hyperlora::lora::{AttentionSite, LoraWeights};
+use burn_hyperlora::weights::Weights;
+
+const FILES: [&str; 4] = ["hyper_lora_modules", "resampler", "id_projector", "base_resampler"];
+
+fn fixtures() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hypernet")
+}
+
+fn sites() -> Vec<AttentionSite> {
+    let site = |path: &str, hidden_size, cross_attention_dim: Option<usize>| AttentionSite {
+        path: format!("{path}.transformer_blocks.0.{}", if cross_attention_dim.is_some() { "attn2" } else { "attn1" }),
+        hidden_size,
+        cross_attention_dim,
+    };
+    vec![
+        site("down_blocks.1.attentions.0", 6, None),
+        site("down_blocks.1.attentions.0", 6, Some(7)),
+        site("mid_block.attentions.0", 8, Some(7)),
+    ]
+}
+
+fn config() -> HyperLoraConfig {
+    HyperLoraConfig::of_folder(&fixtures(), 5).unwrap()
+}
+
+/// Every tensor of a safetensors file, by its raw bytes.
+fn tensors(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let bytes = fs::read(path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    file.iter().map(|(name, view)| (name.to_owned(), view.data().to_vec())).collect()
+}
+
+fn clip() -> Tensor<3> {
+    Weights::open(&fixtures().join("expected.safetensors"), &Device::flex())
+        .unwrap()
+        .at("")
+        .tensor("clip_states", [4, 5, 10])
+}
+
+fn values(lora: &LoraWeights) -> Vec<f32> {
+    lora.tensors().flat_map(|tensor| tensor.to_data().iter::<f32>().collect::<Vec<_>>()).collect()
+}
+
+#[test]
+fn the_sizes_are_read_from_the_files() {
+    let expected = HyperLoraConfig {
+        id_rank: 4,
+        base_rank: 2,
+        basis: 9,
+        id_tokens: 3,
+        id_embedding_dim: 11,
+        clip_dim: 10,
+        resampler: ResamplerConfig { dim: 14, depth: 2, heads: 3, head_dim: 5, ff_mult: 2 },
+    };
+    assert_eq!(config(), expected);
+}
+
+#[test]
+fn a_released_folder_comes_back_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let saved = folder.path().join("weights");
+    for device in [Device::flex(), Device::flex().autodiff()] {
+        let model = HyperLora::load(&fixtures(), &config(), &sites(), &device).unwrap();
+        model.save(&saved, FloatDType::F32).unwrap();
+        for stem in FILES {
+            let name = format!("{stem}.safetensors");
+            assert_eq!(tensors(&saved.join(&name)), tensors(&fixtures().join(&name)), "{name}");
+        }
+        let json = |folder: &Path| fs::read_to_string(folder.join("hyper_lora_modules.json")).unwrap();
+        assert_eq!(json(&saved).trim(), json(&fixtures()).trim());
+    }
+}
+
+/// A copy of the fixture with another `hyper_lora_modules.json`.
+fn with_modules(json: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for stem in FILES {
+        let name = format!("{stem}.safetensors");
+        fs::copy(fixtures().join(&name), folder.path().join(&name)).unwrap();
+    }
+    fs::write(folder.path().join("hyper_lora_modules.json"), json).unwrap();
+    folder
+}
+
+#[test]
+fn stability_naming_and_another_module_order_are_understood() {
+    let json = fs::read_to_string(fixtures().join("hyper_lora_modules.json")).unwrap();
+    let json = json
+        .replace("down_blocks_1_attentions_0", "input_blocks_4_1")
+        .replace("mid_block_attentions_0", "middle_block_1");
+    let folder = with_modules(&json);
+    let device = Device::flex();
+    let plain = HyperLora::load(&fixtures(), &config(), &sites(), &device).unwrap();
+    let renamed = HyperLora::load(folder.path(), &config(), &sites(), &device).unwrap();
+    assert_eq!(values(&renamed.id_lora(clip(), None)), values(&plain.id_lora(clip(), None)));
+
+    let mut turned: Vec<_> = sites();
+    turned.reverse();
+    let other_unet = HyperLora::load(&fixtures(), &config(), &turned, &device).unwrap();
+    assert_eq!(other_unet.sites(), turned);
+    let mut expected = plain.id_lora(clip(), None);
+    expected.modules.reverse();
+    assert_eq!(values(&other_unet.id_lora(clip(), None)), values(&expected));
+}
+
+#[test]
+fn a_folder_that_does_not_fit_is_one_clear_error() {
+    let load = |folder: &Path, config: &HyperLoraConfig, sites: &[AttentionSite]| {
+        let error = HyperLora::load(folder, config, sites, &Device::flex()).map(|_| ()).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{error}");
+        error.to_string()
+    };
+    let json = fs::read_to_string(fixtures().join("hyper_lora_modules.json")).unwrap();
+
+    let other_rank = load(&fixtures(), &HyperLoraConfig { id_rank: 3, ..config() }, &sites());
+    assert!(
+        other_rank.contains("hyper_lora_modules.safetensors") && other_rank.contains("id_down_basis"),
+        "{other_rank}"
+    );
+    let fewer = load(&fixtures(), &config(), &sites()[..2]);
+    assert!(fewer.contains("lists 3 attention modules, the UNet has 2"), "{fewer}");
+    let mut wider = sites();
+    wider[1].cross_attention_dim = Some(2048);
+    let wider = load(&fixtures(), &config(), &wider);
+    assert!(wider.contains("attn2") && wider.contains("2048"), "{wider}");
+
+    let misnamed = with_modules(&json.replace("mid_block", "core"));
+    assert!(load(misnamed.path(), &config(), &sites()).contains("lora_unet_core"));
+    let broken = with_modules(&json[..json.len() / 2]);
+    assert!(load(broken.path(), &config(), &sites()).contains("hyper_lora_modules.json"));
+    let incomplete = with_modules(&json);
+    fs::remove_file(incomplete.path().join("resampler.safetensors")).unwrap();
+    assert!(load(incomplete.path(), &config(), &sites()).contains("resampler.safetensors"));
+}
+
+/// `alpha / rank * up @ down` of one linear of a kohya file, `[out, in]`.
+fn effect(file: &Weights, name: &str, rank: usize, input: usize, output: usize) -> Tensor<2> {
+    let alpha = tensors(file.path())[&format!("{name}.alpha")].as_slice().try_into().map(f32::from_le_bytes).unwrap();
+    let file = file.at("");
+    file.ignore(&format!("{name}.alpha"));
+    let down: Tensor<2> = file.tensor(&format!("{name}.lora_down.weight"), [rank, input]);
+    let up: Tensor<2> = file.tensor(&format!("{name}.lora_up.weight"), [output, rank]);
+    up.matmul(down) * (alpha / rank as f32)
+}
+
+#[test]
+fn a_kohya_file_has_the_effect_of_the_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::flex();
+    let model = HyperLora::load(&fixtures(), &config(), &sites(), &device).unwrap();
+    let weight = |value: f32| Tensor::<1>::from_floats([value], &device);
+    let one = clip().narrow(0, 0, 1);
+    let id = model.id_lora(one.clone(), None).weighted(&weight(0.8));
+    let both = id.clone().concat(model.base_lora(one).unwrap().weighted(&weight(0.4)));
+
+    for (lora, rank, dtype, tolerance) in
+        [(&id, 4, FloatDType::F32, 1e-6), (&both, 6, FloatDType::F32, 1e-6), (&both, 6, FloatDType::F16, 1e-3)]
+    {
+        let path = folder.path().join("lora.safetensors");
+        let notes = BTreeMap::from([("note".to_owned(), "held".to_owned())]);
+        save_kohya(&path, &sites(), lora, dtype, &notes).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        save_kohya(&path, &sites(), lora, dtype, &notes).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), bytes, "the same weights must give the same file");
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let metadata = header.metadata().clone().unwrap();
+        assert_eq!(metadata.get("ss_network_dim"), Some(&rank.to_string()));
+        assert_eq!(metadata.get("note").map(String::as_str), Some("held"));
+
+        let file = Weights::open(&path, &device).unwrap();
+        for (site, module) in sites().iter().zip(&lora.modules) {
+            let (hidden, context) = (site.hidden_size, site.cross_attention_dim.unwrap_or(site.hidden_size));
+            let linears = [("to_q", hidden), ("to_k", context), ("to_v", context), ("to_out_0", hidden)];
+            for ((linear, input), pair) in linears.into_iter().zip(module.pairs()) {
+                let got = effect(&file, &format!("{}_{linear}", site.lora_prefix()), rank, input, hidden);
+                let eye = Tensor::<2>::eye(input, &device).reshape([1, input, input]);
+                let expected = pair.apply(eye).reshape([input, hidden]).swap_dims(0, 1);
+                let norm = |t: Tensor<2>| t.square().sum().sqrt().into_scalar::<f32>();
+                let error = norm(got - expected.clone()) / norm(expected);
+                assert!(error <= tolerance, "{} {linear}: {error:e}", site.path);
+            }
+        }
+        file.finish().unwrap();
+    }
+}
+
+#[test]
+fn a_lora_of_several_samples_or_of_no_numbers_is_not_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lora.safetensors");
+    let model = HyperLora::load(&fixtures(), &config(), &sites(), &Device::flex()).unwrap();
+    let save = |lora: &LoraWeights, sites: &[AttentionSite]| {
+        save_kohya(&path, sites, lora, FloatDType::F16, &BTreeMap::new()).map_err(|error| error.exit_code())
+    };
+    let one = model.id_lora(clip().narrow(0, 0, 1), None);
+    assert_eq!(save(&model.id_lora(clip(), None), &sites()), Err(1));
+    assert_eq!(save(&one, &sites()[..2]), Err(1));
+    assert_eq!(save(&one.clone().map(|tensor| tensor * 1e6), &sites()), Err(1));
+    assert!(!path.exists());
+    assert_eq!(save(&one, &sites()), Ok(()));
+    assert!(path.exists());
+}
