@@ -12,6 +12,7 @@ use burn::tensor::{Device, Tensor};
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::sdxl::resnet::{ResnetBlock2D, ResnetConfig, Upsample2D};
 use crate::weights::{self, Weights, WeightsAt};
 
 /// Of every group norm here; fixed in diffusers' blocks.
@@ -175,7 +176,7 @@ impl AutoencoderKl {
 #[derive(Debug)]
 struct Encoder {
     conv_in: Conv2d,
-    levels: Vec<(Vec<ResnetBlock>, Option<Conv2d>)>,
+    levels: Vec<(Vec<ResnetBlock2D>, Option<Conv2d>)>,
     mid: MidBlock,
     out: OutputBlock,
 }
@@ -208,7 +209,7 @@ impl Encoder {
     fn forward(&self, images: Tensor<4>) -> Tensor<4> {
         let mut x = self.conv_in.forward(images);
         for (resnets, down) in &self.levels {
-            x = resnets.iter().fold(x, |x, resnet| resnet.forward(x));
+            x = resnets.iter().fold(x, |x, resnet| resnet.forward(x, None));
             if let Some(conv) = down {
                 x = conv.forward(x);
             }
@@ -221,7 +222,7 @@ impl Encoder {
 struct Decoder {
     conv_in: Conv2d,
     mid: MidBlock,
-    levels: Vec<(Vec<ResnetBlock>, Option<Conv2d>)>,
+    levels: Vec<(Vec<ResnetBlock2D>, Option<Upsample2D>)>,
     out: OutputBlock,
 }
 
@@ -235,7 +236,7 @@ impl Decoder {
             let resnets = resnets(&block, [channels, width], config.layers_per_block + 1, groups);
             channels = width;
             let up = level + 1 < widths.len();
-            (resnets, up.then(|| block.at("upsamplers.0.conv").conv2d([width; 2], 3, 1, 1)))
+            (resnets, up.then(|| Upsample2D::load(&block.at("upsamplers.0"), width)))
         });
         Self {
             levels: levels.collect(),
@@ -248,9 +249,10 @@ impl Decoder {
     fn forward(&self, latents: Tensor<4>) -> Tensor<4> {
         let mut x = self.mid.forward(self.conv_in.forward(latents));
         for (resnets, up) in &self.levels {
-            x = resnets.iter().fold(x, |x, resnet| resnet.forward(x));
-            if let Some(conv) = up {
-                x = conv.forward(nearest_double(x));
+            x = resnets.iter().fold(x, |x, resnet| resnet.forward(x, None));
+            if let Some(up) = up {
+                let [_, _, height, width] = x.dims();
+                x = up.forward(x, [2 * height, 2 * width]);
             }
         }
         self.out.forward(x)
@@ -258,81 +260,48 @@ impl Decoder {
 }
 
 /// `count` residual blocks; the first goes from `channels[0]` to `channels[1]`.
-fn resnets(block: &WeightsAt<'_>, channels: [usize; 2], count: usize, groups: usize) -> Vec<ResnetBlock> {
+fn resnets(block: &WeightsAt<'_>, channels: [usize; 2], count: usize, groups: usize) -> Vec<ResnetBlock2D> {
     let [input, output] = channels;
     let make = |i| {
         let channels = [if i == 0 { input } else { output }, output];
-        ResnetBlock::new(&block.at("resnets").at(i), channels, groups)
+        resnet(&block.at("resnets").at(i), channels, groups)
     };
     (0..count).map(make).collect()
 }
 
-/// `[B, C, H, W]` to `[B, C, 2H, 2W]`: each pixel becomes four.
-fn nearest_double(x: Tensor<4>) -> Tensor<4> {
-    let [b, c, h, w] = x.dims();
-    x.reshape([b, c, h, 1, w, 1]).expand([b, c, h, 2, w, 2]).reshape([b, c, 2 * h, 2 * w])
-}
-
-/// diffusers `ResnetBlock2D` without a time embedding.
-#[derive(Debug)]
-struct ResnetBlock {
-    norm1: GroupNorm,
-    conv1: Conv2d,
-    norm2: GroupNorm,
-    conv2: Conv2d,
-    conv_shortcut: Option<Conv2d>,
-}
-
-impl ResnetBlock {
-    fn new(at: &WeightsAt<'_>, channels: [usize; 2], groups: usize) -> Self {
-        let [input, output] = channels;
-        Self {
-            norm1: at.at("norm1").group_norm(groups, input, NORM_EPSILON),
-            conv1: at.at("conv1").conv2d(channels, 3, 1, 1),
-            norm2: at.at("norm2").group_norm(groups, output, NORM_EPSILON),
-            conv2: at.at("conv2").conv2d([output; 2], 3, 1, 1),
-            conv_shortcut: (input != output).then(|| at.at("conv_shortcut").conv2d(channels, 1, 1, 0)),
-        }
-    }
-
-    fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let h = self.conv1.forward(silu(self.norm1.forward(x.clone())));
-        let h = self.conv2.forward(silu(self.norm2.forward(h)));
-        let shortcut = match &self.conv_shortcut {
-            Some(conv) => conv.forward(x),
-            None => x,
-        };
-        shortcut + h
-    }
+/// A residual block without a time embedding.
+fn resnet(at: &WeightsAt<'_>, channels: [usize; 2], groups: usize) -> ResnetBlock2D {
+    let [d_input, d_output] = channels;
+    ResnetBlock2D::load(at, ResnetConfig { d_input, d_output, d_time: None, groups, epsilon: NORM_EPSILON })
 }
 
 /// diffusers `UNetMidBlock2D`: a residual block, self-attention over all pixels with one head, a residual block.
 #[derive(Debug)]
 struct MidBlock {
-    first: ResnetBlock,
+    first: ResnetBlock2D,
     attention: Option<PixelAttention>,
-    second: ResnetBlock,
+    second: ResnetBlock2D,
 }
 
 impl MidBlock {
     fn new(at: &WeightsAt<'_>, channels: usize, config: &AutoencoderKlConfig) -> Self {
         let groups = config.norm_num_groups;
         Self {
-            first: ResnetBlock::new(&at.at("resnets.0"), [channels; 2], groups),
+            first: resnet(&at.at("resnets.0"), [channels; 2], groups),
             attention: config
                 .mid_block_add_attention
                 .then(|| PixelAttention::new(&at.at("attentions.0"), channels, groups)),
-            second: ResnetBlock::new(&at.at("resnets.1"), [channels; 2], groups),
+            second: resnet(&at.at("resnets.1"), [channels; 2], groups),
         }
     }
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let x = self.first.forward(x);
+        let x = self.first.forward(x, None);
         let x = match &self.attention {
             Some(attention) => attention.forward(x),
             None => x,
         };
-        self.second.forward(x)
+        self.second.forward(x, None)
     }
 }
 
