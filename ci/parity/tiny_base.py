@@ -3,7 +3,7 @@
     python ci/parity/tiny_base.py --out experiments/quickstart/base
 
 Only photographs of the split `train` enter the training. The model knows no identities: its captions are templates, so it is
-an unconditional face prior, and who is shown has to come through a LoRA. Takes about 20 minutes on one CPU core.
+an unconditional face prior, and who is shown has to come through a LoRA. Takes about half an hour on one CPU core.
 """
 
 import argparse
