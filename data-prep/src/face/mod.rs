@@ -1,1 +1,161 @@
 //! Finding, measuring and embedding faces with ONNX models.
+//!
+//! The way of a face: [`detect`] gives a box and five points, [`landmark`] 68 points, [`align`] a 112 x 112 portrait,
+//! [`embed`] what identifies the person, and [`mask`] the two images that CLIP sees.
+//!
+//! All coordinates are continuous pixels of the photo: (0, 0) is the outer corner of the first pixel, (0.5, 0.5) its
+//! centre.
+
+pub mod align;
+pub mod detect;
+pub mod embed;
+pub mod landmark;
+pub mod mask;
+mod model;
+mod sampling;
+
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
+use serde::{Deserialize, Serialize};
+
+use crate::config::ConfigPath;
+use crate::error::{Error, Result};
+use crate::face::detect::{CANVAS, Detector};
+use crate::face::embed::Embedder;
+use crate::face::landmark::Landmarker;
+use crate::face::model::Runtime;
+
+pub use crate::face::detect::Detection;
+
+/// Which models find and measure faces. Everything has a default: the files that `ci/assets.sh` brings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FaceConfig {
+    /// Folder of the ONNX files.
+    pub models: ConfigPath,
+    /// ONNX Runtime's library. Default: `../lib/libonnxruntime.so` beside `models`, else `ORT_DYLIB_PATH`.
+    pub runtime: Option<ConfigPath>,
+    /// File of the face detector: YuNet (2023mar) with a 640 x 640 input.
+    pub detector: String,
+    /// File of the landmark model: 68 points from 64 x 64 grey.
+    pub landmarker: String,
+    /// File of the ID embedder: 512 numbers from 112 x 112 RGB, (x - 127.5) / 128.
+    pub embedder: String,
+    /// File of the embedder that evaluation alone uses: SFace, 128 numbers from 112 x 112 RGB, 0..255.
+    pub independent_embedder: String,
+    /// Faces with a lower score do not count; 0..1.
+    pub min_score: f32,
+    /// Longest side of the photo in the detector's view, tried in this order until a face is found; 32..=640.
+    /// The smaller ones are for faces that fill the photo.
+    pub detector_sides: Vec<u32>,
+}
+
+impl Default for FaceConfig {
+    fn default() -> Self {
+        Self {
+            models: ConfigPath::new("${HYPERLORA_CACHE:-~/.cache/hyperlora}/models"),
+            runtime: None,
+            detector: "face_detection_yunet.onnx".into(),
+            landmarker: "fr_landmark.onnx".into(),
+            embedder: "fr_feature.onnx".into(),
+            independent_embedder: "sface.onnx".into(),
+            min_score: 0.6,
+            detector_sides: vec![640, 480, 320, 256],
+        }
+    }
+}
+
+impl FaceConfig {
+    fn validate(&self) -> Result<()> {
+        let sides = &self.detector_sides;
+        if sides.is_empty() || sides.iter().any(|side| !(32..=CANVAS).contains(side)) {
+            let problem = format!("{sides:?} is not a list of sides in 32..={CANVAS}");
+            return Err(Error::input("face.detector_sides", problem, "give e.g. [640, 480, 320, 256]"));
+        }
+        if !(self.min_score > 0.0 && self.min_score < 1.0) {
+            let problem = format!("{} is not a score between 0 and 1", self.min_score);
+            return Err(Error::input("face.min_score", problem, "give e.g. 0.6"));
+        }
+        Ok(())
+    }
+}
+
+/// What a face is: where its parts are, and whose it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FaceDescription {
+    /// 68 points in pixels of the photo, in the order of the iBUG 300-W annotation.
+    pub landmarks: Vec<[f32; 2]>,
+    /// 512 numbers of length 1.
+    pub id_embedding: Vec<f32>,
+}
+
+/// One set of ONNX sessions, one thread each: make one per worker.
+#[derive(Debug)]
+pub struct FaceAnalyser {
+    detector: Detector,
+    landmarker: Landmarker,
+    embedder: Embedder,
+    /// Loaded when first used: data preparation does not need it.
+    independent: Option<Embedder>,
+    independent_file: PathBuf,
+    runtime: Runtime,
+}
+
+impl FaceAnalyser {
+    /// Loads ONNX Runtime (once per process) and the models. Relative paths of `config` start at `base_dir`.
+    ///
+    /// # Errors
+    /// Input: the library or a model file is missing, broken, or not of the expected shape.
+    pub fn load(config: &FaceConfig, base_dir: &Path) -> Result<Self> {
+        config.validate()?;
+        let models = config.models.resolve(base_dir)?;
+        let library = config.runtime.as_ref().map(|path| path.resolve(base_dir)).transpose()?;
+        let runtime = Runtime::load(library, &models)?;
+        Ok(Self {
+            detector: Detector::load(
+                &runtime,
+                &models.join(&config.detector),
+                config.min_score,
+                config.detector_sides.clone(),
+            )?,
+            landmarker: Landmarker::load(&runtime, &models.join(&config.landmarker))?,
+            embedder: Embedder::identity(&runtime, &models.join(&config.embedder))?,
+            independent: None,
+            independent_file: models.join(&config.independent_embedder),
+            runtime,
+        })
+    }
+
+    /// The faces of a photo, best score first.
+    ///
+    /// # Errors
+    /// Fault: the model cannot be run. Input: it is not the expected model.
+    pub fn detect(&mut self, photo: &RgbImage) -> Result<Vec<Detection>> {
+        self.detector.detect(photo)
+    }
+
+    /// Landmarks and ID embedding of one detected face.
+    ///
+    /// # Errors
+    /// As [`detect`](Self::detect); Input for a detection whose points all coincide.
+    pub fn describe(&mut self, photo: &RgbImage, face: &Detection) -> Result<FaceDescription> {
+        Ok(FaceDescription {
+            landmarks: self.landmarker.locate(photo, face.face_box)?,
+            id_embedding: self.embedder.embed(&align::portrait(photo, &face.points)?)?,
+        })
+    }
+
+    /// 128 numbers of length 1 from a model that training never sees: for measuring likeness in evaluation.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load) the first time, then as [`describe`](Self::describe).
+    pub fn embed_independent(&mut self, photo: &RgbImage, face: &Detection) -> Result<Vec<f32>> {
+        let portrait = align::portrait(photo, &face.points)?;
+        let embedder = match self.independent.take() {
+            Some(embedder) => embedder,
+            None => Embedder::independent(&self.runtime, &self.independent_file)?,
+        };
+        self.independent.insert(embedder).embed(&portrait)
+    }
+}
