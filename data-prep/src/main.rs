@@ -1,3 +1,133 @@
 //! `data-prep`: photos to Parquet shards.
 
-fn main() {}
+use std::io::IsTerminal;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::{ArgAction, Parser, Subcommand};
+use data_prep::Result;
+use data_prep::pipeline::{PrepConfig, Progress, build};
+use data_prep::report::{CONTACT_SHEET_FILE, describe_counts};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Photos in, Parquet shards of filtered, embedded faces out.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Find, filter, embed, crop and caption the faces of a folder of photos.
+    #[command(
+        after_help = "Example:\n  data-prep build experiments/quickstart/data.yaml --out runs/quickstart-data\n\n\
+        Exit codes: 0 done, 2 the input needs mending, 1 the disk or the program failed."
+    )]
+    Build {
+        /// The YAML that says where photos are and which faces stay.
+        config: PathBuf,
+        /// The folder to make. One that data-prep made before is replaced once the new one is whole.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Photos looked at side by side [default: one per core]. The result does not depend on it.
+        #[arg(long, value_name = "N")]
+        workers: Option<NonZeroUsize>,
+        /// Say more: each rejected photo; twice for the libraries' words.
+        #[arg(short, long, action = ArgAction::Count)]
+        verbose: u8,
+        /// Say nothing but warnings and errors.
+        #[arg(short, long, conflicts_with = "verbose")]
+        quiet: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let Command::Build { config, out, workers, verbose, quiet } = Cli::parse().command;
+    let level = match (quiet, verbose) {
+        (true, _) => "warn",
+        (false, 0) => "info",
+        (false, 1) => "info,data_prep=debug",
+        (false, _) => "debug",
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(level)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+    match run(&config, &out, workers, quiet) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(config_path: &Path, out: &Path, workers: Option<NonZeroUsize>, quiet: bool) -> Result<()> {
+    let started = Instant::now();
+    let config = PrepConfig::load(config_path)?;
+    let base_dir = config_path.parent().unwrap_or(Path::new("."));
+    let workers = workers.or_else(|| std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
+
+    let mut display = Display::new(quiet);
+    let manifest = build(&config, base_dir, out, workers, &mut |progress| display.show(progress))?;
+    display.finish();
+    if !quiet {
+        let splits = describe_counts(&manifest.splits);
+        println!("kept {} of {} photos ({splits})", manifest.kept, manifest.photos);
+        println!("left out: {}", describe_counts(&manifest.rejected));
+        println!("{} shards in {}, {:.1} s", manifest.shards.len(), out.display(), started.elapsed().as_secs_f32());
+        println!("look at {}", out.join(CONTACT_SHEET_FILE).display());
+    }
+    Ok(())
+}
+
+/// A bar on a terminal, a line now and then elsewhere, nothing when quiet.
+enum Display {
+    Bar(ProgressBar),
+    Lines { last: Instant },
+    Nothing,
+}
+
+impl Display {
+    fn new(quiet: bool) -> Self {
+        match (quiet, std::io::stderr().is_terminal()) {
+            (true, _) => Self::Nothing,
+            (false, true) => {
+                let style =
+                    ProgressStyle::with_template("{bar:40} {pos}/{len} photos, {msg} kept, {per_sec}, {eta} left");
+                Self::Bar(ProgressBar::no_length().with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())))
+            }
+            (false, false) => Self::Lines { last: Instant::now() },
+        }
+    }
+
+    fn show(&mut self, Progress { done, total, kept }: Progress) {
+        match self {
+            Self::Bar(bar) => {
+                bar.set_length(total as u64);
+                bar.set_message(kept.to_string());
+                bar.set_position(done as u64);
+            }
+            Self::Lines { last } => {
+                const EVERY: Duration = Duration::from_secs(5);
+                if done == total || last.elapsed() >= EVERY {
+                    eprintln!("{done}/{total} photos, {kept} kept");
+                    *last = Instant::now();
+                }
+            }
+            Self::Nothing => {}
+        }
+    }
+
+    fn finish(&self) {
+        if let Self::Bar(bar) = self {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,1 +1,307 @@
-//! Source -> face -> filter -> caption -> shard.
+//! Source -> face -> filter -> crop -> caption -> shard: the whole of `data-prep build`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Cursor;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
+use image::{ImageEncoder, RgbImage};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::caption::Captioner;
+use crate::config;
+use crate::crop::CropConfig;
+use crate::error::{Error, Result};
+use crate::face::{FaceAnalyser, FaceConfig};
+use crate::files::StagedFolder;
+use crate::filter::{FilterConfig, Reason, Rejection};
+use crate::report::{Cell, Report};
+use crate::shard::manifest::{hex, sha256_of_file};
+use crate::shard::{FaceRecord, MANIFEST_FILE, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter};
+use crate::source::{DecodeConfig, Photo, SourceConfig};
+
+/// The YAML of `data-prep build`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrepConfig {
+    /// Where photos come from.
+    pub source: SourceConfig,
+    /// What a photo may cost.
+    #[serde(default)]
+    pub decode: DecodeConfig,
+    /// Which models look at it.
+    #[serde(default)]
+    pub face: FaceConfig,
+    /// Which faces stay.
+    #[serde(default)]
+    pub filter: FilterConfig,
+    /// How much of the photo stays around the face.
+    #[serde(default)]
+    pub crop: CropConfig,
+    /// What the caption says.
+    pub caption: Captioner,
+    /// How rows are cut into files.
+    #[serde(default)]
+    pub shards: ShardConfig,
+}
+
+/// How far the build is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Photos looked at.
+    pub done: usize,
+    /// Photos in the source.
+    pub total: usize,
+    /// Faces kept.
+    pub kept: usize,
+}
+
+/// Photos in flight per worker: enough that none waits for the slowest, few enough to bound memory.
+const PHOTOS_PER_WORKER: usize = 4;
+
+impl PrepConfig {
+    /// Reads and checks the YAML at `path`.
+    ///
+    /// # Errors
+    /// Input: as [`config::load`], or a value out of its range.
+    pub fn load(path: &Path) -> Result<Self> {
+        let config: Self = config::load(path)?;
+        let place = |key: &str| format!("{}: {key}", path.display());
+        config.decode.validate(&place("decode"))?;
+        config.filter.validate(&place("filter"))?;
+        config.crop.validate(&place("crop"))?;
+        config.caption.validate(&place("caption"))?;
+        config.shards.validate(&place("shards"))?;
+        Ok(config)
+    }
+}
+
+/// Prepares the photos of `config` into the folder `out`, which appears whole or not at all. Relative paths of `config`
+/// start at `base_dir`. The bytes in `out` depend on the photos, the models and the config, not on `workers`.
+///
+/// # Errors
+/// Input: `out` holds something else, the source or a model is missing, no photo holds a usable face.
+/// Disk: a full or failing one. What stood at `out` is then still there.
+pub fn build(
+    config: &PrepConfig,
+    base_dir: &Path,
+    out: &Path,
+    workers: NonZeroUsize,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Manifest> {
+    // 1. Everything that can be refused is refused before the work begins.
+    check_target(out)?;
+    let photos = config.source.photos(base_dir)?;
+    let models = fingerprints(&config.face, base_dir)?;
+    let analysers = Analysers::load(config, base_dir, workers)?;
+    let staged = StagedFolder::new(out)?;
+
+    // 2. Photos go through in key order, a chunk at a time.
+    let mut writer = ShardWriter::new(staged.path(), &config.shards, &models);
+    let mut report = Report::new(staged.path())?;
+    let mut first_of: HashMap<[u8; 32], &str> = HashMap::new();
+    let mut splits = BTreeMap::new();
+    let mut done = 0;
+    for chunk in photos.chunks(workers.get() * PHOTOS_PER_WORKER) {
+        let files = analysers.read_all(chunk);
+        let files = chunk.iter().zip(files).map(|(photo, file)| {
+            let file = file?;
+            let first = *first_of.entry(file.sha256).or_insert(&photo.key);
+            Ok((file, (first != photo.key).then_some(first)))
+        });
+        let files = files.collect();
+        for (photo, outcome) in chunk.iter().zip(analysers.process_all(chunk, files)) {
+            match outcome? {
+                Outcome::Kept { record, cell } => {
+                    if let Some(split) = &record.split {
+                        *splits.entry(split.clone()).or_insert(0) += 1;
+                    }
+                    report.kept(&photo.key, cell);
+                    writer.push(*record)?;
+                }
+                Outcome::Rejected { why, cell } => {
+                    tracing::debug!("{}: {} {}", photo.key, why.reason.name(), why.detail);
+                    report.rejected(&photo.key, &why, cell)?;
+                }
+            }
+            done += 1;
+        }
+        progress(Progress { done, total: photos.len(), kept: report.kept_count() });
+    }
+
+    // 3. Nothing usable is the user's to know; everything else becomes visible at once.
+    if report.kept_count() == 0 {
+        let problem = format!("none of {} photos holds a usable face ({})", photos.len(), report.reasons());
+        return Err(Error::input("source", problem, "check the photos and the filter's thresholds"));
+    }
+    let manifest = Manifest {
+        schema_version: SCHEMA_VERSION,
+        photos: photos.len(),
+        kept: report.kept_count(),
+        splits,
+        rejected: report.rejected_counts(),
+        models,
+        shards: writer.finish()?,
+        config: as_json(config)?,
+    };
+    report.finish()?;
+    manifest.write(staged.path())?;
+    staged.commit()?;
+    Ok(manifest)
+}
+
+/// Only an absent or empty folder, or one of our own, may be replaced.
+fn check_target(out: &Path) -> Result<()> {
+    const REMEDY: &str = "give another folder to --out, or remove this one";
+    if out.file_name().is_none() {
+        return Err(Error::file(out, "has no name of its own", "give --out a folder such as out/faces"));
+    }
+    let mut entries = match std::fs::read_dir(out) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+            return Err(Error::file(out, "is a file", REMEDY));
+        }
+        Err(error) => return Err(Error::read(out, error)),
+    };
+    if entries.next().is_none() {
+        return Ok(());
+    }
+    let manifest = std::fs::read(out.join(MANIFEST_FILE)).unwrap_or_default();
+    let ours =
+        serde_json::from_slice::<serde_json::Value>(&manifest).is_ok_and(|it| it.get("schema_version").is_some());
+    if ours { Ok(()) } else { Err(Error::file(out, "is not empty and holds no prepared data", REMEDY)) }
+}
+
+/// The models that decide what a shard holds: role to `file sha256:checksum`.
+fn fingerprints(face: &FaceConfig, base_dir: &Path) -> Result<BTreeMap<String, String>> {
+    let folder = face.models.resolve(base_dir)?;
+    [("detector", &face.detector), ("landmarker", &face.landmarker), ("embedder", &face.embedder)]
+        .into_iter()
+        .map(|(role, file)| {
+            let checksum = sha256_of_file(&folder.join(file))?;
+            Ok((role.to_owned(), format!("{file} sha256:{checksum}")))
+        })
+        .collect()
+}
+
+/// A photo's file in memory.
+struct PhotoFile {
+    bytes: Vec<u8>,
+    sha256: [u8; 32],
+}
+
+/// A photo's file, or why there is none.
+type ReadOutcome = std::result::Result<PhotoFile, Rejection>;
+
+/// The same with the key of the earlier photo that it repeats.
+type FileOutcome<'a> = std::result::Result<(PhotoFile, Option<&'a str>), Rejection>;
+
+fn read(photo: &Photo, config: &PrepConfig) -> ReadOutcome {
+    let unreadable = |error: std::io::Error| Rejection::new(Reason::Undecodable, error);
+    let size = std::fs::metadata(&photo.path).map_err(unreadable)?.len();
+    if size > config.decode.max_bytes {
+        return Err(Rejection::new(Reason::Undecodable, format!("file of {size} bytes")));
+    }
+    let bytes = std::fs::read(&photo.path).map_err(unreadable)?;
+    let sha256 = Sha256::digest(&bytes).into();
+    Ok(PhotoFile { bytes, sha256 })
+}
+
+/// What became of a photo.
+enum Outcome {
+    Kept { record: Box<FaceRecord>, cell: Cell },
+    Rejected { why: Rejection, cell: Cell },
+}
+
+/// The workers, and one set of models for each.
+struct Analysers<'a> {
+    config: &'a PrepConfig,
+    pool: rayon::ThreadPool,
+    models: Vec<Mutex<FaceAnalyser>>,
+}
+
+impl<'a> Analysers<'a> {
+    fn load(config: &'a PrepConfig, base_dir: &Path, workers: NonZeroUsize) -> Result<Self> {
+        let models = (0..workers.get())
+            .map(|_| Ok(Mutex::new(FaceAnalyser::load(&config.face, base_dir)?)))
+            .collect::<Result<_>>()?;
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(workers.get())
+            .build()
+            .map_err(|error| Error::Fault(format!("{workers} worker threads: {error}")))?;
+        Ok(Self { config, pool, models })
+    }
+
+    fn read_all(&self, photos: &[Photo]) -> Vec<ReadOutcome> {
+        self.pool.install(|| photos.par_iter().map(|photo| read(photo, self.config)).collect())
+    }
+
+    fn process_all(&self, photos: &[Photo], files: Vec<FileOutcome<'_>>) -> Vec<Result<Outcome>> {
+        self.pool.install(|| photos.par_iter().zip(files).map(|(photo, file)| self.process(photo, file)).collect())
+    }
+
+    /// Looks at one photo; an error is one of the models or of the disk, never of the photo.
+    fn process(&self, photo: &Photo, file: FileOutcome<'_>) -> Result<Outcome> {
+        let (file, earlier) = match file {
+            Ok(file) => file,
+            Err(why) => return Ok(Outcome::Rejected { why, cell: Cell::blank() }),
+        };
+        let pixels = match self.config.decode.decode(&file.bytes) {
+            Ok(pixels) => pixels,
+            Err(error) => {
+                let why = Rejection::new(Reason::Undecodable, error);
+                return Ok(Outcome::Rejected { why, cell: Cell::blank() });
+            }
+        };
+        if let Some(earlier) = earlier {
+            let why = Rejection::new(Reason::Duplicate, earlier);
+            return Ok(Outcome::Rejected { why, cell: Cell::rejected(&pixels, &[]) });
+        }
+        let worker = rayon::current_thread_index().unwrap_or(0);
+        let mut analyser = self.models[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let found = analyser.detect(&pixels)?;
+        let (face, sharpness) = match self.config.filter.select(&pixels, &found) {
+            Ok(selected) => selected,
+            Err(why) => return Ok(Outcome::Rejected { why, cell: Cell::rejected(&pixels, &found) }),
+        };
+        let description = analyser.describe(&pixels, face)?;
+        let crop = self.config.crop.cut(&pixels, face.face_box);
+        let record = FaceRecord {
+            key: photo.key.clone(),
+            image: encode_png(&crop.image)?,
+            width: crop.image.width(),
+            height: crop.image.height(),
+            face_box: crop.place_box(face.face_box),
+            points: face.points.map(|point| crop.place(point)),
+            landmarks: description.landmarks.into_iter().map(|point| crop.place(point)).collect(),
+            score: face.score,
+            id_embedding: description.id_embedding,
+            caption: self.config.caption.caption(&photo.path)?,
+            sha256: hex(&file.sha256),
+            identity: photo.identity.clone(),
+            split: photo.split.clone(),
+        };
+        let cell = Cell::kept(&crop.image, &record, sharpness);
+        Ok(Outcome::Kept { record: Box::new(record), cell })
+    }
+}
+
+/// By way of text, where a 32-bit float is as short as in the YAML; as a value it would be widened to 64 bits.
+fn as_json(config: &PrepConfig) -> Result<serde_json::Value> {
+    serde_json::to_string(config)
+        .and_then(|text| serde_json::from_str(&text))
+        .map_err(|error| Error::Fault(format!("the config cannot be written as JSON: {error}")))
+}
+
+fn encode_png(image: &RgbImage) -> Result<Vec<u8>> {
+    let mut bytes = Cursor::new(Vec::new());
+    PngEncoder::new_with_quality(&mut bytes, CompressionType::Default, FilterType::Adaptive)
+        .write_image(image, image.width(), image.height(), image::ExtendedColorType::Rgb8)
+        .map_err(|error| Error::Fault(format!("a crop cannot be encoded as PNG: {error}")))?;
+    Ok(bytes.into_inner())
+}

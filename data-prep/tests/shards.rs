@@ -27,8 +27,8 @@ fn record(number: usize) -> FaceRecord {
         id_embedding: (0..EMBEDDING_DIM).map(|i| ((i + number) as f32).sin()).collect(),
         caption: "a photo of a person".into(),
         sha256: format!("{number:064x}"),
-        identity: (number % 3 != 0).then(|| format!("s{number:02}")),
-        split: (number % 2 == 0).then(|| "train".into()),
+        identity: (!number.is_multiple_of(3)).then(|| format!("s{number:02}")),
+        split: number.is_multiple_of(2).then(|| "train".into()),
     }
 }
 

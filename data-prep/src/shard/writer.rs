@@ -38,7 +38,10 @@ impl ShardConfig {
     /// # Errors
     /// Input, at `place`: zero, or not a multiple.
     pub fn validate(&self, place: &str) -> Result<()> {
-        if self.rows_per_group == 0 || self.rows_per_shard == 0 || self.rows_per_shard % self.rows_per_group != 0 {
+        if self.rows_per_group == 0
+            || self.rows_per_shard == 0
+            || !self.rows_per_shard.is_multiple_of(self.rows_per_group)
+        {
             return Err(Error::input(
                 place,
                 format!("rows_per_shard is {}, rows_per_group is {}", self.rows_per_shard, self.rows_per_group),

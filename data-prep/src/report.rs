@@ -1,1 +1,0 @@
-//! Statistics and the contact sheet of kept and rejected faces.

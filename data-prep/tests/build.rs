@@ -1,0 +1,212 @@
+//! `data-prep build` from photos to shards, on real faces and the real models: the files that `ci/assets.sh` brings.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use data_prep::pipeline::{PrepConfig, Progress, build};
+use data_prep::shard::{Manifest, ShardFolder};
+use image::imageops;
+
+const CONFIG: &str = "
+source:
+  folder:
+    root: photos
+    labels: labels.csv
+crop:
+  margin: 1.6
+  max_side: 200
+filter:
+  min_face: 50
+caption:
+  sidecar:
+    fallback: a photo of a person
+shards:
+  rows_per_group: 2
+  rows_per_shard: 4
+face:
+  min_score: 0.8
+";
+
+fn asset(name: &str) -> PathBuf {
+    let cache = std::env::var_os("HYPERLORA_CACHE").map(PathBuf::from);
+    let cache = cache.unwrap_or_else(|| Path::new(&std::env::var_os("HOME").unwrap()).join(".cache/hyperlora"));
+    cache.join("photos").join(name)
+}
+
+/// A folder with `data.yaml`, labels and photos: six that stay, and one for each reason to go.
+fn workplace() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let photos = dir.path().join("photos");
+    fs::create_dir_all(photos.join("orl")).unwrap();
+    fs::write(dir.path().join("data.yaml"), CONFIG).unwrap();
+    let mut labels = "key,identity,split\n".to_owned();
+    for (person, number) in [(1, 1), (1, 2), (1, 9), (2, 1), (2, 2)] {
+        let key = format!("orl/s{person}-{number}.pgm");
+        fs::copy(asset(&format!("orl/s{person:02}/{number}.pgm")), photos.join(&key)).unwrap();
+        let split = if number == 9 { "held_out" } else { "train" };
+        labels += &format!("{key},s{person},{split}\n");
+    }
+    fs::write(dir.path().join("labels.csv"), labels).unwrap();
+    fs::write(photos.join("orl/s1-1.txt"), "a man with a serious face\n").unwrap();
+
+    let portrait = image::open(asset("portraits/astronaut.png")).unwrap().into_rgb8();
+    portrait.save(photos.join("colour.png")).unwrap();
+    imageops::blur(&portrait, 3.0).save(photos.join("bad-blurred.png")).unwrap();
+    imageops::thumbnail(&portrait, 200, 200).save(photos.join("bad-small.png")).unwrap();
+    imageops::crop_imm(&portrait, 300, 0, 212, 120).to_image().save(photos.join("bad-no-face.png")).unwrap();
+    fs::copy(asset("groups/sample6.jpg"), photos.join("bad-group.jpg")).unwrap();
+    fs::copy(photos.join("orl/s1-1.pgm"), photos.join("repeated.pgm")).unwrap();
+    let whole = fs::read(photos.join("colour.png")).unwrap();
+    fs::write(photos.join("bad-cut.png"), &whole[..whole.len() / 3]).unwrap();
+    fs::write(photos.join("bad-text.jpg"), "no picture").unwrap();
+    dir
+}
+
+fn prepare(dir: &Path, out: &str, workers: usize) -> data_prep::Result<Manifest> {
+    let config = PrepConfig::load(&dir.join("data.yaml"))?;
+    build(&config, dir, &dir.join(out), NonZeroUsize::new(workers).unwrap(), &mut |_| {})
+}
+
+fn bytes_of(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    files.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect()
+}
+
+fn run(args: &[&str], dir: &Path) -> (i32, Output) {
+    let output = Command::new(env!("CARGO_BIN_EXE_data-prep")).args(args).current_dir(dir).output().unwrap();
+    (output.status.code().unwrap(), output)
+}
+
+#[test]
+fn good_photos_become_rows_bad_ones_are_counted_and_workers_change_nothing() {
+    let dir = workplace();
+    let manifest = prepare(dir.path(), "one", 1).unwrap();
+    assert_eq!((manifest.photos, manifest.kept), (13, 6));
+    let rejected = [("blurred", 1), ("duplicate", 1), ("face_too_small", 1), ("no_face", 1), ("several_faces", 1)];
+    let mut expected: BTreeMap<_, _> = rejected.into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
+    expected.insert("undecodable".into(), 2);
+    assert_eq!(manifest.rejected, expected);
+    assert_eq!(manifest.splits, BTreeMap::from([("held_out".into(), 1), ("train".into(), 4)]));
+
+    let folder = ShardFolder::open(&dir.path().join("one")).unwrap();
+    folder.verify().unwrap();
+    let rows: Vec<_> = folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap()).collect();
+    let keys: Vec<_> = rows.iter().map(|row| row.key.as_str()).collect();
+    let kept = ["colour.png", "orl/s1-1.pgm", "orl/s1-2.pgm", "orl/s1-9.pgm", "orl/s2-1.pgm", "orl/s2-2.pgm"];
+    assert_eq!(keys, kept);
+    assert_eq!((rows[0].identity.as_deref(), rows[0].split.as_deref()), (None, None));
+    assert_eq!((rows[3].identity.as_deref(), rows[3].split.as_deref()), (Some("s1"), Some("held_out")));
+    assert_eq!(rows[1].caption, "a man with a serious face");
+    assert_eq!(rows[2].caption, "a photo of a person");
+    for row in &rows {
+        let crop = image::load_from_memory(&row.image).unwrap();
+        assert_eq!((crop.width(), crop.height()), (row.width, row.height));
+        assert!(row.width.max(row.height) <= 200);
+        let inside = |[x, y]: [f32; 2]| (0.0..row.width as f32).contains(&x) && (0.0..row.height as f32).contains(&y);
+        assert!(row.points.iter().all(|point| inside(*point)), "{}: {:?}", row.key, row.points);
+        assert_eq!(row.landmarks.len(), 68);
+    }
+    let likeness = |a: usize, b: usize| -> f32 {
+        rows[a].id_embedding.iter().zip(&rows[b].id_embedding).map(|(a, b)| a * b).sum()
+    };
+    assert!(likeness(1, 2) > likeness(1, 4) + 0.3, "{} {}", likeness(1, 2), likeness(1, 4));
+
+    let list = fs::read_to_string(dir.path().join("one/rejected.csv")).unwrap();
+    assert!(list.contains("repeated.pgm,duplicate,orl/s1-1.pgm\n"), "{list}");
+    let sheet = image::open(dir.path().join("one/contact-sheet.png")).unwrap();
+    assert!(sheet.width() > 1000);
+
+    prepare(dir.path(), "two", 2).unwrap();
+    assert_eq!(bytes_of(&dir.path().join("one")), bytes_of(&dir.path().join("two")));
+}
+
+#[test]
+fn progress_counts_every_photo() {
+    let dir = workplace();
+    let config = PrepConfig::load(&dir.path().join("data.yaml")).unwrap();
+    let mut seen = Vec::new();
+    build(&config, dir.path(), &dir.path().join("out"), NonZeroUsize::MIN, &mut |progress| seen.push(progress))
+        .unwrap();
+    assert!(seen.is_sorted_by_key(|progress| progress.done) && seen.len() > 2);
+    assert_eq!(seen.last(), Some(&Progress { done: 13, total: 13, kept: 6 }));
+}
+
+#[test]
+fn no_usable_face_changes_nothing_on_the_disk() {
+    let dir = workplace();
+    let out = dir.path().join("out");
+    prepare(dir.path(), "out", 1).unwrap();
+    let before = bytes_of(&out);
+    fs::write(dir.path().join("data.yaml"), CONFIG.replace("min_face: 50", "min_face: 5000")).unwrap();
+    let (code, output) = run(&["build", "data.yaml", "--out", "out"], dir.path());
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(code, 2, "{message}");
+    assert!(message.contains("none of 13 photos holds a usable face"), "{message}");
+    assert!(message.contains("face_too_small 8") && message.contains("undecodable 2"), "{message}");
+    assert_eq!(bytes_of(&out), before);
+    assert!(!dir.path().join(".out.partial").exists());
+}
+
+#[test]
+fn only_prepared_data_is_replaced() {
+    let dir = workplace();
+    fs::create_dir(dir.path().join("mine")).unwrap();
+    fs::write(dir.path().join("mine/thesis.txt"), "years of work").unwrap();
+    for (out, word) in
+        [("mine", "is not empty and holds no prepared data"), ("labels.csv", "is a file"), ("..", "name")]
+    {
+        let error = prepare(dir.path(), out, 1).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains(word), "{error}");
+    }
+    assert_eq!(fs::read(dir.path().join("mine/thesis.txt")).unwrap(), b"years of work");
+    prepare(dir.path(), "out", 1).unwrap();
+    fs::write(dir.path().join("out/left-over"), "").unwrap();
+    prepare(dir.path(), "out", 1).unwrap();
+    assert!(!dir.path().join("out/left-over").exists());
+}
+
+#[test]
+fn what_the_user_got_wrong_is_named_with_exit_code_2() {
+    let dir = workplace();
+    for (from, to, words) in [
+        ("margin:", "marign:", "data.yaml:7:3: unknown key `marign`: did you mean `margin`?"),
+        ("margin: 1.6", "margin: wide", "data.yaml:7:11: "),
+        ("margin: 1.6", "margin: .inf", "data.yaml:7:11: `.inf` is not a finite number"),
+        ("margin: 1.6", "margin: 0.5", "data.yaml: crop: margin is 0.5"),
+        ("rows_per_shard: 4", "rows_per_shard: 3", "data.yaml: shards: rows_per_shard is 3"),
+        ("a photo of a person", "'a photo of {identity}'", "data.yaml: caption: "),
+        ("root: photos", "root: pictures", "pictures: is not a folder"),
+        ("labels.csv", "list.csv", "list.csv: cannot be read"),
+        ("min_score: 0.8", "models: nowhere", "nowhere/face_detection_yunet.onnx: cannot be read"),
+    ] {
+        assert!(CONFIG.contains(from));
+        fs::write(dir.path().join("data.yaml"), CONFIG.replace(from, to)).unwrap();
+        let (code, output) = run(&["build", "data.yaml", "--out", "out"], dir.path());
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(code, 2, "{message}");
+        assert!(message.contains(words) && message.contains("remedy: "), "{message}");
+        assert!(!dir.path().join("out").exists());
+    }
+}
+
+#[test]
+fn help_shows_an_example_and_the_command_reports_what_it_did() {
+    let dir = workplace();
+    let (code, output) = run(&["build", "--help"], dir.path());
+    assert_eq!(code, 0);
+    assert!(
+        String::from_utf8(output.stdout).unwrap().contains("data-prep build experiments/quickstart/data.yaml --out")
+    );
+    let (code, output) = run(&["build", "data.yaml", "--out", "out", "--workers", "2"], dir.path());
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(code, 0, "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("kept 6 of 13 photos (held_out 1, train 4)"), "{said}");
+    let (code, output) = run(&["build", "data.yaml", "--out", "out", "-q"], dir.path());
+    assert_eq!((code, output.stdout.len(), output.stderr.len()), (0, 0, 0));
+}
