@@ -32,11 +32,11 @@ pub(super) enum Op {
 pub(super) enum Layer {
     /// The first convolution, or one that halves the resolution.
     Conv(Conv2d),
-    Resnet(ResnetBlock2D),
+    Resnet(Box<ResnetBlock2D>),
     TokensIn(TokensIn),
     /// A transformer layer; its two attention modules are `site` and `site + 1`.
     Transformer {
-        block: BasicTransformerBlock,
+        block: Box<BasicTransformerBlock>,
         site: usize,
     },
     TokensOut(TokensOut),
@@ -183,7 +183,7 @@ impl List<'_> {
             groups: self.config.norm_num_groups,
             epsilon: self.config.norm_eps,
         };
-        self.layer(Layer::Resnet(ResnetBlock2D::load(weights, config)));
+        self.layer(Layer::Resnet(Box::new(ResnetBlock2D::load(weights, config))));
     }
 
     /// diffusers `Transformer2DModel`: a residual around projections and transformer layers.
@@ -196,7 +196,7 @@ impl List<'_> {
         self.layer(Layer::TokensIn(TokensIn::load(weights, width, self.config.norm_num_groups)));
         for index in 0..self.config.transformer_layers_per_block.get(block) {
             let weights = weights.at(format!("transformer_blocks.{index}"));
-            let block = BasicTransformerBlock::load(&weights, width, d_context, heads);
+            let block = Box::new(BasicTransformerBlock::load(&weights, width, d_context, heads));
             self.layer(Layer::Transformer { block, site: self.sites.len() });
             for (name, cross_attention_dim) in [("attn1", None), ("attn2", Some(d_context))] {
                 self.sites.push(AttentionSite { path: weights.key(name), hidden_size: width, cross_attention_dim });

@@ -167,20 +167,23 @@ impl UNet2DConditionConfig {
         require(self.cross_attention_dim.fits(blocks, width), "`cross_attention_dim` does not fit the blocks")?;
         require(self.norm_num_groups > 0, "`norm_num_groups` is 0")?;
         for (block, &channels) in self.block_out_channels.iter().enumerate() {
-            require(width(channels) && channels % 2 == 0, "`block_out_channels` are odd or out of range")?;
-            require(channels % self.norm_num_groups == 0, "`norm_num_groups` does not divide `block_out_channels`")?;
+            require(width(channels) && channels.is_multiple_of(2), "`block_out_channels` are odd or out of range")?;
+            require(
+                channels.is_multiple_of(self.norm_num_groups),
+                "`norm_num_groups` does not divide `block_out_channels`",
+            )?;
             let attends = self.down_block_types[block] == DownBlock::CrossAttnDownBlock2D
                 || self.up_block_types[blocks - 1 - block] == UpBlock::CrossAttnUpBlock2D
                 || block == blocks - 1;
             require(
-                !attends || channels % self.attention_head_dim.get(block) == 0,
+                !attends || channels.is_multiple_of(self.attention_head_dim.get(block)),
                 "`attention_head_dim` (the number of heads) does not divide `block_out_channels`",
             )?;
         }
         let time_ids = self.addition_time_embed_dim.checked_mul(TIME_IDS);
         require(
             width(self.projection_class_embeddings_input_dim)
-                && self.addition_time_embed_dim % 2 == 0
+                && self.addition_time_embed_dim.is_multiple_of(2)
                 && time_ids.is_some_and(|ids| ids < self.projection_class_embeddings_input_dim),
             "`projection_class_embeddings_input_dim` leaves no room for a pooled prompt after six `addition_time_embed_dim`",
         )
