@@ -1,1 +1,145 @@
-//! The training data: shards to draws to batches.
+//! Parquet shards -> batches: which sample comes when, and everything that is drawn for it.
+//!
+//! The order of the samples is a function of (seed, epoch), the randomness of a sample one of (seed, stage, draw index):
+//! neither knows the batch size, so that two batches of one equal one batch of two, and a single counter tells where a
+//! stage stands.
+
+pub mod batch;
+pub mod crop;
+pub mod dataset;
+pub mod loader;
+pub mod order;
+pub mod sample;
+pub mod scenario;
+
+use data_prep::config::ConfigPath;
+use data_prep::face::mask::MaskConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Where the samples come from and how they become tensors: `data:` of an experiment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Folder that `data-prep build` wrote.
+    pub shards: ConfigPath,
+    /// The split to learn from: rows with this label; unlabelled sets use `all`.
+    #[serde(default = "default_split")]
+    pub split: String,
+    /// Side of the target images in pixels.
+    pub image_size: usize,
+    /// The random crop around the face.
+    #[serde(default)]
+    pub crop: CropConfig,
+    /// Mirrors half of the targets; the reference photo stays as it is.
+    #[serde(default)]
+    pub flip: bool,
+    /// What the UNet is told about size and crop.
+    #[serde(default)]
+    pub size_conditioning: SizeConditioning,
+    /// How faces are cut out and blurred for the conditions.
+    #[serde(default)]
+    pub mask: MaskConfig,
+    /// Row groups are shuffled, then rows among this many neighbouring groups.
+    #[serde(default = "default_shuffle_window")]
+    pub shuffle_window: usize,
+    /// Encoded photos kept in memory, in MiB.
+    #[serde(default = "default_cache_mib")]
+    pub cache_mib: usize,
+    /// Threads that decode, crop and mask ahead of the training step.
+    #[serde(default = "default_workers")]
+    pub workers: usize,
+    /// Batches that may wait ready.
+    #[serde(default = "default_prefetch")]
+    pub prefetch: usize,
+}
+
+fn default_split() -> String {
+    "train".into()
+}
+
+fn default_shuffle_window() -> usize {
+    8
+}
+
+fn default_cache_mib() -> usize {
+    512
+}
+
+fn default_workers() -> usize {
+    2
+}
+
+fn default_prefetch() -> usize {
+    4
+}
+
+/// The random square around a face; it always holds the whole face where the photo is large enough.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CropConfig {
+    /// Smallest side, in longer sides of the face box.
+    pub smallest: f32,
+    /// Largest side, in longer sides of the face box; the photo's shorter side bounds it too.
+    pub largest: f32,
+}
+
+impl Default for CropConfig {
+    fn default() -> Self {
+        Self { smallest: 1.2, largest: 4.0 }
+    }
+}
+
+/// SDXL's size micro-conditions (arXiv 2307.01952, section 2.2).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SizeConditioning {
+    /// The photo's size, and where the crop lies in the photo resized so that the crop has the target size.
+    #[default]
+    Crop,
+    /// The crop counts as the whole photo: target size, offset (0, 0), target size.
+    Whole,
+}
+
+/// Which photo the hypernetwork sees of the person in the target photo.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reference {
+    /// The target photo itself: for sets without identities.
+    #[default]
+    #[serde(rename = "self")]
+    Target,
+    /// Another photo of the person, never the target. Targets without a second photo are left out, and counted.
+    SameIdentity,
+}
+
+impl DataConfig {
+    /// Checks what does not need the shards.
+    ///
+    /// # Errors
+    /// Input, naming the key.
+    pub fn validate(&self, place: &str) -> Result<()> {
+        let CropConfig { smallest, largest } = self.crop;
+        let sane = smallest.is_finite() && largest.is_finite() && smallest >= 1.0 && largest >= smallest;
+        if !sane {
+            return Err(Error::input(
+                format!("{place}: data.crop"),
+                format!("smallest {smallest}, largest {largest}"),
+                "give 1 <= smallest <= largest, in longer sides of the face box",
+            ));
+        }
+        for (key, value) in [
+            ("image_size", self.image_size),
+            ("mask.size", self.mask.size as usize),
+            ("shuffle_window", self.shuffle_window),
+            ("workers", self.workers),
+            ("prefetch", self.prefetch),
+        ] {
+            if value == 0 {
+                return Err(Error::input(format!("{place}: data.{key}"), "is 0", "give at least 1"));
+            }
+        }
+        Ok(())
+    }
+}

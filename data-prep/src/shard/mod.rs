@@ -2,11 +2,13 @@
 //!
 //! `docs/data-format.md` describes the format for readers in other languages.
 
+pub mod labels;
 pub mod manifest;
 pub mod reader;
 pub mod schema;
 pub mod writer;
 
+pub use labels::RowLabel;
 pub use manifest::{MANIFEST_FILE, Manifest, ShardFile};
 pub use reader::{RowGroup, ShardFolder};
 pub use schema::{EMBEDDING_DIM, SCHEMA_VERSION};

@@ -66,21 +66,18 @@ impl ShardFolder {
     /// # Errors
     /// Input, with the file: damaged data.
     pub fn read(&self, group: &RowGroup) -> Result<Vec<FaceRecord>> {
-        let damaged = |error: &dyn std::fmt::Display| {
-            Error::file(&group.file, format!("row group {} is damaged: {error}", group.index), REMEDY)
-        };
         let batches = reader(&group.file)?
             .with_row_groups(vec![group.index])
             .with_batch_size(group.rows.max(1))
             .build()
-            .map_err(|error| damaged(&error))?;
+            .map_err(|error| damaged(group, &error))?;
         let mut records = Vec::with_capacity(group.rows);
         for batch in batches {
-            let batch = batch.map_err(|error| damaged(&error))?;
-            records.extend(from_batch(&batch).map_err(|error| damaged(&error))?);
+            let batch = batch.map_err(|error| damaged(group, &error))?;
+            records.extend(from_batch(&batch).map_err(|error| damaged(group, &error))?);
         }
         if records.len() != group.rows {
-            return Err(damaged(&format_args!("{} rows instead of {}", records.len(), group.rows)));
+            return Err(damaged(group, &format_args!("{} rows instead of {}", records.len(), group.rows)));
         }
         Ok(records)
     }
@@ -124,7 +121,11 @@ fn row_groups_of(path: &Path, expected: &ShardFile) -> Result<Vec<RowGroup>> {
     Ok(groups)
 }
 
-fn reader(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
+pub(super) fn damaged(group: &RowGroup, error: &dyn std::fmt::Display) -> Error {
+    Error::file(&group.file, format!("row group {} is damaged: {error}", group.index), REMEDY)
+}
+
+pub(super) fn reader(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
     let file = File::open(path).map_err(|source| Error::read(path, source))?;
     ParquetRecordBatchReaderBuilder::try_new(file)
         .map_err(|error| Error::file(path, format!("is truncated or not a Parquet file: {error}"), REMEDY))

@@ -1,0 +1,131 @@
+//! The random square around a face, and what the UNet is told about it.
+
+use image::RgbImage;
+use image::imageops::{self, FilterType};
+use rand_core::RngCore;
+
+use crate::data::{CropConfig, SizeConditioning};
+use crate::random::unit;
+
+/// A square of a photo, in its pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Square {
+    /// Left edge.
+    pub x: u32,
+    /// Upper edge.
+    pub y: u32,
+    /// Side, at least 1.
+    pub side: u32,
+}
+
+impl Square {
+    /// Draws a square that holds `face_box` (x0, y0, x1, y1) in a photo of `width` x `height`: the side uniformly on a
+    /// logarithmic scale, then the place uniformly. A face larger than the photo's shorter side gets the largest square,
+    /// as near to its centre as the photo allows.
+    pub fn draw(
+        (width, height): (u32, u32),
+        face_box: [f32; 4],
+        config: &CropConfig,
+        generator: &mut impl RngCore,
+    ) -> Self {
+        let [x0, y0, x1, y1] = face_box;
+        let face = (x1 - x0).max(y1 - y0).max(1.0);
+        let shorter = width.min(height).max(1);
+        let largest = (face * config.largest).min(shorter as f32);
+        let smallest = (face * config.smallest).min(largest);
+        let drawn = smallest * (largest / smallest).powf(unit(generator) as f32);
+        let side = (drawn.ceil() as u32).clamp(1, shorter);
+        Self {
+            x: place(unit(generator) as f32, side, width, x0, x1),
+            y: place(unit(generator) as f32, side, height, y0, y1),
+            side,
+        }
+    }
+
+    /// The square of `photo`, resized to `size` x `size`.
+    pub fn cut(self, photo: &RgbImage, size: u32) -> RgbImage {
+        let view = imageops::crop_imm(photo, self.x, self.y, self.side, self.side).to_image();
+        if self.side == size { view } else { imageops::resize(&view, size, size, FilterType::CatmullRom) }
+    }
+
+    /// Points of the photo in the square's own pixels.
+    pub fn points(self, points: &[[f32; 2]]) -> Vec<[f32; 2]> {
+        points.iter().map(|[x, y]| [x - self.x as f32, y - self.y as f32]).collect()
+    }
+
+    /// Original height and width, crop top and left, target height and width: the order of diffusers' `add_time_ids`.
+    pub fn time_ids(self, (width, height): (u32, u32), size: u32, conditioning: SizeConditioning) -> [f32; 6] {
+        let target = size as f32;
+        match conditioning {
+            SizeConditioning::Whole => [target, target, 0.0, 0.0, target, target],
+            SizeConditioning::Crop => {
+                let factor = target / self.side as f32;
+                let at = |offset: u32| (offset as f32 * factor).round();
+                [height as f32, width as f32, at(self.y), at(self.x), target, target]
+            }
+        }
+    }
+}
+
+/// Offset of a span of `side` within `extent` that holds `from..to`, by a number in [0, 1).
+fn place(drawn: f32, side: u32, extent: u32, from: f32, to: f32) -> u32 {
+    let room = extent - side.min(extent);
+    let lowest = (to.ceil() - side as f32).max(0.0);
+    let highest = from.floor().max(0.0);
+    let offset = if lowest <= highest {
+        lowest + (drawn * (highest - lowest + 1.0)).floor().min(highest - lowest)
+    } else {
+        ((from + to - side as f32) / 2.0).round().max(0.0)
+    };
+    (offset as u32).min(room)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{Purpose, for_sample};
+
+    const PHOTO: (u32, u32) = (92, 112);
+
+    #[test]
+    fn the_square_always_holds_the_face_and_moves_and_grows() {
+        let face_box = [30.4, 40.2, 60.9, 75.5];
+        let mut squares = Vec::new();
+        for index in 0..500 {
+            let drawn = Square::draw(
+                PHOTO,
+                face_box,
+                &CropConfig::default(),
+                &mut for_sample(7, 0, index, Purpose::Augmentation),
+            );
+            assert!(drawn.x as f32 <= 30.4 && (drawn.x + drawn.side) as f32 >= 60.9, "{drawn:?}");
+            assert!(drawn.y as f32 <= 40.2 && (drawn.y + drawn.side) as f32 >= 75.5, "{drawn:?}");
+            assert!(drawn.x + drawn.side <= PHOTO.0 && drawn.y + drawn.side <= PHOTO.1, "{drawn:?}");
+            squares.push((drawn.x, drawn.y, drawn.side));
+        }
+        let sides = squares.iter().map(|square| square.2);
+        assert!(sides.clone().min() < Some(50) && sides.max() > Some(80));
+        squares.sort_unstable();
+        squares.dedup();
+        assert!(squares.len() > 300, "{} different squares", squares.len());
+    }
+
+    #[test]
+    fn a_face_larger_than_the_photo_gets_the_largest_square() {
+        let drawn = Square::draw(
+            PHOTO,
+            [-20.0, -10.0, 120.0, 118.0],
+            &CropConfig::default(),
+            &mut for_sample(7, 0, 0, Purpose::Augmentation),
+        );
+        assert_eq!((drawn.x, drawn.side), (0, 92));
+        assert!(drawn.y + drawn.side <= 112);
+    }
+
+    #[test]
+    fn time_ids_tell_the_photo_s_size_and_the_offset_in_target_pixels() {
+        let square = Square { x: 10, y: 20, side: 32 };
+        assert_eq!(square.time_ids(PHOTO, 64, SizeConditioning::Crop), [112.0, 92.0, 40.0, 20.0, 64.0, 64.0]);
+        assert_eq!(square.time_ids(PHOTO, 64, SizeConditioning::Whole), [64.0, 64.0, 0.0, 0.0, 64.0, 64.0]);
+    }
+}

@@ -1,0 +1,244 @@
+//! The rows of a shard folder: who is in which photo, and the photos themselves through a bounded cache.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use data_prep::shard::manifest::sha256_of_file;
+use data_prep::shard::{FaceRecord, MANIFEST_FILE, ShardFolder};
+use rand_core::RngCore;
+
+use crate::data::Reference;
+use crate::error::{Error, Result};
+use crate::random::below;
+
+/// The split name that takes every row.
+pub const ALL_SPLITS: &str = "all";
+
+/// An opened shard folder.
+pub struct Dataset {
+    path: PathBuf,
+    shards: ShardFolder,
+    rows: Vec<Row>,
+    /// Row indices of every labelled person.
+    people: BTreeMap<String, Vec<usize>>,
+    cache: Mutex<Cache>,
+}
+
+struct Row {
+    group: u32,
+    place: u32,
+    identity: Option<String>,
+    split: Option<String>,
+}
+
+/// One record, held together with the row group that it came with.
+pub struct RecordHandle {
+    group: Arc<Vec<FaceRecord>>,
+    place: usize,
+}
+
+impl Deref for RecordHandle {
+    type Target = FaceRecord;
+
+    fn deref(&self) -> &FaceRecord {
+        &self.group[self.place]
+    }
+}
+
+impl Dataset {
+    /// Opens the folder that `data-prep build` wrote; up to `cache_mib` MiB of its photos are kept in memory.
+    ///
+    /// # Errors
+    /// Input for a missing, foreign or corrupt folder.
+    pub fn open(path: &Path, cache_mib: usize) -> Result<Self> {
+        let shards = ShardFolder::open(path)?;
+        let mut rows = Vec::new();
+        let mut people: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        for (group, row_group) in shards.row_groups().iter().enumerate() {
+            for (place, label) in shards.labels(row_group)?.into_iter().enumerate() {
+                if let Some(identity) = &label.identity {
+                    people.entry(identity.clone()).or_default().push(rows.len());
+                }
+                rows.push(Row {
+                    group: group as u32,
+                    place: place as u32,
+                    identity: label.identity,
+                    split: label.split,
+                });
+            }
+        }
+        let cache = Mutex::new(Cache { limit: cache_mib << 20, ..Cache::default() });
+        Ok(Self { path: path.into(), shards, rows, people, cache })
+    }
+
+    /// The row's record, from memory or from its row group.
+    ///
+    /// # Errors
+    /// Input for a corrupt row group, Disk for a failing disk.
+    pub fn record(&self, row: usize) -> Result<RecordHandle> {
+        let Row { group, place, .. } = &self.rows[row];
+        let mut cache = self.cache();
+        let records = match cache.get(*group) {
+            Some(records) => records,
+            None => {
+                let read = Arc::new(self.shards.read(&self.shards.row_groups()[*group as usize])?);
+                cache.put(*group, Arc::clone(&read));
+                read
+            }
+        };
+        if records.len() <= *place as usize {
+            return Err(Error::file(&self.path, format!("row group {group} lost rows"), "build the shards again"));
+        }
+        Ok(RecordHandle { group: records, place: *place as usize })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Checksum of the manifest, which holds those of all shards.
+    ///
+    /// # Errors
+    /// Input for a manifest that cannot be read.
+    pub fn checksum(&self) -> Result<String> {
+        sha256_of_file(&self.path.join(MANIFEST_FILE))
+    }
+
+    /// The row group of a row.
+    pub fn group(&self, row: usize) -> u32 {
+        self.rows[row].group
+    }
+
+    /// The name of the person in a row's photo, where the set knows it.
+    pub fn identity(&self, row: usize) -> Option<&str> {
+        self.rows[row].identity.as_deref()
+    }
+
+    /// Rows of a split in their order on the disk.
+    pub fn split(&self, split: &str) -> Vec<usize> {
+        (0..self.rows.len()).filter(|&row| self.is_in(row, split)).collect()
+    }
+
+    /// Rows of `split` that show the person of `row`, without `row`.
+    pub fn others(&self, row: usize, split: &str) -> Vec<usize> {
+        let photos = self.identity(row).and_then(|identity| self.people.get(identity));
+        photos.into_iter().flatten().copied().filter(|&other| other != row && self.is_in(other, split)).collect()
+    }
+
+    /// The targets of `split`, each with the photos of `references` that may stand for its person.
+    ///
+    /// # Errors
+    /// Input when not one target is left.
+    pub fn pairs(&self, split: &str, references: &str, reference: Reference) -> Result<Pairs> {
+        let targets = self.split(split);
+        let of_split = targets.len();
+        if of_split == 0 {
+            let mut splits: Vec<&str> = self.rows.iter().filter_map(|row| row.split.as_deref()).collect();
+            splits.sort_unstable();
+            splits.dedup();
+            return Err(Error::file(
+                &self.path,
+                format!("no face in split `{split}`; the set holds {} faces, splits {splits:?}", self.rows.len()),
+                format!("name one of these splits, or `{ALL_SPLITS}`, or prepare more photos"),
+            ));
+        }
+        let pairs: Vec<Pair> = targets
+            .into_iter()
+            .map(|target| match reference {
+                Reference::Target => Pair { target, references: vec![target] },
+                Reference::SameIdentity => Pair { target, references: self.others(target, references) },
+            })
+            .filter(|pair| !pair.references.is_empty())
+            .collect();
+        if pairs.is_empty() {
+            return Err(Error::file(
+                &self.path,
+                format!("no face in split `{split}` has another photo of its person in split `{references}`"),
+                "use `reference: self`, or prepare a set with identity labels",
+            ));
+        }
+        Ok(Pairs { left_out: of_split - pairs.len(), pairs })
+    }
+
+    fn is_in(&self, row: usize, split: &str) -> bool {
+        split == ALL_SPLITS || self.rows[row].split.as_deref() == Some(split)
+    }
+
+    /// A panic elsewhere cannot leave the cache half changed in a way that matters: whatever it holds was read whole.
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Targets and the photos that may stand for their people.
+#[derive(Debug)]
+pub struct Pairs {
+    pairs: Vec<Pair>,
+    /// Targets without any reference photo.
+    pub left_out: usize,
+}
+
+/// One target.
+#[derive(Debug)]
+pub struct Pair {
+    /// Its row.
+    pub target: usize,
+    /// Rows that may be its reference, at least one.
+    pub references: Vec<usize>,
+}
+
+impl Pairs {
+    /// All targets in their order on the disk, at least one.
+    pub fn as_slice(&self) -> &[Pair] {
+        &self.pairs
+    }
+}
+
+impl Pair {
+    /// Draws the reference photo.
+    pub fn reference(&self, generator: &mut impl RngCore) -> usize {
+        let drawn = below(generator, self.references.len() as u64) as usize;
+        self.references.get(drawn).copied().unwrap_or(self.target)
+    }
+}
+
+/// The most recently used row groups, up to a limit of bytes; the one in use always stays.
+#[derive(Default)]
+struct Cache {
+    limit: usize,
+    bytes: usize,
+    clock: u64,
+    groups: HashMap<u32, Cached>,
+}
+
+struct Cached {
+    records: Arc<Vec<FaceRecord>>,
+    bytes: usize,
+    used: u64,
+}
+
+impl Cache {
+    fn get(&mut self, group: u32) -> Option<Arc<Vec<FaceRecord>>> {
+        self.clock += 1;
+        let clock = self.clock;
+        self.groups.get_mut(&group).map(|cached| {
+            cached.used = clock;
+            Arc::clone(&cached.records)
+        })
+    }
+
+    fn put(&mut self, group: u32, records: Arc<Vec<FaceRecord>>) {
+        let bytes = records.iter().map(|record| record.image.len() + size_of::<FaceRecord>()).sum();
+        while self.bytes + bytes > self.limit
+            && let Some(oldest) = self.groups.iter().min_by_key(|(_, cached)| cached.used).map(|(group, _)| *group)
+            && let Some(dropped) = self.groups.remove(&oldest)
+        {
+            self.bytes -= dropped.bytes;
+        }
+        self.bytes += bytes;
+        self.groups.insert(group, Cached { records, bytes, used: self.clock });
+    }
+}

@@ -1,0 +1,206 @@
+//! One sample: a face record turned into target pixels, condition images and everything drawn for it.
+
+use std::io::Cursor;
+use std::sync::Arc;
+
+use data_prep::face::mask::{self, MaskConfig};
+use data_prep::shard::FaceRecord;
+use image::{ImageFormat, ImageReader, Limits, RgbImage, imageops};
+
+use crate::data::crop::Square;
+use crate::data::dataset::Dataset;
+use crate::data::scenario::Scenario;
+use crate::data::{CropConfig, DataConfig, SizeConditioning};
+use crate::error::{Error, Result};
+use crate::random::{Purpose, below, for_sample, normal};
+
+/// Turns a condition image into the image encoder's input, flat `[3, S, S]`; called from the loader's threads.
+pub type ImageTransform = Arc<dyn Fn(&RgbImage) -> Vec<f32> + Send + Sync>;
+
+/// What a sample is made of; a pure function of it and the shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// Row of the target photo.
+    pub target: usize,
+    /// Row of the photo that the ID condition comes from.
+    pub reference: usize,
+    /// Which parts act.
+    pub scenario: Scenario,
+    /// The stage, the epoch or the evaluation that counts the draws.
+    pub stage: u64,
+    /// The draw that crop, noise and timestep belong to.
+    pub draw: u64,
+}
+
+/// A sample on the host.
+#[derive(Debug, Clone)]
+pub struct Sample {
+    /// Where it came from and how it was drawn.
+    pub request: Request,
+    /// Key of the target photo in its source.
+    pub key: String,
+    /// `[3, H, W]` in [-1, 1], flat.
+    pub pixels: Vec<f32>,
+    /// Original height and width, crop top and left, target height and width.
+    pub time_ids: [f32; 6],
+    /// The target's caption, without trigger words.
+    pub caption: String,
+    /// The image encoder's input of the reference photo's masked face, `[3, S, S]` flat; empty where no ID-LoRA is made.
+    pub id_pixels: Vec<f32>,
+    /// The image encoder's input of the target with its face blurred, `[3, S, S]` flat.
+    pub base_pixels: Vec<f32>,
+    /// ID embedding of the reference photo, L2-normalised.
+    pub id_embedding: Vec<f32>,
+    /// Standard normal, of the latents' size: the draw from the autoencoder's posterior.
+    pub posterior_noise: Vec<f32>,
+    /// Standard normal, of the latents' size: what the UNet has to find.
+    pub noise: Vec<f32>,
+    /// In `0..timesteps`.
+    pub timestep: u32,
+}
+
+/// Makes samples; shared by the loader's threads.
+#[derive(Clone)]
+pub struct SampleMaker {
+    /// Where the photos come from.
+    pub dataset: Arc<Dataset>,
+    image_size: u32,
+    crop: CropConfig,
+    flip: bool,
+    size_conditioning: SizeConditioning,
+    mask: MaskConfig,
+    seed: u64,
+    shape: SampleShape,
+}
+
+/// What the models ask of a sample.
+#[derive(Clone)]
+pub struct SampleShape {
+    /// Numbers in one sample's latents.
+    pub latent_len: usize,
+    /// Timesteps of the noise schedule.
+    pub timesteps: u32,
+    /// The image encoder's preprocessing.
+    pub transform: ImageTransform,
+    /// Whether ID conditions are wanted.
+    pub with_id: bool,
+}
+
+impl SampleMaker {
+    /// A maker for the models described by `shape`; all randomness hangs on `seed`.
+    pub fn new(dataset: Arc<Dataset>, config: &DataConfig, seed: u64, shape: SampleShape) -> Self {
+        Self {
+            dataset,
+            image_size: config.image_size as u32,
+            crop: config.crop.clone(),
+            flip: config.flip,
+            size_conditioning: config.size_conditioning,
+            mask: config.mask,
+            seed,
+            shape,
+        }
+    }
+
+    /// The same maker, with or without ID conditions.
+    #[must_use]
+    pub fn with_id(mut self, with_id: bool) -> Self {
+        self.shape.with_id = with_id;
+        self
+    }
+
+    /// The seed that all randomness hangs on.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Decodes, crops, masks and draws.
+    ///
+    /// # Errors
+    /// Input, naming the shard folder and the record, for a record that does not hold what its columns say.
+    pub fn make(&self, request: Request) -> Result<Sample> {
+        let Request { target, reference, stage, draw, .. } = request;
+        let record = self.dataset.record(target)?;
+        let photo = self.decode(&record)?;
+
+        let mut augmentation = for_sample(self.seed, stage, draw, Purpose::Augmentation);
+        let square = Square::draw(photo.dimensions(), record.face_box, &self.crop, &mut augmentation);
+        let flipped = self.flip && below(&mut augmentation, 2) == 1;
+        let view = square.cut(&photo, square.side);
+        let base = mask::base_image(&view, &square.points(&record.landmarks), &self.mask);
+        let face = square.cut(&photo, self.image_size);
+        let turn = |image: RgbImage| if flipped { imageops::flip_horizontal(&image) } else { image };
+
+        let (id_pixels, id_embedding) =
+            if self.shape.with_id { self.id_condition(reference)? } else { Default::default() };
+        let numbers = |purpose| normal(&mut for_sample(self.seed, stage, draw, purpose), self.shape.latent_len);
+        let timestep = below(&mut for_sample(self.seed, stage, draw, Purpose::Timestep), self.shape.timesteps.into());
+        Ok(Sample {
+            request,
+            key: record.key.clone(),
+            pixels: to_signed_planes(&turn(face)),
+            time_ids: square.time_ids(photo.dimensions(), self.image_size, self.size_conditioning),
+            caption: record.caption.clone(),
+            id_pixels,
+            base_pixels: (self.shape.transform)(&turn(base)),
+            id_embedding,
+            posterior_noise: numbers(Purpose::Posterior),
+            noise: numbers(Purpose::Noise),
+            timestep: timestep as u32,
+        })
+    }
+
+    /// The masked face and the ID embedding of a row: the photo as it is, without crop or flip.
+    fn id_condition(&self, row: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        let record = self.dataset.record(row)?;
+        let photo = self.decode(&record)?;
+        let face = mask::id_image(&photo, &record.landmarks, &self.mask);
+        Ok(((self.shape.transform)(&face), record.id_embedding.clone()))
+    }
+
+    fn decode(&self, record: &FaceRecord) -> Result<RgbImage> {
+        let bad = |problem: String| {
+            Error::input(
+                format!("{}: record `{}`", self.dataset.path().display(), record.key),
+                problem,
+                "build the shards again with `data-prep build`",
+            )
+        };
+        let mut limits = Limits::default();
+        limits.max_image_width = Some(record.width);
+        limits.max_image_height = Some(record.height);
+        let mut reader = ImageReader::new(Cursor::new(&record.image))
+            .with_guessed_format()
+            .map_err(|error| bad(format!("its image cannot be read: {error}")))?;
+        if !matches!(reader.format(), Some(ImageFormat::Png | ImageFormat::Jpeg)) {
+            return Err(bad("its image is neither PNG nor JPEG".into()));
+        }
+        reader.limits(limits);
+        let photo = reader.decode().map_err(|error| bad(format!("its image cannot be decoded: {error}")))?.into_rgb8();
+        if photo.dimensions() != (record.width, record.height) {
+            return Err(bad(format!(
+                "is {:?} large, its columns say {:?}",
+                photo.dimensions(),
+                (record.width, record.height)
+            )));
+        }
+        Ok(photo)
+    }
+}
+
+/// `[3, H, W]` in [-1, 1], flat.
+fn to_signed_planes(image: &RgbImage) -> Vec<f32> {
+    (0..3).flat_map(|channel| image.pixels().map(move |pixel| f32::from(pixel[channel]) / 127.5 - 1.0)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::Rgb;
+
+    #[test]
+    fn pixels_become_planes_between_minus_one_and_one() {
+        let mut image = RgbImage::from_pixel(2, 1, Rgb([0, 255, 51]));
+        image.put_pixel(1, 0, Rgb([255, 0, 204]));
+        assert_eq!(to_signed_planes(&image), [-1.0, 1.0, 1.0, -1.0, 51.0 / 127.5 - 1.0, 204.0 / 127.5 - 1.0]);
+    }
+}

@@ -1,0 +1,133 @@
+//! Which parts act on a sample: trigger words, ID-LoRA, Base-LoRA.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::random::{Purpose, for_sample, weighted};
+
+/// One situation of the training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scenario {
+    /// Trigger words, ID-LoRA and Base-LoRA.
+    Full,
+    /// Trigger words and ID-LoRA.
+    IdOnly,
+    /// Base-LoRA alone, without trigger words.
+    BaseOnly,
+}
+
+impl Scenario {
+    /// Every scenario, in the order of [`Scenarios::weights`].
+    pub const ALL: [Self; 3] = [Self::Full, Self::IdOnly, Self::BaseOnly];
+
+    /// Whether the trigger words stand before the caption: whenever the ID-LoRA is on.
+    pub fn trigger(self) -> bool {
+        self.id_lora()
+    }
+
+    /// Whether the ID-LoRA acts.
+    pub fn id_lora(self) -> bool {
+        self != Self::BaseOnly
+    }
+
+    /// Whether the Base-LoRA acts.
+    pub fn base_lora(self) -> bool {
+        self != Self::IdOnly
+    }
+
+    /// Its name in the YAML and in the curves.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::IdOnly => "id_only",
+            Self::BaseOnly => "base_only",
+        }
+    }
+}
+
+/// How often each scenario is drawn; the weights need not sum to one. The paper gives 0.9 / 0.05 / 0.05 and does not say
+/// which is which: the defaults are this project's reading.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenarios {
+    /// Of [`Scenario::Full`].
+    #[serde(default)]
+    pub full: f64,
+    /// Of [`Scenario::IdOnly`].
+    #[serde(default)]
+    pub id_only: f64,
+    /// Of [`Scenario::BaseOnly`].
+    #[serde(default)]
+    pub base_only: f64,
+}
+
+impl Scenarios {
+    /// Of the ID stages.
+    pub const ID: Self = Self { full: 0.9, id_only: 0.05, base_only: 0.05 };
+    /// Of the Base stage: there is no ID-LoRA yet.
+    pub const BASE: Self = Self { full: 0.0, id_only: 0.0, base_only: 1.0 };
+
+    /// In the order of [`Scenario::ALL`].
+    pub fn weights(self) -> [f64; 3] {
+        [self.full, self.id_only, self.base_only]
+    }
+
+    /// The scenario of one draw.
+    pub fn draw(self, seed: u64, stage: u64, draw: u64) -> Scenario {
+        Scenario::ALL[weighted(&mut for_sample(seed, stage, draw, Purpose::Scenario), &self.weights())]
+    }
+
+    /// Whether the scenario can be drawn.
+    pub fn has(self, scenario: Scenario) -> bool {
+        self.weights()[scenario as usize] > 0.0
+    }
+
+    /// Checks the weights; `place` names the block.
+    ///
+    /// # Errors
+    /// Input for a negative or infinite weight, or none above zero.
+    pub fn validate(self, place: &str) -> Result<()> {
+        let weights = self.weights();
+        let sane = weights.iter().all(|weight| weight.is_finite() && *weight >= 0.0);
+        if sane && weights.iter().any(|weight| *weight > 0.0) {
+            return Ok(());
+        }
+        Err(Error::input(
+            place,
+            format!("the weights are {weights:?}"),
+            "give finite weights of 0 or above, at least one above 0",
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scenarios_come_in_their_proportion() {
+        let drawn: Vec<Scenario> = (0..4000).map(|draw| Scenarios::ID.draw(3, 1, draw)).collect();
+        let share = |wanted| drawn.iter().filter(|scenario| **scenario == wanted).count();
+        assert!(share(Scenario::Full).abs_diff(3600) < 80, "{}", share(Scenario::Full));
+        assert!(share(Scenario::IdOnly).abs_diff(200) < 60, "{}", share(Scenario::IdOnly));
+        assert!((0..100).all(|draw| Scenarios::BASE.draw(3, 0, draw) == Scenario::BaseOnly));
+    }
+
+    #[test]
+    fn the_trigger_stands_with_the_id_lora() {
+        for scenario in Scenario::ALL {
+            assert_eq!(scenario.trigger(), scenario.id_lora());
+            assert!(scenario.id_lora() || scenario.base_lora());
+        }
+    }
+
+    #[test]
+    fn weights_that_cannot_be_drawn_from_are_refused() {
+        let none = Scenarios { full: 0.0, id_only: 0.0, base_only: 0.0 };
+        let negative = Scenarios { full: -1.0, ..Scenarios::ID };
+        assert!(none.validate("train.yaml: scenarios").is_err());
+        assert!(negative.validate("train.yaml: scenarios").is_err());
+        assert!(Scenarios::ID.validate("train.yaml: scenarios").is_ok());
+    }
+}
