@@ -234,8 +234,8 @@ impl ImageProcessor {
         Tensor::from_data(TensorData::new(values, [pictures.len(), 3, side, side]), device)
     }
 
-    /// One picture, channel by channel.
-    fn pixel_values(&self, picture: &RgbImage) -> Vec<f32> {
+    /// Pixel values `[3, side, side]` of one picture, flat.
+    pub fn pixel_values(&self, picture: &RgbImage) -> Vec<f32> {
         // 1. The shortest edge to its size; the other in proportion, rounded down.
         let (width, height) = picture.dimensions();
         let scaled = |edge: u32| {

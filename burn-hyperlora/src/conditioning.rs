@@ -1,1 +1,296 @@
-//! A batch to the conditions of the UNet and of the hypernetwork.
+//! The frozen base model, and a batch turned into what the UNet and the hypernetwork are conditioned on.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use data_prep::config::ConfigPath;
+use serde::{Deserialize, Serialize};
+
+use crate::clip_vision::{ClipVisionModel, ImageProcessor};
+use crate::data::sample::{ImageTransform, Sample, SampleShape};
+use crate::error::{Error, Result};
+use crate::sdxl::autoencoder_kl::AutoencoderKl;
+use crate::sdxl::scheduler::NoiseSchedule;
+use crate::sdxl::text::{PromptStates, TextEncoders};
+use crate::sdxl::unet::{UNet2DConditionModel, UnetInput};
+
+/// Prompts whose states are kept: with templates for captions a run meets few, with real captions nearly none twice.
+const PROMPT_CACHE: usize = 256;
+
+/// Where the frozen models are: `base:` of an experiment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseConfig {
+    /// An SDXL pipeline folder in diffusers layout.
+    pub path: ConfigPath,
+    /// Folder of the CLIP image encoder; the pipeline's `image_encoder` where left out.
+    #[serde(default)]
+    pub image_encoder: Option<ConfigPath>,
+    /// Folder of its preprocessing; the pipeline's `feature_extractor` where left out.
+    #[serde(default)]
+    pub feature_extractor: Option<ConfigPath>,
+}
+
+impl BaseConfig {
+    /// The pipeline folder; paths of the YAML are relative to `yaml_folder`.
+    ///
+    /// # Errors
+    /// Input where the path names no folder.
+    pub fn folder(&self, yaml_folder: &Path) -> Result<PathBuf> {
+        let folder = self.path.resolve(yaml_folder)?;
+        if folder.join("unet").is_dir() {
+            return Ok(folder);
+        }
+        Err(Error::file(
+            &folder,
+            "is no SDXL pipeline in diffusers layout: it has no folder `unet`",
+            "set `base.path` to a folder with unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2 and scheduler",
+        ))
+    }
+}
+
+/// The frozen models, on one plain device.
+pub struct Base {
+    /// The denoiser that LoRAs act on.
+    pub unet: UNet2DConditionModel,
+    /// Images to latents and back.
+    pub vae: AutoencoderKl,
+    /// How noise is added.
+    pub schedule: NoiseSchedule,
+    /// Prompts to states.
+    pub text: TextEncoders,
+    /// Condition images to states.
+    pub image_encoder: ClipVisionModel,
+    /// Condition images to the image encoder's input.
+    pub image_processor: ImageProcessor,
+    prompts: HashMap<String, PromptStates>,
+    device: Device,
+}
+
+/// What a batch is for the UNet and the hypernetwork; plain tensors, one entry per sample.
+pub struct Conditions {
+    /// Noisy latents, timesteps, prompt, size: the UNet's input.
+    pub input: UnetInput,
+    /// What the UNet shall predict, `[B, C, h, w]`.
+    pub target: Tensor<4>,
+    /// What the LoRAs are made from.
+    pub portraits: Portraits,
+}
+
+/// What the hypernetwork is given of a batch.
+#[derive(Debug, Clone)]
+pub struct Portraits {
+    /// Of the reference photos; `None` where no ID-LoRA is made.
+    pub id: Option<IdPortraits>,
+    /// The image encoder's states of the crops with the face blurred, `[B, T, D]`.
+    pub base_states: Tensor<3>,
+    /// 1 where the ID-LoRA acts, else 0: `[B]`.
+    pub id_weight: Tensor<1>,
+    /// 1 where the Base-LoRA acts, else 0: `[B]`.
+    pub base_weight: Tensor<1>,
+}
+
+/// Who the people are.
+#[derive(Debug, Clone)]
+pub struct IdPortraits {
+    /// The image encoder's states of the masked faces, `[B, T, D]`.
+    pub states: Tensor<3>,
+    /// L2-normalised ID embeddings, `[B, 512]`.
+    pub embedding: Tensor<2>,
+}
+
+impl Portraits {
+    /// The same on the autodiff device.
+    #[must_use]
+    pub fn autodiff(self) -> Self {
+        Self {
+            id: self.id.map(|id| IdPortraits {
+                states: Tensor::from_inner(id.states),
+                embedding: Tensor::from_inner(id.embedding),
+            }),
+            base_states: Tensor::from_inner(self.base_states),
+            id_weight: Tensor::from_inner(self.id_weight),
+            base_weight: Tensor::from_inner(self.base_weight),
+        }
+    }
+}
+
+impl Base {
+    /// Loads everything onto `device`.
+    ///
+    /// # Errors
+    /// Input for a missing, corrupt or unfitting model.
+    pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
+        let folder = config.folder(yaml_folder)?;
+        let beside = |given: &Option<ConfigPath>, name: &str| match given {
+            Some(path) => path.resolve(yaml_folder),
+            None => Ok(folder.join(name)),
+        };
+        Ok(Self {
+            unet: UNet2DConditionModel::load(&folder.join("unet"), device)?,
+            vae: AutoencoderKl::load(&folder.join("vae"), device)?,
+            schedule: NoiseSchedule::load(&folder.join("scheduler"))?,
+            text: TextEncoders::load(&folder, device)?,
+            image_encoder: ClipVisionModel::load(&beside(&config.image_encoder, "image_encoder")?, device)?,
+            image_processor: ImageProcessor::load(&beside(&config.feature_extractor, "feature_extractor")?)?,
+            prompts: HashMap::new(),
+            device: device.clone(),
+        })
+    }
+
+    /// The plain device that the models are on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Latent channels and side of an image of `image_size` pixels.
+    pub fn latent_shape(&self, image_size: usize) -> [usize; 3] {
+        let side = image_size / self.vae.config().factor();
+        [self.vae.config().latent_channels, side, side]
+    }
+
+    /// What the models ask of a sample.
+    pub fn sample_shape(&self, image_size: usize, with_id: bool) -> SampleShape {
+        let processor = self.image_processor.clone();
+        let transform: ImageTransform = Arc::new(move |image| processor.pixel_values(image));
+        SampleShape {
+            latent_len: self.latent_shape(image_size).iter().product(),
+            timesteps: self.schedule.config().num_train_timesteps as u32,
+            transform,
+            with_id,
+        }
+    }
+
+    /// Checks that images of `image_size` go through autoencoder and UNet, and that ID conditions of `clip_dim` come out.
+    ///
+    /// # Errors
+    /// Input, naming the key of the experiment; `place` names its file.
+    pub fn check(&self, place: &str, image_size: usize, clip_dim: usize) -> Result<()> {
+        let levels = self.unet.config().block_out_channels.len();
+        let step = self.vae.config().factor() << levels.saturating_sub(1);
+        if image_size == 0 || !image_size.is_multiple_of(step) {
+            return Err(Error::input(
+                format!("{place}: data.image_size"),
+                format!("{image_size} is no multiple of {step}, by which autoencoder and UNet divide a side"),
+                format!("give {} or {}", (image_size / step).max(1) * step, (image_size / step + 1) * step),
+            ));
+        }
+        let width = self.image_encoder.config().encoder.hidden_size;
+        if width != clip_dim {
+            return Err(Error::input(
+                format!("{place}: hyper_lora.clip_dim"),
+                format!("is {clip_dim}, the image encoder's states are {width} wide"),
+                format!("give {width}, or name another `base.image_encoder`"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Encodes a batch, without any graph: `trigger` stands before the captions of samples whose ID-LoRA acts.
+    ///
+    /// # Errors
+    /// Fault when a caption cannot be tokenised.
+    pub fn encode(&mut self, samples: &[Sample], trigger: &str) -> Result<Conditions> {
+        let (input, target) = self.noisy(samples, trigger)?;
+        Ok(Conditions { input, target, portraits: self.portraits(samples) })
+    }
+
+    /// What the UNet is given of a batch, and what it shall predict, `[B, C, h, w]`.
+    ///
+    /// # Errors
+    /// Fault when a caption cannot be tokenised.
+    pub fn noisy(&mut self, samples: &[Sample], trigger: &str) -> Result<(UnetInput, Tensor<4>)> {
+        let PromptStates { prompt_embeds, pooled } = self.prompts(samples, trigger)?;
+        let (count, device) = (samples.len(), &self.device);
+        let side = samples.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
+        let images = stack(samples, |sample| &sample.pixels, [count, 3, side, side], device);
+        let [channels, height, width] = self.latent_shape(side);
+        let latent_shape = [count, channels, height, width];
+        let posterior = stack(samples, |sample| &sample.posterior_noise, latent_shape, device);
+        let latents = self.vae.encode(images, posterior);
+
+        let noise = self.noise(samples);
+        let timesteps: Vec<usize> = samples.iter().map(|sample| sample.timestep as usize).collect();
+        let target = self.schedule.target(latents.clone(), noise.clone(), &timesteps);
+        let input = UnetInput {
+            latents: self.schedule.add_noise(latents, noise, &timesteps),
+            timesteps: per_sample(samples, |sample| sample.timestep as f32, device),
+            prompt_embeds,
+            pooled,
+            time_ids: stack(samples, |sample| &sample.time_ids, [count, 6], device),
+        };
+        Ok((input, target))
+    }
+
+    /// What the hypernetwork is given of a batch.
+    pub fn portraits(&self, samples: &[Sample]) -> Portraits {
+        let (count, device) = (samples.len(), &self.device);
+        let side = self.image_processor.side() as usize;
+        let states = |of: fn(&Sample) -> &[f32]| {
+            self.image_encoder.penultimate(stack(samples, of, [count, 3, side, side], device))
+        };
+        let with_id = samples.iter().all(|sample| !sample.id_pixels.is_empty());
+        let embedding = samples.first().map_or(0, |sample| sample.id_embedding.len());
+        Portraits {
+            id: with_id.then(|| IdPortraits {
+                states: states(|sample| &sample.id_pixels),
+                embedding: stack(samples, |sample| &sample.id_embedding, [count, embedding], device),
+            }),
+            base_states: states(|sample| &sample.base_pixels),
+            id_weight: per_sample(samples, |sample| f32::from(sample.request.scenario.id_lora()), device),
+            base_weight: per_sample(samples, |sample| f32::from(sample.request.scenario.base_lora()), device),
+        }
+    }
+
+    /// The samples' noise, `[B, C, h, w]`.
+    pub fn noise(&self, samples: &[Sample]) -> Tensor<4> {
+        let side = samples.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
+        let [channels, height, width] = self.latent_shape(side);
+        stack(samples, |sample| &sample.noise, [samples.len(), channels, height, width], &self.device)
+    }
+
+    /// The states of the samples' captions; `trigger` stands before those of samples whose ID-LoRA acts.
+    ///
+    /// # Errors
+    /// Fault when a caption cannot be tokenised.
+    pub fn prompts(&mut self, samples: &[Sample], trigger: &str) -> Result<PromptStates> {
+        let states = samples.iter().map(|sample| {
+            let trigger = if sample.request.scenario.trigger() { trigger } else { "" };
+            self.prompt(&format!("{trigger}{}", sample.caption)).map(|states| (states.prompt_embeds, states.pooled))
+        });
+        let (prompt_embeds, pooled) = states.collect::<Result<(Vec<_>, Vec<_>)>>()?;
+        Ok(PromptStates { prompt_embeds: Tensor::cat(prompt_embeds, 0), pooled: Tensor::cat(pooled, 0) })
+    }
+
+    /// The states of one prompt. Each is encoded by itself, so that its bits never depend on its neighbours in a batch.
+    fn prompt(&mut self, prompt: &str) -> Result<PromptStates> {
+        if let Some(known) = self.prompts.get(prompt) {
+            return Ok(known.clone());
+        }
+        let states = self.text.encode(&[prompt])?;
+        if self.prompts.len() == PROMPT_CACHE {
+            self.prompts.clear();
+        }
+        self.prompts.insert(prompt.into(), states.clone());
+        Ok(states)
+    }
+}
+
+/// One tensor of the samples' flat parts, in their order.
+fn stack<const D: usize>(
+    samples: &[Sample],
+    of: fn(&Sample) -> &[f32],
+    shape: [usize; D],
+    device: &Device,
+) -> Tensor<D> {
+    let values: Vec<f32> = samples.iter().flat_map(|sample| of(sample).iter().copied()).collect();
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+/// One number per sample, `[B]`.
+fn per_sample(samples: &[Sample], of: fn(&Sample) -> f32, device: &Device) -> Tensor<1> {
+    let values: Vec<f32> = samples.iter().map(of).collect();
+    Tensor::from_data(TensorData::new(values, [samples.len()]), device)
+}
