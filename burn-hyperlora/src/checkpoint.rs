@@ -54,6 +54,11 @@ impl CheckpointStore {
         Ok(store)
     }
 
+    /// The checkpoints below `root`, for reading only: nothing is made or tidied.
+    pub fn at(root: &Path) -> Self {
+        Self { root: root.into() }
+    }
+
     /// Every whole checkpoint, oldest first.
     ///
     /// # Errors

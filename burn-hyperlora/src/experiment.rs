@@ -1,1 +1,193 @@
-//! The experiment YAML, typed: composes the config of every room and validates it once.
+//! The YAML of a run: composes the configurations of all parts, fills in their defaults and checks them once.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use data_prep::config::{self, ConfigPath};
+use data_prep::face::FaceConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::conditioning::BaseConfig;
+use crate::data::DataConfig;
+use crate::error::{Error, Result};
+use crate::hypernet::HyperLoraConfig;
+use crate::train::config::TrainConfig;
+use crate::train::{self, CONFIG_FILE, Outcome, TrainOptions, TrainSetup};
+
+/// Everything that describes a run; cluster facts are no part of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experiment {
+    /// Names the run folder: `runs/<name>` unless the command says otherwise.
+    pub name: String,
+    /// All randomness hangs on it.
+    pub seed: u64,
+    /// The frozen models.
+    pub base: BaseConfig,
+    /// How faces are found in the photos that `generate` and `sample` are given.
+    #[serde(default)]
+    pub faces: Option<FaceConfig>,
+    /// Where the samples come from.
+    pub data: DataConfig,
+    /// Sizes of the hypernetwork.
+    #[serde(default)]
+    pub hyper_lora: HyperLoraConfig,
+    /// How it is trained.
+    pub train: TrainConfig,
+    /// How it is judged.
+    #[serde(default)]
+    pub eval: EvalConfig,
+    /// The file that this was read from.
+    #[serde(skip)]
+    origin: PathBuf,
+}
+
+/// How a trained hypernetwork is judged.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalConfig {
+    /// Does a LoRA of the right person help more than one of somebody else?
+    pub identity_gap: IdentityGapConfig,
+}
+
+/// Settings of `hyperlora eval identity-gap`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IdentityGapConfig {
+    /// Noises and timesteps per photo, averaged before any statistics.
+    pub draws: usize,
+    /// Photos that were not trained on, of people who were.
+    pub known: GapSet,
+    /// Photos of people who were never seen.
+    pub unseen: GapSet,
+    /// Samples that go through the UNet at once.
+    pub batch: usize,
+}
+
+/// The photos of one judgement, and where their reference photos come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GapSet {
+    /// Split of the photos.
+    pub photos: String,
+    /// Split of the photos that the LoRAs are made from; never the judged photo itself.
+    pub references: String,
+}
+
+impl Default for IdentityGapConfig {
+    fn default() -> Self {
+        let set = |photos: &str, references: &str| GapSet { photos: photos.into(), references: references.into() };
+        Self { draws: 8, known: set("held_out", "train"), unseen: set("unseen", "unseen"), batch: 32 }
+    }
+}
+
+impl Experiment {
+    /// Reads, completes and checks a YAML.
+    ///
+    /// # Errors
+    /// Input, naming file, position and key.
+    pub fn load(path: &Path) -> Result<Self> {
+        let mut experiment: Self = config::load(path)?;
+        experiment.origin = path.into();
+        experiment.train.resolve();
+        experiment.validate()?;
+        Ok(experiment)
+    }
+
+    /// Reads the resolved configuration of a run folder.
+    ///
+    /// # Errors
+    /// Input for a folder that holds no run.
+    pub fn of_run(run: &Path) -> Result<Self> {
+        let path = run.join(CONFIG_FILE);
+        if !path.is_file() {
+            return Err(Error::file(
+                run,
+                format!("is no run folder: it holds no {CONFIG_FILE}"),
+                "give a folder that `hyperlora train` wrote",
+            ));
+        }
+        Self::load(&path)
+    }
+
+    /// The folder that the paths of the YAML start at.
+    pub fn folder(&self) -> &Path {
+        self.origin.parent().unwrap_or(Path::new(""))
+    }
+
+    /// The YAML file, for messages.
+    pub fn place(&self) -> String {
+        self.origin.display().to_string()
+    }
+
+    /// The configuration with all defaults written out and all paths absolute, so that it holds in any folder.
+    ///
+    /// # Errors
+    /// Input for a path with an unset variable.
+    pub fn resolved_yaml(&self) -> Result<String> {
+        let folder = std::path::absolute(self.folder()).map_err(|source| Error::read(self.folder(), source))?;
+        let absolute = |path: &mut ConfigPath| -> Result<()> {
+            let resolved = path.resolve(&folder)?;
+            *path = ConfigPath::new(resolved.canonicalize().unwrap_or(resolved));
+            Ok(())
+        };
+        let mut resolved = self.clone();
+        absolute(&mut resolved.base.path)?;
+        absolute(&mut resolved.data.shards)?;
+        let optional =
+            [&mut resolved.base.image_encoder, &mut resolved.base.feature_extractor, &mut resolved.train.init_from];
+        optional.into_iter().flatten().try_for_each(absolute)?;
+        if let Some(faces) = &mut resolved.faces {
+            absolute(&mut faces.models)?;
+            faces.runtime.as_mut().map_or(Ok(()), absolute)?;
+        }
+        config::to_yaml(&resolved)
+    }
+
+    /// Trains, or goes on where a checkpoint in `run` stands.
+    ///
+    /// # Errors
+    /// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
+    /// that diverged.
+    pub fn train(&self, run: &Path, device: &Device, options: &TrainOptions) -> Result<Outcome> {
+        train::run(
+            &TrainSetup {
+                place: self.place(),
+                folder: self.folder(),
+                run,
+                name: &self.name,
+                seed: self.seed,
+                base: &self.base,
+                data: &self.data,
+                hyper_lora: &self.hyper_lora,
+                train: &self.train,
+                resolved_yaml: self.resolved_yaml()?,
+                device: device.clone(),
+            },
+            options,
+        )
+    }
+
+    fn validate(&self) -> Result<()> {
+        let place = self.place();
+        if self.name.is_empty() || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
+            return Err(Error::input(
+                format!("{place}: name"),
+                format!("`{}` cannot name a folder", self.name),
+                "use letters, digits, `-`, `_` and `.`",
+            ));
+        }
+        self.data.validate(&place)?;
+        self.hyper_lora.validate(&format!("{place}: hyper_lora"))?;
+        self.train.validate(&place, self.hyper_lora.base_rank > 0)?;
+        let IdentityGapConfig { draws, batch, .. } = self.eval.identity_gap;
+        if draws == 0 || batch == 0 {
+            return Err(Error::input(
+                format!("{place}: eval.identity_gap"),
+                format!("draws {draws}, batch {batch}"),
+                "give at least 1 of each; 8 draws or more make a photo's figure steady",
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,1 +1,162 @@
-//! The training run: stages, steps, state.
+//! Training: three stages, one step function, and a state from which a run goes on bit for bit.
+
+pub mod checkpoints;
+pub mod config;
+pub mod curves;
+pub mod fixed_set;
+pub mod forward;
+pub mod pictures;
+pub mod state;
+pub mod step;
+pub mod trainer;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use data_prep::files::write_whole;
+
+use crate::conditioning::BaseConfig;
+use crate::data::DataConfig;
+use crate::data::dataset::Dataset;
+use crate::error::{Error, Result};
+use crate::hypernet::HyperLoraConfig;
+use crate::metrics::Display;
+use crate::signals::StopFlag;
+use crate::train::config::TrainConfig;
+use crate::train::trainer::Trainer;
+
+/// Name of the resolved configuration in a run folder.
+pub const CONFIG_FILE: &str = "config.yaml";
+/// Folder of the checkpoints in a run folder.
+pub const CHECKPOINTS: &str = "checkpoints";
+/// Folder of the event files in a run folder.
+pub const TENSORBOARD: &str = "tensorboard";
+/// Folder of the pictures in a run folder.
+pub const SAMPLES: &str = "samples";
+
+/// What a run is made of: the parts of an experiment that training reads.
+pub struct TrainSetup<'a> {
+    /// The YAML file, for messages.
+    pub place: String,
+    /// The folder that paths of the YAML start at.
+    pub folder: &'a Path,
+    /// The run folder.
+    pub run: &'a Path,
+    /// The experiment's name.
+    pub name: &'a str,
+    /// All randomness hangs on it.
+    pub seed: u64,
+    /// The frozen models.
+    pub base: &'a BaseConfig,
+    /// Where the samples come from.
+    pub data: &'a DataConfig,
+    /// Sizes of the hypernetwork.
+    pub hyper_lora: &'a HyperLoraConfig,
+    /// How it is trained.
+    pub train: &'a TrainConfig,
+    /// The whole configuration with its defaults written out.
+    pub resolved_yaml: String,
+    /// The plain device to train on.
+    pub device: Device,
+}
+
+/// What the command line adds.
+#[derive(Debug, Clone)]
+pub struct TrainOptions {
+    /// Stops, with a checkpoint, once this many optimiser steps are done in all.
+    pub max_steps: Option<u64>,
+    /// Raised by SIGTERM and SIGINT.
+    pub stop: StopFlag,
+    /// How progress is shown.
+    pub display: Display,
+}
+
+/// How a run ended in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// All stages are done.
+    Finished {
+        /// Steps in all.
+        step: u64,
+        /// The last checkpoint.
+        checkpoint: PathBuf,
+    },
+    /// `max_steps` was reached; the same command without it goes on.
+    Paused {
+        /// Steps in all.
+        step: u64,
+        /// The checkpoint that was written.
+        checkpoint: PathBuf,
+    },
+    /// A signal asked for a stop and everything is saved; the same command goes on.
+    Stopped {
+        /// The signal's name.
+        signal: &'static str,
+        /// Steps in all.
+        step: u64,
+        /// The checkpoint that was written.
+        checkpoint: PathBuf,
+    },
+}
+
+/// Trains, or goes on from the latest checkpoint of the run folder.
+///
+/// # Errors
+/// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
+/// that diverged.
+pub fn run(setup: &TrainSetup<'_>, options: &TrainOptions) -> Result<Outcome> {
+    fs::create_dir_all(setup.run).map_err(|source| Error::write(setup.run, source))?;
+    let mut trainer = Trainer::prepare(setup, options)?;
+    write_whole(&setup.run.join(CONFIG_FILE), setup.resolved_yaml.as_bytes())?;
+    loop {
+        if let Some(outcome) = trainer.run_stage()? {
+            return Ok(outcome);
+        }
+    }
+}
+
+/// Moves a run folder aside, to `<run>.1`, `<run>.2` and so on, and tells where; `None` where there is none.
+///
+/// # Errors
+/// Input or Disk when the folder cannot be renamed.
+pub fn move_aside(run: &Path) -> Result<Option<PathBuf>> {
+    if !run.exists() {
+        return Ok(None);
+    }
+    let name = run.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let free = (1_u32..).map(|number| run.with_file_name(format!("{name}.{number}"))).find(|path| !path.exists());
+    let Some(aside) = free else { return Err(Error::Fault(format!("no free name beside {}", run.display()))) };
+    fs::rename(run, &aside).map_err(|source| Error::write(run, source))?;
+    Ok(Some(aside))
+}
+
+/// Opens the shards that an experiment names.
+///
+/// # Errors
+/// Input for a missing, foreign or corrupt shard folder.
+pub fn open_dataset(config: &DataConfig, yaml_folder: &Path) -> Result<Arc<Dataset>> {
+    Ok(Arc::new(Dataset::open(&config.shards.resolve(yaml_folder)?, config.cache_mib)?))
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn an_old_run_is_kept_under_the_next_free_name() {
+        let root = tempfile::tempdir().unwrap();
+        let run = root.path().join("quickstart");
+        assert_eq!(move_aside(&run).unwrap(), None);
+        for number in 1..=2 {
+            fs::create_dir(&run).unwrap();
+            fs::write(run.join("summary.json"), number.to_string()).unwrap();
+            assert_eq!(move_aside(&run).unwrap(), Some(root.path().join(format!("quickstart.{number}"))));
+        }
+        assert!(!run.exists());
+        assert_eq!(fs::read_to_string(root.path().join("quickstart.1/summary.json")).unwrap(), "1");
+    }
+}

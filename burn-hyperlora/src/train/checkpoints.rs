@@ -1,0 +1,94 @@
+//! What a checkpoint of a run holds, and going on from one.
+//!
+//! `weights/` is a hypernetwork in the released folder layout, `optimizer.safetensors` the moments of AdamW, and
+//! `state.json` the rest: [`SavedState`].
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, FloatDType, TensorData};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::checkpoint::{Checkpoint, CheckpointStore};
+use crate::error::{Error, Result};
+use crate::hypernet::Stage;
+use crate::train::CHECKPOINTS;
+use crate::train::state::{TrainState, first_difference};
+use crate::train::step::Learner;
+use crate::weights::{self, Weights};
+
+/// Folder of the weights in a checkpoint.
+pub const WEIGHTS: &str = "weights";
+
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// `state.json` of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SavedState {
+    /// Where the run stands.
+    pub train: TrainState,
+    /// What the last step taught.
+    pub taught: Option<Stage>,
+    /// How often each parameter was stepped in this stage.
+    pub optimizer_steps: BTreeMap<String, usize>,
+    /// The settings that a resume must match.
+    pub settings: Value,
+}
+
+/// Saves the run; tells which folder.
+///
+/// # Errors
+/// Disk for a full or failing disk, Input for a place that cannot be written to; older checkpoints are then intact.
+pub fn save(store: &CheckpointStore, state: &SavedState, learner: &Learner, keep: usize) -> Result<PathBuf> {
+    let checkpoint = store.write(state.train.global_step, state, |folder| {
+        learner.hyper_lora.save(&folder.join(WEIGHTS), FloatDType::F32)?;
+        weights::save(&folder.join(OPTIMIZER), learner.optimizer.tensors())
+    })?;
+    store.prune(keep)?;
+    Ok(checkpoint.path().into())
+}
+
+/// The checkpoint that a run goes on from, verified; `None` for a run without one.
+///
+/// # Errors
+/// Input for a damaged checkpoint, Disk for a failing disk.
+pub fn latest(run: &Path) -> Result<Option<Checkpoint>> {
+    let store = CheckpointStore::at(&run.join(CHECKPOINTS));
+    let latest = store.latest()?;
+    if let Some(checkpoint) = &latest {
+        checkpoint.verify()?;
+    }
+    Ok(latest)
+}
+
+/// Checks that the run was made with `settings`.
+///
+/// # Errors
+/// Input, naming the first key that changed.
+pub fn check_settings(place: &str, saved: &SavedState, settings: &Value) -> Result<()> {
+    let Some((key, then, now)) = first_difference(&saved.settings, settings) else { return Ok(()) };
+    Err(Error::input(
+        format!("{place}: {key}"),
+        format!("is {now}, the run's checkpoint was made with {then}"),
+        "set it back to go on, or begin anew with --restart (the old run folder is kept aside)",
+    ))
+}
+
+/// The tensors of the optimiser, by name.
+///
+/// # Errors
+/// Input for a file that is missing or damaged.
+pub fn optimizer_tensors(checkpoint: &Checkpoint) -> Result<(PathBuf, BTreeMap<String, TensorData>)> {
+    let path = checkpoint.path().join(OPTIMIZER);
+    let file = Weights::open(&path, &Device::flex())?;
+    let lengths: Vec<(String, usize)> =
+        file.shapes().into_iter().map(|(name, shape)| (name.to_owned(), shape.iter().product())).collect();
+    let tensors = lengths.into_iter().map(|(name, length)| {
+        let data = file.at("").tensor(&name, [length]).into_data();
+        (name, data)
+    });
+    let tensors = tensors.collect();
+    file.finish()?;
+    Ok((path, tensors))
+}

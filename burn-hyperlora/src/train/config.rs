@@ -1,0 +1,345 @@
+//! How to train: `train:` of an experiment.
+
+use data_prep::config::ConfigPath;
+use serde::{Deserialize, Serialize};
+
+use crate::data::Reference;
+use crate::data::scenario::{Scenario, Scenarios};
+use crate::error::{Error, Result};
+use crate::hypernet::{ParameterGroup, Stage};
+use crate::optim::OptimConfig;
+
+/// Batches, stages and what is written along the way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Samples that go through the models at once.
+    pub micro_batch: usize,
+    /// Samples of one optimiser step: gradients are summed over `global_batch / micro_batch` passes.
+    pub global_batch: usize,
+    /// Runs the UNet's blocks again in the backward pass instead of keeping their activations.
+    #[serde(default = "yes")]
+    pub recompute: bool,
+    /// Stands before the caption whenever the ID-LoRA acts.
+    #[serde(default = "default_trigger")]
+    pub trigger: String,
+    /// Weights to begin with instead of random ones: a folder in the released layout, such as one of a checkpoint.
+    #[serde(default)]
+    pub init_from: Option<ConfigPath>,
+    /// When to save.
+    #[serde(default)]
+    pub checkpoints: CheckpointPolicy,
+    /// Pictures drawn along the way; `null` for none.
+    #[serde(default)]
+    pub samples: Option<SamplesConfig>,
+    /// Steps between two entries of the curves.
+    #[serde(default = "default_log_every")]
+    pub log_every: u64,
+    /// The set whose loss is measured before and after each stage; `null` for none.
+    #[serde(default)]
+    pub fixed_set: Option<FixedSetConfig>,
+    /// In the order in which they run.
+    pub stages: Vec<StageEntry>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn default_trigger() -> String {
+    "fcsks fxhks fhyks, ".into()
+}
+
+fn default_log_every() -> u64 {
+    10
+}
+
+/// When checkpoints are written and how many stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointPolicy {
+    /// Steps between two checkpoints; the end of a stage always gets one.
+    pub every: u64,
+    /// The newest that stay, at least 1.
+    pub keep: usize,
+}
+
+impl Default for CheckpointPolicy {
+    fn default() -> Self {
+        Self { every: 500, keep: 3 }
+    }
+}
+
+/// Pictures drawn during training: reference, no LoRA, with LoRA.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SamplesConfig {
+    /// Steps between two grids; the end of a stage always gets one.
+    pub every: u64,
+    /// People in a grid, the first of the fixed set.
+    #[serde(default = "default_sample_count")]
+    pub count: usize,
+    /// Euler steps.
+    #[serde(default = "default_sample_steps")]
+    pub steps: usize,
+    /// Classifier-free guidance.
+    #[serde(default = "default_guidance")]
+    pub guidance: f64,
+}
+
+fn default_sample_count() -> usize {
+    4
+}
+
+fn default_sample_steps() -> usize {
+    12
+}
+
+fn default_guidance() -> f64 {
+    3.0
+}
+
+/// (photo, noise, timestep) triples that are the same at every measurement.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FixedSetConfig {
+    /// The split of the photos: not one to learn from.
+    pub split: String,
+    /// The split of the reference photos, for `reference: same_identity`.
+    pub references: String,
+    /// How many triples.
+    pub triples: usize,
+}
+
+impl Default for FixedSetConfig {
+    fn default() -> Self {
+        Self { split: "held_out".into(), references: "train".into(), triples: 256 }
+    }
+}
+
+/// A stage of the training, named by what it teaches.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StageEntry {
+    /// The Base-LoRA, on crops with the face blurred away.
+    Base(StageConfig),
+    /// The ID-LoRA from the image encoder's view of the face; the Base-LoRA rests.
+    IdClip(StageConfig),
+    /// The ID-LoRA with the ID embedding; the attention to the image encoder's states rests.
+    IdEmbedding(StageConfig),
+}
+
+/// One stage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageConfig {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// The optimiser; it starts anew with each stage.
+    #[serde(default)]
+    pub optim: OptimConfig,
+    /// Parameter groups that train; empty for the stage's own.
+    #[serde(default)]
+    pub groups: Vec<ParameterGroup>,
+    /// How often each scenario comes; the stage's own where it is left out.
+    #[serde(default)]
+    pub scenarios: Option<Scenarios>,
+    /// Which photo the hypernetwork sees.
+    #[serde(default)]
+    pub reference: Reference,
+}
+
+impl StageEntry {
+    /// What the stage teaches.
+    pub fn kind(&self) -> Stage {
+        match self {
+            Self::Base(_) => Stage::Base,
+            Self::IdClip(_) => Stage::IdClip,
+            Self::IdEmbedding(_) => Stage::IdEmbed,
+        }
+    }
+
+    /// Its settings.
+    pub fn config(&self) -> &StageConfig {
+        match self {
+            Self::Base(config) | Self::IdClip(config) | Self::IdEmbedding(config) => config,
+        }
+    }
+
+    /// Its name in the YAML, the curves and the summary.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Base(_) => "base",
+            Self::IdClip(_) => "id_clip",
+            Self::IdEmbedding(_) => "id_embedding",
+        }
+    }
+
+    /// How often each scenario comes.
+    pub fn scenarios(&self) -> Scenarios {
+        self.config().scenarios.unwrap_or(match self {
+            Self::Base(_) => Scenarios::BASE,
+            Self::IdClip(_) | Self::IdEmbedding(_) => Scenarios::ID,
+        })
+    }
+
+    /// Fills in what the YAML left to the stage.
+    fn resolve(&mut self) {
+        let (kind, scenarios) = (self.kind(), self.scenarios());
+        let (Self::Base(config) | Self::IdClip(config) | Self::IdEmbedding(config)) = self;
+        config.scenarios = Some(scenarios);
+        if config.groups.is_empty() {
+            config.groups = ParameterGroup::defaults(kind).to_vec();
+        }
+    }
+
+    fn validate(&self, place: &str, has_base: bool) -> Result<()> {
+        let config = self.config();
+        if config.steps == 0 {
+            return Err(Error::input(format!("{place}.steps"), "is 0", "give at least 1, or leave the stage out"));
+        }
+        config.optim.validate(&format!("{place}.optim"))?;
+        let scenarios = self.scenarios();
+        scenarios.validate(&format!("{place}.scenarios"))?;
+        let refuse = |problem: &str, remedy: &str| Err(Error::input(format!("{place}.scenarios"), problem, remedy));
+        if self.kind() == Stage::Base && (scenarios.has(Scenario::Full) || scenarios.has(Scenario::IdOnly)) {
+            return refuse("the base stage has no ID-LoRA", "give `base_only: 1` alone, or leave `scenarios` out");
+        }
+        if self.kind() != Stage::Base && !scenarios.has(Scenario::Full) && !scenarios.has(Scenario::IdOnly) {
+            return refuse("the ID-LoRA is never on", "give `full` or `id_only` a weight above 0");
+        }
+        if !has_base && (scenarios.has(Scenario::Full) || scenarios.has(Scenario::BaseOnly)) {
+            return refuse(
+                "the scenarios `full` and `base_only` use the Base-LoRA, and hyper_lora.base_rank is 0",
+                "give `id_only: 1` alone, or a base_rank of at least 1",
+            );
+        }
+        Ok(())
+    }
+}
+
+impl TrainConfig {
+    /// Passes whose gradients make one step.
+    pub fn accumulation(&self) -> usize {
+        self.global_batch / self.micro_batch.max(1)
+    }
+
+    /// Optimiser steps of all stages.
+    pub fn total_steps(&self) -> u64 {
+        self.stages.iter().map(|stage| stage.config().steps).sum()
+    }
+
+    /// Fills in what the YAML left to the stages.
+    pub fn resolve(&mut self) {
+        self.stages.iter_mut().for_each(StageEntry::resolve);
+    }
+
+    /// Checks the batch arithmetic and every stage; `place` names the file, `has_base` tells of a Base-LoRA.
+    ///
+    /// # Errors
+    /// Input, naming the key.
+    pub fn validate(&self, place: &str, has_base: bool) -> Result<()> {
+        let Self { micro_batch, global_batch, .. } = *self;
+        if micro_batch == 0 || global_batch == 0 || !global_batch.is_multiple_of(micro_batch) {
+            return Err(Error::input(
+                format!("{place}: train.global_batch"),
+                format!("{global_batch} samples cannot be made of micro-batches of {micro_batch}"),
+                "make global_batch a multiple of micro_batch, both at least 1",
+            ));
+        }
+        let intervals = [
+            ("checkpoints.every", self.checkpoints.every),
+            ("checkpoints.keep", self.checkpoints.keep as u64),
+            ("log_every", self.log_every),
+            ("samples.every", self.samples.as_ref().map_or(1, |samples| samples.every)),
+            ("samples.count", self.samples.as_ref().map_or(1, |samples| samples.count as u64)),
+            ("samples.steps", self.samples.as_ref().map_or(1, |samples| samples.steps as u64)),
+            ("fixed_set.triples", self.fixed_set.as_ref().map_or(1, |set| set.triples as u64)),
+            ("stages", self.stages.len() as u64),
+        ];
+        if let Some((key, _)) = intervals.into_iter().find(|(_, value)| *value == 0) {
+            return Err(Error::input(format!("{place}: train.{key}"), "is 0 or empty", "give at least 1"));
+        }
+        if self.samples.as_ref().is_some_and(|samples| !samples.guidance.is_finite()) {
+            return Err(Error::input(
+                format!("{place}: train.samples.guidance"),
+                "is not finite",
+                "give 3, for example",
+            ));
+        }
+        if self.samples.is_some() && self.fixed_set.is_none() {
+            return Err(Error::input(
+                format!("{place}: train.samples"),
+                "the pictures show people of the fixed set, and there is none",
+                "add `fixed_set: {}` under train, or take `samples` out",
+            ));
+        }
+        for (index, stage) in self.stages.iter().enumerate() {
+            stage.validate(&format!("{place}: train.stages[{index}].{}", stage.name()), has_base)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::path::Path;
+
+    use super::*;
+
+    fn parse(text: &str) -> Result<TrainConfig> {
+        let mut config: TrainConfig = data_prep::config::parse(text, Path::new("train.yaml"))?;
+        config.resolve();
+        config.validate("train.yaml", true)?;
+        Ok(config)
+    }
+
+    const STAGES: &str = "stages: [{base: {steps: 2}}, {id_clip: {steps: 3, reference: same_identity}}]";
+
+    #[test]
+    fn defaults_are_resolved_per_stage() {
+        let config = parse(&format!("micro_batch: 2\nglobal_batch: 6\n{STAGES}")).unwrap();
+        assert_eq!((config.accumulation(), config.total_steps()), (3, 5));
+        assert_eq!(config.stages[0].config().scenarios, Some(Scenarios::BASE));
+        assert_eq!(config.stages[1].config().scenarios, Some(Scenarios::ID));
+        assert_eq!(config.stages[1].config().groups, ParameterGroup::defaults(Stage::IdClip));
+        assert_eq!(config.stages[1].config().reference, Reference::SameIdentity);
+    }
+
+    #[test]
+    fn a_resolved_config_reads_back_as_itself() {
+        let config = parse(&format!("micro_batch: 2\nglobal_batch: 6\nfixed_set: {{}}\n{STAGES}")).unwrap();
+        let yaml = data_prep::config::to_yaml(&config).unwrap();
+        assert_eq!(parse(&yaml).unwrap(), config);
+    }
+
+    #[test]
+    fn impossible_settings_name_their_key() {
+        for (text, key) in [
+            (format!("micro_batch: 4\nglobal_batch: 6\n{STAGES}"), "train.global_batch"),
+            (format!("micro_batch: 0\nglobal_batch: 6\n{STAGES}"), "train.global_batch"),
+            ("micro_batch: 1\nglobal_batch: 1\nstages: []".into(), "train.stages"),
+            ("micro_batch: 1\nglobal_batch: 1\nstages: [{base: {steps: 0}}]".into(), "stages[0].base.steps"),
+            (
+                "micro_batch: 1\nglobal_batch: 1\nstages: [{base: {steps: 1, scenarios: {full: 1}}}]".into(),
+                "stages[0].base.scenarios",
+            ),
+            (
+                "micro_batch: 1\nglobal_batch: 1\nstages: [{id_clip: {steps: 1, scenarios: {base_only: 1}}}]".into(),
+                "stages[0].id_clip.scenarios",
+            ),
+            (format!("micro_batch: 1\nglobal_batch: 1\nsamples: {{every: 1}}\n{STAGES}"), "train.samples"),
+        ] {
+            let message = parse(&text).unwrap_err().to_string();
+            assert!(message.contains(key), "{message}");
+        }
+    }
+
+    #[test]
+    fn scenarios_with_a_base_lora_need_one() {
+        let config = parse(&format!("micro_batch: 1\nglobal_batch: 1\n{STAGES}")).unwrap();
+        assert!(config.validate("train.yaml", false).unwrap_err().to_string().contains("base_rank"));
+    }
+}

@@ -1,0 +1,105 @@
+//! A set of (photo, noise, timestep) triples whose loss is comparable between moments and stages.
+
+use burn::module::Module;
+
+use crate::conditioning::Base;
+use crate::data::Reference;
+use crate::data::dataset::Dataset;
+use crate::data::loader::make_all;
+use crate::data::sample::{Request, Sample, SampleMaker};
+use crate::data::scenario::Scenario;
+use crate::error::Result;
+use crate::hypernet::{HyperLora, Stage};
+use crate::random::{Purpose, for_sample};
+use crate::train::config::FixedSetConfig;
+use crate::train::forward::{denoising_loss, make_lora};
+
+/// Counts the draws of fixed sets: no training stage has this number.
+const DRAWS: u64 = 1 << 32;
+
+/// The triples, ready to be encoded.
+pub struct FixedSet {
+    samples: Vec<Sample>,
+    micro_batch: usize,
+}
+
+impl FixedSet {
+    /// Triples over the photos of `config.split`, in rounds; timesteps are spread evenly over the schedule, so that two
+    /// sets differ little by chance. Equal for equal seed, shards and settings.
+    ///
+    /// # Errors
+    /// Input for a split without usable photos.
+    pub fn new(
+        maker: &SampleMaker,
+        config: &FixedSetConfig,
+        kind: Stage,
+        reference: Reference,
+        timesteps: u32,
+        micro_batch: usize,
+    ) -> Result<Self> {
+        let pairs = maker.dataset.pairs(&config.split, &config.references, reference)?;
+        let scenario = if kind == Stage::Base { Scenario::BaseOnly } else { Scenario::Full };
+        let requests = pairs.as_slice().iter().cycle().zip(0..config.triples as u64).map(|(pair, draw)| Request {
+            target: pair.target,
+            reference: pair.reference(&mut for_sample(maker.seed(), DRAWS, draw, Purpose::Reference)),
+            scenario,
+            stage: DRAWS,
+            draw,
+        });
+        let mut samples = make_all(maker, requests.collect())?;
+        let count = samples.len();
+        for (index, sample) in samples.iter_mut().enumerate() {
+            sample.timestep = spread(index, count, timesteps);
+        }
+        Ok(Self { samples, micro_batch })
+    }
+
+    /// The first `count` people of the set, one sample each.
+    pub fn first_people(&self, dataset: &Dataset, count: usize) -> Vec<Sample> {
+        let mut people: Vec<(Option<&str>, &Sample)> = Vec::new();
+        for sample in &self.samples {
+            let person = dataset.identity(sample.request.target);
+            if people.len() < count && (person.is_none() || people.iter().all(|(known, _)| *known != person)) {
+                people.push((person, sample));
+            }
+        }
+        people.into_iter().map(|(_, sample)| sample.clone()).collect()
+    }
+
+    /// Mean loss over the set with the LoRAs that `hyper_lora` makes at this stage.
+    ///
+    /// # Errors
+    /// See [`denoising_loss`].
+    pub fn loss(&self, base: &mut Base, hyper_lora: &HyperLora, kind: Stage, trigger: &str) -> Result<f64> {
+        let hyper_lora = hyper_lora.valid();
+        let mut sum = 0.0;
+        for samples in self.samples.chunks(self.micro_batch) {
+            let conditions = base.encode(samples, trigger)?;
+            let made = make_lora(&hyper_lora, kind, conditions.portraits)?;
+            let losses = denoising_loss(base, &conditions.input, conditions.target, Some(&made.lora))?;
+            sum += losses.into_iter().map(f64::from).sum::<f64>();
+        }
+        Ok(sum / self.samples.len().max(1) as f64)
+    }
+}
+
+/// The middle of the `index`-th of `count` equal parts of `0..timesteps`, the parts taken in a scattered order.
+fn spread(index: usize, count: usize, timesteps: u32) -> u32 {
+    // The golden ratio's fraction scatters neighbours as far as can be: photos and timesteps do not move in step.
+    let place = (index as f64 * 0.618_033_988_749_895 + 0.5 / count.max(1) as f64).fract();
+    ((place * f64::from(timesteps)) as u32).min(timesteps.saturating_sub(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timesteps_cover_the_schedule_evenly() {
+        let mut quarters = [0; 4];
+        for index in 0..256 {
+            quarters[(spread(index, 256, 1000) / 250) as usize] += 1;
+        }
+        assert!(quarters.iter().all(|&count: &i32| (62..=66).contains(&count)), "{quarters:?}");
+    }
+}

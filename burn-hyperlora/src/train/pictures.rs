@@ -1,0 +1,105 @@
+//! Pictures along the way: the person's photo | no LoRA | with LoRA, one row per person.
+
+use std::fs;
+use std::io::Cursor;
+use std::path::Path;
+
+use burn::module::Module;
+use data_prep::files::write_whole;
+use image::{ImageFormat, RgbImage, imageops};
+
+use crate::conditioning::Base;
+use crate::data::sample::Sample;
+use crate::error::{Error, Result};
+use crate::hypernet::{HyperLora, Stage};
+use crate::lora::LoraWeights;
+use crate::sample::{SampleConfig, Sampler};
+use crate::train::SAMPLES;
+use crate::train::config::SamplesConfig;
+use crate::train::forward::make_lora;
+
+/// Draws the grid for `people`, from the same noise every time.
+///
+/// # Errors
+/// Input for more Euler steps than the schedule has, Fault when the device cannot give its data back.
+pub fn grid(
+    base: &mut Base,
+    hyper_lora: &HyperLora,
+    kind: Stage,
+    people: &[Sample],
+    config: &SamplesConfig,
+    trigger: &str,
+) -> Result<RgbImage> {
+    let lora = make_lora(&hyper_lora.valid(), kind, base.portraits(people))?.lora;
+    let plain = draw(base, people, config, "", None)?;
+    let with_lora = draw(base, people, config, trigger, Some(&lora))?;
+    let photos = people.iter().map(|sample| photo(&sample.pixels));
+    let rows: Vec<[RgbImage; 3]> =
+        photos.zip(plain).zip(with_lora).map(|((photo, plain), with_lora)| [photo, plain, with_lora]).collect();
+
+    let side = rows.first().map_or(1, |row| row[0].width());
+    let mut grid = RgbImage::new(3 * side, rows.len() as u32 * side);
+    for (y, row) in (0..).zip(&rows) {
+        for (x, tile) in (0..).zip(row) {
+            imageops::replace(&mut grid, tile, x * i64::from(side), y * i64::from(side));
+        }
+    }
+    Ok(grid)
+}
+
+/// Writes the grid as PNG into the run folder.
+///
+/// # Errors
+/// Input or Disk for a place that cannot be written to.
+pub fn write(run: &Path, step: u64, grid: &RgbImage) -> Result<()> {
+    let folder = run.join(SAMPLES);
+    fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
+    let mut png = Cursor::new(Vec::new());
+    grid.write_to(&mut png, ImageFormat::Png)
+        .map_err(|error| Error::Fault(format!("the pictures cannot be encoded: {error}")))?;
+    write_whole(&folder.join(format!("step-{step:08}.png")), png.get_ref())
+}
+
+/// One picture for each of `people`, with its caption and from its own noise.
+fn draw(
+    base: &mut Base,
+    people: &[Sample],
+    config: &SamplesConfig,
+    trigger: &str,
+    lora: Option<&LoraWeights>,
+) -> Result<Vec<RgbImage>> {
+    let prompt = base.prompts(people, trigger)?;
+    let negative = prompt.zeros_like();
+    let side = people.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
+    let drawing = SampleConfig { steps: config.steps, guidance: config.guidance, height: side, width: side, seed: 0 };
+    let sampler = Sampler { unet: &base.unet, vae: &base.vae, schedule: &base.schedule };
+    Ok(sampler.draw(&drawing, base.noise(people), &prompt, &negative, lora, |_| ())?.images)
+}
+
+/// A square picture of flat `[3, H, W]` pixels in [-1, 1].
+fn photo(pixels: &[f32]) -> RgbImage {
+    let plane = pixels.len() / 3;
+    let side = plane.isqrt();
+    RgbImage::from_fn(side as u32, side as u32, |x, y| {
+        let at = y as usize * side + x as usize;
+        image::Rgb(
+            [0, 1, 2].map(|channel| ((pixels[channel * plane + at] + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pictures_are_clamped_and_laid_out_by_channel() {
+        let mut pixels = vec![-1.0; 12];
+        pixels[1] = 2.0; // red of the pixel to the right
+        pixels[4 + 2] = 0.0; // green of the pixel below
+        let drawn = photo(&pixels);
+        assert_eq!(drawn.get_pixel(1, 0).0, [255, 0, 0]);
+        assert_eq!(drawn.get_pixel(0, 1).0, [0, 128, 0]);
+        assert_eq!(drawn.get_pixel(1, 1).0, [0, 0, 0]);
+    }
+}

@@ -1,0 +1,146 @@
+//! All that the next step depends on, and the settings that a resume must match.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::data::DataConfig;
+use crate::error::{Error, Result};
+use crate::hypernet::{HyperLoraConfig, Stage};
+use crate::metrics::StageSummary;
+use crate::train::config::{StageEntry, TrainConfig};
+use crate::train::step::StepReport;
+
+/// Where a run stands. With the weights and the optimiser's moments it is all that the next step depends on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TrainState {
+    /// Index of the stage that the next step belongs to; the number of stages when all are done.
+    pub stage: usize,
+    /// Steps done in that stage.
+    pub stage_step: u64,
+    /// Steps done in all.
+    pub global_step: u64,
+    /// The draw of that stage that comes next: the position in the data.
+    pub next_draw: u64,
+    /// One entry per stage that was begun.
+    pub records: Vec<StageSummary>,
+}
+
+impl TrainState {
+    /// Counts a step.
+    pub fn count(&mut self, report: &StepReport, elapsed: Duration) {
+        self.stage_step += 1;
+        self.global_step += 1;
+        self.next_draw = report.next_draw;
+        if let Some(record) = self.records.last_mut() {
+            let images = record.images_per_second * record.seconds + report.losses.len() as f64;
+            record.steps = self.stage_step;
+            record.seconds += elapsed.as_secs_f64();
+            record.images_per_second = images / record.seconds.max(f64::MIN_POSITIVE);
+        }
+    }
+
+    /// What the last step taught; `None` before the first.
+    pub fn taught(&self, stages: &[StageEntry]) -> Option<Stage> {
+        let index = if self.stage_step > 0 { Some(self.stage) } else { self.stage.checked_sub(1) };
+        index.and_then(|index| stages.get(index)).map(StageEntry::kind)
+    }
+
+    /// Goes over to the next stage.
+    pub fn finish_stage(&mut self) {
+        self.stage += 1;
+        self.stage_step = 0;
+        self.next_draw = 0;
+    }
+}
+
+/// The settings that decide what the next step computes, as a tree that can be compared key by key.
+///
+/// What only decides where files lie, how fast things go, or what is looked at along the way is left out.
+///
+/// # Errors
+/// Fault when a setting cannot be written as JSON.
+pub fn binding_settings(
+    seed: u64,
+    base: &str,
+    shards: &str,
+    data: &DataConfig,
+    hyper_lora: &HyperLoraConfig,
+    train: &TrainConfig,
+) -> Result<Value> {
+    let tree = |value: serde_json::Result<Value>| {
+        value.map_err(|error| Error::Fault(format!("the settings cannot be written as JSON: {error}")))
+    };
+    let without = |mut value: Value, keys: &[&str]| {
+        if let Some(object) = value.as_object_mut() {
+            keys.iter().for_each(|key| {
+                object.shift_remove(*key);
+            });
+        }
+        value
+    };
+    let mut data = without(tree(serde_json::to_value(data))?, &["cache_mib", "workers", "prefetch"]);
+    data["shards"] = shards.into();
+    let train = tree(serde_json::to_value(train))?;
+    let train = without(train, &["checkpoints", "samples", "log_every", "fixed_set", "init_from"]);
+    Ok(spelled(json!({
+        "seed": seed,
+        "base": base,
+        "data": data,
+        "hyper_lora": tree(serde_json::to_value(hyper_lora))?,
+        "train": train,
+    })))
+}
+
+/// The tree with its numbers as text: written to a file and read back, a float may differ in its last bit.
+fn spelled(value: Value) -> Value {
+    match value {
+        Value::Number(number) => Value::String(number.to_string()),
+        Value::Array(values) => values.into_iter().map(spelled).collect(),
+        Value::Object(values) => values.into_iter().map(|(key, value)| (key, spelled(value))).collect(),
+        other => other,
+    }
+}
+
+/// The first key whose value differs: its path, the value in `then` and the value in `now`.
+pub fn first_difference(then: &Value, now: &Value) -> Option<(String, String, String)> {
+    match (then, now) {
+        (Value::Object(a), Value::Object(b)) => a
+            .keys()
+            .chain(b.keys().filter(|key| !a.contains_key(*key)))
+            .find_map(|key| within(key, a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null))),
+        (Value::Array(a), Value::Array(b)) => (0..a.len().max(b.len())).find_map(|index| {
+            let at = |array: &[Value]| array.get(index).cloned().unwrap_or(Value::Null);
+            within(&index.to_string(), &at(a), &at(b))
+        }),
+        (a, b) => (a != b).then(|| (String::new(), plain(a), plain(b))),
+    }
+}
+
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn within(key: &str, then: &Value, now: &Value) -> Option<(String, String, String)> {
+    first_difference(then, now).map(|(path, then, now)| {
+        let path = if path.is_empty() { key.to_owned() } else { format!("{key}.{path}") };
+        (path, then, now)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_differing_key_is_named_by_its_path() {
+        let then = json!({"seed": 1, "train": {"stages": [{"base": {"steps": 5}}]}});
+        assert_eq!(first_difference(&then, &then.clone()), None);
+        let now = json!({"seed": 1, "train": {"stages": [{"base": {"steps": 6}}]}});
+        let (path, before, after) = first_difference(&then, &now).unwrap_or_default();
+        assert_eq!((path.as_str(), before.as_str(), after.as_str()), ("train.stages.0.base.steps", "5", "6"));
+        let now = json!({"seed": 1, "train": {"stages": [{"base": {"steps": 5}}, {"id_clip": 1}]}});
+        assert_eq!(first_difference(&then, &now).map(|found| found.0), Some("train.stages.1".into()));
+    }
+}

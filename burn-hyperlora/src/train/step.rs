@@ -1,0 +1,186 @@
+//! One optimiser step.
+
+use std::time::{Duration, Instant};
+
+use burn::tensor::Tensor;
+
+use crate::conditioning::Base;
+use crate::data::batch::Batch;
+use crate::data::scenario::Scenario;
+use crate::error::{Error, Result};
+use crate::hypernet::{CoefficientStatistics, HyperLora, Stage};
+use crate::lora::LoraWeights;
+use crate::loss;
+use crate::optim::{GradientAccumulator, GradientMap, OptimConfig, Optimizer};
+use crate::train::forward::make_lora;
+
+/// What changes from step to step.
+pub struct Learner {
+    /// The hypernetwork, on the autodiff device.
+    pub hyper_lora: HyperLora,
+    /// Its optimiser.
+    pub optimizer: Optimizer,
+}
+
+/// How a stage takes its steps.
+pub struct StepConfig<'a> {
+    /// What the stage teaches.
+    pub kind: Stage,
+    /// Passes per step.
+    pub accumulation: usize,
+    /// Whether the UNet recomputes its blocks.
+    pub recompute: bool,
+    /// Stands before captions whenever the ID-LoRA acts.
+    pub trigger: &'a str,
+    /// Clipping and optimiser.
+    pub optim: &'a OptimConfig,
+}
+
+/// What a step found out.
+#[derive(Debug, Default)]
+pub struct StepReport {
+    /// One entry per sample.
+    pub losses: Vec<SampleLoss>,
+    /// Global gradient norm before clipping.
+    pub gradient_norm: f64,
+    /// Of the last pass.
+    pub coefficients: Option<CoefficientStatistics>,
+    /// The draw that comes next.
+    pub next_draw: u64,
+    /// Where the time went.
+    pub phases: Phases,
+}
+
+/// The loss of one sample and what it was drawn with.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SampleLoss {
+    /// Mean squared error.
+    pub loss: f32,
+    /// Which parts acted.
+    pub scenario: Scenario,
+    /// Its timestep.
+    pub timestep: u32,
+}
+
+/// Time per phase of a step, data waits not counted.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Phases {
+    /// Frozen encoders.
+    pub encode: Duration,
+    /// Hypernetwork forward.
+    pub hypernet: Duration,
+    /// UNet forward and backward.
+    pub unet: Duration,
+    /// Hypernetwork backward.
+    pub backward: Duration,
+    /// Clipping and optimiser.
+    pub update: Duration,
+}
+
+impl Phases {
+    /// With their names in the curves.
+    pub fn named(&self) -> impl Iterator<Item = (&'static str, Duration)> {
+        [
+            ("encode", self.encode),
+            ("hypernet", self.hypernet),
+            ("unet", self.unet),
+            ("backward", self.backward),
+            ("update", self.update),
+        ]
+        .into_iter()
+    }
+}
+
+/// Learns from `config.accumulation` batches at the given learning rate.
+///
+/// # Errors
+/// Those of the data, and Fault for a loss or gradient that is not finite; the learner is then unchanged.
+pub fn step(
+    base: &mut Base,
+    learner: &mut Learner,
+    config: &StepConfig<'_>,
+    learning_rate: f64,
+    mut next_batch: impl FnMut() -> Result<Batch>,
+) -> Result<StepReport> {
+    let mut report = StepReport::default();
+    let mut window = GradientAccumulator::default();
+    for _ in 0..config.accumulation {
+        let batch = next_batch()?;
+        let mut clock = Instant::now();
+        // 1. Encode with the frozen models: no graph.
+        let conditions = base.encode(&batch.samples, config.trigger)?;
+        lap(&mut clock, &mut report.phases.encode);
+        // 2. The hypernetwork makes a LoRA for every sample, with a graph.
+        let made = make_lora(&learner.hyper_lora, config.kind, conditions.portraits.autodiff())?;
+        // 3. Cut the graph at the LoRA.
+        let plain = made.lora.clone().map(Tensor::inner);
+        lap(&mut clock, &mut report.phases.hypernet);
+        // 4. The frozen UNet: the loss, and its gradients with respect to the LoRA alone.
+        let target = conditions.target.clone();
+        let (_, gradients, prediction) =
+            base.unet.loss_and_lora_gradients(&conditions.input, plain, config.recompute, |prediction| {
+                let target = Tensor::from_inner(target);
+                loss::mean_squared_error(prediction, target)
+            });
+        let losses = loss::per_sample(prediction, conditions.target)?;
+        lap(&mut clock, &mut report.phases.unet);
+        // 5. They seed the backward pass of the hypernetwork.
+        let mut backward = seeded(made.lora, gradients).backward();
+        // 6. Accumulate over the window.
+        window.add(GradientMap::take(&learner.hyper_lora, &mut backward));
+        lap(&mut clock, &mut report.phases.backward);
+        report.note(&batch, &losses, CoefficientStatistics::of(&made.coefficients)?);
+    }
+    // 7. Clip what the window gathered, by its global norm.
+    let clock = Instant::now();
+    let clipped = window.take_mean().clip(config.optim.clip_norm).map_err(|error| diverged(&report, error))?;
+    report.gradient_norm = clipped.norm;
+    // 8. Step.
+    let hyper_lora = learner.hyper_lora.clone();
+    learner.hyper_lora = learner.optimizer.step(hyper_lora, clipped.gradients, learning_rate);
+    // 9. Report.
+    report.phases.update = clock.elapsed();
+    Ok(report)
+}
+
+/// A number whose gradients with respect to the LoRA are `gradients`.
+fn seeded(lora: LoraWeights, gradients: LoraWeights) -> Tensor<1> {
+    let products = lora
+        .tensors()
+        .zip(gradients.tensors())
+        .filter(|(tensor, _)| tensor.is_tracked())
+        .map(|(tensor, gradient)| (tensor.clone() * Tensor::from_inner(gradient.clone())).sum());
+    Tensor::cat(products.collect(), 0).sum()
+}
+
+/// The time since the last lap goes to `phase`.
+fn lap(clock: &mut Instant, phase: &mut Duration) {
+    *phase += clock.elapsed();
+    *clock = Instant::now();
+}
+
+fn diverged(report: &StepReport, problem: impl std::fmt::Display) -> Error {
+    let losses: Vec<f32> = report.losses.iter().map(|sample| sample.loss).collect();
+    Error::Fault(format!(
+        "the training diverged: {}; losses of the step {losses:?}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart",
+        problem
+    ))
+}
+
+impl StepReport {
+    /// Over the samples of the step.
+    pub fn mean_loss(&self) -> f64 {
+        let sum: f64 = self.losses.iter().map(|sample| f64::from(sample.loss)).sum();
+        sum / self.losses.len().max(1) as f64
+    }
+
+    fn note(&mut self, batch: &Batch, losses: &[f32], coefficients: CoefficientStatistics) {
+        self.losses.extend(batch.samples.iter().zip(losses).map(|(sample, &loss)| SampleLoss {
+            loss,
+            scenario: sample.request.scenario,
+            timestep: sample.timestep,
+        }));
+        self.coefficients = Some(coefficients);
+        self.next_draw = batch.next_draw;
+    }
+}

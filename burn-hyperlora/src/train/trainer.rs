@@ -1,0 +1,304 @@
+//! The run: stages one after the other, each a loop of steps with its checkpoints, curves and pictures.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use crate::checkpoint::{Checkpoint, CheckpointStore};
+use crate::conditioning::Base;
+use crate::data::batch::{DrawConfig, Draws};
+use crate::data::dataset::Dataset;
+use crate::data::loader::{Loader, LoaderConfig};
+use crate::data::sample::SampleMaker;
+use crate::error::{Error, Result};
+use crate::hypernet::{HyperLora, Stage};
+use crate::metrics::{MetricsWriter, Progress, StageSummary, Summary, WaitClock};
+use crate::optim::{OptimConfig, Optimizer};
+use crate::train::checkpoints::{self, SavedState, WEIGHTS};
+use crate::train::config::{SamplesConfig, StageEntry};
+use crate::train::curves::Curves;
+use crate::train::fixed_set::FixedSet;
+use crate::train::state::{TrainState, binding_settings};
+use crate::train::step::{Learner, StepConfig, step};
+use crate::train::{CHECKPOINTS, Outcome, TENSORBOARD, TrainOptions, TrainSetup, open_dataset, pictures};
+
+/// A run in progress.
+pub struct Trainer<'a> {
+    setup: &'a TrainSetup<'a>,
+    options: &'a TrainOptions,
+    base: Base,
+    dataset: Arc<Dataset>,
+    /// What a resume must match.
+    settings: Value,
+    state: TrainState,
+    learner: Learner,
+    checkpoints: CheckpointStore,
+    metrics: MetricsWriter,
+}
+
+/// Why a stage's loop ended.
+enum End {
+    Done,
+    Paused,
+    Stopped(&'static str),
+}
+
+impl<'a> Trainer<'a> {
+    /// Loads models and data, and takes up the latest checkpoint where there is one.
+    ///
+    /// # Errors
+    /// See [`crate::train::run`].
+    pub fn prepare(setup: &'a TrainSetup<'a>, options: &'a TrainOptions) -> Result<Self> {
+        let base = Base::load(setup.base, setup.folder, &setup.device)?;
+        base.check(&setup.place, setup.data.image_size, setup.hyper_lora.clip_dim)?;
+        let dataset = open_dataset(setup.data, setup.folder)?;
+        let settings = binding_settings(
+            setup.seed,
+            &setup.base.folder(setup.folder)?.display().to_string(),
+            &dataset.checksum()?,
+            setup.data,
+            setup.hyper_lora,
+            setup.train,
+        )?;
+        let checkpoints = CheckpointStore::open(&setup.run.join(CHECKPOINTS))?;
+        let (learner, state) = match checkpoints::latest(setup.run)? {
+            Some(checkpoint) => resume(setup, &base, &checkpoint, &settings)?,
+            None => (begin(setup, &base)?, TrainState::default()),
+        };
+        let mut metrics = MetricsWriter::create(&setup.run.join(TENSORBOARD), state.global_step + 1)?;
+        metrics.text(state.global_step, "config", &format!("```yaml\n{}```", setup.resolved_yaml));
+        Ok(Self { setup, options, base, dataset, settings, state, learner, checkpoints, metrics })
+    }
+
+    /// Runs what is left of the current stage; tells the outcome once there is nothing more to do.
+    ///
+    /// # Errors
+    /// See [`crate::train::run`].
+    pub fn run_stage(&mut self) -> Result<Option<Outcome>> {
+        let setup = self.setup;
+        let step = self.state.global_step;
+        let Some(entry) = setup.train.stages.get(self.state.stage) else {
+            let checkpoint = self.checkpoints.latest()?.map(|last| last.path().to_owned()).unwrap_or_default();
+            return Ok(Some(Outcome::Finished { step, checkpoint }));
+        };
+        let maker = self.maker(entry.kind());
+        let fixed_set = self.fixed_set(&maker, entry)?;
+        self.begin_stage(entry, fixed_set.as_ref())?;
+        let end = self.steps(entry, &maker, fixed_set.as_ref())?;
+        if let End::Done = end {
+            self.end_stage(entry, fixed_set.as_ref())?;
+        }
+        let checkpoint = self.save()?;
+        let step = self.state.global_step;
+        Ok(match end {
+            End::Done => None,
+            End::Paused => Some(Outcome::Paused { step, checkpoint }),
+            End::Stopped(signal) => Some(Outcome::Stopped { signal, step, checkpoint }),
+        })
+    }
+
+    /// The loop over the stage's steps.
+    fn steps(&mut self, entry: &StageEntry, maker: &SampleMaker, fixed_set: Option<&FixedSet>) -> Result<End> {
+        let (setup, train, config) = (self.setup, self.setup.train, entry.config());
+        let global_batch = train.global_batch as u64;
+        let mut loader = Loader::start(
+            maker.clone(),
+            self.draws(entry)?,
+            self.state.next_draw..config.steps * global_batch,
+            LoaderConfig { batch_size: train.micro_batch, workers: setup.data.workers, prefetch: setup.data.prefetch },
+        )?;
+        let step_config = StepConfig {
+            kind: entry.kind(),
+            accumulation: train.accumulation(),
+            recompute: train.recompute,
+            trigger: &train.trigger,
+            optim: &config.optim,
+        };
+        let mut curves = Curves::new(entry.name(), self.base.schedule.config().num_train_timesteps as u32);
+        let mut progress = Progress::new(entry.name(), self.state.stage_step, config.steps, self.options.display);
+        let mut waits = WaitClock::default();
+        while self.state.stage_step < config.steps {
+            if let Some(signal) = self.options.stop.raised_by() {
+                return Ok(End::Stopped(signal));
+            }
+            if self.options.max_steps.is_some_and(|max| self.state.global_step >= max) {
+                return Ok(End::Paused);
+            }
+            let start = Instant::now();
+            let learning_rate = config.optim.learning_rate_at(self.state.stage_step, config.steps);
+            let report = step(&mut self.base, &mut self.learner, &step_config, learning_rate, || {
+                let batch = waits.waiting(|| loader.next_batch())?;
+                batch.ok_or_else(|| Error::Fault("the data ended before the stage".into()))
+            })?;
+            let elapsed = start.elapsed();
+
+            self.state.count(&report, elapsed);
+            curves.add(&report, learning_rate, elapsed);
+            progress.step(self.state.stage_step, report.mean_loss(), report.losses.len());
+            let done = self.state.stage_step;
+            let last = done == config.steps;
+            if last || done.is_multiple_of(train.log_every) {
+                let mut values = curves.take();
+                values.push(("speed/data_wait_share".into(), waits.take_share()));
+                self.log(&values);
+            }
+            if let (Some(samples), Some(set)) = (&train.samples, fixed_set)
+                && (last || done.is_multiple_of(samples.every))
+            {
+                self.draw_pictures(entry, samples, set)?;
+            }
+            // The end of a stage has a checkpoint of its own, with the state already at the next stage.
+            if !last && done.is_multiple_of(train.checkpoints.every) {
+                self.save()?;
+            }
+        }
+        progress.finish();
+        Ok(End::Done)
+    }
+
+    /// Opens the stage's record and optimiser; a resume within the stage finds both already there.
+    fn begin_stage(&mut self, entry: &StageEntry, fixed_set: Option<&FixedSet>) -> Result<()> {
+        if self.state.records.len() == self.state.stage {
+            let before = self.measure(entry, fixed_set)?;
+            let name = entry.name().into();
+            self.state.records.push(StageSummary { name, fixed_set_loss_before: before, ..StageSummary::default() });
+        }
+        if self.state.stage_step == 0 {
+            self.learner = begin_learning(self.learner.hyper_lora.clone(), entry);
+        }
+        Ok(())
+    }
+
+    /// Measures the fixed set again and goes over to the next stage.
+    fn end_stage(&mut self, entry: &StageEntry, fixed_set: Option<&FixedSet>) -> Result<()> {
+        let after = self.measure(entry, fixed_set)?;
+        if let Some(record) = self.state.records.last_mut() {
+            record.fixed_set_loss_after = after;
+        }
+        self.state.finish_stage();
+        Ok(())
+    }
+
+    fn measure(&mut self, entry: &StageEntry, set: Option<&FixedSet>) -> Result<Option<f64>> {
+        let Some(set) = set else { return Ok(None) };
+        let loss = set.loss(&mut self.base, &self.learner.hyper_lora, entry.kind(), &self.setup.train.trigger)?;
+        let step = self.state.global_step;
+        tracing::info!("stage {}, step {step}: loss on the fixed set {loss:.5}", entry.name());
+        self.log(&[(format!("fixed_set/{}", entry.name()), loss)]);
+        Ok(Some(loss))
+    }
+
+    /// Writes figures of the current step. A failing disk ends the curves, never the run.
+    fn log(&mut self, values: &[(String, f64)]) {
+        self.metrics.scalars(self.state.global_step, values);
+        self.report_metrics_error();
+    }
+
+    fn draw_pictures(&mut self, entry: &StageEntry, config: &SamplesConfig, set: &FixedSet) -> Result<()> {
+        let people = set.first_people(&self.dataset, config.count);
+        let hyper_lora = &self.learner.hyper_lora;
+        let trigger = &self.setup.train.trigger;
+        let grid = pictures::grid(&mut self.base, hyper_lora, entry.kind(), &people, config, trigger)?;
+        let step = self.state.global_step;
+        self.metrics.image(step, &format!("samples/{}", entry.name()), &grid);
+        self.report_metrics_error();
+        if let Err(error) = pictures::write(self.setup.run, step, &grid) {
+            tracing::warn!("the pictures of step {step} are not written: {error}");
+        }
+        Ok(())
+    }
+
+    fn report_metrics_error(&mut self) {
+        if let Some(error) = self.metrics.take_error() {
+            tracing::warn!("no more curves, the run goes on: {error}");
+        }
+    }
+
+    fn maker(&self, kind: Stage) -> SampleMaker {
+        let shape = self.base.sample_shape(self.setup.data.image_size, kind != Stage::Base);
+        SampleMaker::new(Arc::clone(&self.dataset), self.setup.data, self.setup.seed, shape)
+    }
+
+    fn draws(&self, entry: &StageEntry) -> Result<Draws> {
+        let config = DrawConfig {
+            seed: self.setup.seed,
+            stage: self.state.stage as u64,
+            split: &self.setup.data.split,
+            reference: entry.config().reference,
+            scenarios: entry.scenarios(),
+            shuffle_window: self.setup.data.shuffle_window,
+        };
+        let draws = Draws::new(&self.dataset, &config)?;
+        if draws.left_out() > 0 {
+            let (left_out, used) = (draws.left_out(), draws.epoch_len());
+            tracing::warn!("{left_out} photos are left out: no second photo of their person; {used} are used");
+        }
+        Ok(draws)
+    }
+
+    fn fixed_set(&self, maker: &SampleMaker, entry: &StageEntry) -> Result<Option<FixedSet>> {
+        let Some(config) = &self.setup.train.fixed_set else { return Ok(None) };
+        let timesteps = self.base.schedule.config().num_train_timesteps as u32;
+        let reference = entry.config().reference;
+        let set = FixedSet::new(maker, config, entry.kind(), reference, timesteps, self.setup.train.micro_batch)?;
+        Ok(Some(set))
+    }
+
+    /// Saves everything, and the summary; tells where.
+    fn save(&mut self) -> Result<PathBuf> {
+        let saved = SavedState {
+            train: self.state.clone(),
+            taught: self.state.taught(&self.setup.train.stages),
+            optimizer_steps: self.learner.optimizer.steps(),
+            settings: self.settings.clone(),
+        };
+        let path = checkpoints::save(&self.checkpoints, &saved, &self.learner, self.setup.train.checkpoints.keep)?;
+        Summary::update(self.setup.run, |summary| summary.stages.clone_from(&saved.train.records))?;
+        tracing::debug!("saved {}", path.display());
+        Ok(path)
+    }
+}
+
+/// A hypernetwork at its beginning.
+fn begin(setup: &TrainSetup<'_>, base: &Base) -> Result<Learner> {
+    let device = setup.device.clone().autodiff();
+    let sites = base.unet.attention_sites();
+    let hyper_lora = match &setup.train.init_from {
+        Some(path) => HyperLora::load(&path.resolve(setup.folder)?, setup.hyper_lora, sites, &device)?,
+        // What reads the ID embedding starts silent: the first stage that trains it begins where the one before ended.
+        None => HyperLora::new(setup.hyper_lora, sites, setup.seed, &device).start_id_embedding_stage(),
+    };
+    Ok(Learner { hyper_lora, optimizer: Optimizer::new(&OptimConfig::default()) })
+}
+
+/// The learner as a stage begins: only its groups train, and the optimiser has not stepped yet.
+fn begin_learning(hyper_lora: HyperLora, entry: &StageEntry) -> Learner {
+    let config = entry.config();
+    Learner { hyper_lora: hyper_lora.trainable(&config.groups), optimizer: Optimizer::new(&config.optim) }
+}
+
+/// Learner and state as the checkpoint has them.
+fn resume(
+    setup: &TrainSetup<'_>,
+    base: &Base,
+    checkpoint: &Checkpoint,
+    settings: &Value,
+) -> Result<(Learner, TrainState)> {
+    let saved: SavedState = checkpoint.state()?;
+    checkpoints::check_settings(&setup.place, &saved, settings)?;
+    let device = setup.device.clone().autodiff();
+    let sites = base.unet.attention_sites();
+    let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), setup.hyper_lora, sites, &device)?;
+    let mut learner = match setup.train.stages.get(saved.train.stage) {
+        Some(entry) => begin_learning(hyper_lora, entry),
+        None => Learner { hyper_lora, optimizer: Optimizer::new(&OptimConfig::default()) },
+    };
+    if saved.train.stage_step > 0 {
+        let (path, tensors) = checkpoints::optimizer_tensors(checkpoint)?;
+        learner.optimizer.restore(&learner.hyper_lora, &saved.optimizer_steps, tensors, &path)?;
+    }
+    tracing::info!("going on from {}", checkpoint.path().display());
+    Ok((learner, saved.train))
+}
