@@ -1,1 +1,4 @@
-//! Does it learn? Measurements on photos that training never saw.
+//! Does it learn? Figures that a trained hypernetwork is judged by.
+
+pub mod identity_gap;
+pub mod paired;

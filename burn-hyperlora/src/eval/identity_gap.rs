@@ -1,0 +1,207 @@
+//! The identity gap: how much better the UNet finds the noise in a photo given a LoRA of the right person.
+//!
+//! For every judged photo the denoising loss is measured three times with equal noise and timesteps: given the LoRA of
+//! another photo of the same person, given that of a photo of somebody else, and given none. Losses are averaged over the
+//! draws of a photo first, so that the statistics are over photos.
+
+use std::path::Path;
+
+use crate::conditioning::Base;
+use crate::data::Reference;
+use crate::data::dataset::{Dataset, Pair};
+use crate::data::loader::make_all;
+use crate::data::sample::{Request, Sample, SampleMaker};
+use crate::data::scenario::Scenario;
+use crate::error::{Error, Result};
+use crate::eval::paired::{mean, paired_gap};
+use crate::experiment::{Experiment, GapSet};
+use crate::hypernet::{HyperLora, Stage};
+use crate::metrics::{GapStatistics, IdentityGap, Summary};
+use crate::random::{Purpose, below, for_sample, normal, unit};
+use crate::train::checkpoints::{self, SavedState, WEIGHTS};
+use crate::train::forward::{denoising_loss, make_lora};
+use crate::train::open_dataset;
+use burn::tensor::{Device, Tensor};
+
+/// Counts the draws of this evaluation: no training stage has this number.
+const DRAWS: u64 = 2 << 32;
+
+/// Judges the latest checkpoint of `run` and writes the result into its `summary.json`. A set whose split the shards do
+/// not hold is reported with n = 0.
+///
+/// # Errors
+/// Input for a run without checkpoint, or shards without identities.
+pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
+    let experiment = Experiment::of_run(run)?;
+    let checkpoint = checkpoints::latest(run)?.ok_or_else(|| {
+        Error::file(run, "holds no checkpoint yet", "let `hyperlora train` reach its first checkpoint")
+    })?;
+    let saved: SavedState = checkpoint.state()?;
+    let mut base = Base::load(&experiment.base, experiment.folder(), device)?;
+    base.check(&experiment.place(), experiment.data.image_size, experiment.hyper_lora.clip_dim)?;
+    let sites = base.unet.attention_sites();
+    let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), &experiment.hyper_lora, sites, device)?;
+    let dataset = open_dataset(&experiment.data, experiment.folder())?;
+    let shape = base.sample_shape(experiment.data.image_size, true);
+    let maker = SampleMaker::new(dataset, &experiment.data, experiment.seed, shape);
+    let config = &experiment.eval.identity_gap;
+    let mut judge = Judge {
+        base: &mut base,
+        hyper_lora: &hyper_lora,
+        kind: saved.taught.unwrap_or(Stage::IdEmbed),
+        trigger: &experiment.train.trigger,
+        maker: &maker,
+        draws: config.draws,
+        batch: config.batch,
+    };
+    let mut gap = IdentityGap {
+        known: judge.measure(&config.known)?,
+        unseen: judge.measure(&config.unseen)?,
+        ..IdentityGap::default()
+    };
+    gap.other.insert("draws".into(), config.draws.into());
+    gap.other.insert("step".into(), checkpoint.step.into());
+    Summary::update(run, |summary| summary.identity_gap = Some(gap.clone()))?;
+    Ok(gap)
+}
+
+/// What a judgement needs.
+struct Judge<'a> {
+    base: &'a mut Base,
+    hyper_lora: &'a HyperLora,
+    kind: Stage,
+    trigger: &'a str,
+    maker: &'a SampleMaker,
+    draws: usize,
+    batch: usize,
+}
+
+/// One judged photo: the same crop with the reference photo of the person, and with that of somebody else.
+struct Case {
+    same: Sample,
+    different: Sample,
+}
+
+/// Mean loss of each photo.
+struct Losses {
+    same: Vec<f64>,
+    different: Vec<f64>,
+    none: Vec<f64>,
+}
+
+impl Judge<'_> {
+    fn measure(&mut self, set: &GapSet) -> Result<GapStatistics> {
+        let dataset = &self.maker.dataset;
+        if dataset.split(&set.photos).is_empty() {
+            return Ok(GapStatistics::default());
+        }
+        let pairs = dataset.pairs(&set.photos, &set.references, Reference::SameIdentity)?;
+        let references = dataset.split(&set.references);
+        let [mut same, mut different, mut none] = [const { Vec::new() }; 3];
+        let photos: Vec<(u64, &Pair)> = (0..).zip(pairs.as_slice()).collect();
+        for chunk in photos.chunks((self.batch / self.draws).max(1)) {
+            let cases = chunk.iter().map(|(index, pair)| self.case(*index, pair, &references));
+            let losses = self.losses(&cases.collect::<Result<Vec<Case>>>()?)?;
+            same.extend(losses.same);
+            different.extend(losses.different);
+            none.extend(losses.none);
+        }
+        let mut statistics = paired_gap(&same, &different);
+        let over_none = paired_gap(&same, &none);
+        for (name, value) in [
+            ("loss_same", Some(mean(&same))),
+            ("loss_different", Some(mean(&different))),
+            ("loss_none", Some(mean(&none))),
+            ("over_none_mean", Some(over_none.mean)),
+            ("over_none_t", over_none.t),
+        ] {
+            statistics.other.insert(name.into(), value.into());
+        }
+        Ok(statistics)
+    }
+
+    /// Draws both reference photos of a target.
+    fn case(&self, index: u64, pair: &Pair, references: &[usize]) -> Result<Case> {
+        let dataset = &self.maker.dataset;
+        let mut generator = for_sample(self.maker.seed(), DRAWS, index, Purpose::Reference);
+        let same = pair.reference(&mut generator);
+        let person = dataset.identity(pair.target);
+        let strangers: Vec<usize> = references
+            .iter()
+            .copied()
+            .filter(|&row| dataset.identity(row).is_some_and(|other| Some(other) != person))
+            .collect();
+        let drawn = below(&mut generator, strangers.len() as u64) as usize;
+        let Some(&different) = strangers.get(drawn) else { return Err(one_person(dataset)) };
+        let request = |reference| Request {
+            target: pair.target,
+            reference,
+            scenario: Scenario::Full,
+            stage: DRAWS,
+            draw: index * self.draws as u64,
+        };
+        let [same, different] = <[Sample; 2]>::try_from(make_all(self.maker, vec![request(same), request(different)])?)
+            .map_err(|_| Error::Fault("two requests made another number of samples".into()))?;
+        Ok(Case { same, different })
+    }
+
+    /// Mean loss of each case given the LoRA of the same person, of somebody else, and none.
+    fn losses(&mut self, cases: &[Case]) -> Result<Losses> {
+        let noisy: Vec<Sample> = cases.iter().flat_map(|case| self.noisy(&case.same)).collect();
+        let (input, target) = self.base.noisy(&noisy, self.trigger)?;
+        let given = |of: fn(&Case) -> &Sample| -> Result<Vec<f64>> {
+            let portraits: Vec<Sample> = cases.iter().map(|case| of(case).clone()).collect();
+            let lora = make_lora(self.hyper_lora, self.kind, self.base.portraits(&portraits))?.lora;
+            let lora = lora.map(|tensor| repeat_each(tensor, self.draws));
+            Ok(self.per_photo(denoising_loss(self.base, &input, target.clone(), Some(&lora))?))
+        };
+        let same = given(|case| &case.same)?;
+        let different = given(|case| &case.different)?;
+        // No LoRA, hence no trigger words.
+        let (input, target) = self.base.noisy(&noisy, "")?;
+        let none = self.per_photo(denoising_loss(self.base, &input, target, None)?);
+        Ok(Losses { same, different, none })
+    }
+
+    /// The sample with each draw's noise, and with timesteps from each of as many equal parts of the schedule.
+    fn noisy<'s>(&'s self, sample: &'s Sample) -> impl Iterator<Item = Sample> + 's {
+        let timesteps = self.base.schedule.config().num_train_timesteps as f64;
+        (0..self.draws).map(move |part| {
+            let draw = sample.request.draw + part as u64;
+            let within = unit(&mut for_sample(self.maker.seed(), DRAWS, draw, Purpose::Timestep));
+            let timestep = (part as f64 + within) / self.draws as f64 * timesteps;
+            let mut generator = for_sample(self.maker.seed(), DRAWS, draw, Purpose::Noise);
+            Sample { noise: normal(&mut generator, sample.noise.len()), timestep: timestep as u32, ..sample.clone() }
+        })
+    }
+
+    fn per_photo(&self, losses: Vec<f32>) -> Vec<f64> {
+        losses.chunks(self.draws).map(|draws| mean(&draws.iter().copied().map(f64::from).collect::<Vec<_>>())).collect()
+    }
+}
+
+/// `[P, a, b]` to `[P * times, a, b]`, every entry `times` times in a row.
+fn repeat_each(tensor: Tensor<3>, times: usize) -> Tensor<3> {
+    let [photos, rows, columns] = tensor.dims();
+    tensor.unsqueeze_dim::<4>(1).expand([photos, times, rows, columns]).reshape([photos * times, rows, columns])
+}
+
+fn one_person(dataset: &Dataset) -> Error {
+    Error::file(
+        dataset.path(),
+        "shows a single person among the reference photos: there is nobody else to compare with",
+        "prepare photos of at least two people, with identity labels",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_lora_stands_beside_its_own_draws() {
+        let tensor = Tensor::<3>::from_floats([[[1.0, 2.0]], [[3.0, 4.0]]], &Device::flex());
+        let values: Vec<f32> = repeat_each(tensor, 2).into_data().iter().collect();
+        assert_eq!(values, [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]);
+    }
+}

@@ -1,0 +1,6 @@
+//! Data and training as a whole, on synthetic people and a tiny random pipeline.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod dataset;
+mod runs;
+mod world;

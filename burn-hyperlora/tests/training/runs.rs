@@ -1,0 +1,274 @@
+//! Training as a whole, on synthetic people and a tiny random pipeline.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use burn::tensor::Device;
+use burn_hyperlora::checkpoint::CheckpointStore;
+use burn_hyperlora::eval::identity_gap;
+use burn_hyperlora::experiment::Experiment;
+use burn_hyperlora::metrics::{Display, StageSummary, Summary};
+use burn_hyperlora::signals::StopFlag;
+use burn_hyperlora::train::{CHECKPOINTS, Outcome, TrainOptions};
+
+use crate::world::{World, YAML};
+
+const STEPS: u64 = 9;
+
+/// Every safetensors file of the checkpoint at `step`, by its path in the checkpoint.
+fn tensors(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
+    let checkpoint = run.join(CHECKPOINTS).join(format!("step-{step:08}"));
+    let mut found = BTreeMap::new();
+    for folder in [checkpoint.clone(), checkpoint.join("weights")] {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "safetensors") {
+                let name = path.strip_prefix(&checkpoint).unwrap().display().to_string();
+                found.insert(name, fs::read(&path).unwrap());
+            }
+        }
+    }
+    assert!(found.len() > 3, "{found:?}");
+    found
+}
+
+/// All numbers of a checkpoint's weights, by tensor.
+fn weights(run: &Path, step: u64) -> BTreeMap<String, Vec<f32>> {
+    let mut numbers = BTreeMap::new();
+    for (file, bytes) in tensors(run, step).iter().filter(|(file, _)| file.starts_with("weights/")) {
+        let parsed = safetensors::SafeTensors::deserialize(bytes).unwrap();
+        for (name, view) in parsed.tensors() {
+            let values = view.data().as_chunks::<4>().0.iter().map(|number| f32::from_le_bytes(*number)).collect();
+            numbers.insert(format!("{file}: {name}"), values);
+        }
+    }
+    numbers
+}
+
+/// Relative distance of all weights together.
+fn distance(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>) -> f64 {
+    assert!(a.keys().eq(b.keys()));
+    let pairs = a.values().flatten().zip(b.values().flatten());
+    let (difference, size) = pairs.fold((0.0, 0.0), |(difference, size), (a, b)| {
+        (difference + f64::from(a - b).powi(2), size + f64::from(*a).powi(2))
+    });
+    (difference / size).sqrt()
+}
+
+fn finished(outcome: Outcome) {
+    assert!(matches!(outcome, Outcome::Finished { step: STEPS, .. }), "{outcome:?}");
+}
+
+#[test]
+fn a_killed_run_goes_on_bit_for_bit() {
+    let world = World::new();
+    let experiment = world.experiment(&[]).unwrap();
+    finished(world.train(&experiment, "whole", None).unwrap());
+    let whole = tensors(&world.run("whole"), STEPS);
+
+    // A kill leaves the checkpoints before it: of a run stopped after `stop` steps, those after `left` are taken away.
+    for (stop, left) in [(5, 5), (5, 4), (2, 2), (3, 2), (6, 6), (8, 8), (7, 6)] {
+        let name = format!("killed-{stop}-{left}");
+        let run = world.run(&name);
+        let outcome = world.train(&experiment, &name, Some(stop)).unwrap();
+        assert!(matches!(outcome, Outcome::Paused { step, .. } if step == stop), "{outcome:?}");
+        for checkpoint in CheckpointStore::at(&run.join(CHECKPOINTS)).list().unwrap() {
+            if checkpoint.step > left {
+                fs::remove_dir_all(checkpoint.path()).unwrap();
+            }
+        }
+        assert_eq!(CheckpointStore::at(&run.join(CHECKPOINTS)).latest().unwrap().unwrap().step, left);
+        finished(world.train(&experiment, &name, None).unwrap());
+        let resumed = tensors(&run, STEPS);
+        for (file, bytes) in &whole {
+            assert!(resumed.get(file) == Some(bytes), "{name}: {file} differs");
+        }
+        let losses = |run: &str| -> Vec<f64> {
+            let stages = Summary::read(&world.run(run)).unwrap().stages;
+            assert_eq!(stages.iter().map(|stage| stage.steps).collect::<Vec<_>>(), [2, 4, 3]);
+            let both = |stage: StageSummary| [stage.fixed_set_loss_before, stage.fixed_set_loss_after];
+            stages.into_iter().flat_map(both).map(Option::unwrap).collect()
+        };
+        for (resumed, whole) in losses(&name).into_iter().zip(losses("whole")) {
+            assert!((resumed - whole).abs() < 1e-12, "{name}: {resumed} and {whole}");
+        }
+    }
+}
+
+#[test]
+fn every_stage_moves_its_own_groups_and_nothing_else() {
+    let world = World::new();
+    finished(world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap());
+    let run = world.run("run");
+    let start = {
+        // The weights before the first step: a run that is stopped at once.
+        world.train(&world.experiment(&[]).unwrap(), "start", Some(0)).unwrap();
+        weights(&world.run("start"), 0)
+    };
+    let [base, id_clip, id_embedding] = [2, 6, 9].map(|step| weights(&run, step));
+    let moved = |a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>| -> Vec<String> {
+        a.iter().filter(|(name, values)| b[*name] != **values).map(|(name, _)| name.clone()).collect()
+    };
+    let all = |names: &[String], parts: &[&str]| names.iter().all(|name| parts.iter().any(|part| name.contains(part)));
+
+    let names = moved(&start, &base);
+    assert!(!names.is_empty() && all(&names, &["base_resampler", "base_down_basis", "base_up_basis"]), "{names:?}");
+
+    let names = moved(&base, &id_clip);
+    assert!(names.iter().any(|name| name.contains("attn3")) && names.iter().any(|name| name.contains("id_up_basis")));
+    assert!(!names.iter().any(|name| name.contains("attn2") || name.contains("proj_in.")), "{names:?}");
+    assert!(!names.iter().any(|name| name.contains("base_") || name.contains("id_projector")), "{names:?}");
+
+    let names = moved(&id_clip, &id_embedding);
+    assert!(names.iter().any(|name| name.contains("id_projector")), "{names:?}");
+    assert!(all(&names, &["id_projector", "attn2", "weights/resampler.safetensors: proj_in."]), "{names:?}");
+}
+
+#[test]
+fn the_batch_may_be_cut_as_one_likes_and_blocks_recomputed() {
+    let world = World::new();
+    let reference = world.experiment(&[]).unwrap();
+    finished(world.train(&reference, "reference", None).unwrap());
+    let expected = weights(&world.run("reference"), STEPS);
+    for (name, from, to) in [
+        ("one-by-one", "micro_batch: 2", "micro_batch: 1"),
+        ("at-once", "micro_batch: 2", "micro_batch: 4"),
+        ("recomputed", "recompute: false", "recompute: true"),
+    ] {
+        finished(world.train(&world.experiment(&[(from, to)]).unwrap(), name, None).unwrap());
+        let distance = distance(&expected, &weights(&world.run(name), STEPS));
+        assert!(distance < 1e-4, "{name}: {distance}");
+    }
+    // The measure itself tells another run apart.
+    finished(world.train(&world.experiment(&[("seed: 5", "seed: 6")]).unwrap(), "other", None).unwrap());
+    assert!(distance(&expected, &weights(&world.run("other"), STEPS)) > 0.1);
+}
+
+#[test]
+fn training_lowers_the_loss_on_photos_it_does_not_see() {
+    let world = World::new();
+    let changes = [("- base: {steps: 2", "- base: {steps: 25"), ("{triples: 6}", "{triples: 16}")];
+    let experiment = world.experiment(&changes).unwrap();
+    world.train(&experiment, "run", Some(25)).unwrap();
+    let summary = Summary::read(&world.run("run")).unwrap();
+    let (before, after) = (summary.stages[0].fixed_set_loss_before, summary.stages[0].fixed_set_loss_after);
+    assert!(after.unwrap() < 0.98 * before.unwrap(), "{before:?} -> {after:?}");
+}
+
+#[test]
+fn a_signal_saves_and_tells() {
+    let world = World::new();
+    let experiment = world.experiment(&[]).unwrap();
+    let stop = StopFlag::install().unwrap();
+    signal_hook::low_level::raise(signal_hook::consts::SIGTERM).unwrap();
+    let options = TrainOptions { max_steps: None, stop, display: Display::Hidden };
+    let outcome = experiment.train(&world.run("run"), &Device::flex(), &options).unwrap();
+    let Outcome::Stopped { signal: "SIGTERM", step: 0, checkpoint } = outcome else {
+        unreachable!("{outcome:?}");
+    };
+    let latest = CheckpointStore::at(&world.run("run").join(CHECKPOINTS)).latest().unwrap().unwrap();
+    assert_eq!(latest.path(), checkpoint);
+    latest.verify().unwrap();
+    finished(world.train(&experiment, "run", None).unwrap());
+}
+
+#[test]
+fn a_run_goes_on_only_with_its_own_settings() {
+    let world = World::new();
+    let experiment = world.experiment(&[]).unwrap();
+    world.train(&experiment, "run", Some(1)).unwrap();
+    for (from, to, key) in [
+        ("seed: 5", "seed: 6", "seed"),
+        ("id_clip: {steps: 4", "id_clip: {steps: 5", "train.stages.1.id_clip.steps"),
+        ("recompute: false", "recompute: true", "train.recompute"),
+        ("basis: 8", "basis: 16", "hyper_lora.basis"),
+        ("flip: true", "flip: false", "data.flip"),
+    ] {
+        let error = world.train(&world.experiment(&[(from, to)]).unwrap(), "run", None).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        let message = error.to_string();
+        assert!(message.contains(&format!("{key}: ")) && message.contains("--restart"), "{message}");
+    }
+    let harmless = [("{every: 2", "{every: 3"), ("log_every: 2", "log_every: 1")];
+    finished(world.train(&world.experiment(&harmless).unwrap(), "run", None).unwrap());
+}
+
+#[test]
+fn what_cannot_be_trained_is_refused_before_the_first_step() {
+    let world = World::new();
+    for (from, to, part) in [
+        ("shards: shards", "shards: nowhere", "nowhere"),
+        ("shards: shards", "shards: shards\n  split: validation", "`validation`"),
+        ("image_size: 32", "image_size: 30", "data.image_size"),
+        ("clip_dim: 24", "clip_dim: 32", "hyper_lora.clip_dim"),
+        ("global_batch: 4", "global_batch: 3", "train.global_batch"),
+        ("base: {path: ", "base: {path: /nowhere", "base.path"),
+        ("seed: 5", "seed: 5\nsede: 6", "sede"),
+    ] {
+        let refused = world.experiment(&[(from, to)]).and_then(|experiment| world.train(&experiment, "run", None));
+        let error = refused.unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{error}");
+        assert!(error.to_string().contains(part), "{error}");
+    }
+}
+
+#[test]
+fn a_run_folder_tells_its_story() {
+    let world = World::new();
+    let pictures = ("log_every: 2", "log_every: 2\n  samples: {every: 2, count: 2, steps: 2}");
+    finished(world.train(&world.experiment(&[pictures]).unwrap(), "run", None).unwrap());
+    let run = world.run("run");
+
+    let events = fs::read_dir(run.join("tensorboard")).unwrap().next().unwrap().unwrap().path();
+    let events = fs::read(events).unwrap();
+    for tag in [
+        "loss/id_clip",
+        "loss_by_scenario/id_clip/full",
+        "loss_by_timestep/id_clip/quartile_1",
+        "optim/learning_rate",
+        "optim/gradient_norm",
+        "coefficients/spread",
+        "speed/images_per_second",
+        "speed/data_wait_share",
+        "memory/resident_mib",
+        "fixed_set/base",
+        "samples/base",
+        "id_tokens: 2",
+    ] {
+        assert!(events.windows(tag.len()).any(|window| window == tag.as_bytes()), "{tag}");
+    }
+    let grid = image::open(run.join("samples/step-00000002.png")).unwrap();
+    assert_eq!((grid.width(), grid.height()), (3 * 32, 2 * 32));
+
+    // The resolved configuration holds anywhere: it is what evaluations read.
+    let resolved = Experiment::of_run(&run).unwrap();
+    assert_eq!(resolved.train.stages[1].config().groups.len(), 8);
+    let first = identity_gap::run(&run, &Device::flex()).unwrap();
+    let again = identity_gap::run(&run, &Device::flex()).unwrap();
+    assert_eq!(first, again);
+    assert_eq!((first.known.n, first.unseen.n), (4, 12));
+    assert!(first.known.t.is_some_and(f64::is_finite) && first.known.mean != 0.0);
+    let summary = Summary::read(&run).unwrap();
+    let known = summary.identity_gap.unwrap().known;
+    assert!(known.n == 4 && (known.mean - first.known.mean).abs() < 1e-12);
+    assert_eq!(summary.stages.iter().map(|stage| stage.steps).collect::<Vec<_>>(), [2, 4, 3]);
+    assert!(summary.stages.iter().all(|stage| stage.images_per_second > 0.0 && stage.seconds > 0.0));
+}
+
+#[test]
+fn stages_may_run_one_by_one() {
+    let world = World::new();
+    let experiment = world.experiment(&[]).unwrap();
+    world.train(&experiment, "first", Some(2)).unwrap();
+    let from = world.run("first").join("checkpoints/step-00000002/weights");
+    let yaml = YAML;
+    let base_stage = yaml.lines().find(|line| line.contains("- base:")).unwrap();
+    let changes =
+        [(base_stage, ""), ("recompute: false", &format!("recompute: false\n  init_from: {}", from.display()))];
+    let experiment = world.experiment(&changes).unwrap();
+    world.train(&experiment, "second", Some(0)).unwrap();
+    assert_eq!(weights(&world.run("second"), 0), weights(&world.run("first"), 2));
+    let outcome = world.train(&experiment, "second", None).unwrap();
+    assert!(matches!(outcome, Outcome::Finished { step: 7, .. }), "{outcome:?}");
+}
