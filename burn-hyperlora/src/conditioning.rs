@@ -34,6 +34,29 @@ pub struct BaseConfig {
 }
 
 impl BaseConfig {
+    /// The folder of the CLIP image encoder.
+    ///
+    /// # Errors
+    /// Input where a path names no folder.
+    pub fn image_encoder_folder(&self, yaml_folder: &Path) -> Result<PathBuf> {
+        self.beside(self.image_encoder.as_ref(), "image_encoder", yaml_folder)
+    }
+
+    /// The folder of the image encoder's preprocessing.
+    ///
+    /// # Errors
+    /// Input where a path names no folder.
+    pub fn feature_extractor_folder(&self, yaml_folder: &Path) -> Result<PathBuf> {
+        self.beside(self.feature_extractor.as_ref(), "feature_extractor", yaml_folder)
+    }
+
+    fn beside(&self, given: Option<&ConfigPath>, name: &str, yaml_folder: &Path) -> Result<PathBuf> {
+        match given {
+            Some(path) => path.resolve(yaml_folder),
+            None => Ok(self.folder(yaml_folder)?.join(name)),
+        }
+    }
+
     /// The pipeline folder; paths of the YAML are relative to `yaml_folder`.
     ///
     /// # Errors
@@ -124,17 +147,13 @@ impl Base {
     /// Input for a missing, corrupt or unfitting model.
     pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
         let folder = config.folder(yaml_folder)?;
-        let beside = |given: &Option<ConfigPath>, name: &str| match given {
-            Some(path) => path.resolve(yaml_folder),
-            None => Ok(folder.join(name)),
-        };
         Ok(Self {
             unet: UNet2DConditionModel::load(&folder.join("unet"), device)?,
             vae: AutoencoderKl::load(&folder.join("vae"), device)?,
             schedule: NoiseSchedule::load(&folder.join("scheduler"))?,
             text: TextEncoders::load(&folder, device)?,
-            image_encoder: ClipVisionModel::load(&beside(&config.image_encoder, "image_encoder")?, device)?,
-            image_processor: ImageProcessor::load(&beside(&config.feature_extractor, "feature_extractor")?)?,
+            image_encoder: ClipVisionModel::load(&config.image_encoder_folder(yaml_folder)?, device)?,
+            image_processor: ImageProcessor::load(&config.feature_extractor_folder(yaml_folder)?)?,
             prompts: HashMap::new(),
             device: device.clone(),
         })
@@ -143,6 +162,11 @@ impl Base {
     /// The plain device that the models are on.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Side in pixels of the images that the UNet was made for.
+    pub fn image_size(&self) -> usize {
+        self.unet.config().sample_size * self.vae.config().factor()
     }
 
     /// Latent channels and side of an image of `image_size` pixels.

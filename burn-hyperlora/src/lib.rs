@@ -41,6 +41,8 @@ pub mod export;
 
 pub mod eval;
 
+pub mod generate;
+
 pub mod commands;
 
 pub use error::{Error, Result};

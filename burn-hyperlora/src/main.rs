@@ -1,3 +1,9 @@
-//! `hyperlora`: train, generate, sample, evaluate.
+//! `hyperlora`: train a HyperLoRA, write LoRAs from photos, draw with them, measure what was learnt.
 
-fn main() {}
+use std::process::ExitCode;
+
+use burn_hyperlora::commands;
+
+fn main() -> ExitCode {
+    commands::run()
+}

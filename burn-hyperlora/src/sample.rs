@@ -1,7 +1,7 @@
 //! Drawing pictures with the base and a LoRA (diffusers `StableDiffusionXLPipeline`).
 
 use burn::tensor::{Device, Tensor, TensorData};
-use image::RgbImage;
+use image::{RgbImage, imageops};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
@@ -191,6 +191,19 @@ fn for_batch(lora: &LoraWeights, count: usize, halves: usize) -> LoraWeights {
         let times = if tensor.dims()[0] == count { halves } else { halves * count };
         tensor.repeat_dim(0, times)
     })
+}
+
+/// Pictures of one size in rows and columns; short rows end in black.
+pub fn tile<Row: AsRef<[RgbImage]>>(rows: &[Row]) -> RgbImage {
+    let (width, height) = rows.first().and_then(|row| row.as_ref().first()).map_or((1, 1), RgbImage::dimensions);
+    let columns = rows.iter().map(|row| row.as_ref().len()).max().unwrap_or(0) as u32;
+    let mut grid = RgbImage::new(columns * width, rows.len() as u32 * height);
+    for (y, row) in (0..).zip(rows) {
+        for (x, picture) in (0..).zip(row.as_ref()) {
+            imageops::replace(&mut grid, picture, x * i64::from(width), y * i64::from(height));
+        }
+    }
+    grid
 }
 
 /// An RGB picture of `image`, `[1, 3, H, W]` in -1..1; what lies outside is clamped.

@@ -259,6 +259,11 @@ impl<'a> WeightsAt<'a> {
         norm
     }
 
+    /// A tensor without axes; 0 where it is missing, which [`Weights::finish`] reports.
+    pub fn scalar(&self, name: &str) -> f32 {
+        self.weights.ask(self.key(name), []).and_then(|values| values.first().copied()).unwrap_or_default()
+    }
+
     /// `weight` `[entries, width]`.
     pub fn embedding(&self, entries: usize, width: usize) -> Embedding {
         Embedding { weight: frozen(self.tensor("weight", [entries, width])) }

@@ -1,1 +1,121 @@
 //! The commands of `hyperlora`: parse, call the library, print.
+
+mod eval;
+mod generate;
+mod sample;
+mod train;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use burn::tensor::Device;
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use crate::error::Result;
+use crate::metrics::{Display, log};
+
+/// HyperLoRA on Burn: a hypernetwork that turns portraits into SDXL LoRAs.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Train(train::TrainArgs),
+    Generate(generate::GenerateArgs),
+    Sample(sample::SampleArgs),
+    #[command(subcommand)]
+    Eval(eval::EvalCommand),
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+struct Common {
+    /// Where to compute: `cpu` or `cuda:N`.
+    #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
+    device: DeviceChoice,
+    /// Say more (-vv: everything).
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
+    verbose: u8,
+    /// Say only what went wrong.
+    #[arg(short, long, global = true)]
+    quiet: bool,
+}
+
+/// A device by name, checked while the command line is read.
+#[derive(Debug, Clone, Copy)]
+enum DeviceChoice {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name.strip_prefix("cuda:").map(str::parse::<usize>) {
+            None if name == "cpu" => Ok(Self::Cpu),
+            #[cfg(feature = "cuda")]
+            Some(Ok(index)) => Ok(Self::Cuda(index)),
+            #[cfg(not(feature = "cuda"))]
+            Some(Ok(_)) => {
+                Err("this binary was built without CUDA: cargo build --release --features burn-hyperlora/cuda".into())
+            }
+            _ => Err("expected `cpu` or `cuda:N`, for example cuda:0".into()),
+        }
+    }
+}
+
+impl DeviceChoice {
+    fn open(self) -> Device {
+        match self {
+            Self::Cpu => Device::flex(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => Device::cuda(index),
+        }
+    }
+}
+
+impl Common {
+    /// Starts the log; with a run folder, `run.log` in it too.
+    fn start_log(&self, run: Option<&Path>) -> Result<()> {
+        log::init(if self.quiet { -1 } else { i8::try_from(self.verbose).unwrap_or(i8::MAX) }, run)
+    }
+
+    fn display(&self) -> Display {
+        Display::detect(self.quiet)
+    }
+}
+
+/// Parses the command line and runs it. The exit code: 0 done, 2 the user's input, 3 stopped by a signal with everything
+/// saved, 1 a fault.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    // The tensor library panics where memory runs out or shapes disagree: one clear end for whatever got past the checks.
+    catch_unwind(AssertUnwindSafe(|| dispatch(&cli))).unwrap_or_else(|_| {
+        eprintln!("error: a fault in the program (above)\n  remedy: run it again with RUST_BACKTRACE=1 and report what it prints; checkpoints are intact");
+        ExitCode::from(1)
+    })
+}
+
+fn dispatch(cli: &Cli) -> ExitCode {
+    let device = cli.common.device.open();
+    let done = match &cli.command {
+        Command::Train(args) => train::run(args, &cli.common, &device),
+        Command::Generate(args) => generate::run(args, &cli.common, &device),
+        Command::Sample(args) => sample::run(args, &cli.common, &device),
+        Command::Eval(command) => eval::run(command, &cli.common, &device),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::from(error.exit_code())
+    })
+}

@@ -19,27 +19,33 @@ pub struct Square {
 }
 
 impl Square {
+    /// The square in the middle of those that [`draw`](Self::draw) may draw.
+    pub fn middle(photo: (u32, u32), face_box: [f32; 4], config: &CropConfig) -> Self {
+        Self::at(photo, face_box, config, [0.5; 3])
+    }
+
     /// Draws a square that holds `face_box` (x0, y0, x1, y1) in a photo of `width` x `height`: the side uniformly on a
     /// logarithmic scale, then the place uniformly. A face larger than the photo's shorter side gets the largest square,
     /// as near to its centre as the photo allows.
-    pub fn draw(
+    pub fn draw(photo: (u32, u32), face_box: [f32; 4], config: &CropConfig, generator: &mut impl RngCore) -> Self {
+        Self::at(photo, face_box, config, [(); 3].map(|()| unit(generator) as f32))
+    }
+
+    /// The square for three numbers in [0, 1): its size, and its place across and down.
+    fn at(
         (width, height): (u32, u32),
         face_box: [f32; 4],
         config: &CropConfig,
-        generator: &mut impl RngCore,
+        [size, across, down]: [f32; 3],
     ) -> Self {
         let [x0, y0, x1, y1] = face_box;
         let face = (x1 - x0).max(y1 - y0).max(1.0);
         let shorter = width.min(height).max(1);
         let largest = (face * config.largest).min(shorter as f32);
         let smallest = (face * config.smallest).min(largest);
-        let drawn = smallest * (largest / smallest).powf(unit(generator) as f32);
+        let drawn = smallest * (largest / smallest).powf(size);
         let side = (drawn.ceil() as u32).clamp(1, shorter);
-        Self {
-            x: place(unit(generator) as f32, side, width, x0, x1),
-            y: place(unit(generator) as f32, side, height, y0, y1),
-            side,
-        }
+        Self { x: place(across, side, width, x0, x1), y: place(down, side, height, y0, y1), side }
     }
 
     /// The square of `photo`, resized to `size` x `size`.

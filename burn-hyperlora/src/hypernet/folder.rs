@@ -186,8 +186,11 @@ impl ParameterMapper for FromFiles<'_> {
     }
 }
 
-/// The modules that the JSON lists, in its order.
-fn read_sites(folder: &Path) -> Result<Vec<AttentionSite>> {
+/// The attention modules that a released folder is for, in its order.
+///
+/// # Errors
+/// Input for a missing or broken `hyper_lora_modules.json`.
+pub fn read_sites(folder: &Path) -> Result<Vec<AttentionSite>> {
     let path = folder.join(MODULES_JSON);
     let wrong = |problem: String| Error::file(&path, problem, "give the file that belongs to these weights");
     let text = std::fs::read_to_string(&path).map_err(|source| Error::read(&path, source))?;

@@ -15,6 +15,8 @@ pub struct UNet2DConditionConfig {
     pub in_channels: usize,
     /// Channels of the prediction.
     pub out_channels: usize,
+    /// Side of the latents that it was trained on.
+    pub sample_size: usize,
     /// Channels of each resolution, from the finest.
     pub block_out_channels: Vec<usize>,
     /// The kind of each block on the way down.

@@ -6,14 +6,14 @@ use std::path::Path;
 
 use burn::module::Module;
 use data_prep::files::write_whole;
-use image::{ImageFormat, RgbImage, imageops};
+use image::{ImageFormat, RgbImage};
 
 use crate::conditioning::Base;
 use crate::data::sample::Sample;
 use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, Stage};
 use crate::lora::LoraWeights;
-use crate::sample::{SampleConfig, Sampler};
+use crate::sample::{SampleConfig, Sampler, tile};
 use crate::train::SAMPLES;
 use crate::train::config::SamplesConfig;
 use crate::train::forward::make_lora;
@@ -36,15 +36,7 @@ pub fn grid(
     let photos = people.iter().map(|sample| photo(&sample.pixels));
     let rows: Vec<[RgbImage; 3]> =
         photos.zip(plain).zip(with_lora).map(|((photo, plain), with_lora)| [photo, plain, with_lora]).collect();
-
-    let side = rows.first().map_or(1, |row| row[0].width());
-    let mut grid = RgbImage::new(3 * side, rows.len() as u32 * side);
-    for (y, row) in (0..).zip(&rows) {
-        for (x, tile) in (0..).zip(row) {
-            imageops::replace(&mut grid, tile, x * i64::from(side), y * i64::from(side));
-        }
-    }
-    Ok(grid)
+    Ok(tile(&rows))
 }
 
 /// Writes the grid as PNG into the run folder.

@@ -1,0 +1,201 @@
+//! `hyperlora sample`: pictures, with and without LoRA.
+
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use burn::tensor::{Device, Tensor};
+use clap::{ArgGroup, Args};
+use data_prep::config::ConfigPath;
+use data_prep::files::write_whole;
+use image::imageops::FilterType;
+use image::{ImageFormat, RgbImage, imageops};
+
+use crate::commands::Common;
+use crate::conditioning::{Base, BaseConfig};
+use crate::data::crop::Square;
+use crate::error::{Error, Result};
+use crate::export;
+use crate::generate::{Generator, Portrait};
+use crate::lora::LoraWeights;
+use crate::metrics::Progress;
+use crate::sample::{SampleConfig, Sampler, tile};
+use crate::weights::{self, Weights};
+
+/// Name of the tensor in a latents file.
+const LATENTS: &str = "latents";
+
+/// Draw pictures, with and without LoRA
+#[derive(Debug, Args)]
+#[command(
+    group(ArgGroup::new("what").required(true).args(["base", "checkpoint"])),
+    after_help = "Examples:\n  One picture, from a prompt:\n    hyperlora sample --base sdxl/ --prompt 'a photo of a person' --lora anna.safetensors --lora-weight 0.8 -o anna.png\n  A grid, one row per photo: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA:\n    hyperlora sample --checkpoint runs/quickstart --image a.png --image b.png -o grid.png"
+)]
+pub(super) struct SampleArgs {
+    /// The base model: an SDXL pipeline folder in diffusers layout
+    #[arg(long, value_name = "DIR", requires = "prompt")]
+    base: Option<PathBuf>,
+    /// What to draw
+    #[arg(long)]
+    prompt: Option<String>,
+    /// What not to draw; SDXL's zeros where left out
+    #[arg(long)]
+    negative_prompt: Option<String>,
+    /// A LoRA file in kohya's format; several add up
+    #[arg(long = "lora", value_name = "FILE", conflicts_with = "checkpoint")]
+    loras: Vec<PathBuf>,
+    /// Weight of each --lora, in their order; 1 where left out
+    #[arg(long = "lora-weight", value_name = "W")]
+    lora_weights: Vec<f32>,
+    /// Start from these latents: tensor `latents` [1, 4, h, w] of a safetensors file, standard normal
+    #[arg(long, value_name = "FILE", conflicts_with = "checkpoint")]
+    latents: Option<PathBuf>,
+    /// Save the final latents in the same form
+    #[arg(long, value_name = "FILE", conflicts_with = "checkpoint")]
+    save_latents: Option<PathBuf>,
+    /// Draw a grid with the LoRAs of this checkpoint or run folder
+    #[arg(long, value_name = "DIR", requires = "images")]
+    checkpoint: Option<PathBuf>,
+    /// A photo for a row of the grid
+    #[arg(long = "image", value_name = "FILE", requires = "checkpoint")]
+    images: Vec<PathBuf>,
+    /// Weight of the ID-LoRA in the grid
+    #[arg(long, default_value_t = 1.0)]
+    id_weight: f32,
+    /// Weight of the Base-LoRA in the grid's last column
+    #[arg(long, default_value_t = 0.4)]
+    base_weight: f32,
+    /// Euler steps
+    #[arg(long, default_value_t = 30)]
+    steps: usize,
+    /// Classifier-free guidance
+    #[arg(long, default_value_t = 5.0)]
+    guidance: f64,
+    /// Side of the pictures in pixels; the base's own size where left out
+    #[arg(long, value_name = "PIXELS")]
+    size: Option<usize>,
+    /// Seed of the initial noise
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The PNG file
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+pub(super) fn run(args: &SampleArgs, common: &Common, device: &Device) -> Result<ExitCode> {
+    common.start_log(None)?;
+    let picture = match (&args.base, &args.checkpoint) {
+        (Some(base), _) => from_prompt(args, base, common, device)?,
+        (None, Some(checkpoint)) => grid(args, checkpoint, common, device)?,
+        (None, None) => return Err(Error::input("hyperlora sample", "nothing to draw", "give --base or --checkpoint")),
+    };
+    let mut png = Cursor::new(Vec::new());
+    picture
+        .write_to(&mut png, ImageFormat::Png)
+        .map_err(|problem| Error::Fault(format!("the picture cannot be encoded: {problem}")))?;
+    write_whole(&args.output, png.get_ref())?;
+    tracing::info!("{}", args.output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+impl SampleArgs {
+    fn config(&self, base: &Base) -> SampleConfig {
+        let side = self.size.unwrap_or_else(|| base.image_size());
+        SampleConfig { steps: self.steps, guidance: self.guidance, height: side, width: side, seed: self.seed }
+    }
+}
+
+fn sampler(base: &Base) -> Sampler<'_> {
+    Sampler { unet: &base.unet, vae: &base.vae, schedule: &base.schedule }
+}
+
+fn from_prompt(args: &SampleArgs, folder: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
+    if args.lora_weights.len() > args.loras.len() {
+        return Err(Error::input(
+            "--lora-weight",
+            "there are more weights than LoRAs",
+            "give each weight after its --lora",
+        ));
+    }
+    let base_config = BaseConfig { path: ConfigPath::new(folder), image_encoder: None, feature_extractor: None };
+    let base = Base::load(&base_config, Path::new(""), device)?;
+    let config = args.config(&base);
+
+    let mut lora: Option<LoraWeights> = None;
+    for (index, path) in args.loras.iter().enumerate() {
+        let weight = args.lora_weights.get(index).copied().unwrap_or(1.0);
+        let one = export::load_kohya(path, base.unet.attention_sites(), device)?
+            .weighted(&Tensor::from_floats([weight], device));
+        lora = Some(match lora {
+            Some(sum) => sum.concat(one),
+            None => one,
+        });
+    }
+    let prompt = base.text.encode(&[args.prompt.as_deref().unwrap_or_default()])?;
+    let negative = match &args.negative_prompt {
+        Some(text) => base.text.encode(&[text])?,
+        None => prompt.zeros_like(),
+    };
+    let initial = match &args.latents {
+        Some(path) => load_latents(path, &base, &config, device)?,
+        None => sampler(&base).initial_latents(&config, 1, device)?,
+    };
+    let mut progress = Progress::new("sample", 0, config.steps as u64, common.display());
+    let drawing = sampler(&base).draw(&config, initial, &prompt, &negative, lora.as_ref(), |step| {
+        progress.step(step as u64, f64::NAN, 1);
+    })?;
+    progress.finish();
+    if let Some(path) = &args.save_latents {
+        weights::save(path, [(LATENTS.to_owned(), drawing.latents.into_data())])?;
+    }
+    drawing.images.into_iter().next().ok_or_else(|| Error::Fault("no picture was drawn".into()))
+}
+
+fn load_latents(path: &Path, base: &Base, config: &SampleConfig, device: &Device) -> Result<Tensor<4>> {
+    let factor = base.vae.config().factor();
+    let shape = [1, base.vae.config().latent_channels, config.height / factor, config.width / factor];
+    let file = Weights::open(path, device)?;
+    let latents = file.at("").tensor(LATENTS, shape);
+    file.finish()?;
+    Ok(latents)
+}
+
+/// One row per photo, every column from the same noise: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA.
+fn grid(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
+    let mut generator = Generator::open(checkpoint, device)?;
+    let portraits = args.images.iter().map(|path| generator.portrait(path)).collect::<Result<Vec<Portrait>>>()?;
+    let base = Base::load(&generator.experiment.base, generator.experiment.folder(), device)?;
+    let mut config = args.config(&base);
+    let text = args.prompt.as_deref().unwrap_or("a photo of a person");
+    let plain = base.text.encode(&[text])?;
+    let triggered = base.text.encode(&[format!("{}{text}", generator.experiment.train.trigger)])?;
+
+    let mut progress = Progress::new("grid", 0, portraits.len() as u64, common.display());
+    let mut rows = Vec::with_capacity(portraits.len());
+    for (row, portrait) in portraits.chunks(1).enumerate() {
+        config.seed = args.seed + row as u64;
+        let initial = sampler(&base).initial_latents(&config, 1, device)?;
+        let mut columns = vec![reference(&portrait[0], &generator, config.width as u32)];
+        let id = generator.lora(portrait, args.id_weight, 0.0)?;
+        let mut loras = vec![(&plain, None), (&triggered, Some(id))];
+        if generator.has_base() {
+            loras.push((&triggered, Some(generator.lora(portrait, args.id_weight, args.base_weight)?)));
+        }
+        for (prompt, lora) in loras {
+            let negative = prompt.zeros_like();
+            columns.extend(
+                sampler(&base).draw(&config, initial.clone(), prompt, &negative, lora.as_ref(), |_| ())?.images,
+            );
+        }
+        rows.push(columns);
+        progress.step(row as u64 + 1, f64::NAN, 1);
+    }
+    progress.finish();
+    Ok(tile(&rows))
+}
+
+/// The part of the photo that training would look at, at the pictures' size.
+fn reference(portrait: &Portrait, generator: &Generator, side: u32) -> RgbImage {
+    let square = Square::middle(portrait.photo.dimensions(), portrait.face_box, &generator.experiment.data.crop);
+    imageops::resize(&square.cut(&portrait.photo, square.side), side, side, FilterType::CatmullRom)
+}

@@ -1,0 +1,60 @@
+//! `hyperlora train`: from a YAML to a trained hypernetwork.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use burn::tensor::Device;
+use clap::Args;
+
+use crate::commands::Common;
+use crate::error::Result;
+use crate::experiment::Experiment;
+use crate::signals::StopFlag;
+use crate::train::{self, Outcome, TrainOptions};
+
+/// Train a hypernetwork, or go on where its run stands
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart")]
+pub(super) struct TrainArgs {
+    /// The experiment's YAML
+    config: PathBuf,
+    /// The run folder; runs/<name> where left out
+    #[arg(long, value_name = "RUN")]
+    out: Option<PathBuf>,
+    /// Stop, with a checkpoint, once this many optimiser steps are done in all
+    #[arg(long, value_name = "N")]
+    max_steps: Option<u64>,
+    /// Begin anew; the old run folder is kept aside
+    #[arg(long)]
+    restart: bool,
+}
+
+pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<ExitCode> {
+    let experiment = Experiment::load(&args.config)?;
+    let run = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&experiment.name));
+    let aside = if args.restart { train::move_aside(&run)? } else { None };
+    common.start_log(Some(&run))?;
+    if let Some(aside) = aside {
+        tracing::info!("the old run is kept in {}", aside.display());
+    }
+    let options = TrainOptions { max_steps: args.max_steps, stop: StopFlag::install()?, display: common.display() };
+    let (code, line) = match experiment.train(&run, device, &options)? {
+        Outcome::Finished { step, checkpoint } => (0, format!("finished after {step} steps: {}", checkpoint.display())),
+        Outcome::Paused { step, checkpoint } => (
+            0,
+            format!(
+                "paused after {step} steps: {}; without --max-steps the same command goes on",
+                checkpoint.display()
+            ),
+        ),
+        Outcome::Stopped { signal, step, checkpoint } => (
+            3,
+            format!(
+                "stopped by {signal} after {step} steps, everything is saved: {}; the same command goes on",
+                checkpoint.display()
+            ),
+        ),
+    };
+    tracing::info!("{line}");
+    Ok(ExitCode::from(code))
+}
