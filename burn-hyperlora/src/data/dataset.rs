@@ -1,6 +1,6 @@
 //! The rows of a shard folder: who is in which photo, and the photos themselves through a bounded cache.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,16 +21,37 @@ pub struct Dataset {
     path: PathBuf,
     shards: ShardFolder,
     rows: Vec<Row>,
-    /// Row indices of every labelled person.
-    people: BTreeMap<String, Vec<usize>>,
+    identities: Names,
+    splits: Names,
+    /// Rows of every labelled person, by the number of the name.
+    photos: Vec<Vec<u32>>,
     cache: Mutex<Cache>,
 }
 
 struct Row {
     group: u32,
     place: u32,
-    identity: Option<String>,
-    split: Option<String>,
+    /// Number of the person's name.
+    identity: Option<u32>,
+    /// Number of the split's name.
+    split: Option<u32>,
+}
+
+/// Names and their numbers: a large set repeats few of them.
+#[derive(Default)]
+struct Names {
+    names: Vec<String>,
+    numbers: HashMap<String, u32>,
+}
+
+impl Names {
+    fn number(&mut self, name: String) -> u32 {
+        let next = self.names.len() as u32;
+        *self.numbers.entry(name).or_insert_with_key(|name| {
+            self.names.push(name.clone());
+            next
+        })
+    }
 }
 
 /// One record, held together with the row group that it came with.
@@ -54,23 +75,22 @@ impl Dataset {
     /// Input for a missing, foreign or corrupt folder.
     pub fn open(path: &Path, cache_mib: usize) -> Result<Self> {
         let shards = ShardFolder::open(path)?;
-        let mut rows = Vec::new();
-        let mut people: BTreeMap<String, Vec<usize>> = BTreeMap::new();
-        for (group, row_group) in shards.row_groups().iter().enumerate() {
-            for (place, label) in shards.labels(row_group)?.into_iter().enumerate() {
-                if let Some(identity) = &label.identity {
-                    people.entry(identity.clone()).or_default().push(rows.len());
+        let mut rows: Vec<Row> = Vec::new();
+        let (mut identities, mut splits) = (Names::default(), Names::default());
+        let mut photos: Vec<Vec<u32>> = Vec::new();
+        for (group, row_group) in (0..).zip(shards.row_groups()) {
+            for (place, label) in (0..).zip(shards.labels(row_group)?) {
+                let identity = label.identity.map(|name| identities.number(name));
+                let split = label.split.map(|name| splits.number(name));
+                photos.resize_with(identities.names.len(), Vec::new);
+                if let Some(person) = identity {
+                    photos[person as usize].push(rows.len() as u32);
                 }
-                rows.push(Row {
-                    group: group as u32,
-                    place: place as u32,
-                    identity: label.identity,
-                    split: label.split,
-                });
+                rows.push(Row { group, place, identity, split });
             }
         }
         let cache = Mutex::new(Cache { limit: cache_mib << 20, ..Cache::default() });
-        Ok(Self { path: path.into(), shards, rows, people, cache })
+        Ok(Self { path: path.into(), shards, rows, identities, splits, photos, cache })
     }
 
     /// The row's record, from memory or from its row group.
@@ -114,7 +134,7 @@ impl Dataset {
 
     /// The name of the person in a row's photo, where the set knows it.
     pub fn identity(&self, row: usize) -> Option<&str> {
-        self.rows[row].identity.as_deref()
+        self.rows[row].identity.map(|person| self.identities.names[person as usize].as_str())
     }
 
     /// Rows of a split in their order on the disk.
@@ -124,8 +144,9 @@ impl Dataset {
 
     /// Rows of `split` that show the person of `row`, without `row`.
     pub fn others(&self, row: usize, split: &str) -> Vec<usize> {
-        let photos = self.identity(row).and_then(|identity| self.people.get(identity));
-        photos.into_iter().flatten().copied().filter(|&other| other != row && self.is_in(other, split)).collect()
+        let photos = self.rows[row].identity.map(|person| &self.photos[person as usize]);
+        let photos = photos.into_iter().flatten().map(|&photo| photo as usize);
+        photos.filter(|&other| other != row && self.is_in(other, split)).collect()
     }
 
     /// The targets of `split`, each with the photos of `references` that may stand for its person.
@@ -136,9 +157,7 @@ impl Dataset {
         let targets = self.split(split);
         let of_split = targets.len();
         if of_split == 0 {
-            let mut splits: Vec<&str> = self.rows.iter().filter_map(|row| row.split.as_deref()).collect();
-            splits.sort_unstable();
-            splits.dedup();
+            let splits = &self.splits.names;
             return Err(Error::file(
                 &self.path,
                 format!("no face in split `{split}`; the set holds {} faces, splits {splits:?}", self.rows.len()),
@@ -148,10 +167,10 @@ impl Dataset {
         let pairs: Vec<Pair> = targets
             .into_iter()
             .map(|target| match reference {
-                Reference::Target => Pair { target, references: vec![target] },
+                Reference::Target => Pair { target, references: Vec::new() },
                 Reference::SameIdentity => Pair { target, references: self.others(target, references) },
             })
-            .filter(|pair| !pair.references.is_empty())
+            .filter(|pair| reference == Reference::Target || !pair.references.is_empty())
             .collect();
         if pairs.is_empty() {
             return Err(Error::file(
@@ -164,7 +183,7 @@ impl Dataset {
     }
 
     fn is_in(&self, row: usize, split: &str) -> bool {
-        split == ALL_SPLITS || self.rows[row].split.as_deref() == Some(split)
+        split == ALL_SPLITS || self.rows[row].split.is_some_and(|number| self.splits.names[number as usize] == split)
     }
 
     /// A panic elsewhere cannot leave the cache half changed in a way that matters: whatever it holds was read whole.
@@ -186,7 +205,7 @@ pub struct Pairs {
 pub struct Pair {
     /// Its row.
     pub target: usize,
-    /// Rows that may be its reference, at least one.
+    /// Rows that may be its reference; empty where it is its own.
     pub references: Vec<usize>,
 }
 

@@ -4,7 +4,6 @@ use burn::module::Module;
 
 use crate::conditioning::Base;
 use crate::data::Reference;
-use crate::data::dataset::Dataset;
 use crate::data::loader::make_all;
 use crate::data::sample::{Request, Sample, SampleMaker};
 use crate::data::scenario::Scenario;
@@ -17,9 +16,11 @@ use crate::train::forward::{denoising_loss, make_lora};
 /// Counts the draws of fixed sets: no training stage has this number.
 const DRAWS: u64 = 1 << 32;
 
-/// The triples, ready to be encoded.
+/// Names the triples; photos are decoded when they are measured.
 pub struct FixedSet {
-    samples: Vec<Sample>,
+    maker: SampleMaker,
+    /// With the timestep of each.
+    requests: Vec<(Request, u32)>,
     micro_batch: usize,
 }
 
@@ -30,7 +31,7 @@ impl FixedSet {
     /// # Errors
     /// Input for a split without usable photos.
     pub fn new(
-        maker: &SampleMaker,
+        maker: SampleMaker,
         config: &FixedSetConfig,
         kind: Stage,
         reference: Reference,
@@ -39,47 +40,49 @@ impl FixedSet {
     ) -> Result<Self> {
         let pairs = maker.dataset.pairs(&config.split, &config.references, reference)?;
         let scenario = if kind == Stage::Base { Scenario::BaseOnly } else { Scenario::Full };
-        let requests = pairs.as_slice().iter().cycle().zip(0..config.triples as u64).map(|(pair, draw)| Request {
-            target: pair.target,
-            reference: pair.reference(&mut for_sample(maker.seed(), DRAWS, draw, Purpose::Reference)),
-            scenario,
-            stage: DRAWS,
-            draw,
+        let draws = pairs.as_slice().iter().cycle().zip(0..config.triples);
+        let requests = draws.map(|(pair, index)| {
+            let draw = index as u64;
+            let reference = pair.reference(&mut for_sample(maker.seed(), DRAWS, draw, Purpose::Reference));
+            let request = Request { target: pair.target, reference, scenario, stage: DRAWS, draw };
+            (request, spread(index, config.triples, timesteps))
         });
-        let mut samples = make_all(maker, requests.collect())?;
-        let count = samples.len();
-        for (index, sample) in samples.iter_mut().enumerate() {
-            sample.timestep = spread(index, count, timesteps);
-        }
-        Ok(Self { samples, micro_batch })
+        Ok(Self { requests: requests.collect(), maker, micro_batch })
     }
 
     /// The first `count` people of the set, one sample each.
-    pub fn first_people(&self, dataset: &Dataset, count: usize) -> Vec<Sample> {
-        let mut people: Vec<(Option<&str>, &Sample)> = Vec::new();
-        for sample in &self.samples {
-            let person = dataset.identity(sample.request.target);
+    ///
+    /// # Errors
+    /// See [`SampleMaker::make`].
+    pub fn first_people(&self, count: usize) -> Result<Vec<Sample>> {
+        let mut people: Vec<(Option<&str>, Request)> = Vec::new();
+        for (request, _) in &self.requests {
+            let person = self.maker.dataset.identity(request.target);
             if people.len() < count && (person.is_none() || people.iter().all(|(known, _)| *known != person)) {
-                people.push((person, sample));
+                people.push((person, *request));
             }
         }
-        people.into_iter().map(|(_, sample)| sample.clone()).collect()
+        make_all(&self.maker, people.into_iter().map(|(_, request)| request).collect())
     }
 
     /// Mean loss over the set with the LoRAs that `hyper_lora` makes at this stage.
     ///
     /// # Errors
-    /// See [`denoising_loss`].
+    /// See [`SampleMaker::make`] and [`denoising_loss`].
     pub fn loss(&self, base: &mut Base, hyper_lora: &HyperLora, kind: Stage, trigger: &str) -> Result<f64> {
         let hyper_lora = hyper_lora.valid();
         let mut sum = 0.0;
-        for samples in self.samples.chunks(self.micro_batch) {
-            let conditions = base.encode(samples, trigger)?;
+        for chunk in self.requests.chunks(self.micro_batch) {
+            let mut samples = make_all(&self.maker, chunk.iter().map(|(request, _)| *request).collect())?;
+            for (sample, (_, timestep)) in samples.iter_mut().zip(chunk) {
+                sample.timestep = *timestep;
+            }
+            let conditions = base.encode(&samples, trigger)?;
             let made = make_lora(&hyper_lora, kind, conditions.portraits)?;
             let losses = denoising_loss(base, &conditions.input, conditions.target, Some(&made.lora))?;
             sum += losses.into_iter().map(f64::from).sum::<f64>();
         }
-        Ok(sum / self.samples.len().max(1) as f64)
+        Ok(sum / self.requests.len().max(1) as f64)
     }
 }
 

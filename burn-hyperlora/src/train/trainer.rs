@@ -84,9 +84,9 @@ impl<'a> Trainer<'a> {
             return Ok(Some(Outcome::Finished { step, checkpoint }));
         };
         let maker = self.maker(entry.kind());
-        let fixed_set = self.fixed_set(&maker, entry)?;
+        let fixed_set = self.fixed_set(maker.clone(), entry)?;
         self.begin_stage(entry, fixed_set.as_ref())?;
-        let end = self.steps(entry, &maker, fixed_set.as_ref())?;
+        let end = self.steps(entry, maker, fixed_set.as_ref())?;
         if let End::Done = end {
             self.end_stage(entry, fixed_set.as_ref())?;
         }
@@ -100,11 +100,11 @@ impl<'a> Trainer<'a> {
     }
 
     /// The loop over the stage's steps.
-    fn steps(&mut self, entry: &StageEntry, maker: &SampleMaker, fixed_set: Option<&FixedSet>) -> Result<End> {
+    fn steps(&mut self, entry: &StageEntry, maker: SampleMaker, fixed_set: Option<&FixedSet>) -> Result<End> {
         let (setup, train, config) = (self.setup, self.setup.train, entry.config());
         let global_batch = train.global_batch as u64;
         let mut loader = Loader::start(
-            maker.clone(),
+            maker,
             self.draws(entry)?,
             self.state.next_draw..config.steps * global_batch,
             LoaderConfig { batch_size: train.micro_batch, workers: setup.data.workers, prefetch: setup.data.prefetch },
@@ -197,7 +197,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn draw_pictures(&mut self, entry: &StageEntry, config: &SamplesConfig, set: &FixedSet) -> Result<()> {
-        let people = set.first_people(&self.dataset, config.count);
+        let people = set.first_people(config.count)?;
         let hyper_lora = &self.learner.hyper_lora;
         let trigger = &self.setup.train.trigger;
         let grid = pictures::grid(&mut self.base, hyper_lora, entry.kind(), &people, config, trigger)?;
@@ -238,7 +238,7 @@ impl<'a> Trainer<'a> {
         Ok(draws)
     }
 
-    fn fixed_set(&self, maker: &SampleMaker, entry: &StageEntry) -> Result<Option<FixedSet>> {
+    fn fixed_set(&self, maker: SampleMaker, entry: &StageEntry) -> Result<Option<FixedSet>> {
         let Some(config) = &self.setup.train.fixed_set else { return Ok(None) };
         let timesteps = self.base.schedule.config().num_train_timesteps as u32;
         let reference = entry.config().reference;

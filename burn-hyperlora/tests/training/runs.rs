@@ -272,3 +272,19 @@ fn stages_may_run_one_by_one() {
     let outcome = world.train(&experiment, "second", None).unwrap();
     assert!(matches!(outcome, Outcome::Finished { step: 7, .. }), "{outcome:?}");
 }
+
+#[test]
+fn a_training_that_diverges_stops_and_keeps_its_last_checkpoint() {
+    let world = World::new();
+    let experiment = world
+        .experiment(&[(
+            "steps: 4, reference: same_identity, optim: {learning_rate: 0.01",
+            "steps: 4, reference: same_identity, optim: {learning_rate: 1.0e+30",
+        )])
+        .unwrap();
+    let error = world.train(&experiment, "run", None).unwrap_err();
+    assert!(error.exit_code() == 1 && error.to_string().contains("diverged"), "{error}");
+    let latest = CheckpointStore::at(&world.run("run").join(CHECKPOINTS)).latest().unwrap().unwrap();
+    assert_eq!(latest.step, 2);
+    latest.verify().unwrap();
+}
