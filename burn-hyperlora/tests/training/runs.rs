@@ -14,10 +14,10 @@ use burn_hyperlora::train::{CHECKPOINTS, Outcome, TrainOptions};
 
 use crate::world::{World, YAML};
 
-const STEPS: u64 = 9;
+pub(crate) const STEPS: u64 = 9;
 
 /// Every safetensors file of the checkpoint at `step`, by its path in the checkpoint.
-fn tensors(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn tensors(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
     let checkpoint = run.join(CHECKPOINTS).join(format!("step-{step:08}"));
     let mut found = BTreeMap::new();
     for folder in [checkpoint.clone(), checkpoint.join("weights")] {
