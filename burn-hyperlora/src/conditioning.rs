@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use data_prep::config::ConfigPath;
@@ -88,7 +88,7 @@ pub struct Base {
     pub image_encoder: ClipVisionModel,
     /// Condition images to the image encoder's input.
     pub image_processor: ImageProcessor,
-    prompts: HashMap<String, PromptStates>,
+    prompts: Mutex<HashMap<String, PromptStates>>,
     device: Device,
 }
 
@@ -154,7 +154,7 @@ impl Base {
             text: TextEncoders::load(&folder, device)?,
             image_encoder: ClipVisionModel::load(&config.image_encoder_folder(yaml_folder)?, device)?,
             image_processor: ImageProcessor::load(&config.feature_extractor_folder(yaml_folder)?)?,
-            prompts: HashMap::new(),
+            prompts: Mutex::default(),
             device: device.clone(),
         })
     }
@@ -216,7 +216,7 @@ impl Base {
     ///
     /// # Errors
     /// Fault when a caption cannot be tokenised.
-    pub fn encode(&mut self, samples: &[Sample], trigger: &str) -> Result<Conditions> {
+    pub fn encode(&self, samples: &[Sample], trigger: &str) -> Result<Conditions> {
         let (input, target) = self.noisy(samples, trigger)?;
         Ok(Conditions { input, target, portraits: self.portraits(samples) })
     }
@@ -225,7 +225,7 @@ impl Base {
     ///
     /// # Errors
     /// Fault when a caption cannot be tokenised.
-    pub fn noisy(&mut self, samples: &[Sample], trigger: &str) -> Result<(UnetInput, Tensor<4>)> {
+    pub fn noisy(&self, samples: &[Sample], trigger: &str) -> Result<(UnetInput, Tensor<4>)> {
         let PromptStates { prompt_embeds, pooled } = self.prompts(samples, trigger)?;
         let (count, device) = (samples.len(), &self.device);
         let side = samples.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
@@ -279,7 +279,7 @@ impl Base {
     ///
     /// # Errors
     /// Fault when a caption cannot be tokenised.
-    pub fn prompts(&mut self, samples: &[Sample], trigger: &str) -> Result<PromptStates> {
+    pub fn prompts(&self, samples: &[Sample], trigger: &str) -> Result<PromptStates> {
         let states = samples.iter().map(|sample| {
             let trigger = if sample.request.scenario.trigger() { trigger } else { "" };
             self.prompt(&format!("{trigger}{}", sample.caption)).map(|states| (states.prompt_embeds, states.pooled))
@@ -289,15 +289,17 @@ impl Base {
     }
 
     /// The states of one prompt. Each is encoded by itself, so that its bits never depend on its neighbours in a batch.
-    fn prompt(&mut self, prompt: &str) -> Result<PromptStates> {
-        if let Some(known) = self.prompts.get(prompt) {
+    fn prompt(&self, prompt: &str) -> Result<PromptStates> {
+        // Whole entries come and go: a thread that died left nothing half done.
+        let mut prompts = self.prompts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = prompts.get(prompt) {
             return Ok(known.clone());
         }
         let states = self.text.encode(&[prompt])?;
-        if self.prompts.len() == PROMPT_CACHE {
-            self.prompts.clear();
+        if prompts.len() == PROMPT_CACHE {
+            prompts.clear();
         }
-        self.prompts.insert(prompt.into(), states.clone());
+        prompts.insert(prompt.into(), states.clone());
         Ok(states)
     }
 }
@@ -309,7 +311,7 @@ fn stack<const D: usize>(
     shape: [usize; D],
     device: &Device,
 ) -> Tensor<D> {
-    let values: Vec<f32> = samples.iter().flat_map(|sample| of(sample).iter().copied()).collect();
+    let values = samples.iter().map(of).collect::<Vec<_>>().concat();
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 

@@ -37,7 +37,7 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
         Error::file(run, "holds no checkpoint yet", "let `hyperlora train` reach its first checkpoint")
     })?;
     let saved: SavedState = checkpoint.state()?;
-    let mut base = Base::load(&experiment.base, experiment.folder(), device)?;
+    let base = Base::load(&experiment.base, experiment.folder(), device)?;
     base.check(&experiment.place(), experiment.data.image_size, experiment.hyper_lora.clip_dim)?;
     let sites = base.unet.attention_sites();
     let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), &experiment.hyper_lora, sites, device)?;
@@ -45,8 +45,8 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     let shape = base.sample_shape(experiment.data.image_size, true);
     let maker = SampleMaker::new(dataset, &experiment.data, experiment.seed, shape);
     let config = &experiment.eval.identity_gap;
-    let mut judge = Judge {
-        base: &mut base,
+    let judge = Judge {
+        base: &base,
         hyper_lora: &hyper_lora,
         kind: saved.taught.unwrap_or(Stage::IdEmbed),
         trigger: &experiment.train.trigger,
@@ -67,7 +67,7 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
 
 /// What a judgement needs.
 struct Judge<'a> {
-    base: &'a mut Base,
+    base: &'a Base,
     hyper_lora: &'a HyperLora,
     kind: Stage,
     trigger: &'a str,
@@ -90,7 +90,7 @@ struct Losses {
 }
 
 impl Judge<'_> {
-    fn measure(&mut self, set: &GapSet) -> Result<GapStatistics> {
+    fn measure(&self, set: &GapSet) -> Result<GapStatistics> {
         let dataset = &self.maker.dataset;
         if dataset.split(&set.photos).is_empty() {
             return Ok(GapStatistics::default());
@@ -146,7 +146,7 @@ impl Judge<'_> {
     }
 
     /// Mean loss of each case given the LoRA of the same person, of somebody else, and none.
-    fn losses(&mut self, cases: &[Case]) -> Result<Losses> {
+    fn losses(&self, cases: &[Case]) -> Result<Losses> {
         let noisy: Vec<Sample> = cases.iter().flat_map(|case| self.noisy(&case.same)).collect();
         let (input, target) = self.base.noisy(&noisy, self.trigger)?;
         let given = |of: fn(&Case) -> &Sample| -> Result<Vec<f64>> {

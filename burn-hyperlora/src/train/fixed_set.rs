@@ -69,7 +69,7 @@ impl FixedSet {
     ///
     /// # Errors
     /// See [`SampleMaker::make`] and [`denoising_loss`].
-    pub fn loss(&self, base: &mut Base, hyper_lora: &HyperLora, kind: Stage, trigger: &str) -> Result<f64> {
+    pub fn loss(&self, base: &Base, hyper_lora: &HyperLora, kind: Stage, trigger: &str) -> Result<f64> {
         let hyper_lora = hyper_lora.valid();
         let mut sum = 0.0;
         for chunk in self.requests.chunks(self.micro_batch) {

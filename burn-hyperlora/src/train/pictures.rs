@@ -23,7 +23,7 @@ use crate::train::forward::make_lora;
 /// # Errors
 /// Input for more Euler steps than the schedule has, Fault when the device cannot give its data back.
 pub fn grid(
-    base: &mut Base,
+    base: &Base,
     hyper_lora: &HyperLora,
     kind: Stage,
     people: &[Sample],
@@ -54,7 +54,7 @@ pub fn write(run: &Path, step: u64, grid: &RgbImage) -> Result<()> {
 
 /// One picture for each of `people`, with its caption and from its own noise.
 fn draw(
-    base: &mut Base,
+    base: &Base,
     people: &[Sample],
     config: &SamplesConfig,
     trigger: &str,

@@ -1,7 +1,9 @@
 //! One optimiser step.
 
+use std::panic::resume_unwind;
 use std::time::{Duration, Instant};
 
+use burn::module::Module;
 use burn::tensor::Tensor;
 
 use crate::conditioning::Base;
@@ -28,6 +30,8 @@ pub struct StepConfig<'a> {
     pub kind: Stage,
     /// Passes per step.
     pub accumulation: usize,
+    /// Passes that run side by side, each on a thread of its own: more than one only where the device is the CPU.
+    pub lanes: usize,
     /// Whether the UNet recomputes its blocks.
     pub recompute: bool,
     /// Stands before captions whenever the ID-LoRA acts.
@@ -62,7 +66,7 @@ pub struct SampleLoss {
     pub timestep: u32,
 }
 
-/// Time per phase of a step, data waits not counted.
+/// Time per phase of a step, data waits not counted. Passes side by side share the time that they took together.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Phases {
     /// Frozen encoders.
@@ -78,6 +82,19 @@ pub struct Phases {
 }
 
 impl Phases {
+    /// Adds the time `elapsed` that passes took together, split as their own clocks say.
+    fn add_share(&mut self, passes: &[Pass], elapsed: Duration) {
+        let own = |pass: &Pass| [pass.phases.encode, pass.phases.hypernet, pass.phases.unet, pass.phases.backward];
+        let total: Duration = passes.iter().flat_map(own).sum();
+        let factor = elapsed.as_secs_f64() / total.as_secs_f64().max(f64::MIN_POSITIVE);
+        for pass in passes {
+            let phases = [&mut self.encode, &mut self.hypernet, &mut self.unet, &mut self.backward];
+            for (phase, time) in phases.into_iter().zip(own(pass)) {
+                *phase += time.mul_f64(factor);
+            }
+        }
+    }
+
     /// With their names in the curves.
     pub fn named(&self) -> impl Iterator<Item = (&'static str, Duration)> {
         [
@@ -96,7 +113,7 @@ impl Phases {
 /// # Errors
 /// Those of the data, and Fault for a loss or gradient that is not finite; the learner is then unchanged.
 pub fn step(
-    base: &mut Base,
+    base: &Base,
     learner: &mut Learner,
     config: &StepConfig<'_>,
     learning_rate: f64,
@@ -104,32 +121,20 @@ pub fn step(
 ) -> Result<StepReport> {
     let mut report = StepReport::default();
     let mut window = GradientAccumulator::default();
-    for _ in 0..config.accumulation {
-        let batch = next_batch()?;
-        let mut clock = Instant::now();
-        // 1. Encode with the frozen models: no graph.
-        let conditions = base.encode(&batch.samples, config.trigger)?;
-        lap(&mut clock, &mut report.phases.encode);
-        // 2. The hypernetwork makes a LoRA for every sample, with a graph.
-        let made = make_lora(&learner.hyper_lora, config.kind, conditions.portraits.autodiff())?;
-        // 3. Cut the graph at the LoRA.
-        let plain = made.lora.clone().map(Tensor::inner);
-        lap(&mut clock, &mut report.phases.hypernet);
-        // 4. The frozen UNet: the loss, and its gradients with respect to the LoRA alone.
-        let target = conditions.target.clone();
-        let (_, gradients, prediction) =
-            base.unet.loss_and_lora_gradients(&conditions.input, plain, config.recompute, |prediction| {
-                let target = Tensor::from_inner(target);
-                loss::mean_squared_error(prediction, target)
-            });
-        let losses = loss::per_sample(prediction, conditions.target)?;
-        lap(&mut clock, &mut report.phases.unet);
-        // 5. They seed the backward pass of the hypernetwork.
-        let mut backward = seeded(made.lora, gradients).backward();
+    let mut left = config.accumulation;
+    while left > 0 {
+        let lanes = config.lanes.clamp(1, left);
+        let batches = (0..lanes).map(|_| next_batch()).collect::<Result<Vec<_>>>()?;
+        // 1 to 5. Every pass by itself; their order in the sum is that of the batches, however they ran.
+        let clock = Instant::now();
+        let passes = side_by_side(&batches, |batch| pass(base, &learner.hyper_lora, config, batch))?;
+        report.phases.add_share(&passes, clock.elapsed());
         // 6. Accumulate over the window.
-        window.add(GradientMap::take(&learner.hyper_lora, &mut backward));
-        lap(&mut clock, &mut report.phases.backward);
-        report.note(&batch, &losses, CoefficientStatistics::of(&made.coefficients)?);
+        for (batch, pass) in batches.iter().zip(passes) {
+            report.note(batch, &pass.losses, pass.coefficients);
+            window.add(pass.gradients);
+        }
+        left -= lanes;
     }
     // 7. Clip what the window gathered, by its global norm.
     let clock = Instant::now();
@@ -141,6 +146,56 @@ pub fn step(
     // 9. Report.
     report.phases.update = clock.elapsed();
     Ok(report)
+}
+
+/// What one batch taught.
+struct Pass {
+    gradients: GradientMap,
+    losses: Vec<f32>,
+    coefficients: CoefficientStatistics,
+    phases: Phases,
+}
+
+fn pass(base: &Base, hyper_lora: &HyperLora, config: &StepConfig<'_>, batch: &Batch) -> Result<Pass> {
+    // Leaves of its own: passes that share them would share a graph, and wait for each other.
+    let hyper_lora = hyper_lora.clone().fork(&base.device().clone().autodiff());
+    let mut phases = Phases::default();
+    let mut clock = Instant::now();
+    // 1. Encode with the frozen models: no graph.
+    let conditions = base.encode(&batch.samples, config.trigger)?;
+    lap(&mut clock, &mut phases.encode);
+    // 2. The hypernetwork makes a LoRA for every sample, with a graph.
+    let made = make_lora(&hyper_lora, config.kind, conditions.portraits.autodiff())?;
+    // 3. Cut the graph at the LoRA.
+    let plain = made.lora.clone().map(Tensor::inner);
+    lap(&mut clock, &mut phases.hypernet);
+    // 4. The frozen UNet: the loss, and its gradients with respect to the LoRA alone.
+    let target = conditions.target.clone();
+    let (_, gradients, prediction) =
+        base.unet.loss_and_lora_gradients(&conditions.input, plain, config.recompute, |prediction| {
+            let target = Tensor::from_inner(target);
+            loss::mean_squared_error(prediction, target)
+        });
+    let losses = loss::per_sample(prediction, conditions.target)?;
+    lap(&mut clock, &mut phases.unet);
+    // 5. They seed the backward pass of the hypernetwork.
+    let mut backward = seeded(made.lora, gradients).backward();
+    let gradients = GradientMap::take(&hyper_lora, &mut backward);
+    lap(&mut clock, &mut phases.backward);
+    Ok(Pass { gradients, losses, coefficients: CoefficientStatistics::of(&made.coefficients)?, phases })
+}
+
+/// `work` on every item, each on a thread of its own; the results in the order of the items.
+///
+/// Threads outside of rayon's pool: a pool's thread that waits for a piece of one item could begin another item meanwhile.
+fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Result<R> + Sync) -> Result<Vec<R>> {
+    if let [only] = items {
+        return Ok(vec![work(only)?]);
+    }
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = items.iter().map(|item| scope.spawn(|| work(item))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
 }
 
 /// A number whose gradients with respect to the LoRA are `gradients`.

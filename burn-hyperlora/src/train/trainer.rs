@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use burn::tensor::Device;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, CheckpointStore};
@@ -112,6 +113,7 @@ impl<'a> Trainer<'a> {
         let step_config = StepConfig {
             kind: entry.kind(),
             accumulation: train.accumulation(),
+            lanes: lanes(&setup.device),
             recompute: train.recompute,
             trigger: &train.trigger,
             optim: &config.optim,
@@ -128,7 +130,7 @@ impl<'a> Trainer<'a> {
             }
             let start = Instant::now();
             let learning_rate = config.optim.learning_rate_at(self.state.stage_step, config.steps);
-            let report = step(&mut self.base, &mut self.learner, &step_config, learning_rate, || {
+            let report = step(&self.base, &mut self.learner, &step_config, learning_rate, || {
                 let batch = waits.waiting(|| loader.next_batch())?;
                 batch.ok_or_else(|| Error::Fault("the data ended before the stage".into()))
             })?;
@@ -183,7 +185,7 @@ impl<'a> Trainer<'a> {
 
     fn measure(&mut self, entry: &StageEntry, set: Option<&FixedSet>) -> Result<Option<f64>> {
         let Some(set) = set else { return Ok(None) };
-        let loss = set.loss(&mut self.base, &self.learner.hyper_lora, entry.kind(), &self.setup.train.trigger)?;
+        let loss = set.loss(&self.base, &self.learner.hyper_lora, entry.kind(), &self.setup.train.trigger)?;
         let step = self.state.global_step;
         tracing::info!("stage {}, step {step}: loss on the fixed set {loss:.5}", entry.name());
         self.log(&[(format!("fixed_set/{}", entry.name()), loss)]);
@@ -200,7 +202,7 @@ impl<'a> Trainer<'a> {
         let people = set.first_people(config.count)?;
         let hyper_lora = &self.learner.hyper_lora;
         let trigger = &self.setup.train.trigger;
-        let grid = pictures::grid(&mut self.base, hyper_lora, entry.kind(), &people, config, trigger)?;
+        let grid = pictures::grid(&self.base, hyper_lora, entry.kind(), &people, config, trigger)?;
         let step = self.state.global_step;
         self.metrics.image(step, &format!("samples/{}", entry.name()), &grid);
         self.report_metrics_error();
@@ -277,6 +279,11 @@ fn begin(setup: &TrainSetup<'_>, base: &Base) -> Result<Learner> {
 fn begin_learning(hyper_lora: HyperLora, entry: &StageEntry) -> Learner {
     let config = entry.config();
     Learner { hyper_lora: hyper_lora.trainable(&config.groups), optimizer: Optimizer::new(&config.optim) }
+}
+
+/// Passes side by side: a CPU's operations are too small to keep all its cores busy, a GPU takes one pass after the other.
+fn lanes(device: &Device) -> usize {
+    if *device == Device::flex() { rayon::current_num_threads() } else { 1 }
 }
 
 /// Learner and state as the checkpoint has them.

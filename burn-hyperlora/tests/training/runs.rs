@@ -146,6 +146,21 @@ fn the_batch_may_be_cut_as_one_likes_and_blocks_recomputed() {
 }
 
 #[test]
+fn passes_side_by_side_give_the_bits_of_passes_in_turn() {
+    let world = World::new();
+    // Three passes per step: on two threads they run as two and one.
+    let uneven = [("micro_batch: 2", "micro_batch: 1"), ("global_batch: 4", "global_batch: 3")];
+    let experiment = world.experiment(&uneven).unwrap();
+    let runs = [1, 2, 3].map(|threads| {
+        let name = format!("threads-{threads}");
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        finished(pool.install(|| world.train(&experiment, &name, None)).unwrap());
+        tensors(&world.run(&name), STEPS)
+    });
+    assert!(runs[0] == runs[1] && runs[0] == runs[2]);
+}
+
+#[test]
 fn training_lowers_the_loss_on_photos_it_does_not_see() {
     let world = World::new();
     let changes = [("- base: {steps: 2", "- base: {steps: 25"), ("{triples: 6}", "{triples: 16}")];
