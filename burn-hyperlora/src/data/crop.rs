@@ -59,6 +59,12 @@ impl Square {
         points.iter().map(|[x, y]| [x - self.x as f32, y - self.y as f32]).collect()
     }
 
+    /// The square that shows the same in a photo of `width` mirrored left to right.
+    #[must_use]
+    pub fn mirrored(self, width: u32) -> Self {
+        Self { x: width - self.x - self.side, ..self }
+    }
+
     /// Original height and width, crop top and left, target height and width: the order of diffusers' `add_time_ids`.
     pub fn time_ids(self, (width, height): (u32, u32), size: u32, conditioning: SizeConditioning) -> [f32; 6] {
         let target = size as f32;
@@ -126,6 +132,13 @@ mod tests {
         );
         assert_eq!((drawn.x, drawn.side), (0, 92));
         assert!(drawn.y + drawn.side <= 112);
+    }
+
+    #[test]
+    fn a_mirrored_square_is_as_far_from_the_other_edge() {
+        let square = Square { x: 10, y: 20, side: 32 };
+        assert_eq!(square.mirrored(PHOTO.0), Square { x: 92 - 10 - 32, y: 20, side: 32 });
+        assert_eq!(square.mirrored(PHOTO.0).mirrored(PHOTO.0), square);
     }
 
     #[test]

@@ -128,6 +128,8 @@ impl SampleMaker {
         let view = square.cut(&photo, square.side);
         let base = mask::base_image(&view, &square.points(&record.landmarks), &self.mask);
         let face = square.cut(&photo, self.image_size);
+        // As if the photo itself were mirrored: so the crop's corner is told (diffusers' SDXL training script).
+        let told = if flipped { square.mirrored(photo.width()) } else { square };
         let turn = |image: RgbImage| if flipped { imageops::flip_horizontal(&image) } else { image };
 
         let (id_pixels, id_embedding) =
@@ -138,7 +140,7 @@ impl SampleMaker {
             request,
             key: record.key.clone(),
             pixels: to_signed_planes(&turn(face)),
-            time_ids: square.time_ids(photo.dimensions(), self.image_size, self.size_conditioning),
+            time_ids: told.time_ids(photo.dimensions(), self.image_size, self.size_conditioning),
             caption: record.caption.clone(),
             id_pixels,
             base_pixels: (self.shape.transform)(&turn(base)),

@@ -57,6 +57,30 @@ fn batches_do_not_depend_on_their_size_the_threads_the_cache_or_where_one_goes_o
 }
 
 #[test]
+fn a_flipped_sample_is_told_the_corner_of_the_mirrored_photo() {
+    let world = World::new();
+    // Every square is 33 pixels wide, in photos of 44.
+    let made = |flip: &str| {
+        let crop = "crop: {smallest: 1.5, largest: 1.5}\n  size_conditioning: crop";
+        let experiment =
+            world.experiment(&[("crop: {smallest: 1.2, largest: 1.8}", crop), ("flip: true", flip)]).unwrap();
+        let shape = SampleShape { latent_len: 4, timesteps: 1000, transform: Arc::new(|_| Vec::new()), with_id: false };
+        let maker = SampleMaker::new(dataset(&world, 64), &experiment.data, 3, shape);
+        let mut draws = draws(&maker.dataset, Reference::Target);
+        (0..40).map(|draw| maker.make(draws.request(draw)).unwrap()).collect::<Vec<_>>()
+    };
+    let (plain, turned) = (made("flip: false"), made("flip: true"));
+    let flipped: Vec<_> = plain.iter().zip(&turned).filter(|(plain, turned)| plain.pixels != turned.pixels).collect();
+    assert!((10..=30).contains(&flipped.len()), "{} of 40 are flipped", flipped.len());
+    for (plain, turned) in flipped {
+        // Left and right of the square lie 44 - 33 pixels, each rounded in target pixels.
+        let beside = plain.time_ids[3] + turned.time_ids[3];
+        assert!((beside - 11.0 * 32.0 / 33.0).abs() <= 1.0, "{:?} {:?}", plain.time_ids, turned.time_ids);
+        assert_eq!(plain.time_ids[..3], turned.time_ids[..3]);
+    }
+}
+
+#[test]
 fn an_epoch_holds_every_training_photo_once_and_no_other() {
     let world = World::new();
     let dataset = dataset(&world, 64);
