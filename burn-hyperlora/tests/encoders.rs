@@ -252,3 +252,25 @@ fn weights_that_do_not_fit_the_config_are_listed() {
     let message = AutoencoderKl::load(copy.path(), &device()).unwrap_err().to_string();
     assert!(message.contains("decoder.up_blocks.0.resnets.2.conv1.bias"), "{message}");
 }
+
+#[test]
+fn the_base_says_what_stands_for_the_empty_negative_prompt() {
+    let prompt = |text: &TextEncoders| text.encode(&["a photo", "a person with a hat"]).unwrap();
+    let zeros = TextEncoders::load(&fixtures(), &device()).unwrap();
+    let negative = zeros.negative(&prompt(&zeros)).unwrap();
+    assert_eq!((negative.prompt_embeds.dims(), negative.pooled.dims()), ([2, PROMPT_TOKENS, 40], [2, 20]));
+    let values = |tensor: Tensor<3>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
+    assert!(values(negative.prompt_embeds).iter().all(|value| *value == 0.0));
+
+    let base = tempfile::tempdir().unwrap();
+    for part in ["tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"] {
+        std::os::unix::fs::symlink(fixtures().join(part), base.path().join(part)).unwrap();
+    }
+    fs::write(base.path().join("model_index.json"), r#"{"force_zeros_for_empty_prompt": false}"#).unwrap();
+    let encoded = TextEncoders::load(base.path(), &device()).unwrap();
+    let negative = encoded.negative(&prompt(&encoded)).unwrap();
+    let empty = encoded.encode(&["", ""]).unwrap();
+    assert_eq!(negative.pooled.dims(), [2, 20]);
+    let (negative, empty) = (values(negative.prompt_embeds), values(empty.prompt_embeds));
+    assert!(negative.iter().zip(&empty).all(|(a, b)| (a - b).abs() < 1e-5) && empty.iter().any(|value| *value != 0.0));
+}

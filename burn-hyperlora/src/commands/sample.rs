@@ -38,7 +38,7 @@ pub(super) struct SampleArgs {
     /// What to draw
     #[arg(long)]
     prompt: Option<String>,
-    /// What not to draw; SDXL's zeros where left out
+    /// What not to draw; the base's own empty condition where left out
     #[arg(long)]
     negative_prompt: Option<String>,
     /// A LoRA file in kohya's format; several add up
@@ -134,7 +134,7 @@ fn from_prompt(args: &SampleArgs, folder: &Path, common: &Common, device: &Devic
     let prompt = base.text.encode(&[args.prompt.as_deref().unwrap_or_default()])?;
     let negative = match &args.negative_prompt {
         Some(text) => base.text.encode(&[text])?,
-        None => prompt.zeros_like(),
+        None => base.text.negative(&prompt)?,
     };
     let initial = match &args.latents {
         Some(path) => load_latents(path, &base, &config, device)?,
@@ -182,7 +182,7 @@ fn grid(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) 
             loras.push((&triggered, Some(generator.lora(portrait, args.id_weight, args.base_weight)?)));
         }
         for (prompt, lora) in loras {
-            let negative = prompt.zeros_like();
+            let negative = base.text.negative(prompt)?;
             columns.extend(
                 sampler(&base).draw(&config, initial.clone(), prompt, &negative, lora.as_ref(), |_| ())?.images,
             );

@@ -1,8 +1,10 @@
 //! Both text encoders and their tokenizers as one: prompts to what the UNet is conditioned on.
 
 use std::path::Path;
+use std::{fs, io};
 
 use burn::tensor::{Device, Tensor};
+use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::sdxl::clip_text::ClipTextModel;
@@ -17,11 +19,27 @@ pub struct PromptStates {
     pub pooled: Tensor<2>,
 }
 
-impl PromptStates {
-    /// What stands for the empty negative prompt in SDXL (`force_zeros_for_empty_prompt`).
-    #[must_use]
-    pub fn zeros_like(&self) -> Self {
-        Self { prompt_embeds: self.prompt_embeds.zeros_like(), pooled: self.pooled.zeros_like() }
+/// The `model_index.json` of a base, as far as it changes what is computed. Other keys are ignored.
+#[derive(Debug, Deserialize)]
+struct ModelIndex {
+    #[serde(default = "yes")]
+    force_zeros_for_empty_prompt: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl ModelIndex {
+    /// The file may be missing: then the defaults of diffusers hold.
+    fn load(base: &Path) -> Result<Self> {
+        let path = base.join("model_index.json");
+        let text = match fs::read_to_string(&path) {
+            Err(source) if source.kind() == io::ErrorKind::NotFound => "{}".into(),
+            read => read.map_err(|source| Error::read(&path, source))?,
+        };
+        serde_json::from_str(&text)
+            .map_err(|problem| Error::file(&path, problem, "use the model_index.json of an SDXL base"))
     }
 }
 
@@ -30,6 +48,8 @@ impl PromptStates {
 pub struct TextEncoders {
     tokenizers: [ClipTokenizer; 2],
     encoders: [ClipTextModel; 2],
+    /// Whether zeros stand for the empty negative prompt, instead of its states.
+    zeros_for_empty: bool,
 }
 
 impl TextEncoders {
@@ -47,6 +67,7 @@ impl TextEncoders {
                 ClipTextModel::load(&base.join("text_encoder"), device)?,
                 ClipTextModel::load(&base.join("text_encoder_2"), device)?,
             ],
+            zeros_for_empty: ModelIndex::load(base)?.force_zeros_for_empty_prompt,
         };
         for ((encoder, tokenizer), name) in
             this.encoders.iter().zip(&this.tokenizers).zip(["text_encoder", "text_encoder_2"])
@@ -74,6 +95,30 @@ impl TextEncoders {
             ));
         }
         Ok(this)
+    }
+
+    /// Widths of the prompt embeddings and of the pooled output.
+    pub fn widths(&self) -> (usize, usize) {
+        let context = self.encoders.iter().map(|encoder| encoder.config().encoder.hidden_size).sum();
+        (context, self.encoders[1].config().projection_dim)
+    }
+
+    /// What stands beside `prompt` where nothing is to be avoided: what the base was trained with in place of a prompt,
+    /// zeros or the states of the empty prompt (`force_zeros_for_empty_prompt` of its `model_index.json`).
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn negative(&self, prompt: &PromptStates) -> Result<PromptStates> {
+        let PromptStates { prompt_embeds, pooled } = prompt;
+        if self.zeros_for_empty {
+            return Ok(PromptStates { prompt_embeds: prompt_embeds.zeros_like(), pooled: pooled.zeros_like() });
+        }
+        let [count, _] = pooled.dims();
+        let empty = self.encode(&[""])?;
+        Ok(PromptStates {
+            prompt_embeds: empty.prompt_embeds.repeat_dim(0, count),
+            pooled: empty.pooled.repeat_dim(0, count),
+        })
     }
 
     /// Encodes prompts as the SDXL pipeline of diffusers does (clip skip 2).

@@ -61,7 +61,7 @@ fn draw(
     lora: Option<&LoraWeights>,
 ) -> Result<Vec<RgbImage>> {
     let prompt = base.prompts(people, trigger)?;
-    let negative = prompt.zeros_like();
+    let negative = base.text.negative(&prompt)?;
     let side = people.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
     let drawing = SampleConfig { steps: config.steps, guidance: config.guidance, height: side, width: side, seed: 0 };
     let sampler = Sampler { unet: &base.unet, vae: &base.vae, schedule: &base.schedule };
