@@ -15,6 +15,7 @@ use crate::sdxl::autoencoder_kl::AutoencoderKl;
 use crate::sdxl::scheduler::NoiseSchedule;
 use crate::sdxl::text::{PromptStates, TextEncoders};
 use crate::sdxl::unet::{UNet2DConditionModel, UnetInput};
+use crate::sdxl::unet_config::TIME_IDS;
 
 /// Prompts whose states are kept: with templates for captions a run meets few, with real captions nearly none twice.
 const PROMPT_CACHE: usize = 256;
@@ -147,7 +148,7 @@ impl Base {
     /// Input for a missing, corrupt or unfitting model.
     pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
         let folder = config.folder(yaml_folder)?;
-        Ok(Self {
+        let base = Self {
             unet: UNet2DConditionModel::load(&folder.join("unet"), device)?,
             vae: AutoencoderKl::load(&folder.join("vae"), device)?,
             schedule: NoiseSchedule::load(&folder.join("scheduler"))?,
@@ -156,7 +157,47 @@ impl Base {
             image_processor: ImageProcessor::load(&config.feature_extractor_folder(yaml_folder)?)?,
             prompts: Mutex::default(),
             device: device.clone(),
-        })
+        };
+        base.check_parts(&folder, &config.feature_extractor_folder(yaml_folder)?)?;
+        Ok(base)
+    }
+
+    /// Checks that the models of a base go together.
+    fn check_parts(&self, folder: &Path, feature_extractor: &Path) -> Result<()> {
+        let unet = self.unet.config();
+        let (context, pooled) = self.text.widths();
+        let added = pooled + TIME_IDS * unet.addition_time_embed_dim;
+        let latent = self.vae.config().latent_channels;
+        let blocks = 0..unet.block_out_channels.len();
+        let attended = blocks.map(|block| unet.cross_attention_dim.get(block)).find(|width| *width != context);
+        for (key, has, needed, of) in [
+            ("cross_attention_dim", attended.unwrap_or(context), context, "both text encoders' hidden_size together"),
+            (
+                "projection_class_embeddings_input_dim",
+                unet.projection_class_embeddings_input_dim,
+                added,
+                "text_encoder_2's projection_dim and 6 addition_time_embed_dim",
+            ),
+            ("in_channels", unet.in_channels, latent, "the autoencoder's latent_channels"),
+            ("out_channels", unet.out_channels, latent, "the autoencoder's latent_channels"),
+        ] {
+            if has != needed {
+                return Err(Error::input(
+                    format!("{}: {key}", folder.join("unet/config.json").display()),
+                    format!("is {has}, {of} make {needed}"),
+                    "take unet, vae and text encoders from the same base",
+                ));
+            }
+        }
+        let (cut, side) = (self.image_processor.side() as usize, self.image_encoder.config().image_size);
+        if cut != side {
+            return Err(Error::file(
+                &feature_extractor.join("preprocessor_config.json"),
+                format!("cuts images of {cut} pixels, the image encoder takes {side}"),
+                "name the `base.feature_extractor` that belongs to the image encoder",
+            ));
+        }
+        Ok(())
     }
 
     /// The plain device that the models are on.
