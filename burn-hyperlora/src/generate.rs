@@ -34,6 +34,7 @@ pub struct Portrait {
 pub struct Generator {
     /// The run's settings.
     pub experiment: Experiment,
+    checkpoint: PathBuf,
     hyper_lora: HyperLora,
     taught: Stage,
     sites: Vec<AttentionSite>,
@@ -69,6 +70,7 @@ impl Generator {
             taught: saved.taught.unwrap_or(Stage::IdEmbed),
             image_encoder: ClipVisionModel::load(&base.image_encoder_folder(experiment.folder())?, device)?,
             image_processor: ImageProcessor::load(&base.feature_extractor_folder(experiment.folder())?)?,
+            checkpoint: checkpoint.path().into(),
             sites,
             analyser,
             experiment,
@@ -148,8 +150,15 @@ impl Generator {
     /// Both together, each with its weight; `base_weight` 0 leaves the Base-LoRA out.
     ///
     /// # Errors
-    /// Input when a Base-LoRA is asked of a checkpoint without one.
+    /// Input when a LoRA is asked of a checkpoint that has none or has not learnt it.
     pub fn lora(&self, portraits: &[Portrait], id_weight: f32, base_weight: f32) -> Result<LoraWeights> {
+        if id_weight != 0.0 && !self.hyper_lora.has_learnt_id() {
+            return Err(Error::file(
+                &self.checkpoint,
+                "has learnt no ID-LoRA so far: it would be zero for everybody",
+                "train on to an ID stage, or give the ID-LoRA the weight 0",
+            ));
+        }
         let weight = |weight: f32| Tensor::<1>::from_floats([weight], &self.device);
         let id = self.id_lora(portraits).weighted(&weight(id_weight));
         if base_weight == 0.0 {

@@ -38,6 +38,12 @@ impl AttentionBases {
         }
     }
 
+    /// Whether an up basis of the ID-LoRA has left its zeros.
+    pub(super) fn has_learnt_id(&self) -> bool {
+        let linears = [&self.to_q, &self.to_k, &self.to_v, &self.to_out];
+        linears.iter().any(|linear| linear.id_up_basis.val().into_data().iter::<f32>().any(|value| value != 0.0))
+    }
+
     /// The LoRA of the coefficients `[B, 8, K]`, in the order q.down q.up k.down k.up v.down v.up out.down out.up.
     pub(super) fn mix(&self, part: Part, coefficients: Tensor<3>, scale: f64) -> Option<AttentionLora> {
         let [batch, _, basis] = coefficients.dims();

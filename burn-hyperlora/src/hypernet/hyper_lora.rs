@@ -106,6 +106,11 @@ impl HyperLora {
         Ok(coefficients(resampler.forward(Some(clip_states), None), images_per_sample))
     }
 
+    /// Whether any training has shaped the ID-LoRA: until then it is zero, whoever the person is.
+    pub fn has_learnt_id(&self) -> bool {
+        self.hyper_lora_modules.iter().any(AttentionBases::has_learnt_id)
+    }
+
     /// The ID-LoRA that coefficients `[B, Q, K]` stand for, in the UNet's order.
     pub fn id_lora_of(&self, coefficients: Tensor<3>) -> LoraWeights {
         let modules = self.mix(Part::Id, &coefficients).flatten().collect();
