@@ -99,12 +99,13 @@ impl Dataset {
     /// Input for a corrupt row group, Disk for a failing disk.
     pub fn record(&self, row: usize) -> Result<RecordHandle> {
         let Row { group, place, .. } = &self.rows[row];
-        let mut cache = self.cache();
-        let records = match cache.get(*group) {
+        let cached = self.cache().get(*group);
+        let records = match cached {
             Some(records) => records,
             None => {
+                // Without the lock: the other threads go on with what they have. Two may read the same group at once.
                 let read = Arc::new(self.shards.read(&self.shards.row_groups()[*group as usize])?);
-                cache.put(*group, Arc::clone(&read));
+                self.cache().put(*group, Arc::clone(&read));
                 read
             }
         };
@@ -251,6 +252,9 @@ impl Cache {
 
     fn put(&mut self, group: u32, records: Arc<Vec<FaceRecord>>) {
         let bytes = records.iter().map(|record| record.image.len() + size_of::<FaceRecord>()).sum();
+        if let Some(replaced) = self.groups.remove(&group) {
+            self.bytes -= replaced.bytes;
+        }
         while self.bytes + bytes > self.limit
             && let Some(oldest) = self.groups.iter().min_by_key(|(_, cached)| cached.used).map(|(group, _)| *group)
             && let Some(dropped) = self.groups.remove(&oldest)
@@ -259,5 +263,35 @@ impl Cache {
         }
         self.bytes += bytes;
         self.groups.insert(group, Cached { records, bytes, used: self.clock });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_that_two_threads_read_counts_once() {
+        let mut cache = Cache { limit: 1 << 20, ..Cache::default() };
+        let record = FaceRecord {
+            key: String::new(),
+            image: vec![0; 1000],
+            width: 1,
+            height: 1,
+            face_box: [0.0; 4],
+            points: [[0.0; 2]; 5],
+            landmarks: Vec::new(),
+            score: 1.0,
+            id_embedding: Vec::new(),
+            caption: String::new(),
+            sha256: String::new(),
+            identity: None,
+            split: None,
+        };
+        let group = Arc::new(vec![record]);
+        cache.put(3, Arc::clone(&group));
+        let once = cache.bytes;
+        cache.put(3, group);
+        assert!(once >= 1000 && cache.bytes == once && cache.groups.len() == 1, "{} bytes", cache.bytes);
     }
 }
