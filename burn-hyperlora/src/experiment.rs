@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use data_prep::config::{self, ConfigPath};
 use data_prep::face::FaceConfig;
+use data_prep::shard::EMBEDDING_DIM;
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::BaseConfig;
@@ -179,8 +180,15 @@ impl Experiment {
         }
         self.data.validate(&place)?;
         self.hyper_lora.validate(&format!("{place}: hyper_lora"))?;
+        if self.hyper_lora.id_embedding_dim != EMBEDDING_DIM {
+            return Err(Error::input(
+                format!("{place}: hyper_lora.id_embedding_dim"),
+                format!("is {}, the shards' ID embeddings have {EMBEDDING_DIM}", self.hyper_lora.id_embedding_dim),
+                format!("give {EMBEDDING_DIM}, or leave it out"),
+            ));
+        }
         self.train.validate(&place, self.hyper_lora.base_rank > 0)?;
-        let IdentityGapConfig { draws, batch, .. } = self.eval.identity_gap;
+        let IdentityGapConfig { draws, batch, ref known, ref unseen } = self.eval.identity_gap;
         if draws == 0 || batch == 0 {
             return Err(Error::input(
                 format!("{place}: eval.identity_gap"),
@@ -188,6 +196,18 @@ impl Experiment {
                 "give at least 1 of each; 8 draws or more make a photo's figure steady",
             ));
         }
-        Ok(())
+        let fixed_set = self.train.fixed_set.as_ref().map(|set| ("train.fixed_set.split", &set.split));
+        let judged =
+            [("eval.identity_gap.known.photos", &known.photos), ("eval.identity_gap.unseen.photos", &unseen.photos)];
+        match fixed_set.into_iter().chain(judged).find(|(_, split)| **split == self.data.split) {
+            Some((key, split)) => Err(Error::input(
+                format!("{place}: {key}"),
+                format!(
+                    "is `{split}`, the split to learn from (data.split): what was learnt by heart would look understood"
+                ),
+                "name a split that is not learnt from",
+            )),
+            None => Ok(()),
+        }
     }
 }

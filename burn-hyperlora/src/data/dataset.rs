@@ -183,6 +183,24 @@ impl Dataset {
         Ok(Pairs { left_out: of_split - pairs.len(), pairs })
     }
 
+    /// Checks that no photo of `judged`, the split that `place` names, is also in `learnt`, the split to learn from.
+    ///
+    /// # Errors
+    /// Input when one is, as with `all` to learn from a set that has the other split too.
+    pub fn check_apart(&self, learnt: &str, judged: &str, place: &str) -> Result<()> {
+        let shared = (0..self.rows.len()).filter(|&row| self.is_in(row, learnt) && self.is_in(row, judged)).count();
+        if shared == 0 {
+            return Ok(());
+        }
+        Err(Error::input(
+            place,
+            format!(
+                "{shared} photos of split `{judged}` are also in split `{learnt}`, which is learnt from (data.split)"
+            ),
+            "name splits without common photos",
+        ))
+    }
+
     fn is_in(&self, row: usize, split: &str) -> bool {
         split == ALL_SPLITS || self.rows[row].split.is_some_and(|number| self.splits.names[number as usize] == split)
     }

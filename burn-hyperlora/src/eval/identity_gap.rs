@@ -41,10 +41,17 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     base.check(&experiment.place(), experiment.data.image_size, experiment.hyper_lora.clip_dim)?;
     let sites = base.unet.attention_sites();
     let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), &experiment.hyper_lora, sites, device)?;
+    if !hyper_lora.has_learnt_id() {
+        return Err(Error::file(checkpoint.path(), "has learnt no ID-LoRA so far", "train on to an ID stage"));
+    }
     let dataset = open_dataset(&experiment.data, experiment.folder())?;
     let shape = base.sample_shape(experiment.data.image_size, true);
     let maker = SampleMaker::new(dataset, &experiment.data, experiment.seed, shape);
     let config = &experiment.eval.identity_gap;
+    for (key, set) in [("known", &config.known), ("unseen", &config.unseen)] {
+        let place = format!("{}: eval.identity_gap.{key}.photos", experiment.place());
+        maker.dataset.check_apart(&experiment.data.split, &set.photos, &place)?;
+    }
     let judge = Judge {
         base: &base,
         hyper_lora: &hyper_lora,

@@ -3,6 +3,7 @@
 pub mod checkpoints;
 pub mod config;
 pub mod curves;
+mod fingerprint;
 pub mod fixed_set;
 pub mod forward;
 pub mod pictures;

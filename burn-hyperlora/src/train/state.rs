@@ -63,7 +63,7 @@ impl TrainState {
 /// Fault when a setting cannot be written as JSON.
 pub fn binding_settings(
     seed: u64,
-    base: &str,
+    base: Value,
     shards: &str,
     data: &DataConfig,
     hyper_lora: &HyperLoraConfig,

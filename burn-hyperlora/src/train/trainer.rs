@@ -23,7 +23,7 @@ use crate::train::curves::Curves;
 use crate::train::fixed_set::FixedSet;
 use crate::train::state::{TrainState, binding_settings};
 use crate::train::step::{Learner, StepConfig, step};
-use crate::train::{CHECKPOINTS, Outcome, TENSORBOARD, TrainOptions, TrainSetup, open_dataset, pictures};
+use crate::train::{CHECKPOINTS, Outcome, TENSORBOARD, TrainOptions, TrainSetup, fingerprint, open_dataset, pictures};
 
 /// A run in progress.
 pub struct Trainer<'a> {
@@ -54,10 +54,15 @@ impl<'a> Trainer<'a> {
     pub fn prepare(setup: &'a TrainSetup<'a>, options: &'a TrainOptions) -> Result<Self> {
         let base = Base::load(setup.base, setup.folder, &setup.device)?;
         base.check(&setup.place, setup.data.image_size, setup.hyper_lora.clip_dim)?;
+        check_samples(setup, &base)?;
         let dataset = open_dataset(setup.data, setup.folder)?;
+        if let Some(set) = &setup.train.fixed_set {
+            let place = format!("{}: train.fixed_set.split", setup.place);
+            dataset.check_apart(&setup.data.split, &set.split, &place)?;
+        }
         let settings = binding_settings(
             setup.seed,
-            &setup.base.folder(setup.folder)?.display().to_string(),
+            fingerprint::of_base(setup.base, setup.folder)?,
             &dataset.checksum()?,
             setup.data,
             setup.hyper_lora,
@@ -260,6 +265,19 @@ impl<'a> Trainer<'a> {
         Summary::update(self.setup.run, |summary| summary.stages.clone_from(&saved.train.records))?;
         tracing::debug!("saved {}", path.display());
         Ok(path)
+    }
+}
+
+/// Checks now what would otherwise end the run at its first pictures.
+fn check_samples(setup: &TrainSetup<'_>, base: &Base) -> Result<()> {
+    let timesteps = base.schedule.config().num_train_timesteps;
+    match &setup.train.samples {
+        Some(samples) if !(1..=timesteps).contains(&samples.steps) => Err(Error::input(
+            format!("{}: train.samples.steps", setup.place),
+            format!("is {}, the base's noise schedule has {timesteps} steps", samples.steps),
+            format!("give 1 to {timesteps}; 12 shows enough"),
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -217,6 +217,13 @@ fn what_cannot_be_trained_is_refused_before_the_first_step() {
         ("shards: shards", "shards: shards\n  split: validation", "`validation`"),
         ("image_size: 32", "image_size: 30", "data.image_size"),
         ("clip_dim: 24", "clip_dim: 32", "hyper_lora.clip_dim"),
+        ("clip_dim: 24", "clip_dim: 24\n  id_embedding_dim: 128", "hyper_lora.id_embedding_dim"),
+        ("{triples: 6}", "{triples: 6, split: train}", "train.fixed_set.split"),
+        ("{triples: 6}", "{triples: 6, split: all}", "train.fixed_set.split"),
+        ("shards: shards", "shards: shards\n  split: all", "train.fixed_set.split"),
+        ("draws: 3", "draws: 3, known: {photos: train, references: train}", "eval.identity_gap.known.photos"),
+        ("draws: 3", "draws: 3, unseen: {photos: train, references: train}", "eval.identity_gap.unseen.photos"),
+        ("log_every: 2", "log_every: 2\n  samples: {every: 2, steps: 1001}", "train.samples.steps"),
         ("global_batch: 4", "global_batch: 3", "train.global_batch"),
         ("base: {path: ", "base: {path: /nowhere", "base.path"),
         ("seed: 5", "seed: 5\nsede: 6", "sede"),
@@ -226,6 +233,77 @@ fn what_cannot_be_trained_is_refused_before_the_first_step() {
         assert_eq!(error.exit_code(), 2, "{error}");
         assert!(error.to_string().contains(part), "{error}");
     }
+}
+
+/// The fixture pipeline in a folder of its own, each part a copy.
+fn base_copy(folder: &Path) {
+    for part in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders")).unwrap() {
+        let part = part.unwrap().path();
+        if part.is_dir() {
+            let copy = folder.join(part.file_name().unwrap());
+            fs::create_dir_all(&copy).unwrap();
+            for file in fs::read_dir(&part).unwrap() {
+                let file = file.unwrap().path();
+                fs::copy(&file, copy.join(file.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn models_that_do_not_go_together_are_refused() {
+    let world = World::new();
+    let base = world.path().join("base");
+    let edit = |file: &str, from: &str, to: &str| {
+        let text = fs::read_to_string(base.join(file)).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(base.join(file), text.replace(from, to)).unwrap();
+    };
+    let elsewhere = format!("base: {{path: {}}} #", base.display());
+    let refused = || {
+        let experiment = world.experiment(&[("base: {path:", &elsewhere)]).unwrap();
+        let error = world.train(&experiment, "run", None).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{error}");
+        error.to_string()
+    };
+    base_copy(&base);
+    edit("feature_extractor/preprocessor_config.json", "32", "40");
+    let message = refused();
+    assert!(message.contains("40 pixels") && message.contains("takes 32"), "{message}");
+
+    base_copy(&base);
+    for file in fs::read_dir(base.join("text_encoder_2")).unwrap() {
+        let file = file.unwrap().path();
+        fs::copy(&file, base.join("text_encoder").join(file.file_name().unwrap())).unwrap();
+    }
+    let message = refused();
+    assert!(message.contains("cross_attention_dim") && message.contains("make 48"), "{message}");
+}
+
+#[test]
+fn a_run_goes_on_with_its_base_elsewhere_and_never_with_another() {
+    let world = World::new();
+    let base = world.path().join("base");
+    base_copy(&base);
+    world.train(&world.experiment(&[]).unwrap(), "run", Some(1)).unwrap();
+    let elsewhere = format!("base: {{path: {}}} #", base.display());
+    let moved = world.experiment(&[("base: {path:", &elsewhere)]).unwrap();
+    world.train(&moved, "run", Some(2)).unwrap();
+
+    let vae = base.join("vae/diffusion_pytorch_model.safetensors");
+    let mut bytes = fs::read(&vae).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&vae, bytes).unwrap();
+    let error = world.train(&moved, "run", Some(3)).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("base.vae"), "{error}");
+}
+
+#[test]
+fn a_run_without_an_id_stage_so_far_has_no_identity_gap() {
+    let world = World::new();
+    world.train(&world.experiment(&[]).unwrap(), "run", Some(2)).unwrap();
+    let error = identity_gap::run(&world.run("run"), &Device::flex()).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("no ID-LoRA"), "{error}");
 }
 
 #[test]
