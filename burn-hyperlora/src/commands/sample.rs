@@ -142,7 +142,7 @@ fn from_prompt(args: &SampleArgs, folder: &Path, common: &Common, device: &Devic
     };
     let mut progress = Progress::new("sample", 0, config.steps as u64, common.display());
     let drawing = sampler(&base).draw(&config, initial, &prompt, &negative, lora.as_ref(), |step| {
-        progress.step(step as u64, f64::NAN, 1);
+        progress.step(step as u64, None, 1);
     })?;
     progress.finish();
     if let Some(path) = &args.save_latents {
@@ -188,7 +188,7 @@ fn grid(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) 
             );
         }
         rows.push(columns);
-        progress.step(row as u64 + 1, f64::NAN, 1);
+        progress.step(row as u64 + 1, None, 1);
     }
     progress.finish();
     Ok(tile(&rows))

@@ -79,11 +79,11 @@ impl Progress {
         Self { stage: stage.into(), total, bar, display, pace, last_line: None }
     }
 
-    /// Notes that `step` steps are done, the last of them over `images` images.
-    pub fn step(&mut self, step: u64, loss: f64, images: usize) {
+    /// Notes that `step` steps are done, the last of them over `images` images; drawing has no loss.
+    pub fn step(&mut self, step: u64, loss: impl Into<Option<f64>>, images: usize) {
         self.pace.steps += 1;
         self.pace.images += images as u64;
-        let state = self.state(step, loss, self.pace.begun.elapsed().as_secs_f64());
+        let state = self.state(step, loss.into(), self.pace.begun.elapsed().as_secs_f64());
         if let Some(bar) = &self.bar {
             bar.set_position(step);
             bar.set_message(state.clone());
@@ -111,10 +111,11 @@ impl Progress {
         }
     }
 
-    fn state(&self, step: u64, loss: f64, elapsed: f64) -> String {
+    fn state(&self, step: u64, loss: Option<f64>, elapsed: f64) -> String {
         let speed = self.pace.images_per_second(elapsed);
         let left = HumanDuration(self.pace.left(elapsed, self.total.saturating_sub(step)));
-        format!("loss {loss:.4}  {speed:.1} images/s  {left} left")
+        let loss = loss.map(|loss| format!("loss {loss:.4}  ")).unwrap_or_default();
+        format!("{loss}{speed:.1} images/s  {left} left")
     }
 }
 
@@ -134,9 +135,9 @@ mod tests {
             progress.step(step, 0.5, 4);
         }
         // 10 steps of 4 images in 20 s, 80 steps to go.
-        assert_eq!(progress.state(20, 0.125, 20.0), "loss 0.1250  2.0 images/s  3 minutes left");
+        assert_eq!(progress.state(20, Some(0.125), 20.0), "loss 0.1250  2.0 images/s  3 minutes left");
         assert_eq!(
-            Progress::new("base", 0, 9, Display::Hidden).state(0, 1.0, 0.0),
+            Progress::new("base", 0, 9, Display::Hidden).state(0, Some(1.0), 0.0),
             "loss 1.0000  0.0 images/s  0 seconds left"
         );
     }
