@@ -102,7 +102,7 @@ def main():
         from torch_step import Trainer
 
         twin = Trainer(Path(folder))
-        print(f"{cpu()}, {arguments.threads} threads, PyTorch {torch.__version__}; {twin.plan['describe']}")
+        print(f"{cpu()}, threads: {arguments.threads}, PyTorch {torch.__version__}; {twin.plan['describe']}")
         print(f"medians of {arguments.rounds} x {arguments.steps - 1} steps")
         turns = {recompute: ([], []) for recompute in (False, True)}
         for _ in range(arguments.rounds):
