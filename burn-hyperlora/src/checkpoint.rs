@@ -129,7 +129,7 @@ impl CheckpointStore {
             let path = self.root.join(&name);
             if name.starts_with(".step-") && name.ends_with(".partial") {
                 fs::remove_dir_all(&path)?;
-            } else if let Some(target) = name.strip_suffix(".old").filter(|target| step_of(target).is_some()) {
+            } else if let Some(target) = replaced(&name) {
                 let target = self.root.join(target);
                 if target.exists() {
                     fs::remove_dir_all(&path)?;
@@ -220,6 +220,11 @@ impl Checkpoint {
             format!("delete the folder {} to go on from the checkpoint before it", self.path.display()),
         )
     }
+}
+
+/// `.step-00000300.old`, the name of a checkpoint while it is replaced -> `step-00000300`.
+fn replaced(name: &str) -> Option<&str> {
+    name.strip_prefix('.')?.strip_suffix(".old").filter(|target| step_of(target).is_some())
 }
 
 /// `step-00000300` -> 300.

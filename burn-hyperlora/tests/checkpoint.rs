@@ -100,8 +100,8 @@ fn leftovers_of_killed_runs_are_cleared_and_a_replaced_one_comes_back() {
     fs::create_dir(root.join(".step-00000003.partial")).unwrap();
     fs::write(root.join(".step-00000003.partial/optimizer.safetensors"), "half").unwrap();
     // Killed between the two renames of a replacement.
-    fs::rename(root.join("step-00000002"), root.join("step-00000002.old")).unwrap();
-    fs::create_dir(root.join("step-00000001.old")).unwrap();
+    fs::rename(root.join("step-00000002"), root.join(".step-00000002.old")).unwrap();
+    fs::create_dir(root.join(".step-00000001.old")).unwrap();
     fs::write(root.join("notes.txt"), "the user's own").unwrap();
 
     assert_eq!(steps(&store), [1]);

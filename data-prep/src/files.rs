@@ -41,12 +41,16 @@ pub struct StagedFolder {
 }
 
 impl StagedFolder {
-    /// Makes an empty folder beside `target`; one left there by a killed run is removed first.
+    /// Makes an empty folder beside `target`; one left there by a killed run is removed first. A folder that such a run
+    /// had already moved out of the way, but not yet replaced, is put back.
     ///
     /// # Errors
     /// Input for a place that cannot be written to, Disk for a failing disk.
     pub fn new(target: &Path) -> Result<Self> {
-        let staged = beside(target);
+        let (staged, old) = (beside(target), hidden(target, "old"));
+        if old.exists() && !target.exists() {
+            fs::rename(&old, target).map_err(|source| Error::write(target, source))?;
+        }
         let made = match fs::remove_dir_all(&staged) {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(source),
             _ => fs::create_dir_all(&staged),
@@ -71,7 +75,7 @@ impl StagedFolder {
             }
             File::open(&self.staged)?.sync_all()?;
             if self.target.exists() {
-                let old = self.target.with_extension("old");
+                let old = hidden(&self.target, "old");
                 if old.exists() {
                     fs::remove_dir_all(&old)?;
                 }
@@ -100,8 +104,13 @@ impl Drop for StagedFolder {
 
 /// `folder/name` -> `folder/.name.partial`, on the same file system, so that the rename is atomic.
 fn beside(path: &Path) -> PathBuf {
+    hidden(path, "partial")
+}
+
+/// `folder/name` -> `folder/.name.role`: the whole name stays in it, so that no two targets share one.
+fn hidden(path: &Path, role: &str) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.partial"))
+    path.with_file_name(format!(".{name}.{role}"))
 }
 
 /// A rename is on the disk only once its folder is.
@@ -145,5 +154,38 @@ mod tests {
         }
         assert_eq!(fs::read_dir(root.path()).map(Iterator::count).ok(), Some(1));
         Ok(())
+    }
+
+    #[test]
+    fn a_replacement_touches_no_folder_of_a_like_name() -> Result<()> {
+        let root = tempfile::tempdir().map_err(|e| Error::write(Path::new("tmp"), e))?;
+        let (target, others) = (root.path().join("data.v1"), ["data.old", "data.v1.old", "data.v2"]);
+        for other in others {
+            write_folder(&root.path().join(other), b"mine")?;
+        }
+        write_folder(&target, b"first")?;
+        write_folder(&target, b"again")?;
+        assert_eq!(fs::read(target.join("a")).ok().as_deref(), Some(&b"again"[..]));
+        for other in others {
+            assert_eq!(fs::read(root.path().join(other).join("a")).ok().as_deref(), Some(&b"mine"[..]), "{other}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_folder_comes_back_after_a_kill_between_the_renames() -> Result<()> {
+        let root = tempfile::tempdir().map_err(|e| Error::write(Path::new("tmp"), e))?;
+        let target = root.path().join("faces");
+        write_folder(&target, b"whole")?;
+        fs::rename(&target, root.path().join(".faces.old")).map_err(|e| Error::write(&target, e))?;
+        drop(StagedFolder::new(&target)?);
+        assert_eq!(fs::read(target.join("a")).ok().as_deref(), Some(&b"whole"[..]));
+        Ok(())
+    }
+
+    fn write_folder(target: &Path, content: &[u8]) -> Result<()> {
+        let staged = StagedFolder::new(target)?;
+        write_whole(&staged.path().join("a"), content)?;
+        staged.commit()
     }
 }
