@@ -5,6 +5,8 @@ cd "$(dirname "$0")/.."
 . ci/setup.sh
 
 check_tools
+cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 \
+  || fail "clippy or rustfmt is missing" "rustup component add clippy rustfmt"
 say "assets (photos and face models, downloaded once)"
 ci/assets.sh
 
