@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -14,7 +15,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 /// Photos in, Parquet shards of filtered, embedded faces out.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(
+    version,
+    about,
+    after_help = "Example:\n  data-prep build experiments/quickstart/data.yaml --out runs/quickstart-data"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -36,6 +41,9 @@ enum Command {
         /// Photos looked at side by side [default: one per core]. The result does not depend on it.
         #[arg(long, value_name = "N")]
         workers: Option<NonZeroUsize>,
+        /// Where the face models run: `cpu`, the only place for now.
+        #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = only_cpu)]
+        device: String,
         /// Say more: each rejected photo; twice for the libraries' words.
         #[arg(short, long, action = ArgAction::Count)]
         verbose: u8,
@@ -46,7 +54,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let Command::Build { config, out, workers, verbose, quiet } = Cli::parse().command;
+    let Command::Build { config, out, workers, device: _, verbose, quiet } = Cli::parse().command;
     let level = match (quiet, verbose) {
         (true, _) => "warn",
         (false, 0) => "info",
@@ -59,12 +67,26 @@ fn main() -> ExitCode {
         .without_time()
         .with_target(false)
         .init();
-    match run(&config, &out, workers, quiet) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+    match catch_unwind(AssertUnwindSafe(|| run(&config, &out, workers, quiet))) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
             eprintln!("error: {error}");
             ExitCode::from(error.exit_code())
         }
+        Err(_) => {
+            eprintln!(
+                "error: a fault in the program (above)\n  remedy: run it again with RUST_BACKTRACE=1 and report what it prints"
+            );
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// `hyperlora` takes `--device` everywhere, so this does too; ONNX Runtime is loaded for the CPU.
+fn only_cpu(name: &str) -> std::result::Result<String, String> {
+    match name {
+        "cpu" => Ok(name.to_owned()),
+        _ => Err("the face models run on the CPU only: give `cpu`, or leave --device out".into()),
     }
 }
 
