@@ -178,6 +178,7 @@ impl Experiment {
                 "use letters, digits, `-`, `_` and `.`",
             ));
         }
+        self.faces.as_ref().map_or(Ok(()), |faces| faces.validate(&format!("{place}: faces")))?;
         self.data.validate(&place)?;
         self.hyper_lora.validate(&format!("{place}: hyper_lora"))?;
         if self.hyper_lora.id_embedding_dim != EMBEDDING_DIM {

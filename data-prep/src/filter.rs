@@ -22,6 +22,8 @@ pub enum Reason {
     FaceTooSmall,
     /// The face is blurred.
     Blurred,
+    /// The caption beside the photo is none: not UTF-8, far too long, or unreadable.
+    BadCaption,
 }
 
 impl Reason {
@@ -34,6 +36,7 @@ impl Reason {
             Self::SeveralFaces => "several_faces",
             Self::FaceTooSmall => "face_too_small",
             Self::Blurred => "blurred",
+            Self::BadCaption => "bad_caption",
         }
     }
 }

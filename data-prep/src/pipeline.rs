@@ -72,6 +72,7 @@ impl PrepConfig {
         let config: Self = config::load(path)?;
         let place = |key: &str| format!("{}: {key}", path.display());
         config.decode.validate(&place("decode"))?;
+        config.face.validate(&place("face"))?;
         config.filter.validate(&place("filter"))?;
         config.crop.validate(&place("crop"))?;
         config.caption.validate(&place("caption"))?;
@@ -269,6 +270,10 @@ impl<'a> Analysers<'a> {
             Ok(selected) => selected,
             Err(why) => return Ok(Outcome::Rejected { why, cell: Cell::rejected(&pixels, &found) }),
         };
+        let caption = match self.config.caption.caption(&photo.path) {
+            Ok(caption) => caption,
+            Err(why) => return Ok(Outcome::Rejected { why, cell: Cell::rejected(&pixels, &found) }),
+        };
         let description = analyser.describe(&pixels, face)?;
         let crop = self.config.crop.cut(&pixels, face.face_box);
         let record = FaceRecord {
@@ -281,7 +286,7 @@ impl<'a> Analysers<'a> {
             landmarks: description.landmarks.into_iter().map(|point| crop.place(point)).collect(),
             score: face.score,
             id_embedding: description.id_embedding,
-            caption: self.config.caption.caption(&photo.path)?,
+            caption,
             sha256: hex(&file.sha256),
             identity: photo.identity.clone(),
             split: photo.split.clone(),

@@ -64,6 +64,9 @@ fn workplace() -> tempfile::TempDir {
     let whole = fs::read(photos.join("colour.png")).unwrap();
     fs::write(photos.join("bad-cut.png"), &whole[..whole.len() / 3]).unwrap();
     fs::write(photos.join("bad-text.jpg"), "no picture").unwrap();
+    std::os::unix::fs::symlink("nowhere.jpg", photos.join("bad-link.jpg")).unwrap();
+    fs::copy(asset("orl/s02/3.pgm"), photos.join("bad-words.pgm")).unwrap();
+    fs::write(photos.join("bad-words.txt"), [0xff, 0xfe]).unwrap();
     dir
 }
 
@@ -86,10 +89,17 @@ fn run(args: &[&str], dir: &Path) -> (i32, Output) {
 fn good_photos_become_rows_bad_ones_are_counted_and_workers_change_nothing() {
     let dir = workplace();
     let manifest = prepare(dir.path(), "one", 1).unwrap();
-    assert_eq!((manifest.photos, manifest.kept), (13, 6));
-    let rejected = [("blurred", 1), ("duplicate", 1), ("face_too_small", 1), ("no_face", 1), ("several_faces", 1)];
+    assert_eq!((manifest.photos, manifest.kept), (15, 6));
+    let rejected = [
+        ("bad_caption", 1),
+        ("blurred", 1),
+        ("duplicate", 1),
+        ("face_too_small", 1),
+        ("no_face", 1),
+        ("several_faces", 1),
+    ];
     let mut expected: BTreeMap<_, _> = rejected.into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
-    expected.insert("undecodable".into(), 2);
+    expected.insert("undecodable".into(), 3);
     assert_eq!(manifest.rejected, expected);
     assert_eq!(manifest.splits, BTreeMap::from([("held_out".into(), 1), ("train".into(), 4)]));
 
@@ -133,7 +143,7 @@ fn progress_counts_every_photo() {
     build(&config, dir.path(), &dir.path().join("out"), NonZeroUsize::MIN, &mut |progress| seen.push(progress))
         .unwrap();
     assert!(seen.is_sorted_by_key(|progress| progress.done) && seen.len() > 2);
-    assert_eq!(seen.last(), Some(&Progress { done: 13, total: 13, kept: 6 }));
+    assert_eq!(seen.last(), Some(&Progress { done: 15, total: 15, kept: 6 }));
 }
 
 #[test]
@@ -146,8 +156,8 @@ fn no_usable_face_changes_nothing_on_the_disk() {
     let (code, output) = run(&["build", "data.yaml", "--out", "out"], dir.path());
     let message = String::from_utf8(output.stderr).unwrap();
     assert_eq!(code, 2, "{message}");
-    assert!(message.contains("none of 13 photos holds a usable face"), "{message}");
-    assert!(message.contains("face_too_small 8") && message.contains("undecodable 2"), "{message}");
+    assert!(message.contains("none of 15 photos holds a usable face"), "{message}");
+    assert!(message.contains("face_too_small 9") && message.contains("undecodable 3"), "{message}");
     assert_eq!(bytes_of(&out), before);
     assert!(!dir.path().join(".out.partial").exists());
 }
@@ -179,6 +189,7 @@ fn what_the_user_got_wrong_is_named_with_exit_code_2() {
         ("margin: 1.6", "margin: wide", "data.yaml:7:11: "),
         ("margin: 1.6", "margin: .inf", "data.yaml:7:11: `.inf` is not a finite number"),
         ("margin: 1.6", "margin: 0.5", "data.yaml: crop: margin is 0.5"),
+        ("min_score: 0.8", "min_score: 8", "data.yaml: face.min_score: 8 is not a score"),
         ("rows_per_shard: 4", "rows_per_shard: 3", "data.yaml: shards: rows_per_shard is 3"),
         ("a photo of a person", "'a photo of {identity}'", "data.yaml: caption: "),
         ("root: photos", "root: pictures", "pictures: is not a folder"),
@@ -203,10 +214,16 @@ fn help_shows_an_example_and_the_command_reports_what_it_did() {
     assert!(
         String::from_utf8(output.stdout).unwrap().contains("data-prep build experiments/quickstart/data.yaml --out")
     );
-    let (code, output) = run(&["build", "data.yaml", "--out", "out", "--workers", "2"], dir.path());
+    let (code, output) = run(&["--help"], dir.path());
+    assert_eq!(code, 0);
+    assert!(String::from_utf8(output.stdout).unwrap().contains("Example:"));
+    let (code, output) = run(&["build", "data.yaml", "--out", "out", "--device", "cuda:0"], dir.path());
+    assert_eq!(code, 2);
+    assert!(String::from_utf8(output.stderr).unwrap().contains("run on the CPU only"));
+    let (code, output) = run(&["build", "data.yaml", "--out", "out", "--workers", "2", "--device", "cpu"], dir.path());
     let said = String::from_utf8(output.stdout).unwrap();
     assert_eq!(code, 0, "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("kept 6 of 13 photos (held_out 1, train 4)"), "{said}");
+    assert!(said.contains("kept 6 of 15 photos (held_out 1, train 4)"), "{said}");
     let (code, output) = run(&["build", "data.yaml", "--out", "out", "-q"], dir.path());
     assert_eq!((code, output.stdout.len(), output.stderr.len()), (0, 0, 0));
 }

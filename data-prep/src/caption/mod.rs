@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::filter::{Reason, Rejection};
 
 /// A caption longer than this is no caption but a wrong file.
 const MAX_BYTES: u64 = 64 * 1024;
@@ -46,8 +47,8 @@ impl Captioner {
     /// The caption of the photo at `path`.
     ///
     /// # Errors
-    /// Input: a sidecar file that cannot be read, is not UTF-8, or is no caption by its size.
-    pub fn caption(&self, path: &Path) -> Result<String> {
+    /// Why the photo is left out: a sidecar file that cannot be read, is not UTF-8, or is no caption by its size.
+    pub fn caption(&self, path: &Path) -> std::result::Result<String, Rejection> {
         match self {
             Self::Template { text } => Ok(text.clone()),
             Self::Sidecar { fallback } => {
@@ -57,18 +58,18 @@ impl Captioner {
     }
 }
 
-fn read_sidecar(path: &Path) -> Result<Option<String>> {
+fn read_sidecar(path: &Path) -> std::result::Result<Option<String>, Rejection> {
+    let bad = |problem: String| Rejection::new(Reason::BadCaption, problem);
+    let unreadable = |error: std::io::Error| bad(format!("the caption cannot be read: {error}"));
     let size = match std::fs::metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(|source| Error::read(path, source))?.len(),
+        other => other.map_err(unreadable)?.len(),
     };
     if size > MAX_BYTES {
-        let problem = format!("holds {size} bytes: too many for a caption");
-        return Err(Error::file(path, problem, "write a short caption, or remove the file"));
+        return Err(bad(format!("the caption holds {size} bytes")));
     }
-    let bytes = std::fs::read(path).map_err(|source| Error::read(path, source))?;
-    let text = String::from_utf8(bytes)
-        .map_err(|_| Error::file(path, "is not UTF-8 text", "write the caption as UTF-8, or remove the file"))?;
+    let bytes = std::fs::read(path).map_err(unreadable)?;
+    let text = String::from_utf8(bytes).map_err(|_| bad("the caption is not UTF-8 text".into()))?;
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     Ok((!line.is_empty()).then_some(line))
 }
@@ -90,7 +91,9 @@ mod tests {
         std::fs::write(dir.path().join("x.txt"), " \n").unwrap();
         assert_eq!(captioner.caption(&photo).unwrap(), "a photo of a person");
         std::fs::write(dir.path().join("x.txt"), [0xff, 0xfe]).unwrap();
-        assert!(captioner.caption(&photo).unwrap_err().to_string().contains("x.txt: is not UTF-8"));
+        assert_eq!(captioner.caption(&photo).unwrap_err().reason, Reason::BadCaption);
+        std::fs::write(dir.path().join("x.txt"), vec![b'a'; 70_000]).unwrap();
+        assert_eq!(captioner.caption(&photo).unwrap_err().detail, "the caption holds 70000 bytes");
     }
 
     #[test]

@@ -67,15 +67,19 @@ impl Default for FaceConfig {
 }
 
 impl FaceConfig {
-    fn validate(&self) -> Result<()> {
+    /// Checks the sizes and the score.
+    ///
+    /// # Errors
+    /// Input, at `place`: a detector side or a score out of its range.
+    pub fn validate(&self, place: &str) -> Result<()> {
         let sides = &self.detector_sides;
         if sides.is_empty() || sides.iter().any(|side| !(32..=CANVAS).contains(side)) {
             let problem = format!("{sides:?} is not a list of sides in 32..={CANVAS}");
-            return Err(Error::input("face.detector_sides", problem, "give e.g. [640, 480, 320, 256]"));
+            return Err(Error::input(format!("{place}.detector_sides"), problem, "give e.g. [640, 480, 320, 256]"));
         }
         if !(self.min_score > 0.0 && self.min_score < 1.0) {
             let problem = format!("{} is not a score between 0 and 1", self.min_score);
-            return Err(Error::input("face.min_score", problem, "give e.g. 0.6"));
+            return Err(Error::input(format!("{place}.min_score"), problem, "give e.g. 0.6"));
         }
         Ok(())
     }
@@ -108,7 +112,7 @@ impl FaceAnalyser {
     /// # Errors
     /// Input: the library or a model file is missing, broken, or not of the expected shape.
     pub fn load(config: &FaceConfig, base_dir: &Path) -> Result<Self> {
-        config.validate()?;
+        config.validate("face")?;
         let models = config.models.resolve(base_dir)?;
         let library = config.runtime.as_ref().map(|path| path.resolve(base_dir)).transpose()?;
         let runtime = Runtime::load(library, &models)?;

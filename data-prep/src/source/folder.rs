@@ -49,14 +49,19 @@ impl FolderConfig {
         };
         let mut photos = Vec::new();
         for entry in WalkDir::new(&root).follow_links(true) {
-            let entry = entry.map_err(|error| walk_error(&root, error))?;
-            if !entry.file_type().is_file() || !self.wants(entry.path()) {
-                continue;
-            }
-            let key = key_of(entry.path().strip_prefix(&root).unwrap_or(entry.path()));
+            let path = match entry {
+                Ok(entry) if entry.file_type().is_file() && self.wants(entry.path()) => entry.into_path(),
+                Ok(_) => continue,
+                // Below the root it is one photo's trouble: reading that photo fails too, and is counted.
+                Err(error) => match error.path().filter(|_| error.depth() > 0) {
+                    Some(path) => path.to_path_buf(),
+                    None => return Err(walk_error(&root, error)),
+                },
+            };
+            let key = key_of(path.strip_prefix(&root).unwrap_or(&path));
             let label = labels.remove(&key);
             let (identity, split) = label.map_or((None, None), |label| (label.identity, label.split));
-            photos.push(Photo { key, path: entry.into_path(), identity, split });
+            photos.push(Photo { key, path, identity, split });
         }
         if photos.is_empty() {
             let problem = format!("holds no files ending in {}", self.extensions.join(", "));
@@ -141,6 +146,16 @@ mod tests {
             [("a.pgm", None, None), ("b/10.jpg", None, Some("unseen")), ("b/2.PNG", Some("ada"), Some("train"))];
         assert_eq!(seen, expected);
         assert!(photos.iter().all(|photo| photo.path.is_file()));
+    }
+
+    #[test]
+    fn what_cannot_be_read_below_the_root_is_a_photo_that_reading_rejects() {
+        let (dir, config) = folder("key,identity,split\n");
+        let photos = dir.path().join("photos");
+        std::os::unix::fs::symlink("nowhere.png", photos.join("dangling.png")).unwrap();
+        std::os::unix::fs::symlink("..", photos.join("b/loop")).unwrap();
+        let keys: Vec<_> = config.photos(dir.path()).unwrap().into_iter().map(|photo| photo.key).collect();
+        assert_eq!(keys, ["a.pgm", "b/10.jpg", "b/2.PNG", "b/loop", "dangling.png"]);
     }
 
     #[test]
