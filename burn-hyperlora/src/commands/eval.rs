@@ -13,6 +13,7 @@ use crate::metrics::GapStatistics;
 
 /// Measure what a run has learnt
 #[derive(Debug, Subcommand)]
+#[command(after_help = "Example:\n  hyperlora eval identity-gap runs/quickstart")]
 pub(super) enum EvalCommand {
     IdentityGap(IdentityGapArgs),
 }

@@ -5,6 +5,7 @@ mod generate;
 mod sample;
 mod train;
 
+use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::ExitCode;
@@ -14,11 +15,15 @@ use burn::tensor::Device;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::error::Result;
-use crate::metrics::{Display, log};
+use crate::metrics::{self, log};
 
 /// HyperLoRA on Burn: a hypernetwork that turns portraits into SDXL LoRAs.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true)]
+#[command(
+    version,
+    propagate_version = true,
+    after_help = "Examples:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart\n  hyperlora generate --checkpoint runs/quickstart --image a.png -o lora.safetensors\n\nExit codes: 0 done, 2 the input needs mending, 3 stopped by a signal with everything saved, 1 the disk or the program failed.\n75 is kept for runs on several nodes: another rank failed, start again."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -90,18 +95,18 @@ impl Common {
         log::init(if self.quiet { -1 } else { i8::try_from(self.verbose).unwrap_or(i8::MAX) }, run)
     }
 
-    fn display(&self) -> Display {
-        Display::detect(self.quiet)
+    fn display(&self) -> metrics::Display {
+        metrics::Display::detect(self.quiet)
     }
 }
 
 /// Parses the command line and runs it. The exit code: 0 done, 2 the user's input, 3 stopped by a signal with everything
-/// saved, 1 a fault.
+/// saved, 1 a fault. 75 is kept for runs on several nodes: another rank or node failed, start again.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     // The tensor library panics where memory runs out or shapes disagree: one clear end for whatever got past the checks.
     catch_unwind(AssertUnwindSafe(|| dispatch(&cli))).unwrap_or_else(|_| {
-        eprintln!("error: a fault in the program (above)\n  remedy: run it again with RUST_BACKTRACE=1 and report what it prints; checkpoints are intact");
+        complain(&"a fault in the program (above)\n  remedy: run it again with RUST_BACKTRACE=1 and report what it prints; checkpoints are intact");
         ExitCode::from(1)
     })
 }
@@ -115,7 +120,13 @@ fn dispatch(cli: &Cli) -> ExitCode {
         Command::Eval(command) => eval::run(command, &cli.common, &device),
     };
     done.unwrap_or_else(|error| {
-        eprintln!("error: {error}");
+        complain(&error);
         ExitCode::from(error.exit_code())
     })
+}
+
+/// Says on stderr, and in `run.log` where there is one, what ended the command.
+fn complain(problem: &dyn Display) {
+    eprintln!("error: {problem}");
+    log::note_failure(problem);
 }

@@ -20,6 +20,7 @@ use crate::generate::{Generator, Portrait};
 use crate::lora::LoraWeights;
 use crate::metrics::Progress;
 use crate::sample::{SampleConfig, Sampler, tile};
+use crate::sdxl::text::PromptStates;
 use crate::weights::{self, Weights};
 
 /// Name of the tensor in a latents file.
@@ -45,7 +46,7 @@ pub(super) struct SampleArgs {
     #[arg(long = "lora", value_name = "FILE", conflicts_with = "checkpoint")]
     loras: Vec<PathBuf>,
     /// Weight of each --lora, in their order; 1 where left out
-    #[arg(long = "lora-weight", value_name = "W")]
+    #[arg(long = "lora-weight", value_name = "W", conflicts_with = "checkpoint")]
     lora_weights: Vec<f32>,
     /// Start from these latents: tensor `latents` [1, 4, h, w] of a safetensors file, standard normal
     #[arg(long, value_name = "FILE", conflicts_with = "checkpoint")]
@@ -60,10 +61,10 @@ pub(super) struct SampleArgs {
     #[arg(long = "image", value_name = "FILE", requires = "checkpoint")]
     images: Vec<PathBuf>,
     /// Weight of the ID-LoRA in the grid
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, conflicts_with = "base")]
     id_weight: f32,
     /// Weight of the Base-LoRA in the grid's last column
-    #[arg(long, default_value_t = 0.4)]
+    #[arg(long, default_value_t = 0.4, conflicts_with = "base")]
     base_weight: f32,
     /// Euler steps
     #[arg(long, default_value_t = 30)]
@@ -132,10 +133,7 @@ fn from_prompt(args: &SampleArgs, folder: &Path, common: &Common, device: &Devic
         });
     }
     let prompt = base.text.encode(&[args.prompt.as_deref().unwrap_or_default()])?;
-    let negative = match &args.negative_prompt {
-        Some(text) => base.text.encode(&[text])?,
-        None => base.text.negative(&prompt)?,
-    };
+    let negative = negative(args, &base, &prompt)?;
     let initial = match &args.latents {
         Some(path) => load_latents(path, &base, &config, device)?,
         None => sampler(&base).initial_latents(&config, 1, device)?,
@@ -149,6 +147,14 @@ fn from_prompt(args: &SampleArgs, folder: &Path, common: &Common, device: &Devic
         weights::save(path, [(LATENTS.to_owned(), drawing.latents.into_data())])?;
     }
     drawing.images.into_iter().next().ok_or_else(|| Error::Fault("no picture was drawn".into()))
+}
+
+/// What guidance leads away from: the encoded `--negative-prompt`, or what the base was trained with.
+fn negative(args: &SampleArgs, base: &Base, prompt: &PromptStates) -> Result<PromptStates> {
+    match &args.negative_prompt {
+        Some(text) => base.text.encode(&[text]),
+        None => base.text.negative(prompt),
+    }
 }
 
 fn load_latents(path: &Path, base: &Base, config: &SampleConfig, device: &Device) -> Result<Tensor<4>> {
@@ -182,7 +188,7 @@ fn grid(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) 
             loras.push((&triggered, Some(generator.lora(portrait, args.id_weight, args.base_weight)?)));
         }
         for (prompt, lora) in loras {
-            let negative = base.text.negative(prompt)?;
+            let negative = negative(args, &base, prompt)?;
             columns.extend(
                 sampler(&base).draw(&config, initial.clone(), prompt, &negative, lora.as_ref(), |_| ())?.images,
             );

@@ -1,5 +1,6 @@
 //! The log: stderr at the level that `-v` and `-q` ask for, and `run.log` in the run folder.
 
+use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
@@ -28,6 +29,7 @@ pub fn init(verbosity: i8, run: Option<&Path>) -> Result<()> {
         1 => own(LevelFilter::DEBUG),
         2.. => Targets::new().with_default(LevelFilter::TRACE),
     };
+    let shown = shown.with_target(FAILURE, LevelFilter::OFF);
     let stderr = fmt::layer().without_time().with_target(verbosity > 0).with_ansi(false).with_writer(BesideBars);
     let file = match run {
         Some(run) => Some(fmt::layer().with_ansi(false).log_internal_errors(false).with_writer(open(run)?)),
@@ -39,6 +41,14 @@ pub fn init(verbosity: i8, run: Option<&Path>) -> Result<()> {
         .try_init()
         .map_err(|problem| Error::Fault(format!("the log cannot be started: {problem}")))
 }
+
+/// Puts what ended the program into `run.log` only: saying it on stderr is the caller's, log or no log.
+pub fn note_failure(problem: &dyn Display) {
+    tracing::error!(target: FAILURE, "{problem}");
+}
+
+/// Target of the messages that stderr does not show.
+const FAILURE: &str = "hyperlora::failure";
 
 /// The crates whose messages are this program's own.
 const OWN: [&str; 3] = ["hyperlora", "burn_hyperlora", "data_prep"];
@@ -88,8 +98,10 @@ mod tests {
         init(-1, Some(&run)).unwrap();
         tracing::debug!("learning rate 1e-4");
         tracing::trace!("too small to note");
+        note_failure(&"the disk is full");
         let text = fs::read_to_string(run.join("run.log")).unwrap();
         assert!(text.contains("DEBUG") && text.contains("learning rate 1e-4") && !text.contains("too small"), "{text}");
+        assert!(text.contains("ERROR") && text.contains("the disk is full"), "{text}");
         assert_eq!(init(0, None).unwrap_err().exit_code(), 1);
     }
 }
