@@ -1,0 +1,45 @@
+//! What the UNet makes of random inputs with and without a LoRA file, for `ci/parity/check_lora.py` to compare with
+//! diffusers: `cargo run --example lora_forward -- BASE LORA.safetensors FORWARD.safetensors`.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use burn::tensor::{Device, Distribution, Tensor};
+use burn_hyperlora::sdxl::unet::{UNet2DConditionModel, UnetInput};
+use burn_hyperlora::{Error, Result, export, weights};
+
+const BATCH: usize = 2;
+const TOKENS: usize = 77;
+
+fn main() -> Result<()> {
+    let given: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let [base, lora, output] = given.iter().map(Path::new).collect::<Vec<_>>()[..] else {
+        return Err(Error::input("lora_forward", "three paths are needed", "give BASE LORA FORWARD"));
+    };
+    let device = Device::flex();
+    device.seed(7);
+    let unet = UNet2DConditionModel::load(&base.join("unet"), &device)?;
+    let lora = export::load_kohya(lora, unet.attention_sites(), &device)?;
+    let config = unet.config();
+    let normal = Distribution::Normal(0.0, 1.0);
+    let side = config.sample_size as f32;
+    let input = UnetInput {
+        latents: Tensor::random([BATCH, config.in_channels, config.sample_size, config.sample_size], normal, &device),
+        timesteps: Tensor::from_floats([120.0, 860.0], &device),
+        prompt_embeds: Tensor::random([BATCH, TOKENS, config.cross_attention_dim.get(0)], normal, &device),
+        pooled: Tensor::random([BATCH, config.pooled_dim()], normal, &device),
+        time_ids: Tensor::<2>::from_floats([[side, side, 0.0, 0.0, side, side]], &device).repeat_dim(0, BATCH),
+    };
+    // Every sample of a batch has its own LoRA: here the same one.
+    let lora = lora.map(|tensor| tensor.repeat_dim(0, BATCH));
+    let tensors = [
+        ("output", unet.forward(&input, Some(&lora)).into_data()),
+        ("output_without", unet.forward(&input, None).into_data()),
+        ("latents", input.latents.into_data()),
+        ("timestep", input.timesteps.into_data()),
+        ("prompt_embeds", input.prompt_embeds.into_data()),
+        ("pooled", input.pooled.into_data()),
+        ("time_ids", input.time_ids.into_data()),
+    ];
+    weights::save(output, tensors.map(|(name, data)| (name.to_owned(), data)))
+}
