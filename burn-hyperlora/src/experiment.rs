@@ -113,7 +113,8 @@ impl Experiment {
 
     /// The folder that the paths of the YAML start at.
     pub fn folder(&self) -> &Path {
-        self.origin.parent().unwrap_or(Path::new(""))
+        // The parent of a bare file name is the empty path, which names no folder.
+        self.origin.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
 
     /// The YAML file, for messages.

@@ -106,6 +106,6 @@ pub fn load_kohya(path: &Path, sites: &[AttentionSite], device: &Device) -> Resu
             }
         })
         .collect();
-    file.finish()?;
+    file.finish().map_err(|error| error.with_remedy("give a kohya-style LoRA that was made for this base model"))?;
     Ok(LoraWeights { modules })
 }

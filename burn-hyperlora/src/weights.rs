@@ -136,7 +136,8 @@ impl Weights {
             None => format!("{name}: missing, expected {shape:?}"),
             Some(found) if found != shape => format!("{name}: shape {found:?}, expected {shape:?}"),
             Some(_) => match self.file.read(&name) {
-                Ok(Ok(values)) => return Some(values),
+                Ok(Ok(values)) if values.iter().all(|value| value.is_finite()) => return Some(values),
+                Ok(Ok(_)) => format!("{name}: holds values that are not finite"),
                 Ok(Err(problem)) => format!("{name}: {problem}"),
                 Err(failure) => {
                     record.failure.get_or_insert(failure);

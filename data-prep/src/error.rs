@@ -66,7 +66,12 @@ impl Error {
     pub fn write(path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Kind;
         match source.kind() {
-            Kind::PermissionDenied | Kind::NotFound | Kind::NotADirectory | Kind::ReadOnlyFilesystem => {
+            Kind::PermissionDenied
+            | Kind::NotFound
+            | Kind::NotADirectory
+            | Kind::IsADirectory
+            | Kind::AlreadyExists
+            | Kind::ReadOnlyFilesystem => {
                 Self::file(path, format!("cannot be written: {source}"), "choose a folder that you may write to")
             }
             _ => Self::Disk {
@@ -75,6 +80,15 @@ impl Error {
                 source,
                 remedy: "free some space, then run the same command again: what stood there before is intact".into(),
             },
+        }
+    }
+
+    /// The same error in the user's input, with the remedy of someone who knows what the file was for.
+    #[must_use]
+    pub fn with_remedy(self, remedy: impl ToString) -> Self {
+        match self {
+            Self::Input { place, problem, .. } => Self::Input { place, problem, remedy: remedy.to_string() },
+            other => other,
         }
     }
 

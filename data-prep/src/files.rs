@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 /// Writes `path` in one piece: until the last byte is on the disk, what stood there before stays.
 ///
 /// # Errors
-/// Input for a place that cannot be written to, Disk for a full or failing disk.
+/// Input for a place that cannot be written to or holds something else than a file, Disk for a full or failing disk.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     write_whole_with(path, |file| file.write_all(bytes))
 }
@@ -19,6 +19,10 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// As [`write_whole`]; an error of `fill` counts as one of the disk.
 pub fn write_whole_with(path: &Path, fill: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<()> {
+    // The rename would put a file in the place of a device or a pipe.
+    if fs::metadata(path).is_ok_and(|stands| !stands.is_file()) {
+        return Err(Error::file(path, "is no regular file", "name a file that may be written or replaced"));
+    }
     let beside = beside(path);
     let written = File::create(&beside)
         .and_then(|mut file| fill(&mut file).and_then(|()| file.sync_all()))
@@ -137,6 +141,16 @@ mod tests {
         assert_eq!(failed.map_err(|e| e.exit_code()), Err(1));
         assert_eq!(fs::read(&path).ok().as_deref(), Some(&b"old"[..]));
         assert_eq!(fs::read_dir(folder.path()).map(Iterator::count).ok(), Some(1));
+        Ok(())
+    }
+
+    #[test]
+    fn only_files_are_replaced() -> Result<()> {
+        let folder = tempfile::tempdir().map_err(|e| Error::write(Path::new("tmp"), e))?;
+        for path in [folder.path(), Path::new("/dev/full")] {
+            assert_eq!(write_whole(path, b"new").map_err(|e| e.exit_code()), Err(2));
+        }
+        assert!(fs::metadata("/dev/full").is_ok_and(|stands| !stands.is_file()));
         Ok(())
     }
 

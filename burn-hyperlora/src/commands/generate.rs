@@ -8,7 +8,7 @@ use std::time::Instant;
 use burn::tensor::{Device, FloatDType};
 use clap::{Args, ValueEnum};
 
-use crate::commands::Common;
+use crate::commands::{Common, finite};
 use crate::error::Result;
 use crate::export;
 use crate::generate::{Generator, Portrait};
@@ -29,10 +29,10 @@ pub(super) struct GenerateArgs {
     #[arg(long)]
     base: bool,
     /// Weight of the ID-LoRA, folded into the file
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = finite::<f32>, allow_negative_numbers = true)]
     id_weight: f32,
     /// Weight of the Base-LoRA where --base is given
-    #[arg(long, default_value_t = 0.4)]
+    #[arg(long, default_value_t = 0.4, value_parser = finite::<f32>, allow_negative_numbers = true)]
     base_weight: f32,
     /// Number format of the file
     #[arg(long, value_enum, default_value_t = FileDType::F16)]

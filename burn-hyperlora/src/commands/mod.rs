@@ -20,6 +20,7 @@ use crate::metrics::{self, log};
 /// HyperLoRA on Burn: a hypernetwork that turns portraits into SDXL LoRAs.
 #[derive(Debug, Parser)]
 #[command(
+    name = "hyperlora",
     version,
     propagate_version = true,
     after_help = "Examples:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart\n  hyperlora generate --checkpoint runs/quickstart --image a.png -o lora.safetensors\n\nExit codes: 0 done, 2 the input needs mending, 3 stopped by a signal with everything saved, 1 the disk or the program failed.\n75 is kept for runs on several nodes: another rank failed, start again."
@@ -97,6 +98,14 @@ impl Common {
 
     fn display(&self) -> metrics::Display {
         metrics::Display::detect(self.quiet)
+    }
+}
+
+/// Reads a number that one can compute with.
+fn finite<T: FromStr + Into<f64> + Copy>(text: &str) -> std::result::Result<T, String> {
+    match text.parse::<T>() {
+        Ok(number) if number.into().is_finite() => Ok(number),
+        _ => Err("expected a finite number".into()),
     }
 }
 

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::{Device, Tensor};
+use clap::builder::RangedU64ValueParser;
 use clap::{ArgGroup, Args};
 use data_prep::config::ConfigPath;
 use data_prep::files::write_whole;
 use image::imageops::FilterType;
 use image::{ImageFormat, RgbImage, imageops};
 
-use crate::commands::Common;
+use crate::commands::{Common, finite};
 use crate::conditioning::{Base, BaseConfig};
 use crate::data::crop::Square;
 use crate::error::{Error, Result};
@@ -25,6 +26,9 @@ use crate::weights::{self, Weights};
 
 /// Name of the tensor in a latents file.
 const LATENTS: &str = "latents";
+
+/// Largest side of a picture in pixels: a mistyped size shall not exhaust the memory.
+const LARGEST: u64 = 4096;
 
 /// Draw pictures, with and without LoRA
 #[derive(Debug, Args)]
@@ -46,7 +50,7 @@ pub(super) struct SampleArgs {
     #[arg(long = "lora", value_name = "FILE", conflicts_with = "checkpoint")]
     loras: Vec<PathBuf>,
     /// Weight of each --lora, in their order; 1 where left out
-    #[arg(long = "lora-weight", value_name = "W", conflicts_with = "checkpoint")]
+    #[arg(long = "lora-weight", value_name = "W", conflicts_with = "checkpoint", value_parser = finite::<f32>, allow_negative_numbers = true)]
     lora_weights: Vec<f32>,
     /// Start from these latents: tensor `latents` [1, 4, h, w] of a safetensors file, standard normal
     #[arg(long, value_name = "FILE", conflicts_with = "checkpoint")]
@@ -61,19 +65,19 @@ pub(super) struct SampleArgs {
     #[arg(long = "image", value_name = "FILE", requires = "checkpoint")]
     images: Vec<PathBuf>,
     /// Weight of the ID-LoRA in the grid
-    #[arg(long, default_value_t = 1.0, conflicts_with = "base")]
+    #[arg(long, default_value_t = 1.0, conflicts_with = "base", value_parser = finite::<f32>, allow_negative_numbers = true)]
     id_weight: f32,
     /// Weight of the Base-LoRA in the grid's last column
-    #[arg(long, default_value_t = 0.4, conflicts_with = "base")]
+    #[arg(long, default_value_t = 0.4, conflicts_with = "base", value_parser = finite::<f32>, allow_negative_numbers = true)]
     base_weight: f32,
     /// Euler steps
     #[arg(long, default_value_t = 30)]
     steps: usize,
     /// Classifier-free guidance
-    #[arg(long, default_value_t = 5.0)]
+    #[arg(long, default_value_t = 5.0, value_parser = finite::<f64>)]
     guidance: f64,
     /// Side of the pictures in pixels; the base's own size where left out
-    #[arg(long, value_name = "PIXELS")]
+    #[arg(long, value_name = "PIXELS", value_parser = RangedU64ValueParser::<usize>::new().range(1..=LARGEST))]
     size: Option<usize>,
     /// Seed of the initial noise
     #[arg(long, default_value_t = 0)]
@@ -162,7 +166,7 @@ fn load_latents(path: &Path, base: &Base, config: &SampleConfig, device: &Device
     let shape = [1, base.vae.config().latent_channels, config.height / factor, config.width / factor];
     let file = Weights::open(path, device)?;
     let latents = file.at("").tensor(LATENTS, shape);
-    file.finish()?;
+    file.finish().map_err(|error| error.with_remedy("give latents of one picture, of the same --size"))?;
     Ok(latents)
 }
 

@@ -1,6 +1,6 @@
 //! The rows of a shard folder: who is in which photo, and the photos themselves through a bounded cache.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -93,7 +93,7 @@ impl Dataset {
         Ok(Self { path: path.into(), shards, rows, identities, splits, photos, cache })
     }
 
-    /// The row's record, from memory or from its row group.
+    /// The row's record, from memory or from its row group; a shard's checksum is compared before its first row is read.
     ///
     /// # Errors
     /// Input for a corrupt row group, Disk for a failing disk.
@@ -104,7 +104,12 @@ impl Dataset {
             Some(records) => records,
             None => {
                 // Without the lock: the other threads go on with what they have. Two may read the same group at once.
-                let read = Arc::new(self.shards.read(&self.shards.row_groups()[*group as usize])?);
+                let row_group = &self.shards.row_groups()[*group as usize];
+                if !self.cache().verified.contains(&row_group.file) {
+                    self.shards.verify_shard(&row_group.file)?;
+                    self.cache().verified.insert(row_group.file.clone());
+                }
+                let read = Arc::new(self.shards.read(row_group)?);
                 self.cache().put(*group, Arc::clone(&read));
                 read
             }
@@ -250,6 +255,8 @@ struct Cache {
     bytes: usize,
     clock: u64,
     groups: HashMap<u32, Cached>,
+    /// Shards whose checksum held when they were first read.
+    verified: HashSet<PathBuf>,
 }
 
 struct Cached {

@@ -114,6 +114,9 @@ pub enum Reference {
     SameIdentity,
 }
 
+/// Largest value of a size in pixels or a count: a mistyped one shall not exhaust the memory.
+const LARGEST: usize = 8192;
+
 impl DataConfig {
     /// Checks what does not need the shards.
     ///
@@ -136,8 +139,9 @@ impl DataConfig {
             ("workers", self.workers),
             ("prefetch", self.prefetch),
         ] {
-            if value == 0 {
-                return Err(Error::input(format!("{place}: data.{key}"), "is 0", "give at least 1"));
+            if !(1..=LARGEST).contains(&value) {
+                let remedy = format!("give 1 to {LARGEST}");
+                return Err(Error::input(format!("{place}: data.{key}"), format!("is {value}"), remedy));
             }
         }
         Ok(())

@@ -60,15 +60,19 @@ impl Default for ResamplerConfig {
     }
 }
 
+/// Largest size: a mistyped one shall not exhaust the memory.
+const LARGEST: usize = 1 << 16;
+
 impl HyperLoraConfig {
     /// Checks that every size is one that a hypernetwork can have; `place` names the config in the error.
     ///
     /// # Errors
-    /// Input, naming the key, for a size of 0 (`base_rank` alone may be 0).
+    /// Input, naming the key, for a size of 0 (`base_rank` alone may be 0) or above 65536.
     pub fn validate(&self, place: &str) -> Result<()> {
         let ResamplerConfig { dim, depth, heads, head_dim, ff_mult } = self.resampler;
         let sizes = [
             ("id_rank", self.id_rank),
+            ("base_rank", self.base_rank),
             ("basis", self.basis),
             ("id_tokens", self.id_tokens),
             ("id_embedding_dim", self.id_embedding_dim),
@@ -79,8 +83,12 @@ impl HyperLoraConfig {
             ("resampler.head_dim", head_dim),
             ("resampler.ff_mult", ff_mult),
         ];
-        match sizes.into_iter().find(|(_, size)| *size == 0) {
-            Some((key, _)) => Err(Error::input(format!("{place}.{key}"), "is 0", "give a size of at least 1")),
+        let misfit = |(key, size): &(&str, usize)| *size > LARGEST || (*size == 0 && *key != "base_rank");
+        match sizes.into_iter().find(misfit) {
+            Some((key, size)) => {
+                let remedy = format!("give a size of 1 to {LARGEST}");
+                Err(Error::input(format!("{place}.{key}"), format!("is {size}"), remedy))
+            }
             None => Ok(()),
         }
     }

@@ -112,10 +112,11 @@ impl Progress {
     }
 
     fn state(&self, step: u64, loss: Option<f64>, elapsed: f64) -> String {
-        let speed = self.pace.images_per_second(elapsed);
         let left = HumanDuration(self.pace.left(elapsed, self.total.saturating_sub(step)));
-        let loss = loss.map(|loss| format!("loss {loss:.4}  ")).unwrap_or_default();
-        format!("{loss}{speed:.1} images/s  {left} left")
+        // Steps without a loss are those of drawing: several make one image.
+        let Some(loss) = loss else { return format!("{left} left") };
+        let speed = self.pace.images_per_second(elapsed);
+        format!("loss {loss:.4}  {speed:.1} images/s  {left} left")
     }
 }
 
@@ -136,6 +137,7 @@ mod tests {
         }
         // 10 steps of 4 images in 20 s, 80 steps to go.
         assert_eq!(progress.state(20, Some(0.125), 20.0), "loss 0.1250  2.0 images/s  3 minutes left");
+        assert_eq!(progress.state(20, None, 20.0), "3 minutes left");
         assert_eq!(
             Progress::new("base", 0, 9, Display::Hidden).state(0, Some(1.0), 0.0),
             "loss 1.0000  0.0 images/s  0 seconds left"

@@ -149,6 +149,10 @@ pub struct StageConfig {
     pub reference: Reference,
 }
 
+/// Most steps of a stage, and the largest global batch: the samples of a stage stay countable.
+const MOST_STEPS: u64 = 1 << 32;
+const LARGEST_BATCH: usize = 1 << 20;
+
 impl StageEntry {
     /// What the stage teaches.
     pub fn kind(&self) -> Stage {
@@ -198,6 +202,10 @@ impl StageEntry {
         if config.steps == 0 {
             return Err(Error::input(format!("{place}.steps"), "is 0", "give at least 1, or leave the stage out"));
         }
+        if config.steps > MOST_STEPS {
+            let remedy = format!("give at most {MOST_STEPS}");
+            return Err(Error::input(format!("{place}.steps"), format!("is {}", config.steps), remedy));
+        }
         config.optim.validate(&format!("{place}.optim"))?;
         let scenarios = self.scenarios();
         scenarios.validate(&format!("{place}.scenarios"))?;
@@ -246,6 +254,10 @@ impl TrainConfig {
                 format!("{global_batch} samples cannot be made of micro-batches of {micro_batch}"),
                 "make global_batch a multiple of micro_batch, both at least 1",
             ));
+        }
+        if global_batch > LARGEST_BATCH {
+            let remedy = format!("give at most {LARGEST_BATCH}");
+            return Err(Error::input(format!("{place}: train.global_batch"), format!("is {global_batch}"), remedy));
         }
         let intervals = [
             ("checkpoints.every", self.checkpoints.every),

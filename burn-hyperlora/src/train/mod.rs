@@ -11,7 +11,8 @@ pub mod state;
 pub mod step;
 pub mod trainer;
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -106,9 +107,10 @@ pub enum Outcome {
 ///
 /// # Errors
 /// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
-/// that diverged.
+/// that diverged; Input too where another process trains into the run folder.
 pub fn run(setup: &TrainSetup<'_>, options: &TrainOptions) -> Result<Outcome> {
     fs::create_dir_all(setup.run).map_err(|source| Error::write(setup.run, source))?;
+    let _lock = lock(setup.run)?;
     let mut trainer = Trainer::prepare(setup, options)?;
     write_whole(&setup.run.join(CONFIG_FILE), setup.resolved_yaml.as_bytes())?;
     loop {
@@ -121,16 +123,36 @@ pub fn run(setup: &TrainSetup<'_>, options: &TrainOptions) -> Result<Outcome> {
 /// Moves a run folder aside, to `<run>.1`, `<run>.2` and so on, and tells where; `None` where there is none.
 ///
 /// # Errors
-/// Input or Disk when the folder cannot be renamed.
+/// Input for a folder that another process trains into; Input or Disk when the folder cannot be renamed.
 pub fn move_aside(run: &Path) -> Result<Option<PathBuf>> {
     if !run.exists() {
         return Ok(None);
     }
+    let _lock = lock(run)?;
     let name = run.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let free = (1_u32..).map(|number| run.with_file_name(format!("{name}.{number}"))).find(|path| !path.exists());
     let Some(aside) = free else { return Err(Error::Fault(format!("no free name beside {}", run.display()))) };
     fs::rename(run, &aside).map_err(|source| Error::write(run, source))?;
     Ok(Some(aside))
+}
+
+/// Claims a run folder until the returned handle is dropped or the process ends, however it ends: two writers would take
+/// each other's half-written checkpoints for leftovers.
+fn lock(run: &Path) -> Result<File> {
+    let folder = File::open(run).map_err(|source| Error::write(run, source))?;
+    match folder.try_lock() {
+        Ok(()) => Ok(folder),
+        Err(TryLockError::WouldBlock) => Err(Error::file(
+            run,
+            "another process trains into this folder",
+            "wait until it has ended, or give another folder with --out",
+        )),
+        Err(TryLockError::Error(source)) if source.kind() == ErrorKind::Unsupported => {
+            tracing::warn!("{}: this file system has no locks: see that no other process trains here", run.display());
+            Ok(folder)
+        }
+        Err(TryLockError::Error(source)) => Err(Error::write(run, source)),
+    }
 }
 
 /// Opens the shards that an experiment names.
