@@ -1,0 +1,10 @@
+//! The `hyperlora` binary as its user meets it: what it prints, leaves on the disk and exits with.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod bad_checkpoint;
+mod bad_input;
+mod contract;
+mod disk;
+mod pictures;
+mod runs;
+mod support;

@@ -1,0 +1,164 @@
+//! `sample` and `generate`: equal input gives equal bytes, and what cannot be used is named.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use burn::tensor::{Device, Distribution, FloatDType, Tensor};
+use burn_hyperlora::export::save_kohya;
+use burn_hyperlora::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
+use burn_hyperlora::sdxl::unet::UNet2DConditionModel;
+use image::RgbImage;
+
+use crate::support::{World, hyperlora, quickstart_base, run};
+
+/// Writes a random LoRA for attention modules whose text is `more` wider than the quickstart's.
+fn write_lora(path: &Path, more: usize) {
+    let device = Device::flex();
+    let mut sites =
+        UNet2DConditionModel::load(&quickstart_base().join("unet"), &device).unwrap().attention_sites().to_vec();
+    for site in &mut sites {
+        site.cross_attention_dim = site.cross_attention_dim.map(|width| width + more);
+    }
+    let pair = |input: usize, output: usize| LoraPair {
+        down: Tensor::random([1, input, 2], Distribution::Normal(0.0, 0.3), &device),
+        up: Tensor::random([1, 2, output], Distribution::Normal(0.0, 0.3), &device),
+    };
+    let module = |site: &AttentionSite| {
+        let (width, text) = (site.hidden_size, site.cross_attention_dim.unwrap_or(site.hidden_size));
+        AttentionLora { q: pair(width, width), k: pair(text, width), v: pair(text, width), out: pair(width, width) }
+    };
+    let lora = LoraWeights { modules: sites.iter().map(module).collect() };
+    save_kohya(path, &sites, &lora, FloatDType::F16, &BTreeMap::new()).unwrap();
+}
+
+fn sample(output: &Path, more: &[&str]) -> Command {
+    let mut command = hyperlora(["sample", "-q", "--base"]);
+    command.arg(quickstart_base()).arg("-o").arg(output).args(more);
+    for (option, value) in [("--prompt", "a face"), ("--steps", "2"), ("--size", "32")] {
+        if !more.contains(&option) {
+            command.args([option, value]);
+        }
+    }
+    command
+}
+
+#[test]
+fn equal_input_draws_equal_pictures() {
+    let world = World::new();
+    let lora = world.path("lora.safetensors");
+    write_lora(&lora, 0);
+    let lora = lora.display().to_string();
+    let latents = world.path("latents.safetensors").display().to_string();
+    let mut drawings = 0;
+    let mut draw = |more: &[&str]| {
+        drawings += 1;
+        let output = world.path(&format!("{drawings}.png"));
+        run(sample(&output, more)).with(0);
+        fs::read(output).unwrap()
+    };
+    let plain = draw(&[]);
+    assert!(draw(&[]) == plain);
+    assert!(draw(&["--seed", "1"]) != plain);
+    assert!(draw(&["--prompt", "a hat"]) != plain);
+    assert!(draw(&["--negative-prompt", "a hat"]) != plain);
+    let with_lora = draw(&["--lora", &lora]);
+    assert!(with_lora != plain);
+    assert!(draw(&["--lora", &lora, "--lora-weight", "1"]) == with_lora);
+    assert!(draw(&["--lora", &lora, "--lora-weight", "0"]) == plain);
+    assert!(draw(&["--lora", &lora, "--lora-weight", "-1"]) != with_lora);
+
+    // What is saved can be drawn from, and says what it was drawn to.
+    assert!(draw(&["--save-latents", &latents]) == plain);
+    let saved = fs::read(&latents).unwrap();
+    draw(&["--save-latents", &latents]);
+    assert!(fs::read(&latents).unwrap() == saved);
+    let onwards = draw(&["--latents", &latents]);
+    assert!(onwards != plain);
+    assert!(draw(&["--latents", &latents, "--seed", "1"]) == onwards);
+    let picture = image::load_from_memory(&plain).unwrap();
+    assert_eq!((picture.width(), picture.height()), (32, 32));
+}
+
+#[test]
+fn what_cannot_be_drawn_with_is_named() {
+    let world = World::new();
+    let path = |name: &str| world.path(name).display().to_string();
+    let (other, text, latents, cut) = (path("other.safetensors"), path("text.txt"), path("latents"), path("cut"));
+    write_lora(Path::new(&other), 8);
+    fs::write(&text, "not a LoRA").unwrap();
+    run(sample(Path::new(&path("a.png")), &["--save-latents", &latents])).with(0);
+    let bytes = fs::read(&other).unwrap();
+    fs::write(&cut, &bytes[..bytes.len() - 100]).unwrap();
+
+    let output = world.path("b.png");
+    fs::write(&output, "what stood there").unwrap();
+    let cases: [(&[&str], &[&str]); 9] = [
+        (&["--lora", &other], &["other.safetensors", "attn2_to_k.lora_down", "made for this base"]),
+        (&["--lora", &latents], &["latents", "attn1_to_q.alpha: missing"]),
+        (&["--lora", &cut], &["cut", "whole safetensors"]),
+        (&["--lora", &text], &["text.txt"]),
+        (&["--lora", &path("none")], &["none", "cannot be read"]),
+        (&["--latents", &other], &["other.safetensors", "latents: missing"]),
+        (&["--latents", &latents, "--size", "64"], &["latents", "[1, 4, 16, 16]", "--size"]),
+        (&["--size", "30"], &["30", "multiple of 4"]),
+        (&["--steps", "0"], &["steps", "0"]),
+    ];
+    for (arguments, parts) in cases {
+        run(sample(&output, arguments)).refused(2, parts);
+        assert_eq!(fs::read(&output).unwrap(), b"what stood there");
+    }
+    let folder = world.path("folder");
+    fs::create_dir(&folder).unwrap();
+    run(sample(&folder, &[])).refused(2, &["folder", "no regular file"]);
+    run(sample(&world.path("nowhere/a.png"), &[])).refused(2, &["nowhere/a.png", "may write to"]);
+}
+
+/// A photo of the asset cache.
+fn photo() -> PathBuf {
+    let cache = std::env::var("HYPERLORA_CACHE")
+        .map_or_else(|_| Path::new(&std::env::var("HOME").unwrap()).join(".cache/hyperlora"), PathBuf::from);
+    let photo = cache.join("photos/orl/s36/1.pgm");
+    assert!(photo.exists(), "{} is missing: run ci/assets.sh", photo.display());
+    photo
+}
+
+#[test]
+fn a_lora_is_made_of_photos_of_one_face() {
+    let world = World::new();
+    run(world.train("run", &["--max-steps", "3"])).with(0);
+    let output = world.path("lora.safetensors");
+    let generate = |images: &[&Path], more: &[&str]| {
+        let mut command = hyperlora(["generate", "-q", "--checkpoint"]);
+        command.arg(world.path("run")).arg("-o").arg(&output).args(more);
+        images.iter().for_each(|image| {
+            command.arg("--image").arg(image);
+        });
+        command
+    };
+    let photo = photo();
+    let written = |more: &[&str]| {
+        run(generate(&[&photo, &photo.with_file_name("2.pgm")], more)).with(0);
+        fs::read(&output).unwrap()
+    };
+    let with_base = written(&["--base"]);
+    assert!(written(&["--base"]) == with_base);
+    let id_only = written(&[]);
+    assert!(id_only != with_base);
+
+    let (text, blank) = (world.path("text.png"), world.path("blank.png"));
+    fs::write(&text, "This is a text.").unwrap();
+    RgbImage::new(96, 96).save(&blank).unwrap();
+    run(generate(&[&photo, &text], &[])).refused(2, &["text.png", "no photo that can be decoded"]);
+    run(generate(&[&blank], &[])).refused(2, &["blank.png", "shows 0 faces"]);
+    run(generate(&[&world.path("none.png")], &[])).refused(2, &["none.png", "cannot be read"]);
+    assert!(fs::read(&output).unwrap() == id_only);
+
+    run(sample(&world.path("a.png"), &["--lora", &output.display().to_string()])).with(0);
+
+    let settings = world.path("run/config.yaml");
+    let text = fs::read_to_string(&settings).unwrap();
+    fs::write(&settings, text.replace("/models", "/no-models")).unwrap();
+    run(generate(&[&photo], &[])).refused(2, &["/no-models", "ci/assets.sh"]);
+}
