@@ -4,6 +4,7 @@ pub mod attention;
 pub mod autoencoder_kl;
 pub mod clip_encoder;
 pub mod clip_text;
+pub mod configs;
 pub mod embeddings;
 pub mod resnet;
 pub mod scheduler;
