@@ -20,7 +20,7 @@ use crate::weights::file::SafetensorsFile;
 mod file;
 mod save;
 
-pub use save::{save, save_with_metadata};
+pub use save::{TensorEntry, bytes_of, save, save_lazily, save_with_metadata};
 
 /// File names that diffusers and transformers give the weights of one model, in the order of preference.
 const NAMES_IN_FOLDER: [&str; 4] = [

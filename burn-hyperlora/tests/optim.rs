@@ -103,7 +103,7 @@ fn twenty_steps_are_torchs() {
         assert_close("bias", &bias, row(&fixture, "bias.after", step), 1e-5);
         assert!(linear.weight.is_require_grad() && linear.weight.val().is_require_grad());
     }
-    for (name, moment) in optimizer.tensors() {
+    for (name, moment) in optimizer.tensors().map(|(name, moment)| (name, moment.into_data())) {
         assert_close(&name, &moment.try_to_vec().unwrap(), &fixture[&name], 1e-4);
     }
 }
@@ -116,7 +116,8 @@ fn a_restored_optimiser_goes_on_bit_for_bit() {
 
     let mut first = Optimizer::new(&config());
     let half = run(&fixture, linear(&fixture), &mut first, 0..STEPS / 2);
-    let tensors: BTreeMap<String, TensorData> = first.tensors().collect();
+    let tensors: BTreeMap<String, TensorData> =
+        first.tensors().map(|(name, moment)| (name, moment.into_data())).collect();
     let mut second = Optimizer::new(&config());
     second.restore(&half, &first.steps(), tensors, Path::new("optimizer.safetensors")).unwrap();
     let resumed = values(&run(&fixture, half, &mut second, STEPS / 2..STEPS));
@@ -149,7 +150,8 @@ fn state_that_does_not_fit_is_one_error_and_changes_nothing() {
     let fixture = fixture();
     let mut made = Optimizer::new(&config());
     let linear = run(&fixture, linear(&fixture), &mut made, 0..1);
-    let tensors: BTreeMap<String, TensorData> = made.tensors().collect();
+    let tensors: BTreeMap<String, TensorData> =
+        made.tensors().map(|(name, moment)| (name, moment.into_data())).collect();
     let origin = Path::new("step-1/optimizer.safetensors");
     let message = |steps: &BTreeMap<String, usize>, tensors: BTreeMap<String, TensorData>, module: &Linear| {
         let mut optimizer = Optimizer::new(&config());

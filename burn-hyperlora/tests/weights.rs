@@ -1,11 +1,13 @@
 //! Safetensors files: what is read back, and what each kind of broken file is told.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use burn_hyperlora::weights::{Weights, config, save};
+use burn_hyperlora::error::Error;
+use burn_hyperlora::weights::{TensorEntry, Weights, config, save, save_lazily};
 use tempfile::TempDir;
 
 fn saved(tensors: &[(&str, TensorData)]) -> (TempDir, PathBuf) {
@@ -78,6 +80,42 @@ fn equal_tensors_give_equal_bytes_in_any_order() {
     let (_one, first) = saved(&[a.clone(), b.clone()]);
     let (_two, second) = saved(&[b, a]);
     assert_eq!(fs::read(first).unwrap(), fs::read(second).unwrap());
+}
+
+#[test]
+fn tensors_made_while_writing_give_the_same_file() {
+    let tensors = [("a", TensorData::from([1.0f32, 2.0])), ("b", TensorData::from([3i64])), ("c", [4.0f32].into())];
+    let (folder, eager) = saved(&tensors);
+    let lazy = folder.path().join("lazy.safetensors");
+    let entries =
+        || tensors.iter().map(|(name, data)| TensorEntry::new(*name, data.dtype(), data.shape().to_vec()).unwrap());
+    let write = |produce: &mut dyn FnMut(&TensorEntry) -> burn_hyperlora::Result<Vec<u8>>| {
+        save_lazily(&lazy, BTreeMap::new(), entries().collect(), produce)
+    };
+    let bytes =
+        |entry: &TensorEntry| tensors.iter().find(|(name, _)| *name == entry.name).unwrap().1.as_bytes().to_vec();
+    let mut asked = Vec::new();
+    write(&mut |entry| {
+        asked.push(entry.name.clone());
+        Ok(bytes(entry))
+    })
+    .unwrap();
+    assert_eq!(asked, ["b", "a", "c"], "once each, in the order of the file");
+    assert_eq!(fs::read(&eager).unwrap(), fs::read(&lazy).unwrap());
+
+    // A failure in the middle, or a tensor of another size, leaves the file that stood there and nothing beside it.
+    let failing = write(&mut |entry| match entry.name.as_str() {
+        "a" => Err(Error::input("a", "cannot be made", "none")),
+        _ => Ok(bytes(entry)),
+    });
+    assert_eq!(failing.unwrap_err().exit_code(), 2, "the error is that of the maker, not one of the disk");
+    let misfit = write(&mut |entry| Ok(vec![0; bytes(entry).len() - 1])).unwrap_err().to_string();
+    assert!(misfit.contains("b is given as 7 bytes"), "{misfit}");
+    assert_eq!(fs::read(&eager).unwrap(), fs::read(&lazy).unwrap());
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+
+    let twice = || entries().chain(entries()).collect();
+    assert!(save_lazily(&lazy, BTreeMap::new(), twice(), |entry| Ok(bytes(entry))).is_err());
 }
 
 #[test]

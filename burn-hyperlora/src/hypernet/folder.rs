@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::module::Param;
-use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{Bytes, Device, FloatDType, Tensor};
 use data_prep::files::{StagedFolder, write_whole};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -21,7 +21,7 @@ use super::hyper_lora::HyperLora;
 use super::parameters::{ParameterMapper, ParameterVisitor};
 use crate::error::{Error, Result};
 use crate::lora::AttentionSite;
-use crate::weights::{self, Weights};
+use crate::weights::{self, TensorEntry, Weights};
 
 const MODULES_JSON: &str = "hyper_lora_modules.json";
 const BASES: &str = "hyper_lora_modules";
@@ -62,16 +62,9 @@ impl HyperLora {
             serde_json::to_vec_pretty(&Value::Object(sites)).map_err(|problem| Error::Fault(problem.to_string()))?;
         write_whole(&folder.join(MODULES_JSON), &json)?;
 
-        // One file at a time: only its tensors are in memory twice.
-        for stem in [BASES, RESAMPLER, ID_PROJECTOR, BASE_RESAMPLER] {
-            let mut tensors = FileTensors { stem, dtype, tensors: Ok(Vec::new()) };
-            self.visit_parameters(&mut tensors);
-            let tensors = tensors.tensors?;
-            if !tensors.is_empty() {
-                weights::save(&file(folder, stem), tensors)?;
-            }
-        }
-        Ok(())
+        let mut files = FileTensors { dtype, tensors: BTreeMap::new() };
+        self.visit_parameters(&mut files);
+        files.tensors.iter().try_for_each(|(stem, tensors)| save_file(&file(folder, stem), tensors, dtype))
     }
 
     /// Reads a released folder for a UNet with the attention modules `sites`. Modules may be named in diffusers or in
@@ -146,25 +139,44 @@ fn size(weights: &Weights, key: &str, axis: usize) -> Result<usize> {
     })
 }
 
-/// Gathers the tensors of one file, laid out as the file has them.
+/// Gathers the tensors of every file, by the file's stem and the key in it. They stay on their device until written.
 struct FileTensors {
-    stem: &'static str,
     dtype: FloatDType,
-    tensors: Result<Vec<(String, TensorData)>>,
+    tensors: BTreeMap<String, BTreeMap<String, FileTensor>>,
+}
+
+/// One tensor of a file.
+struct FileTensor {
+    /// As the file lays it out.
+    shape: Vec<usize>,
+    /// Fetches it from its device, laid out so.
+    bytes: Box<dyn Fn() -> Result<Bytes>>,
 }
 
 impl ParameterVisitor for FileTensors {
     fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
         let Some((stem, key)) = name.split_once('.') else { return };
-        let (true, Ok(tensors)) = (stem == self.stem, &mut self.tensors) else { return };
-        let tensor = parameter.val().inner().cast(self.dtype);
+        let mut shape = parameter.dims().to_vec();
         // Linear weights are the only matrices; the bases have three axes.
-        let tensor = if D == 2 { tensor.swap_dims(0, 1) } else { tensor };
-        match tensor.try_into_data() {
-            Ok(data) => tensors.push((key.into(), data)),
-            Err(error) => self.tensors = Err(Error::Fault(format!("{name} cannot be read from its device: {error}"))),
+        if D == 2 {
+            shape.reverse();
         }
+        let (tensor, dtype, name) = (parameter.val().inner(), self.dtype, name.to_owned());
+        let bytes = move || {
+            let tensor = tensor.clone().cast(dtype);
+            weights::bytes_of(if D == 2 { tensor.swap_dims(0, 1) } else { tensor }, &name)
+        };
+        let tensor = FileTensor { shape, bytes: Box::new(bytes) };
+        self.tensors.entry(stem.into()).or_default().insert(key.into(), tensor);
     }
+}
+
+fn save_file(path: &Path, tensors: &BTreeMap<String, FileTensor>, dtype: FloatDType) -> Result<()> {
+    let entries = tensors.iter().map(|(key, tensor)| TensorEntry::new(key, dtype.into(), tensor.shape.clone()));
+    weights::save_lazily(path, BTreeMap::new(), entries.collect::<Result<_>>()?, |entry| {
+        let tensor = tensors.get(&entry.name);
+        (tensor.ok_or_else(|| Error::Fault(format!("no parameter is named {}", entry.name)))?.bytes)()
+    })
 }
 
 /// Puts what the files hold in the place of every parameter.

@@ -52,10 +52,10 @@ impl Optimizer {
     }
 
     /// The moments, flat, as `exp_avg.{path}` and `exp_avg_sq.{path}`.
-    pub fn tensors(&self) -> impl Iterator<Item = (String, TensorData)> {
+    pub fn tensors(&self) -> impl Iterator<Item = (String, Tensor<1>)> {
         self.moments.iter().flat_map(|(path, state)| {
             [(FIRST_MOMENT, &state.momentum.moment_1), (SECOND_MOMENT, &state.momentum.moment_2)]
-                .map(|(name, moment)| (format!("{name}.{path}"), moment.to_data()))
+                .map(|(name, moment)| (format!("{name}.{path}"), moment.clone()))
         })
     }
 

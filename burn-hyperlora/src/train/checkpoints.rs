@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, FloatDType, TensorData};
+use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -16,7 +16,7 @@ use crate::hypernet::Stage;
 use crate::train::CHECKPOINTS;
 use crate::train::state::{TrainState, first_difference};
 use crate::train::step::Learner;
-use crate::weights::{self, Weights};
+use crate::weights::{self, TensorEntry, Weights};
 
 /// Folder of the weights in a checkpoint.
 pub const WEIGHTS: &str = "weights";
@@ -43,10 +43,21 @@ pub struct SavedState {
 pub fn save(store: &CheckpointStore, state: &SavedState, learner: &Learner, keep: usize) -> Result<PathBuf> {
     let checkpoint = store.write(state.train.global_step, state, |folder| {
         learner.hyper_lora.save(&folder.join(WEIGHTS), FloatDType::F32)?;
-        weights::save(&folder.join(OPTIMIZER), learner.optimizer.tensors())
+        save_optimizer(&folder.join(OPTIMIZER), learner)
     })?;
     store.prune(keep)?;
     Ok(checkpoint.path().into())
+}
+
+/// Writes the moments, one in memory at a time beside those that the optimiser holds.
+fn save_optimizer(path: &Path, learner: &Learner) -> Result<()> {
+    let moments: BTreeMap<String, Tensor<1>> = learner.optimizer.tensors().collect();
+    let entries = moments.iter().map(|(name, moment)| TensorEntry::new(name, moment.dtype(), moment.dims()));
+    weights::save_lazily(path, BTreeMap::new(), entries.collect::<Result<_>>()?, |entry| {
+        let name = &entry.name;
+        let moment = moments.get(name).ok_or_else(|| Error::Fault(format!("no moment is named {name}")))?;
+        weights::bytes_of(moment.clone(), name)
+    })
 }
 
 /// The checkpoint that a run goes on from, verified; `None` for a run without one.
