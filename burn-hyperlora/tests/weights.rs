@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_hyperlora::error::Error;
-use burn_hyperlora::weights::{TensorEntry, Weights, config, save, save_lazily};
+use burn_hyperlora::weights::{SafetensorsFile, TensorEntry, Weights, config, save, save_lazily};
+use safetensors::Dtype;
 use tempfile::TempDir;
 
 fn saved(tensors: &[(&str, TensorData)]) -> (TempDir, PathBuf) {
@@ -191,4 +192,165 @@ fn a_broken_config_tells_the_line() {
     let problem = config::<std::collections::BTreeMap<String, usize>>(folder.path()).unwrap_err();
     let message = problem.to_string();
     assert!(message.contains("config.json") && message.contains("line 2"), "{message}");
+}
+
+/// A linear layer's tensors that are larger than what is converted at a time, and odd.
+fn odd_linear(columns: usize) -> (Vec<(&'static str, TensorData)>, Vec<f32>) {
+    let rows = 311;
+    let values: Vec<f32> = (0..rows * columns).map(|index| (index % 251) as f32 - 125.0).collect();
+    let weight = TensorData::new(values.clone(), [rows, columns]);
+    (vec![("weight", weight), ("bias", TensorData::zeros::<f32, _>([rows]))], values)
+}
+
+#[test]
+fn any_type_becomes_the_one_asked_for_and_is_transposed_exactly() {
+    // 70000 columns do not fit into one read.
+    for columns in [1, 457, 70_000] {
+        let (tensors, values) = odd_linear(columns);
+        for stored in [DType::F32, DType::F16, DType::BF16] {
+            let converted: Vec<_> =
+                tensors.iter().map(|(name, data)| (*name, data.clone().convert_dtype(stored))).collect();
+            let (_folder, path) = saved(&converted);
+            for (dtype, wanted) in [(FloatDType::F32, DType::F32), (FloatDType::BF16, DType::BF16)] {
+                let weights = open(&path).with_dtype(dtype);
+                let linear = weights.at("").linear(columns, 311, true);
+                let whole: Tensor<2> = weights.at("").tensor("weight", [311, columns]);
+                weights.finish().unwrap();
+                assert!([linear.weight.dtype(), whole.dtype()].iter().all(|&dtype| dtype == wanted));
+                let whole = whole.into_data().convert_dtype(DType::F32);
+                assert!(whole.as_slice::<f32>().unwrap() == values, "{stored:?} to {wanted:?}");
+                let turned = linear.weight.val().swap_dims(0, 1).into_data().convert_dtype(DType::F32);
+                assert!(turned.as_slice::<f32>().unwrap() == values, "{stored:?} to {wanted:?}, transposed");
+            }
+        }
+    }
+}
+
+#[test]
+fn halves_of_a_linear_are_its_rows() {
+    let (tensors, values) = odd_linear(4);
+    let rows = |data: &TensorData| TensorData::new(data.as_slice::<f32>().unwrap()[..310 * 4].to_vec(), [310, 4]);
+    let bias = TensorData::new((0..310).map(|index| index as f32).collect::<Vec<_>>(), [310]);
+    let (_folder, path) = saved(&[("weight", rows(&tensors[0].1)), ("bias", bias)]);
+    let weights = open(&path);
+    let [value, gate] = weights.at("").linear_halves(4, 155);
+    weights.finish().unwrap();
+    for (half, linear) in [value, gate].into_iter().enumerate() {
+        let turned = linear.weight.val().swap_dims(0, 1).into_data();
+        assert_eq!(turned.as_slice::<f32>().unwrap(), &values[half * 620..(half + 1) * 620]);
+        let bias = linear.bias.unwrap().val().into_data();
+        assert_eq!(bias.as_slice::<f32>().unwrap()[..2], [half as f32 * 155.0, half as f32 * 155.0 + 1.0]);
+    }
+}
+
+#[test]
+fn values_that_are_not_finite_are_refused() {
+    let (_folder, path) =
+        saved(&[("nan", TensorData::from([1.0f32, f32::NAN])), ("wide", TensorData::from([f32::MAX]))]);
+    let weights = open(&path).with_dtype(FloatDType::BF16);
+    let _: Tensor<1> = weights.at("").tensor("nan", [2]);
+    let _: Tensor<1> = weights.at("").tensor("wide", [1]);
+    let message = weights.finish().unwrap_err().to_string();
+    assert!(message.contains("nan: holds values that are not finite"), "{message}");
+    assert!(message.contains("wide: holds values that are not finite"), "{message}");
+}
+
+/// Writes shards of one tensor each, named for `variant`, and their index.
+fn sharded(folder: &Path, index: &str, infix: &str) {
+    for (shard, name) in ["a", "b"].into_iter().enumerate() {
+        let file = format!("model{infix}-0000{}-of-00002.safetensors", shard + 1);
+        save(&folder.join(file), [(name.to_owned(), TensorData::from([shard as f32 + 1.0]))]).unwrap();
+    }
+    let map = [("a", 1), ("b", 2)]
+        .map(|(name, shard)| format!(r#""{name}":"model{infix}-0000{shard}-of-00002.safetensors""#));
+    fs::write(folder.join(index), format!(r#"{{"metadata":{{"total_size":8}},"weight_map":{{{}}}}}"#, map.join(",")))
+        .unwrap();
+}
+
+fn values_in(folder: &Path, variant: Option<&str>) -> [f32; 2] {
+    let weights = Weights::open_variant(folder, variant, &Device::flex()).unwrap();
+    let values = ["a", "b"].map(|name| weights.at("").tensor::<1>(name, [1]).into_scalar::<f32>());
+    weights.finish().unwrap();
+    values
+}
+
+#[test]
+fn shards_are_one_model() {
+    let folder = tempfile::tempdir().unwrap();
+    sharded(folder.path(), "model.safetensors.index.json", "");
+    assert_eq!(values_in(folder.path(), None), [1.0, 2.0]);
+}
+
+#[test]
+fn a_variant_is_preferred_where_it_is_there() {
+    for index in ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"] {
+        let folder = tempfile::tempdir().unwrap();
+        sharded(folder.path(), index, ".fp16");
+        // All there is, asked for or not.
+        assert_eq!(values_in(folder.path(), None), [1.0, 2.0]);
+        let plain = ["a", "b"].map(|name| (name.to_owned(), TensorData::from([5.0f32])));
+        save(&folder.path().join("model.safetensors"), plain).unwrap();
+        assert_eq!(values_in(folder.path(), None), [5.0, 5.0]);
+        assert_eq!(values_in(folder.path(), Some("fp16")), [1.0, 2.0]);
+        assert_eq!(values_in(folder.path(), Some("bf16")), [5.0, 5.0]);
+    }
+}
+
+#[test]
+fn shards_that_do_not_fit_their_index_are_refused() {
+    let index = "model.safetensors.index.json";
+    let refusal = |spoil: &dyn Fn(&Path)| {
+        let folder = tempfile::tempdir().unwrap();
+        sharded(folder.path(), index, "");
+        spoil(folder.path());
+        let error = Weights::open(folder.path(), &Device::flex()).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        error.to_string()
+    };
+    let second = "model-00002-of-00002.safetensors";
+    let message = refusal(&|folder| fs::remove_file(folder.join(second)).unwrap());
+    assert!(message.contains(index) && message.contains(second) && message.contains("not beside it"), "{message}");
+    let message = refusal(&|folder| {
+        let whole = fs::read(folder.join(second)).unwrap();
+        fs::write(folder.join(second), &whole[..whole.len() - 1]).unwrap();
+    });
+    assert!(message.contains(second) && message.contains("its header tells of 4"), "{message}");
+    let message = refusal(&|folder| {
+        save(&folder.join(second), [("c".to_owned(), TensorData::from([1.0f32]))]).unwrap();
+    });
+    assert!(message.contains("tensors that the shards lack, 1 in all") && message.contains("b in model"), "{message}");
+    let message = refusal(&|folder| {
+        let two = ["b", "c"].map(|name| (name.to_owned(), TensorData::from([1.0f32])));
+        save(&folder.join(second), two).unwrap();
+    });
+    assert!(message.contains("lacks tensors of its shards") && message.contains("c in model"), "{message}");
+    let message = refusal(&|folder| {
+        fs::write(folder.join(index), r#"{"weight_map":{"a":"../model.safetensors"}}"#).unwrap();
+    });
+    assert!(message.contains("no plain file name"), "{message}");
+    let message = refusal(&|folder| fs::write(folder.join(index), "<html>").unwrap());
+    assert!(message.contains("no index of shards"), "{message}");
+}
+
+#[test]
+fn a_file_can_be_copied_tensor_by_tensor() {
+    let (_folder, path) = saved(&[("narrow", TensorData::from([1u8, 2])), ("wide", TensorData::from([[3i64], [4]]))]);
+    let file = SafetensorsFile::open(&path).unwrap();
+    let entries: Vec<_> = file.entries().map(|entry| (entry.name, entry.dtype, entry.shape)).collect();
+    assert_eq!(entries, [("wide".into(), Dtype::I64, vec![2, 1]), ("narrow".into(), Dtype::U8, vec![2])]);
+    assert_eq!(file.metadata()["format"], "pt");
+    assert_eq!(file.read_raw("narrow").unwrap(), [1, 2]);
+    assert_eq!(file.read_raw("wide").unwrap(), [3i64.to_le_bytes(), 4i64.to_le_bytes()].concat());
+    assert_eq!(file.read_raw("absent").unwrap_err().exit_code(), 1);
+}
+
+#[test]
+fn names_and_shapes_alone_check_a_model() {
+    let list = |width| [("weight".to_owned(), vec![width, 1 << 40]), ("bias".to_owned(), vec![1 << 40])];
+    let weights = Weights::without_data(list(1 << 40));
+    assert_eq!(weights.at("").linear(1 << 40, 1 << 40, true).weight.dims(), [1 << 40, 1 << 40]);
+    weights.finish().unwrap();
+    let weights = Weights::without_data(list(3));
+    let _ = weights.at("").linear(1 << 40, 1 << 40, true);
+    assert!(weights.finish().unwrap_err().to_string().contains("weight: shape [3, 1099511627776]"));
 }

@@ -5,12 +5,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
-use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::error::{Error, Result};
+use crate::weights::save::TensorEntry;
 
 /// Bytes of the length that opens the file.
 const LENGTH_BYTES: u64 = 8;
@@ -19,25 +17,37 @@ const LENGTH_BYTES: u64 = 8;
 const HEADER_LIMIT: u64 = 100_000_000;
 
 /// How other kinds of file that people take for safetensors begin.
-const IMPOSTORS: [(&[u8], &str); 5] = [
+const IMPOSTORS: [(&[u8], &str); 8] = [
     (b"PK\x03\x04", "a PyTorch pickle (.bin, .ckpt, .pt)"),
     (b"\x80\x02", "a Python pickle"),
+    (b"\x80\x03", "a Python pickle"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"\x80\x05", "a Python pickle"),
     (b"<!", "a web page"),
     (b"<h", "a web page"),
     (b"version ", "a Git LFS pointer, not the file it points to"),
 ];
 
-/// A file whose header has been read and found consistent.
+/// A safetensors file whose header has been read and found consistent; for reading what a file holds as it is.
+/// [`Weights`](crate::weights::Weights) is for building models.
 #[derive(Debug)]
-pub(super) struct SafetensorsFile {
+pub struct SafetensorsFile {
     path: PathBuf,
     file: File,
     data_start: u64,
+    metadata: BTreeMap<String, String>,
+    /// Names by the place of their tensors in the file.
+    order: Vec<String>,
     tensors: HashMap<String, TensorInfo>,
 }
 
 impl SafetensorsFile {
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    /// Reads the header.
+    ///
+    /// # Errors
+    /// Input for a missing file, a file that is no safetensors file (a pickle, a web page, a Git LFS pointer), and a
+    /// header that does not agree with itself or the file's length.
+    pub fn open(path: &Path) -> Result<Self> {
         let read = |source| Error::read(path, source);
         let damaged =
             |problem: String| Error::file(path, problem, "fetch the file again: it is not a whole safetensors file");
@@ -59,52 +69,63 @@ impl SafetensorsFile {
 
         let mut header = vec![0; header_length as usize];
         file.read_exact_at(&mut header, LENGTH_BYTES).map_err(read)?;
-        let metadata: Metadata = serde_json::from_slice(&header)
+        let header: Metadata = serde_json::from_slice(&header)
             .map_err(|problem| damaged(format!("has a header that does not hold: {problem}")))?;
         let data_start = LENGTH_BYTES + header_length;
-        let expected = data_start.checked_add(metadata.data_len() as u64);
+        let expected = data_start.checked_add(header.data_len() as u64);
         if expected != Some(length) {
             return Err(damaged(format!(
                 "has {} bytes of tensors, its header tells of {}",
                 length - data_start,
-                metadata.data_len()
+                header.data_len()
             )));
         }
-        let tensors = metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
-        Ok(Self { path: path.into(), file, data_start, tensors })
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    pub(super) fn shapes(&self) -> BTreeMap<&str, &[usize]> {
-        self.tensors.iter().map(|(name, info)| (name.as_str(), info.shape.as_slice())).collect()
-    }
-
-    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.tensors.get(name).map(|info| info.shape.as_slice())
-    }
-
-    /// The values of a tensor; the inner error says why they are none that a model takes.
-    pub(super) fn read(&self, name: &str) -> Result<std::result::Result<Vec<f32>, String>> {
-        let Some(info) = self.tensors.get(name) else {
-            return Ok(Err("missing".into()));
-        };
-        let elements = info.shape.iter().product();
-        Ok(match info.dtype {
-            Dtype::F32 => Ok(self.bytes_of::<f32>(info, elements)?),
-            Dtype::F16 => Ok(self.bytes_of::<f16>(info, elements)?.to_f32_vec()),
-            Dtype::BF16 => Ok(self.bytes_of::<bf16>(info, elements)?.to_f32_vec()),
-            other => Err(format!("type {other}, expected F32, F16 or BF16")),
+        Ok(Self {
+            path: path.into(),
+            file,
+            data_start,
+            metadata: header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect(),
+            order: header.offset_keys(),
+            tensors: header.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect(),
         })
     }
 
-    fn bytes_of<T: bytemuck::Pod>(&self, info: &TensorInfo, elements: usize) -> Result<Vec<T>> {
-        let mut values = bytemuck::zeroed_vec::<T>(elements);
-        self.file
-            .read_exact_at(bytemuck::cast_slice_mut(&mut values), self.data_start + info.data_offsets.0 as u64)
-            .map_err(|source| Error::read(&self.path, source))?;
-        Ok(values)
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file's own `__metadata__`.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Every tensor, in the order in which they lie in the file.
+    pub fn entries(&self) -> impl Iterator<Item = TensorEntry> {
+        self.infos().map(|(name, info)| TensorEntry { name: name.into(), dtype: info.dtype, shape: info.shape.clone() })
+    }
+
+    /// The bytes of a tensor, little-endian, rows first.
+    ///
+    /// # Errors
+    /// Disk when reading fails, Fault for a name that [`entries`](Self::entries) does not tell.
+    pub fn read_raw(&self, name: &str) -> Result<Vec<u8>> {
+        let info = self.tensors.get(name).ok_or_else(|| {
+            Error::Fault(format!("{} was asked for a tensor that it does not hold: {name}", self.path.display()))
+        })?;
+        let (start, end) = info.data_offsets;
+        let mut bytes = vec![0; end - start];
+        self.read_at(&mut bytes, start)?;
+        Ok(bytes)
+    }
+
+    pub(super) fn infos(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+        self.order.iter().filter_map(|name| Some((name.as_str(), self.tensors.get(name)?)))
+    }
+
+    /// Fills `bytes` from `start`, counted from where the tensors begin.
+    pub(super) fn read_at(&self, bytes: &mut [u8], start: usize) -> Result<()> {
+        let start = self.data_start + start as u64;
+        self.file.read_exact_at(bytes, start).map_err(|source| Error::read(&self.path, source))
     }
 }
