@@ -78,16 +78,16 @@ impl Dataset {
         let mut rows: Vec<Row> = Vec::new();
         let (mut identities, mut splits) = (Names::default(), Names::default());
         let mut photos: Vec<Vec<u32>> = Vec::new();
-        for (group, row_group) in (0..).zip(shards.row_groups()) {
-            for (place, label) in (0..).zip(shards.labels(row_group)?) {
-                let identity = label.identity.map(|name| identities.number(name));
-                let split = label.split.map(|name| splits.number(name));
-                photos.resize_with(identities.names.len(), Vec::new);
-                if let Some(person) = identity {
-                    photos[person as usize].push(rows.len() as u32);
-                }
-                rows.push(Row { group, place, identity, split });
+        let places =
+            (0..).zip(shards.row_groups()).flat_map(|(group, of)| (0..of.rows as u32).map(move |row| (group, row)));
+        for ((group, place), label) in places.zip(shards.labels()?) {
+            let identity = label.identity.map(|name| identities.number(name));
+            let split = label.split.map(|name| splits.number(name));
+            photos.resize_with(identities.names.len(), Vec::new);
+            if let Some(person) = identity {
+                photos[person as usize].push(rows.len() as u32);
             }
+            rows.push(Row { group, place, identity, split });
         }
         let cache = Mutex::new(Cache { limit: cache_mib << 20, ..Cache::default() });
         Ok(Self { path: path.into(), shards, rows, identities, splits, photos, cache })
@@ -148,13 +148,6 @@ impl Dataset {
         (0..self.rows.len()).filter(|&row| self.is_in(row, split)).collect()
     }
 
-    /// Rows of `split` that show the person of `row`, without `row`.
-    pub fn others(&self, row: usize, split: &str) -> Vec<usize> {
-        let photos = self.rows[row].identity.map(|person| &self.photos[person as usize]);
-        let photos = photos.into_iter().flatten().map(|&photo| photo as usize);
-        photos.filter(|&other| other != row && self.is_in(other, split)).collect()
-    }
-
     /// The targets of `split`, each with the photos of `references` that may stand for its person.
     ///
     /// # Errors
@@ -170,13 +163,19 @@ impl Dataset {
                 format!("name one of these splits, or `{ALL_SPLITS}`, or prepare more photos"),
             ));
         }
+        let people: Vec<Arc<[u32]>> = match reference {
+            Reference::Target => Vec::new(),
+            Reference::SameIdentity => self.photos.iter().map(|photos| self.of_split(photos, references)).collect(),
+        };
         let pairs: Vec<Pair> = targets
             .into_iter()
-            .map(|target| match reference {
-                Reference::Target => Pair { target, references: Vec::new() },
-                Reference::SameIdentity => Pair { target, references: self.others(target, references) },
+            .map(|target| {
+                let photos = self.rows[target].identity.and_then(|person| people.get(person as usize)).cloned();
+                let photos = photos.unwrap_or_default();
+                let own_place = photos.binary_search(&(target as u32)).ok();
+                Pair { target, photos, own_place }
             })
-            .filter(|pair| reference == Reference::Target || !pair.references.is_empty())
+            .filter(|pair| reference == Reference::Target || pair.references() > 0)
             .collect();
         if pairs.is_empty() {
             return Err(Error::file(
@@ -206,6 +205,10 @@ impl Dataset {
         ))
     }
 
+    fn of_split(&self, rows: &[u32], split: &str) -> Arc<[u32]> {
+        rows.iter().copied().filter(|&row| self.is_in(row as usize, split)).collect()
+    }
+
     fn is_in(&self, row: usize, split: &str) -> bool {
         split == ALL_SPLITS || self.rows[row].split.is_some_and(|number| self.splits.names[number as usize] == split)
     }
@@ -229,8 +232,10 @@ pub struct Pairs {
 pub struct Pair {
     /// Its row.
     pub target: usize,
-    /// Rows that may be its reference; empty where it is its own.
-    pub references: Vec<usize>,
+    /// Rows of the person that may be a reference, in order: one list for all the targets of a person.
+    photos: Arc<[u32]>,
+    /// Where the target itself stands in that list.
+    own_place: Option<usize>,
 }
 
 impl Pairs {
@@ -241,10 +246,16 @@ impl Pairs {
 }
 
 impl Pair {
-    /// Draws the reference photo.
+    /// Photos that may be its reference.
+    pub fn references(&self) -> usize {
+        self.photos.len() - usize::from(self.own_place.is_some())
+    }
+
+    /// Draws the reference photo; the target where there is no other.
     pub fn reference(&self, generator: &mut impl RngCore) -> usize {
-        let drawn = below(generator, self.references.len() as u64) as usize;
-        self.references.get(drawn).copied().unwrap_or(self.target)
+        let drawn = below(generator, self.references() as u64) as usize;
+        let skipped = usize::from(self.own_place.is_some_and(|own| own <= drawn));
+        self.photos.get(drawn + skipped).map_or(self.target, |&row| row as usize)
     }
 }
 

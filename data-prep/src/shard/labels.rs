@@ -1,11 +1,13 @@
-//! Who is in a row group and which split its rows belong to, without reading a single photo.
+//! Who is in which row and which split it belongs to, without reading a single photo.
+
+use std::path::Path;
 
 use arrow::array::{AsArray, RecordBatch, StringArray};
 use arrow::error::ArrowError;
 use parquet::arrow::ProjectionMask;
 
-use crate::error::Result;
-use crate::shard::reader::{RowGroup, ShardFolder, damaged, reader};
+use crate::error::{Error, Result};
+use crate::shard::reader::{REMEDY, RowGroup, ShardFolder, reader};
 
 /// The labels of one row.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,29 +19,39 @@ pub struct RowLabel {
 }
 
 impl ShardFolder {
-    /// The labels of one row group, in the order of its rows.
+    /// The labels of all rows, in order; every shard is opened once.
     ///
     /// # Errors
     /// Input, with the file: damaged data.
-    pub fn labels(&self, group: &RowGroup) -> Result<Vec<RowLabel>> {
-        let builder = reader(&group.file)?;
-        let columns = ProjectionMask::columns(builder.parquet_schema(), ["identity", "split"]);
-        let batches = builder
-            .with_projection(columns)
-            .with_row_groups(vec![group.index])
-            .with_batch_size(group.rows.max(1))
-            .build()
-            .map_err(|error| damaged(group, &error))?;
-        let mut labels = Vec::with_capacity(group.rows);
-        for batch in batches {
-            let of_batch = batch.and_then(|batch| labels_of(&batch)).map_err(|error| damaged(group, &error))?;
-            labels.extend(of_batch);
-        }
-        if labels.len() != group.rows {
-            return Err(damaged(group, &format_args!("{} rows instead of {}", labels.len(), group.rows)));
+    pub fn labels(&self) -> Result<Vec<RowLabel>> {
+        let mut labels = Vec::with_capacity(self.manifest().kept);
+        for groups in self.row_groups().chunk_by(|a, b| a.file == b.file) {
+            labels.extend(labels_of_shard(groups)?);
         }
         Ok(labels)
     }
+}
+
+/// The labels of the row groups of one shard, at least one and in order.
+fn labels_of_shard(groups: &[RowGroup]) -> Result<Vec<RowLabel>> {
+    let [first, ..] = groups else { return Ok(Vec::new()) };
+    let rows: usize = groups.iter().map(|group| group.rows).sum();
+    let unreadable = |error: &dyn std::fmt::Display| damaged_labels(&first.file, error);
+    let builder = reader(&first.file)?;
+    let columns = ProjectionMask::columns(builder.parquet_schema(), ["identity", "split"]);
+    let batches = builder.with_projection(columns).build().map_err(|error| unreadable(&error))?;
+    let mut labels = Vec::with_capacity(rows);
+    for batch in batches {
+        labels.extend(batch.and_then(|batch| labels_of(&batch)).map_err(|error| unreadable(&error))?);
+    }
+    if labels.len() != rows {
+        return Err(unreadable(&format_args!("{} rows instead of {rows}", labels.len())));
+    }
+    Ok(labels)
+}
+
+fn damaged_labels(file: &Path, error: &dyn std::fmt::Display) -> Error {
+    Error::file(file, format!("its columns `identity` and `split` are damaged: {error}"), REMEDY)
 }
 
 fn labels_of(batch: &RecordBatch) -> std::result::Result<Vec<RowLabel>, ArrowError> {

@@ -10,7 +10,7 @@ use crate::shard::FaceRecord;
 use crate::shard::manifest::{Manifest, ShardFile, sha256_of_file};
 use crate::shard::schema::{difference, from_batch};
 
-const REMEDY: &str = "restore the file, or prepare the data again with `data-prep build`";
+pub(super) const REMEDY: &str = "restore the file, or prepare the data again with `data-prep build`";
 
 /// A folder that `data-prep build` wrote.
 #[derive(Debug, Clone)]
@@ -127,7 +127,7 @@ fn row_groups_of(path: &Path, expected: &ShardFile) -> Result<Vec<RowGroup>> {
     Ok(groups)
 }
 
-pub(super) fn damaged(group: &RowGroup, error: &dyn std::fmt::Display) -> Error {
+fn damaged(group: &RowGroup, error: &dyn std::fmt::Display) -> Error {
     Error::file(&group.file, format!("row group {} is damaged: {error}", group.index), REMEDY)
 }
 
