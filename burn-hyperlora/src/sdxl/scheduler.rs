@@ -1,12 +1,28 @@
-//! The noise schedule of training (diffusers `DDPMScheduler`; Ho et al., arXiv 2006.11239) and the Euler sampler
-//! (diffusers `EulerDiscreteScheduler`; Karras et al., arXiv 2206.00364, algorithm 2 without churn).
+//! The noise schedule of training (diffusers `DDPMScheduler`; Ho et al., arXiv 2006.11239) and the samplers that go the
+//! way back: one file each.
 
 use std::path::Path;
 
 use burn::tensor::{Tensor, TensorData};
 use serde::Deserialize;
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+
+mod ddim;
+mod dpm_solver;
+mod euler;
+mod sampler;
+mod spacing;
+
+pub use ddim::DdimSampler;
+pub use dpm_solver::DpmSolverSampler;
+pub use euler::EulerSampler;
+pub use sampler::{NoiseSampler, SamplerKind};
+
+/// Share of the image that samplers dividing by its root see at a last timestep without any: f16's smallest number, as in
+/// diffusers.
+const SMALLEST_SHARE: f64 = 1.0 / (1 << 24) as f64;
 
 /// What the UNet predicts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -40,6 +56,16 @@ pub enum BetaSchedule {
     ScaledLinear,
 }
 
+/// The noise level that sampling ends at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinalSigmas {
+    /// None.
+    Zero,
+    /// That of the first training timestep.
+    SigmaMin,
+}
+
 /// The `scheduler_config.json` of a base, as far as it changes what is computed. Other keys are ignored.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ScheduleConfig {
@@ -54,24 +80,68 @@ pub struct ScheduleConfig {
     /// What the UNet predicts.
     #[serde(default = "epsilon")]
     pub prediction_type: Prediction,
-    /// The spacing of sampling steps.
-    #[serde(default = "leading")]
-    pub timestep_spacing: TimestepSpacing,
+    /// The spacing of sampling steps; each sampler's own in diffusers where left out.
+    #[serde(default)]
+    pub timestep_spacing: Option<TimestepSpacing>,
     /// Added to the timesteps of leading spacing.
     #[serde(default)]
     pub steps_offset: usize,
+    /// Shifts the schedule so that the last timestep is pure noise (Lin et al., arXiv 2305.08891).
     #[serde(default)]
-    trained_betas: Option<Vec<f64>>,
+    pub rescale_betas_zero_snr: bool,
+    /// Lays the noise levels of Euler and DPM-Solver after Karras et al., arXiv 2206.00364, equation 5.
     #[serde(default)]
-    rescale_betas_zero_snr: bool,
+    pub use_karras_sigmas: Option<bool>,
+    /// Where Euler and DPM-Solver end.
+    #[serde(default = "zero")]
+    pub final_sigmas_type: FinalSigmas,
+    /// Whether DDIM ends at no noise, instead of at the first training timestep.
+    #[serde(default = "yes")]
+    pub set_alpha_to_one: bool,
+    /// Whether DPM-Solver ends in a first-order step when there are fewer than 15.
+    #[serde(default = "yes")]
+    pub lower_order_final: bool,
+    /// Whether DPM-Solver always ends in a first-order step.
+    #[serde(default)]
+    pub euler_at_final: bool,
+    /// Names the sampler that the base was published with.
+    #[serde(default, rename = "_class_name")]
+    pub class_name: Option<String>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+/// Keys with one supported value. `null` means the same.
+fn fixed_keys() -> [(&'static str, Value); 15] {
+    [
+        ("trained_betas", Value::Null),
+        ("clip_sample", json!(false)),
+        ("thresholding", json!(false)),
+        ("interpolation_type", json!("linear")),
+        ("timestep_type", json!("discrete")),
+        ("sigma_min", Value::Null),
+        ("sigma_max", Value::Null),
+        ("use_exponential_sigmas", json!(false)),
+        ("use_beta_sigmas", json!(false)),
+        ("use_lu_lambdas", json!(false)),
+        ("use_flow_sigmas", json!(false)),
+        ("algorithm_type", json!("dpmsolver++")),
+        ("solver_order", json!(2)),
+        ("solver_type", json!("midpoint")),
+        ("variance_type", Value::Null),
+    ]
 }
 
 fn epsilon() -> Prediction {
     Prediction::Epsilon
 }
 
-fn leading() -> TimestepSpacing {
-    TimestepSpacing::Leading
+fn zero() -> FinalSigmas {
+    FinalSigmas::Zero
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// How much of an image is left at each training timestep.
@@ -101,11 +171,17 @@ impl NoiseSchedule {
     /// The key and the problem, as a message.
     pub fn new(config: ScheduleConfig) -> std::result::Result<Self, String> {
         let ScheduleConfig { num_train_timesteps: count, beta_start: start, beta_end: end, .. } = config;
-        if config.trained_betas.is_some() {
-            return Err("trained_betas: is not supported, only null".into());
+        for (key, only) in fixed_keys() {
+            match config.others.get(key) {
+                Some(value) if !value.is_null() && *value != only => {
+                    return Err(format!("{key}: {value} is not supported, only {only}"));
+                }
+                _ => {}
+            }
         }
-        if config.rescale_betas_zero_snr {
-            return Err("rescale_betas_zero_snr: is not supported, only false".into());
+        if config.rescale_betas_zero_snr && config.prediction_type == Prediction::Epsilon {
+            let problem = "a schedule that ends in pure noise needs prediction_type v_prediction";
+            return Err(format!("rescale_betas_zero_snr: {problem}: its noise tells nothing of the image"));
         }
         if count < 2 {
             return Err(format!("num_train_timesteps: {count} is too few"));
@@ -121,13 +197,16 @@ impl NoiseSchedule {
             }
         };
         let mut left = 1.0;
-        let alphas_cumprod = (0..count)
+        let mut shares: Vec<f64> = (0..count)
             .map(|step| {
                 left *= 1.0 - beta(step);
-                left as f32
+                left
             })
             .collect();
-        Ok(Self { config, alphas_cumprod })
+        if config.rescale_betas_zero_snr {
+            end_in_noise(&mut shares);
+        }
+        Ok(Self { config, alphas_cumprod: shares.into_iter().map(|share| share as f32).collect() })
     }
 
     /// What the schedule was made from.
@@ -138,6 +217,24 @@ impl NoiseSchedule {
     /// The share of the image's variance left at each training timestep; falls from about 1 to about 0.
     pub fn alphas_cumprod(&self) -> &[f32] {
         &self.alphas_cumprod
+    }
+
+    /// The noise level of each training timestep where the image keeps its scale, rising: `sqrt((1 - a) / a)`.
+    fn sigmas(&self) -> Vec<f64> {
+        let sigma = |&share: &f32| {
+            let share = f64::from(share).max(SMALLEST_SHARE);
+            ((1.0 - share) / share).sqrt()
+        };
+        self.alphas_cumprod.iter().map(sigma).collect()
+    }
+
+    /// Checks a number of sampling steps.
+    fn check_steps(&self, steps: usize) -> Result<()> {
+        let train = self.config.num_train_timesteps;
+        if (1..=train).contains(&steps) {
+            return Ok(());
+        }
+        Err(Error::input("steps", format!("{steps} is not within 1 and {train}"), "20 to 30 are usual"))
     }
 
     /// `sqrt(a) latents + sqrt(1 - a) noise`, all `[B, C, h, w]`, with one timestep below `num_train_timesteps` per sample.
@@ -168,89 +265,12 @@ impl NoiseSchedule {
     }
 }
 
-/// A run of Euler steps from noise to an image, in the variance-exploding view: `x = image + sigma * noise`.
-#[derive(Debug, Clone)]
-pub struct EulerSampler {
-    prediction: Prediction,
-    spacing: TimestepSpacing,
-    timesteps: Vec<f32>,
-    /// One more than timesteps: the last is 0.
-    sigmas: Vec<f32>,
-}
-
-impl EulerSampler {
-    /// Lays `steps` over the schedule, as `EulerDiscreteScheduler.set_timesteps`.
-    ///
-    /// # Errors
-    /// Input unless `steps` is within 1 and the number of training timesteps.
-    pub fn new(schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
-        let ScheduleConfig { num_train_timesteps: train, prediction_type, timestep_spacing, steps_offset, .. } =
-            schedule.config;
-        if steps == 0 || steps > train {
-            return Err(Error::input("steps", format!("{steps} is not within 1 and {train}"), "20 to 30 are usual"));
-        }
-        let (last, ratio) = ((train - 1) as f64, train as f64 / steps as f64);
-        let timestep = |step: usize| match timestep_spacing {
-            TimestepSpacing::Leading => ((steps - 1 - step) * (train / steps) + steps_offset) as f64,
-            TimestepSpacing::Trailing => (train as f64 - step as f64 * ratio).round_ties_even() - 1.0,
-            TimestepSpacing::Linspace if steps == 1 => 0.0,
-            TimestepSpacing::Linspace => last * (steps - 1 - step) as f64 / (steps - 1) as f64,
-        };
-        let sigma_at = |timestep: f64| {
-            let sigma = |index: usize| {
-                let a = f64::from(schedule.alphas_cumprod[index]);
-                ((1.0 - a) / a).sqrt()
-            };
-            let below = timestep.clamp(0.0, last).floor() as usize;
-            let above = (below + 1).min(train - 1);
-            let share = timestep.clamp(0.0, last) - below as f64;
-            (sigma(below) * (1.0 - share) + sigma(above) * share) as f32
-        };
-        let timesteps: Vec<f64> = (0..steps).map(timestep).collect();
-        Ok(Self {
-            prediction: prediction_type,
-            spacing: timestep_spacing,
-            sigmas: timesteps.iter().copied().map(sigma_at).chain([0.0]).collect(),
-            timesteps: timesteps.into_iter().map(|timestep| timestep as f32).collect(),
-        })
-    }
-
-    /// The timestep that the UNet is told at each step, falling.
-    pub fn timesteps(&self) -> &[f32] {
-        &self.timesteps
-    }
-
-    /// The noise level before each step, and the 0 after the last.
-    pub fn sigmas(&self) -> &[f32] {
-        &self.sigmas
-    }
-
-    /// What standard normal noise is multiplied by to start.
-    pub fn init_noise_sigma(&self) -> f32 {
-        let highest = self.sigmas[0];
-        match self.spacing {
-            TimestepSpacing::Leading => highest.hypot(1.0),
-            TimestepSpacing::Trailing | TimestepSpacing::Linspace => highest,
-        }
-    }
-
-    /// What the UNet sees of `latents` at `step`: their variance brought to about one.
-    pub fn scale_model_input(&self, latents: Tensor<4>, step: usize) -> Tensor<4> {
-        latents / self.sigmas[step].hypot(1.0)
-    }
-
-    /// The latents after `step`, given the UNet's `output` for [`scale_model_input`](Self::scale_model_input).
-    pub fn step(&self, output: Tensor<4>, latents: Tensor<4>, step: usize) -> Tensor<4> {
-        let (sigma, next) = (self.sigmas[step], self.sigmas[step + 1]);
-        let slope = match self.prediction {
-            Prediction::Epsilon => output,
-            // (x - image) / sigma with image = x / (s^2 + 1) - output * s / sqrt(s^2 + 1)
-            Prediction::VPrediction => {
-                let norm = sigma.hypot(1.0);
-                latents.clone() * (sigma / (norm * norm)) + output / norm
-            }
-        };
-        latents + slope * (next - sigma)
+/// Shifts and scales the roots of `shares` so that the last is 0 and the first stays.
+fn end_in_noise(shares: &mut [f64]) {
+    let root = |share: Option<&f64>| share.copied().unwrap_or_default().sqrt();
+    let (first, last) = (root(shares.first()), root(shares.last()));
+    for share in shares {
+        *share = ((share.sqrt() - last) * first / (first - last)).powi(2);
     }
 }
 
@@ -269,6 +289,7 @@ mod tests {
             config.and_then(NoiseSchedule::new).map(|_| ())
         };
         assert_eq!(with("unknown_key", 1.into()), Ok(()));
+        assert_eq!(with("solver_order", Value::Null), Ok(()));
         for (key, value) in [
             ("num_train_timesteps", 1.into()),
             ("beta_start", (-0.1).into()),
@@ -277,6 +298,9 @@ mod tests {
             ("prediction_type", "sample".into()),
             ("trained_betas", vec![0.1].into()),
             ("rescale_betas_zero_snr", true.into()),
+            ("clip_sample", true.into()),
+            ("solver_order", 3.into()),
+            ("use_beta_sigmas", true.into()),
         ] {
             assert!(with(key, value).is_err(), "{key} was accepted");
         }
