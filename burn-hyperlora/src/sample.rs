@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::lora::LoraWeights;
 use crate::sdxl::autoencoder_kl::AutoencoderKl;
-use crate::sdxl::scheduler::{EulerSampler, NoiseSchedule};
+use crate::sdxl::scheduler::{NoiseSampler, NoiseSchedule, SamplerKind};
 use crate::sdxl::text::PromptStates;
 use crate::sdxl::unet::{UNet2DConditionModel, UnetInput};
 
@@ -18,8 +18,10 @@ use crate::sdxl::unet::{UNet2DConditionModel, UnetInput};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SampleConfig {
-    /// Euler steps.
+    /// Steps from noise to picture.
     pub steps: usize,
+    /// What makes them; the base's own sampler where left out.
+    pub sampler: Option<SamplerKind>,
     /// Classifier-free guidance; 1 and below draw without the negative prompt.
     pub guidance: f64,
     /// Height of a picture in pixels, a multiple of the autoencoder's factor.
@@ -28,11 +30,42 @@ pub struct SampleConfig {
     pub width: usize,
     /// Of the initial noise.
     pub seed: u64,
+    /// Which training photo the UNet shall think of.
+    pub photo: PhotoSize,
+}
+
+/// What SDXL is told of the photo that a picture could have been cut from (arXiv 2307.01952, section 2.2), in pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PhotoSize {
+    /// Height and width before scaling; the picture's own where left out.
+    pub original: Option<[u32; 2]>,
+    /// Top and left of the cut.
+    pub crop: [u32; 2],
+    /// Height and width to train for; the picture's own where left out.
+    pub target: Option<[u32; 2]>,
+}
+
+impl PhotoSize {
+    /// The six numbers that the UNet is given for a picture of this height and width.
+    fn time_ids(&self, height: usize, width: usize) -> [f32; 6] {
+        let own = [height as u32, width as u32];
+        let [original, target] = [self.original, self.target].map(|size| size.unwrap_or(own));
+        [original[0], original[1], self.crop[0], self.crop[1], target[0], target[1]].map(|pixels| pixels as f32)
+    }
 }
 
 impl Default for SampleConfig {
     fn default() -> Self {
-        Self { steps: 30, guidance: 5.0, height: 1024, width: 1024, seed: 0 }
+        Self {
+            steps: 30,
+            sampler: None,
+            guidance: 5.0,
+            height: 1024,
+            width: 1024,
+            seed: 0,
+            photo: PhotoSize::default(),
+        }
     }
 }
 
@@ -112,15 +145,13 @@ impl Sampler<'_> {
         let halves = prompts.len();
         let prompt_embeds = Tensor::cat(prompts.iter().map(|p| p.prompt_embeds.clone()).collect(), 0);
         let pooled = Tensor::cat(prompts.iter().map(|p| p.pooled.clone()).collect(), 0);
-        let (height, width) = (config.height as f32, config.width as f32);
-        // Original size, upper left corner of the crop, target size.
-        let time_ids = Tensor::<2>::from_data([[height, width, 0.0, 0.0, height, width]], &device);
+        let time_ids = Tensor::<2>::from_data([config.photo.time_ids(config.height, config.width)], &device);
         let time_ids = time_ids.repeat_dim(0, halves * count);
         let lora = lora.map(|lora| for_batch(lora, count, halves));
         // 2. Steps from noise to latents.
-        let sampler = EulerSampler::new(self.schedule, config.steps)?;
+        let mut sampler = NoiseSampler::new(self.schedule, config.sampler, config.steps)?;
         let mut latents = initial * sampler.init_noise_sigma();
-        for (step, &timestep) in sampler.timesteps().iter().enumerate() {
+        for (step, timestep) in sampler.timesteps().to_vec().into_iter().enumerate() {
             let input = UnetInput {
                 latents: sampler.scale_model_input(latents.clone(), step).repeat_dim(0, halves),
                 timesteps: Tensor::from_data([timestep], &device).repeat_dim(0, halves * count),

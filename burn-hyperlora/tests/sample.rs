@@ -13,7 +13,10 @@ use burn_hyperlora::sdxl::text::{PromptStates, TextEncoders};
 use burn_hyperlora::sdxl::unet::UNet2DConditionModel;
 use safetensors::SafeTensors;
 
-const CONFIG: SampleConfig = SampleConfig { steps: 12, guidance: 4.0, height: 40, width: 56, seed: 7 };
+/// What the fixture was drawn with.
+fn config() -> SampleConfig {
+    SampleConfig { steps: 12, guidance: 4.0, height: 40, width: 56, seed: 7, ..SampleConfig::default() }
+}
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders")
@@ -89,7 +92,7 @@ fn pictures_agree_with_diffusers() {
     let initial = Tensor::from_data(floats("initial"), &device());
 
     let mut heard = Vec::new();
-    let drawing = base.sampler().draw(&CONFIG, initial, &prompt, &negative, None, |step| heard.push(step)).unwrap();
+    let drawing = base.sampler().draw(&config(), initial, &prompt, &negative, None, |step| heard.push(step)).unwrap();
     assert_eq!(heard, (1..=12).collect::<Vec<_>>());
 
     let expected = floats("latents");
@@ -108,7 +111,7 @@ fn one_lora_for_all_and_one_for_each_draw_the_same() {
     let base = Base::load();
     let sampler = base.sampler();
     let [prompt, negative] = base.prompts();
-    let config = SampleConfig { steps: 2, ..CONFIG };
+    let config = SampleConfig { steps: 2, ..config() };
     let initial = sampler.initial_latents(&config, 2, &device()).unwrap();
     let draw = |lora: Option<&LoraWeights>| {
         values(sampler.draw(&config, initial.clone(), &prompt, &negative, lora, |_| {}).unwrap().latents)
@@ -123,7 +126,7 @@ fn one_lora_for_all_and_one_for_each_draw_the_same() {
 fn a_picture_starts_from_the_same_noise_in_any_company() {
     let base = Base::load();
     let sampler = base.sampler();
-    let noise = |count| sampler.initial_latents(&CONFIG, count, &device()).unwrap();
+    let noise = |count| sampler.initial_latents(&config(), count, &device()).unwrap();
     assert_eq!(noise(1).dims(), [1, 4, 10, 14]);
     assert_eq!(values(noise(3).narrow(0, 0, 1)), values(noise(1)));
     assert_ne!(values(noise(3).narrow(0, 1, 1)), values(noise(1)));
@@ -136,16 +139,16 @@ fn what_does_not_fit_is_refused() {
     let base = Base::load();
     let sampler = base.sampler();
     let [prompt, negative] = base.prompts();
-    let initial = sampler.initial_latents(&CONFIG, 2, &device()).unwrap();
+    let initial = sampler.initial_latents(&config(), 2, &device()).unwrap();
     let lora = lora(base.unet.attention_sites(), 3);
     let refused = |config: &SampleConfig, initial: &Tensor<4>, lora: Option<&LoraWeights>| {
         let error = sampler.draw(config, initial.clone(), &prompt, &negative, lora, |_| {}).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         error.to_string()
     };
-    assert!(refused(&SampleConfig { height: 42, ..CONFIG }, &initial, None).contains("42"));
-    assert!(refused(&SampleConfig { height: 48, ..CONFIG }, &initial, None).contains("[2, 4, 12, 14]"));
-    assert!(refused(&SampleConfig { steps: 0, ..CONFIG }, &initial, None).contains("steps"));
-    assert!(refused(&CONFIG, &initial.clone().narrow(0, 0, 1), None).contains("2 prompts for 1 pictures"));
-    assert!(refused(&CONFIG, &initial, Some(&lora)).contains("3 LoRAs for 2 pictures"));
+    assert!(refused(&SampleConfig { height: 42, ..config() }, &initial, None).contains("42"));
+    assert!(refused(&SampleConfig { height: 48, ..config() }, &initial, None).contains("[2, 4, 12, 14]"));
+    assert!(refused(&SampleConfig { steps: 0, ..config() }, &initial, None).contains("steps"));
+    assert!(refused(&config(), &initial.clone().narrow(0, 0, 1), None).contains("2 prompts for 1 pictures"));
+    assert!(refused(&config(), &initial, Some(&lora)).contains("3 LoRAs for 2 pictures"));
 }

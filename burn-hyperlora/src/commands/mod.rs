@@ -36,7 +36,7 @@ struct Cli {
 enum Command {
     Train(train::TrainArgs),
     Generate(generate::GenerateArgs),
-    Sample(sample::SampleArgs),
+    Sample(Box<sample::SampleArgs>),
     #[command(subcommand)]
     Eval(eval::EvalCommand),
 }

@@ -20,7 +20,8 @@ use crate::export;
 use crate::generate::{Generator, Portrait};
 use crate::lora::LoraWeights;
 use crate::metrics::Progress;
-use crate::sample::{SampleConfig, Sampler, tile};
+use crate::sample::{PhotoSize, SampleConfig, Sampler, tile};
+use crate::sdxl::scheduler::SamplerKind;
 use crate::sdxl::text::PromptStates;
 use crate::weights::{self, Weights};
 
@@ -70,15 +71,33 @@ pub(super) struct SampleArgs {
     /// Weight of the Base-LoRA in the grid's last column
     #[arg(long, default_value_t = 0.4, conflicts_with = "base", value_parser = finite::<f32>, allow_negative_numbers = true)]
     base_weight: f32,
-    /// Euler steps
+    /// Steps from noise to picture
     #[arg(long, default_value_t = 30)]
     steps: usize,
+    /// What makes the steps; the base's own sampler where left out
+    #[arg(long, value_enum)]
+    sampler: Option<SamplerKind>,
     /// Classifier-free guidance
     #[arg(long, default_value_t = 5.0, value_parser = finite::<f64>)]
     guidance: f64,
     /// Side of the pictures in pixels; the base's own size where left out
-    #[arg(long, value_name = "PIXELS", value_parser = RangedU64ValueParser::<usize>::new().range(1..=LARGEST))]
+    #[arg(long, value_name = "PIXELS", value_parser = pixels())]
     size: Option<usize>,
+    /// Height of the pictures in pixels, in place of --size
+    #[arg(long, value_name = "PIXELS", conflicts_with = "checkpoint", value_parser = pixels())]
+    height: Option<usize>,
+    /// Width of the pictures in pixels, in place of --size
+    #[arg(long, value_name = "PIXELS", conflicts_with = "checkpoint", value_parser = pixels())]
+    width: Option<usize>,
+    /// Tell the UNet of a photo of this size; the picture's own where left out
+    #[arg(long, value_name = "HEIGHTxWIDTH", value_parser = size_pair)]
+    original_size: Option<[u32; 2]>,
+    /// Tell the UNet of a photo cut at this corner
+    #[arg(long, value_name = "TOP,LEFT", default_value = "0,0", value_parser = corner)]
+    crop: [u32; 2],
+    /// Tell the UNet of a cut of this size; the picture's own where left out
+    #[arg(long, value_name = "HEIGHTxWIDTH", value_parser = size_pair)]
+    target_size: Option<[u32; 2]>,
     /// Seed of the initial noise
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -106,8 +125,33 @@ pub(super) fn run(args: &SampleArgs, common: &Common, device: &Device) -> Result
 impl SampleArgs {
     fn config(&self, base: &Base) -> SampleConfig {
         let side = self.size.unwrap_or_else(|| base.image_size());
-        SampleConfig { steps: self.steps, guidance: self.guidance, height: side, width: side, seed: self.seed }
+        SampleConfig {
+            steps: self.steps,
+            sampler: self.sampler,
+            guidance: self.guidance,
+            height: self.height.unwrap_or(side),
+            width: self.width.unwrap_or(side),
+            seed: self.seed,
+            photo: PhotoSize { original: self.original_size, crop: self.crop, target: self.target_size },
+        }
     }
+}
+
+fn pixels() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=LARGEST)
+}
+
+fn size_pair(text: &str) -> std::result::Result<[u32; 2], String> {
+    pair(text, 'x').ok_or_else(|| "expected height x width in pixels, for example 1024x1024".into())
+}
+
+fn corner(text: &str) -> std::result::Result<[u32; 2], String> {
+    pair(text, ',').ok_or_else(|| "expected top,left in pixels, for example 0,0".into())
+}
+
+fn pair(text: &str, between: char) -> Option<[u32; 2]> {
+    let (first, second) = text.split_once(between)?;
+    Some([first.trim().parse().ok()?, second.trim().parse().ok()?])
 }
 
 fn sampler(base: &Base) -> Sampler<'_> {
@@ -166,7 +210,7 @@ fn load_latents(path: &Path, base: &Base, config: &SampleConfig, device: &Device
     let shape = [1, base.vae.config().latent_channels, config.height / factor, config.width / factor];
     let file = Weights::open(path, device)?;
     let latents = file.at("").tensor(LATENTS, shape);
-    file.finish().map_err(|error| error.with_remedy("give latents of one picture, of the same --size"))?;
+    file.finish().map_err(|error| error.with_remedy("give latents of one picture, of the same height and width"))?;
     Ok(latents)
 }
 

@@ -8,6 +8,7 @@ use crate::data::scenario::{Scenario, Scenarios};
 use crate::error::{Error, Result};
 use crate::hypernet::{ParameterGroup, Stage};
 use crate::optim::OptimConfig;
+use crate::sdxl::scheduler::SamplerKind;
 
 /// Batches, stages and what is written along the way.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -79,9 +80,12 @@ pub struct SamplesConfig {
     /// People in a grid, the first of the fixed set.
     #[serde(default = "default_sample_count")]
     pub count: usize,
-    /// Euler steps.
+    /// Steps from noise to picture.
     #[serde(default = "default_sample_steps")]
     pub steps: usize,
+    /// What makes them; the base's own sampler where left out.
+    #[serde(default)]
+    pub sampler: Option<SamplerKind>,
     /// Classifier-free guidance.
     #[serde(default = "default_guidance")]
     pub guidance: f64,

@@ -21,7 +21,7 @@ use crate::train::forward::make_lora;
 /// Draws the grid for `people`, from the same noise every time.
 ///
 /// # Errors
-/// Input for more Euler steps than the schedule has, Fault when the device cannot give its data back.
+/// Input for more steps than the schedule has, Fault when the device cannot give its data back.
 pub fn grid(
     base: &Base,
     hyper_lora: &HyperLora,
@@ -63,7 +63,8 @@ fn draw(
     let prompt = base.prompts(people, trigger)?;
     let negative = base.text.negative(&prompt)?;
     let side = people.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
-    let drawing = SampleConfig { steps: config.steps, guidance: config.guidance, height: side, width: side, seed: 0 };
+    let SamplesConfig { steps, sampler, guidance, .. } = *config;
+    let drawing = SampleConfig { steps, sampler, guidance, height: side, width: side, ..SampleConfig::default() };
     let sampler = Sampler { unet: &base.unet, vae: &base.vae, schedule: &base.schedule };
     Ok(sampler.draw(&drawing, base.noise(people), &prompt, &negative, lora, |_| ())?.images)
 }

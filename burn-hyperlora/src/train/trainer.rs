@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, Stage};
 use crate::metrics::{MetricsWriter, Progress, StageSummary, Summary, WaitClock};
 use crate::optim::{OptimConfig, Optimizer};
+use crate::sdxl::scheduler::NoiseSampler;
 use crate::train::checkpoints::{self, SavedState, WEIGHTS};
 use crate::train::config::{SamplesConfig, StageEntry};
 use crate::train::curves::Curves;
@@ -272,11 +273,13 @@ impl<'a> Trainer<'a> {
 fn check_samples(setup: &TrainSetup<'_>, base: &Base) -> Result<()> {
     let timesteps = base.schedule.config().num_train_timesteps;
     match &setup.train.samples {
-        Some(samples) if !(1..=timesteps).contains(&samples.steps) => Err(Error::input(
-            format!("{}: train.samples.steps", setup.place),
-            format!("is {}, the base's noise schedule has {timesteps} steps", samples.steps),
-            format!("give 1 to {timesteps}; 12 shows enough"),
-        )),
+        Some(samples) if NoiseSampler::new(&base.schedule, samples.sampler, samples.steps).is_err() => {
+            Err(Error::input(
+                format!("{}: train.samples.steps", setup.place),
+                format!("is {}, the base's noise schedule has {timesteps} steps", samples.steps),
+                format!("give 1 to {timesteps}; 12 shows enough"),
+            ))
+        }
         _ => Ok(()),
     }
 }

@@ -63,6 +63,14 @@ fn equal_input_draws_equal_pictures() {
     assert!(draw(&["--seed", "1"]) != plain);
     assert!(draw(&["--prompt", "a hat"]) != plain);
     assert!(draw(&["--negative-prompt", "a hat"]) != plain);
+    assert!(draw(&["--sampler", "euler"]) == plain, "the base's own");
+    assert!(draw(&["--sampler", "dpmpp-2m-karras"]) != plain);
+    assert!(draw(&["--original-size", "32x32", "--crop", "0,0", "--target-size", "32x32"]) == plain);
+    assert!(draw(&["--original-size", "16x32"]) != plain);
+    assert!(draw(&["--crop", "0,8"]) != plain);
+    assert!(draw(&["--target-size", "32x16"]) != plain);
+    let wide = image::load_from_memory(&draw(&["--width", "48"])).unwrap();
+    assert_eq!((wide.width(), wide.height()), (48, 32));
     let with_lora = draw(&["--lora", &lora]);
     assert!(with_lora != plain);
     assert!(draw(&["--lora", &lora, "--lora-weight", "1"]) == with_lora);
@@ -94,20 +102,24 @@ fn what_cannot_be_drawn_with_is_named() {
 
     let output = world.path("b.png");
     fs::write(&output, "what stood there").unwrap();
-    let cases: [(&[&str], &[&str]); 9] = [
+    let cases: [(&[&str], &[&str]); 10] = [
         (&["--lora", &other], &["other.safetensors", "attn2_to_k.lora_down", "made for this base"]),
         (&["--lora", &latents], &["latents", "attn1_to_q.alpha: missing"]),
         (&["--lora", &cut], &["cut", "whole safetensors"]),
         (&["--lora", &text], &["text.txt"]),
         (&["--lora", &path("none")], &["none", "cannot be read"]),
         (&["--latents", &other], &["other.safetensors", "latents: missing"]),
-        (&["--latents", &latents, "--size", "64"], &["latents", "[1, 4, 16, 16]", "--size"]),
+        (&["--latents", &latents, "--size", "64"], &["latents", "[1, 4, 16, 16]", "height and width"]),
         (&["--size", "30"], &["30", "multiple of 4"]),
         (&["--steps", "0"], &["steps", "0"]),
+        (&["--steps", "1001", "--sampler", "ddim"], &["steps", "1001"]),
     ];
     for (arguments, parts) in cases {
         run(sample(&output, arguments)).refused(2, parts);
         assert_eq!(fs::read(&output).unwrap(), b"what stood there");
+    }
+    for arguments in [["--sampler", "heun"], ["--crop", "8"], ["--original-size", "8,8"], ["--target-size", "-1x8"]] {
+        run(sample(&output, &arguments)).with(2);
     }
     let folder = world.path("folder");
     fs::create_dir(&folder).unwrap();

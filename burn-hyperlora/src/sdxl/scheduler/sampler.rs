@@ -42,7 +42,7 @@ pub enum NoiseSampler {
     /// Euler.
     Euler(EulerSampler),
     /// DPM++ 2M.
-    DpmSolver(DpmSolverSampler),
+    DpmSolver(Box<DpmSolverSampler>),
     /// DDIM.
     Ddim(DdimSampler),
 }
@@ -58,9 +58,9 @@ impl NoiseSampler {
             SamplerKind::Euler => Self::Euler(EulerSampler::new(schedule, steps)?),
             SamplerKind::DpmPp2m => {
                 let karras = config.use_karras_sigmas == Some(true);
-                Self::DpmSolver(DpmSolverSampler::new(schedule, steps, karras)?)
+                Self::DpmSolver(DpmSolverSampler::new(schedule, steps, karras)?.into())
             }
-            SamplerKind::DpmPp2mKarras => Self::DpmSolver(DpmSolverSampler::new(schedule, steps, true)?),
+            SamplerKind::DpmPp2mKarras => Self::DpmSolver(DpmSolverSampler::new(schedule, steps, true)?.into()),
             SamplerKind::Ddim => Self::Ddim(DdimSampler::new(schedule, steps)?),
         })
     }
