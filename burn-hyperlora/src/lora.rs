@@ -56,9 +56,10 @@ impl LoraPair {
         Self { down: f(self.down), up: f(self.up) }
     }
 
-    /// `x W_down W_up` for `x` of shape `[B, N, in]`; the result is `[B, N, out]`.
+    /// `x W_down W_up` for `x` of shape `[B, N, in]`; the result is `[B, N, out]`, computed in the type of `x`.
     pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
-        x.matmul(self.down.clone()).matmul(self.up.clone())
+        let dtype = x.dtype();
+        x.matmul(self.down.clone().cast(dtype)).matmul(self.up.clone().cast(dtype))
     }
 
     /// Both updates at once, exactly: ranks add up.

@@ -6,13 +6,18 @@ pub mod clip_encoder;
 pub mod clip_text;
 pub mod configs;
 pub mod embeddings;
+mod leaves;
+pub mod norms;
 pub mod resnet;
 pub mod scheduler;
 pub mod text;
 pub mod tokenizer;
+pub mod transformer;
+mod transformer_gradients;
 pub mod unet_2d_blocks;
 pub mod unet_2d_condition;
 pub mod unet_config;
 mod unet_gradients;
+pub mod unet_layout;
 
 pub use unet_2d_condition as unet;

@@ -1,10 +1,11 @@
 //! Residual convolution block and upsampling.
 
+use burn::nn::Linear;
 use burn::nn::conv::Conv2d;
-use burn::nn::{GroupNorm, Linear};
 use burn::tensor::Tensor;
 use burn::tensor::activation::silu;
 
+use crate::sdxl::norms::GroupNorm;
 use crate::weights::WeightsAt;
 
 /// Two convolutions with a time shift between them, and a shortcut around (diffusers `ResnetBlock2D`).
@@ -38,10 +39,10 @@ impl ResnetBlock2D {
     pub fn load(weights: &WeightsAt<'_>, config: ResnetConfig) -> Self {
         let ResnetConfig { d_input, d_output, d_time, groups, epsilon } = config;
         Self {
-            norm1: weights.at("norm1").group_norm(groups, d_input, epsilon),
+            norm1: GroupNorm::new(weights.at("norm1").group_norm(groups, d_input, epsilon)),
             conv1: weights.at("conv1").conv2d([d_input, d_output], 3, 1, 1),
             time_emb_proj: d_time.map(|d_time| weights.at("time_emb_proj").linear(d_time, d_output, true)),
-            norm2: weights.at("norm2").group_norm(groups, d_output, epsilon),
+            norm2: GroupNorm::new(weights.at("norm2").group_norm(groups, d_output, epsilon)),
             conv2: weights.at("conv2").conv2d([d_output, d_output], 3, 1, 1),
             conv_shortcut: (d_input != d_output)
                 .then(|| weights.at("conv_shortcut").conv2d([d_input, d_output], 1, 1, 0)),

@@ -3,18 +3,19 @@
 use std::path::Path;
 
 use burn::tensor::activation::silu;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, FloatDType, Tensor};
 
 use crate::error::Result;
 use crate::lora::{AttentionLora, AttentionSite, LoraWeights};
 use crate::sdxl::embeddings::{TimestepEmbedding, sinusoids};
-use crate::sdxl::unet_2d_blocks::{Conditions, Layer, Op, unroll};
+use crate::sdxl::unet_2d_blocks::{self, Conditions, Layer};
 use crate::sdxl::unet_config::TIME_IDS;
+use crate::sdxl::unet_layout::Op;
 use crate::weights::Weights;
 
 pub use crate::sdxl::unet_config::UNet2DConditionConfig;
 
-/// A noisy batch and what it is conditioned on. All tensors stand on the plain device.
+/// A noisy batch and what it is conditioned on. All tensors are f32 and stand on the plain device.
 #[derive(Debug, Clone)]
 pub struct UnetInput {
     /// `[B, 4, h, w]`
@@ -35,26 +36,35 @@ pub struct UNet2DConditionModel {
     config: UNet2DConditionConfig,
     time_embedding: TimestepEmbedding,
     add_embedding: TimestepEmbedding,
-    pub(super) ops: Vec<Op>,
+    pub(super) ops: Vec<Op<Layer>>,
+    pub(super) dtype: FloatDType,
     sites: Vec<AttentionSite>,
 }
 
 impl UNet2DConditionModel {
-    /// Loads a UNet folder in diffusers layout: `config.json` and safetensors weights.
+    /// Loads a UNet folder in diffusers layout: `config.json` and safetensors weights. It computes in f32.
     ///
     /// # Errors
     /// Input for a missing or broken file, a config of another architecture, weights that do not fit the config.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
+        Self::load_as(folder, FloatDType::F32, device)
+    }
+
+    /// [`load`](Self::load) for computing in `dtype`, f32 or bf16. Whatever goes in or comes out is f32 all the same.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_as(folder: &Path, dtype: FloatDType, device: &Device) -> Result<Self> {
         let config = UNet2DConditionConfig::load(folder)?;
-        let weights = Weights::open(folder, device)?;
+        let weights = Weights::open(folder, device)?.with_dtype(dtype);
         let root = weights.at("");
         let d_time = config.time_embed_dim();
         let add_input = config.projection_class_embeddings_input_dim;
         let time_embedding = TimestepEmbedding::load(&root.at("time_embedding"), config.block_out_channels[0], d_time);
         let add_embedding = TimestepEmbedding::load(&root.at("add_embedding"), add_input, d_time);
-        let (ops, sites) = unroll(&config, &root);
+        let (ops, sites) = unet_2d_blocks::load(&config, &root);
         weights.finish()?;
-        Ok(Self { config, time_embedding, add_embedding, ops, sites })
+        Ok(Self { config, time_embedding, add_embedding, ops, dtype, sites })
     }
 
     /// The sizes.
@@ -67,7 +77,7 @@ impl UNet2DConditionModel {
         &self.sites
     }
 
-    /// The prediction `[B, 4, h, w]`.
+    /// The prediction `[B, 4, h, w]`, in f32.
     ///
     /// # Panics
     /// When `lora` was made for another UNet or batch size, which only a programming error can cause.
@@ -87,7 +97,7 @@ impl UNet2DConditionModel {
             assert_eq!(lora.modules.len(), self.sites.len(), "LoRA of another UNet");
         }
         let mut stack = vec![];
-        let mut x = latents;
+        let mut x = latents.cast(self.dtype);
         for op in &self.ops {
             x = match op {
                 Op::Layer(layer) => compute(layer, x, lora.and_then(|lora| pair_of(lora, layer)).as_ref()),
@@ -99,21 +109,22 @@ impl UNet2DConditionModel {
                 Op::PopAdd => stack.pop().into_iter().fold(x, |x, residual| residual + x),
             };
         }
-        x
+        x.cast(FloatDType::F32)
     }
 
-    /// What all layers look at: computed once per call, on the plain device.
+    /// What all layers look at: computed once per call, on the plain device. Sinusoids are made in f32, because bf16
+    /// knows not even every timestep.
     pub(super) fn conditions(&self, input: &UnetInput) -> Conditions {
         let [batch, ..] = input.latents.dims();
         let time = sinusoids(input.timesteps.clone(), self.config.block_out_channels[0]);
         let width = self.config.addition_time_embed_dim;
         let ids = sinusoids(input.time_ids.clone().reshape([batch * TIME_IDS]), width);
         let ids = ids.reshape([batch, TIME_IDS * width]);
-        let added = self.add_embedding.forward(Tensor::cat(vec![input.pooled.clone(), ids], 1));
+        let added = Tensor::cat(vec![input.pooled.clone(), ids], 1).cast(self.dtype);
         let [_, _, height, width] = input.latents.dims();
         Conditions {
-            time: silu(self.time_embedding.forward(time) + added),
-            prompt_embeds: input.prompt_embeds.clone(),
+            time: silu(self.time_embedding.forward(time.cast(self.dtype)) + self.add_embedding.forward(added)),
+            prompt_embeds: input.prompt_embeds.clone().cast(self.dtype),
             latent_size: [height, width],
         }
     }

@@ -1,10 +1,12 @@
 //! The loss and its gradient with respect to per-sample LoRA weights, with or without recomputation.
 
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::Tensor;
 
-use crate::lora::{AttentionLora, LoraPair, LoraWeights};
-use crate::sdxl::unet_2d_blocks::Op;
+use crate::lora::LoraWeights;
+use crate::sdxl::leaves::{gradient_of, leaf, seeded};
+use crate::sdxl::unet_2d_blocks::Layer;
 use crate::sdxl::unet_2d_condition::{UNet2DConditionModel, UnetInput, pair_of};
+use crate::sdxl::unet_layout::Op;
 
 impl UNet2DConditionModel {
     /// Runs the UNet, gives its prediction to `loss`, and differentiates.
@@ -59,7 +61,7 @@ impl UNet2DConditionModel {
         // 2. The loss and its gradient with respect to the prediction.
         let leaf_prediction = leaf(prediction.clone());
         let loss = loss(leaf_prediction.clone());
-        let mut gradient = gradient_of(&leaf_prediction, &mut loss.backward());
+        let mut gradient = gradient_of(&leaf_prediction, &mut loss.backward()).cast(self.dtype);
 
         // 3. Backwards, one layer at a time; the stack of the forward pass is mirrored by one of gradients.
         let mut stack = vec![];
@@ -68,15 +70,22 @@ impl UNet2DConditionModel {
             gradient = match op {
                 Op::Layer(layer) => {
                     let Some(x) = inputs.pop() else { break };
-                    let x = if inputs.is_empty() { x } else { leaf(x) };
-                    let pair = pair_of(lora, layer).map(|pair| pair.map(|module| on_leaves(&module)));
-                    let y = layer.forward(x.clone(), &conditions, pair.as_ref());
-                    let mut gradients = (y * Tensor::from_inner(gradient)).sum().backward();
-                    by_layer.extend(pair.map(|pair| pair.map(|module| gradients_of(&module, &mut gradients))));
-                    if inputs.is_empty() {
-                        break;
-                    }
-                    gradient_of(&x, &mut gradients)
+                    let is_first = inputs.is_empty();
+                    let gradient = match (layer, pair_of(lora, layer)) {
+                        (Layer::Transformer { block, .. }, Some(pair)) => {
+                            let context = conditions.prompt_embeds.clone();
+                            let (gradient, pair) = block.backward(x, context, &pair, gradient, !is_first);
+                            by_layer.push(pair);
+                            gradient
+                        }
+                        _ => {
+                            let x = leaf(x);
+                            let y = layer.forward(x.clone(), &conditions, None);
+                            Some(gradient_of(&x, &mut seeded(y, gradient).backward()))
+                        }
+                    };
+                    let Some(gradient) = gradient else { break };
+                    gradient
                 }
                 Op::Push => stack.pop().into_iter().fold(gradient, |sum, other| sum + other),
                 Op::PopConcat { channels } => {
@@ -93,24 +102,4 @@ impl UNet2DConditionModel {
         let modules = by_layer.into_iter().rev().flatten().collect();
         (loss.inner(), LoraWeights { modules }, prediction)
     }
-}
-
-fn leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
-    Tensor::from_inner(tensor).require_grad()
-}
-
-fn gradient_of<const D: usize>(leaf: &Tensor<D>, gradients: &mut Gradients) -> Tensor<D> {
-    // A leaf that nothing depends on has no entry: its gradient is zero.
-    leaf.grad_remove(gradients).unwrap_or_else(|| leaf.clone().inner().zeros_like())
-}
-
-fn on_leaves(module: &AttentionLora) -> AttentionLora {
-    let pair = |pair: &LoraPair| LoraPair { down: leaf(pair.down.clone()), up: leaf(pair.up.clone()) };
-    AttentionLora { q: pair(&module.q), k: pair(&module.k), v: pair(&module.v), out: pair(&module.out) }
-}
-
-fn gradients_of(module: &AttentionLora, gradients: &mut Gradients) -> AttentionLora {
-    let mut pair =
-        |pair: &LoraPair| LoraPair { down: gradient_of(&pair.down, gradients), up: gradient_of(&pair.up, gradients) };
-    AttentionLora { q: pair(&module.q), k: pair(&module.k), v: pair(&module.v), out: pair(&module.out) }
 }

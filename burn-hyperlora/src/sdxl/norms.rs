@@ -1,0 +1,50 @@
+//! Norms that compute in f32, whatever the type of their input.
+//!
+//! Burn widens f16 alone: in bf16 the mean and the variance would keep 8 bits. PyTorch's kernels compute both in f32.
+
+use burn::module::Param;
+use burn::nn;
+use burn::tensor::{FloatDType, Tensor};
+
+/// [`nn::GroupNorm`] in f32.
+#[derive(Debug)]
+pub struct GroupNorm(nn::GroupNorm);
+
+/// [`nn::LayerNorm`] in f32.
+#[derive(Debug)]
+pub struct LayerNorm(nn::LayerNorm);
+
+impl GroupNorm {
+    /// With the parameters of `norm`.
+    pub fn new(norm: nn::GroupNorm) -> Self {
+        Self(nn::GroupNorm { gamma: norm.gamma.map(widened), beta: norm.beta.map(widened), ..norm })
+    }
+
+    /// `[B, C, H, W]`, in the type of `x`.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        in_f32(x, |x| self.0.forward(x))
+    }
+}
+
+impl LayerNorm {
+    /// With the parameters of `norm`.
+    pub fn new(mut norm: nn::LayerNorm) -> Self {
+        norm.gamma = widened(norm.gamma);
+        norm.beta = norm.beta.map(widened);
+        Self(norm)
+    }
+
+    /// `[B, N, C]`, in the type of `x`.
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        in_f32(x, |x| self.0.forward(x))
+    }
+}
+
+fn in_f32<const D: usize>(x: Tensor<D>, compute: impl FnOnce(Tensor<D>) -> Tensor<D>) -> Tensor<D> {
+    let dtype = x.dtype();
+    compute(x.cast(FloatDType::F32)).cast(dtype)
+}
+
+fn widened(parameter: Param<Tensor<1>>) -> Param<Tensor<1>> {
+    parameter.map(|value| value.cast(FloatDType::F32))
+}
