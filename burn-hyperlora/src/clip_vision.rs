@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::clip_vision::resize::bicubic;
 use crate::error::{Error, Result};
 use crate::sdxl::clip_encoder::{ClipEncoder, ClipEncoderConfig};
-use crate::weights::{self, Weights};
+use crate::weights::{ConfigText, Weights};
 
 mod resize;
 
@@ -42,6 +42,18 @@ impl ClipVisionConfig {
     /// Tokens of an image: the class token and one per patch.
     pub fn tokens(&self) -> usize {
         1 + (self.image_size / self.patch_size).pow(2)
+    }
+
+    /// Reads and checks a config.
+    ///
+    /// # Errors
+    /// Input for broken JSON and sizes that cannot be.
+    pub fn parse(text: &ConfigText) -> Result<Self> {
+        let config: Self = text.parse()?;
+        match config.problem() {
+            None => Ok(config),
+            Some((key, problem)) => Err(Error::input(format!("{}: {key}", text.place().display()), problem, REMEDY)),
+        }
     }
 
     fn problem(&self) -> Option<(&'static str, String)> {
@@ -76,11 +88,15 @@ impl ClipVisionModel {
     /// # Errors
     /// Input when the config asks for what is not supported or the weights do not fit it.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
-        let config: ClipVisionConfig = weights::config(folder)?;
-        if let Some((key, problem)) = config.problem() {
-            return Err(Error::input(format!("{}: {key}", folder.join("config.json").display()), problem, REMEDY));
-        }
-        let weights = Weights::open(folder, device)?;
+        let config = ClipVisionConfig::parse(&ConfigText::read(&folder.join("config.json"))?)?;
+        Self::new(config, Weights::open(folder, device)?)
+    }
+
+    /// Takes the tensors of `weights` up to the penultimate layer.
+    ///
+    /// # Errors
+    /// Input for weights that do not fit the config.
+    pub fn new(config: ClipVisionConfig, weights: Weights) -> Result<Self> {
         let root = weights.at("");
         // Recent transformers leave the prefix out where there is no projection.
         let bare = root.has("embeddings.class_embedding");

@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use serde::de::DeserializeOwned;
@@ -24,6 +25,7 @@ mod save;
 pub use file::SafetensorsFile;
 pub use files::{has_variant, weights_in};
 pub use layers::WeightsAt;
+pub use place::Form;
 pub use save::{TensorEntry, bytes_of, save, save_lazily, save_with_metadata};
 
 /// How many problems one error spells out.
@@ -34,11 +36,50 @@ const PROBLEMS_SHOWN: usize = 10;
 /// # Errors
 /// Input for a missing file, broken JSON and values that `T` does not take, with line and column.
 pub fn config<T: DeserializeOwned>(folder: &Path) -> Result<T> {
-    let path = folder.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(|source| Error::read(&path, source))?;
-    serde_json::from_str(&text).map_err(|problem| {
-        Error::file(&path, problem, "use the config.json that belongs to these weights, in diffusers layout")
-    })
+    ConfigText::read(&folder.join("config.json"))?.parse()
+}
+
+/// A config in JSON, and where it is from.
+#[derive(Debug, Clone)]
+pub struct ConfigText {
+    place: PathBuf,
+    text: String,
+}
+
+impl ConfigText {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// As [`Error::read`].
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::read(path, source))?;
+        Ok(Self { place: path.into(), text })
+    }
+
+    /// A config that the program brings along; `place` is how messages call it.
+    pub fn built_in(place: &str, text: impl Into<String>) -> Self {
+        Self { place: format!("{place} (built in)").into(), text: text.into() }
+    }
+
+    /// What messages call it.
+    pub fn place(&self) -> &Path {
+        &self.place
+    }
+
+    /// Its JSON.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Its values.
+    ///
+    /// # Errors
+    /// Input for broken JSON and values that `T` does not take, with line and column.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_str(&self.text).map_err(|problem| {
+            Error::file(self.place(), problem, "use the config that belongs to these weights, in diffusers layout")
+        })
+    }
 }
 
 /// The tensors of one model on disk, and the record of what was asked of them.
@@ -79,6 +120,16 @@ impl Weights {
         Ok(Self::new(files::places(&path)?, path, device))
     }
 
+    /// The tensors of `file` under other names: `rename` tells those of each key, and how each tensor differs from the one
+    /// in the file.
+    pub fn renamed(file: &Arc<SafetensorsFile>, rename: impl Fn(&str) -> Vec<(String, Form)>, device: &Device) -> Self {
+        let places = file.infos().flat_map(|(key, info)| {
+            let place = Place::new(file, info);
+            rename(key).into_iter().map(move |(name, form)| (name, place.formed(form)))
+        });
+        Self::new(places.collect(), file.path().to_path_buf(), device)
+    }
+
     /// Names and shapes without values, for checking and counting what a model asks for: its tensors are zeros that take
     /// no memory.
     pub fn without_data(shapes: impl IntoIterator<Item = (String, Vec<usize>)>) -> Self {
@@ -96,9 +147,19 @@ impl Weights {
         Self { dtype, ..self }
     }
 
+    /// The type that tensors are made in.
+    pub fn dtype(&self) -> FloatDType {
+        self.dtype
+    }
+
     /// The file, or the index of the shards.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Every file that holds tensors.
+    pub fn files(&self) -> BTreeSet<&Path> {
+        self.places.values().filter_map(Place::file).collect()
     }
 
     /// Every tensor's name and shape, sorted by name.

@@ -1,14 +1,21 @@
 """A small CLIP tokenizer: the first part of the real CLIP BPE vocabulary, in the classic vocab.json/merges.txt layout.
 
+    python ci/parity/clip_vocab.py --out burn-hyperlora/src/sdxl/tokenizer/merges.txt.gz
+
+writes all merges of the real vocabulary, which the program brings along.
+
 Source: `bpe_simple_vocab_16e6.txt.gz` of the open-clip-torch package (MIT licence, OpenAI CLIP and OpenCLIP authors).
 """
 
+import argparse
 import gzip
 import importlib.util
 import json
 from pathlib import Path
 
 MERGES = 1500
+# What is left of CLIP's 49408 tokens without the bytes, the bytes at a word's end and the two specials.
+ALL_MERGES = 49408 - 2 * 256 - 2
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -19,14 +26,14 @@ def bytes_to_unicode() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
-def read_merges() -> list[str]:
+def read_merges(count: int = MERGES) -> list[str]:
     """The first merges of the real vocabulary, most frequent first."""
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("the package open-clip-torch is missing: pip install --no-deps open-clip-torch==3.3.0")
     path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    return lines[1 : 1 + MERGES]  # the first line is the version
+    return lines[1 : 1 + count]  # the first line is the version
 
 
 def vocabulary() -> dict[str, int]:
@@ -64,3 +71,14 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    text = "\n".join(read_merges(ALL_MERGES)) + "\n"
+    parser.parse_args().out.write_bytes(gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0))
+
+
+if __name__ == "__main__":
+    main()

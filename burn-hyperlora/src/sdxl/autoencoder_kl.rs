@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::sdxl::resnet::{ResnetBlock2D, ResnetConfig, Upsample2D};
-use crate::weights::{self, Weights, WeightsAt};
+use crate::weights::{ConfigText, Weights, WeightsAt};
 
 /// Of every group norm here; fixed in diffusers' blocks.
 const NORM_EPSILON: f64 = 1e-6;
@@ -64,9 +64,18 @@ impl AutoencoderKlConfig {
         1 << self.block_out_channels.len().saturating_sub(1)
     }
 
-    fn validate(&self, folder: &Path) -> Result<()> {
+    /// Reads and checks a config.
+    ///
+    /// # Errors
+    /// Input for broken JSON and for what is not supported.
+    pub fn parse(text: &ConfigText) -> Result<Self> {
+        let config: Self = text.parse()?;
+        config.validate(text.place())?;
+        Ok(config)
+    }
+
+    fn validate(&self, place: &Path) -> Result<()> {
         let refuse = |key: &str, problem: String| {
-            let place = folder.join("config.json");
             Err(Error::input(
                 format!("{}: {key}", place.display()),
                 problem,
@@ -119,9 +128,15 @@ impl AutoencoderKl {
     /// # Errors
     /// Input when the config asks for what is not supported or the weights do not fit it.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
-        let config: AutoencoderKlConfig = weights::config(folder)?;
-        config.validate(folder)?;
-        let weights = Weights::open(folder, device)?;
+        let config = AutoencoderKlConfig::parse(&ConfigText::read(&folder.join("config.json"))?)?;
+        Self::new(config, Weights::open(folder, device)?)
+    }
+
+    /// Takes all tensors of `weights`.
+    ///
+    /// # Errors
+    /// Input for weights that do not fit the config.
+    pub fn new(config: AutoencoderKlConfig, weights: Weights) -> Result<Self> {
         let root = weights.at("");
         let latent = config.latent_channels;
         let vae = Self {

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::sdxl::clip_encoder::{ClipEncoder, ClipEncoderConfig, ClipLayer};
-use crate::weights::{self, Weights};
+use crate::weights::{ConfigText, Weights};
 
 /// The architecture that ends in a projection of the pooled output.
 const WITH_PROJECTION: &str = "CLIPTextModelWithProjection";
@@ -35,6 +35,24 @@ pub struct ClipTextConfig {
 
 fn legacy_eos_token_id() -> i32 {
     LEGACY_EOS_TOKEN_ID
+}
+
+impl ClipTextConfig {
+    /// Reads and checks a config.
+    ///
+    /// # Errors
+    /// Input for broken JSON and sizes that cannot be.
+    pub fn parse(text: &ConfigText) -> Result<Self> {
+        let config: Self = text.parse()?;
+        match config.encoder.problem() {
+            None => Ok(config),
+            Some((key, problem)) => Err(Error::input(
+                format!("{}: {key}", text.place().display()),
+                problem,
+                "use the config.json of a CLIP text encoder",
+            )),
+        }
+    }
 }
 
 /// What SDXL takes from a text encoder.
@@ -73,12 +91,15 @@ impl ClipTextModel {
     /// # Errors
     /// Input when the config asks for what is not supported or the weights do not fit it.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
-        let config: ClipTextConfig = weights::config(folder)?;
-        if let Some((key, problem)) = config.encoder.problem() {
-            let place = format!("{}: {key}", folder.join("config.json").display());
-            return Err(Error::input(place, problem, "use the config.json of a CLIP text encoder"));
-        }
-        let weights = Weights::open(folder, device)?;
+        let config = ClipTextConfig::parse(&ConfigText::read(&folder.join("config.json"))?)?;
+        Self::new(config, Weights::open(folder, device)?)
+    }
+
+    /// Takes the tensors of `weights`; those of layers that nothing asks for are not read.
+    ///
+    /// # Errors
+    /// Input for weights that do not fit the config.
+    pub fn new(config: ClipTextConfig, weights: Weights) -> Result<Self> {
         let root = weights.at("");
         // Recent transformers save CLIPTextModel without the prefix that every published file carries.
         let bare = root.has("embeddings.token_embedding.weight");

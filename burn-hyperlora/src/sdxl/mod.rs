@@ -10,6 +10,7 @@ mod leaves;
 pub mod norms;
 pub mod resnet;
 pub mod scheduler;
+pub mod stability;
 pub mod text;
 pub mod tokenizer;
 pub mod transformer;

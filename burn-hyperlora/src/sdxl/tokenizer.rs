@@ -13,6 +13,8 @@ use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
 use crate::error::{Error, Result};
 
+mod vocabulary;
+
 /// Tokens of every encoded prompt.
 pub const PROMPT_TOKENS: usize = 77;
 
@@ -40,8 +42,21 @@ impl ClipTokenizer {
     /// Input for missing or broken files and for a vocabulary without the tokens that CLIP needs.
     pub fn load(folder: &Path) -> Result<Self> {
         let (vocabulary, merges, origin) = read_vocabulary(folder)?;
+        Self::new(vocabulary, merges, &origin, &pad_token(folder)?)
+    }
+
+    /// CLIP's own vocabulary of 49408 tokens, padding with `pad`.
+    ///
+    /// # Errors
+    /// Fault when the built-in data is damaged.
+    pub fn built_in(pad: &str) -> Result<Self> {
+        let (vocabulary, merges) = vocabulary::built_in()?;
+        Self::new(vocabulary, merges, Path::new("the built-in vocabulary"), pad)
+    }
+
+    fn new(vocabulary: Value, merges: Value, origin: &Path, pad: &str) -> Result<Self> {
         let broken = |problem: &dyn std::fmt::Display| {
-            Error::file(&origin, format!("no CLIP vocabulary: {problem}"), "use the tokenizer folder of the base model")
+            Error::file(origin, format!("no CLIP vocabulary: {problem}"), "use the tokenizer folder of the base model")
         };
         // The library's own reader takes borrowed text only, and it alone makes both sources into a model.
         let model = json!({
@@ -56,13 +71,12 @@ impl ClipTokenizer {
         });
         let model: BPE = serde_json::from_str(&model.to_string()).map_err(|problem| broken(&problem))?;
 
-        let pad = pad_token(folder)?;
         let mut tokenizer = Tokenizer::new(model);
         let id = |token: &str| {
             let id = tokenizer.token_to_id(token).and_then(|id| i32::try_from(id).ok());
             id.ok_or_else(|| broken(&format_args!("token {token} is missing")))
         };
-        let (start, end, pad_id) = (id(START)?, id(END)?, id(&pad)?);
+        let (start, end, pad_id) = (id(START)?, id(END)?, id(pad)?);
 
         let spaces = Replace::new(ReplacePattern::Regex(r"\s+".into()), " ").map_err(fault)?;
         let normalizers = Normalizers::new(vec![NFC.into(), spaces.into(), Lowercase.into()]);
@@ -71,7 +85,7 @@ impl ClipTokenizer {
         let bytes = ByteLevel::new(false, true, true);
         tokenizer.with_normalizer(Some(normalizers));
         tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![pieces.into(), bytes.into()])));
-        tokenizer.add_special_tokens(&[START, END, &pad].map(|token| AddedToken::from(token, true)));
+        tokenizer.add_special_tokens(&[START, END, pad].map(|token| AddedToken::from(token, true)));
         Ok(Self { tokenizer, start, end, pad: pad_id })
     }
 

@@ -55,8 +55,15 @@ impl UNet2DConditionModel {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_as(folder: &Path, dtype: FloatDType, device: &Device) -> Result<Self> {
-        let config = UNet2DConditionConfig::load(folder)?;
-        let weights = Weights::open(folder, device)?.with_dtype(dtype);
+        Self::new(UNet2DConditionConfig::load(folder)?, Weights::open(folder, device)?.with_dtype(dtype))
+    }
+
+    /// Takes all tensors of `weights`, and computes in their type.
+    ///
+    /// # Errors
+    /// Input for weights that do not fit the config.
+    pub fn new(config: UNet2DConditionConfig, weights: Weights) -> Result<Self> {
+        let dtype = weights.dtype();
         let root = weights.at("");
         let d_time = config.time_embed_dim();
         let add_input = config.projection_class_embeddings_input_dim;

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::weights;
+use crate::weights::ConfigText;
 
 /// The sizes of an SDXL UNet (diffusers `UNet2DConditionModel`).
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -121,17 +121,25 @@ impl UNet2DConditionConfig {
     /// # Errors
     /// Input for a file that is missing, broken, of another architecture than SDXL's or inconsistent.
     pub fn load(folder: &Path) -> Result<Self> {
-        let place = folder.join("config.json");
-        let keys: Value = weights::config(folder)?;
+        Self::parse(&ConfigText::read(&folder.join("config.json"))?)
+    }
+
+    /// Reads and checks a config.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn parse(text: &ConfigText) -> Result<Self> {
+        let place = text.place();
+        let keys: Value = text.parse()?;
         if let Some((key, found, wanted)) = unsupported(&keys) {
             return Err(Error::file(
-                &place,
+                place,
                 format!("`{key}` is {found}, only {wanted} is supported"),
                 "use an SDXL UNet in diffusers layout",
             ));
         }
-        let config: Self = weights::config(folder)?;
-        config.check().map_err(|problem| Error::file(&place, problem, "use the config.json of these weights"))?;
+        let config: Self = text.parse()?;
+        config.check().map_err(|problem| Error::file(place, problem, "use the config.json of these weights"))?;
         Ok(config)
     }
 

@@ -1,6 +1,7 @@
 //! Where a tensor lies, and its way from there into memory: once through, in the type and order that a model wants.
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::{Element, FloatDType, TensorData};
@@ -14,6 +15,19 @@ use crate::weights::file::SafetensorsFile;
 
 /// Elements converted at a time: few enough for a processor's cache, enough for a disk.
 const CHUNK: usize = 1 << 16;
+
+/// How a tensor differs from the one that a file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Not at all.
+    Same,
+    /// A matrix that is the transpose of the file's.
+    Transposed,
+    /// The first, second or last third of the rows.
+    Third(usize),
+    /// A linear layer that the file holds as a convolution with a kernel of one pixel, or as it is.
+    Linear,
+}
 
 /// A tensor, or rows of one, in a file. Nothing is read before it is asked for.
 #[derive(Debug, Clone)]
@@ -54,6 +68,27 @@ impl Place {
         place.start += rows.start * row * self.dtype.bitsize() / u8::BITS as usize;
         place.shape[0] = rows.len();
         place
+    }
+
+    pub(super) fn formed(&self, form: Form) -> Self {
+        let mut place = self.clone();
+        match (form, self.shape.as_slice()) {
+            (Form::Transposed, &[rows, columns]) => {
+                place.shape = vec![columns, rows];
+                place.transposed = !self.transposed;
+            }
+            (Form::Third(third), &[rows, ..]) if rows.is_multiple_of(3) => {
+                place = self.rows(third * rows / 3..(third + 1) * rows / 3);
+            }
+            (Form::Linear, &[output, input, 1, 1]) => place.shape = vec![output, input],
+            // What does not fit is left as it is, and reported by its shape.
+            _ => {}
+        }
+        place
+    }
+
+    pub(super) fn file(&self) -> Option<&Path> {
+        self.file.as_deref().map(SafetensorsFile::path)
     }
 
     pub(super) fn has_data(&self) -> bool {
