@@ -2,7 +2,7 @@
 
 use crate::data::Reference;
 use crate::data::dataset::{Dataset, Pairs};
-use crate::data::order::Walk;
+use crate::data::order::{OrderConfig, Walk};
 use crate::data::sample::{Request, Sample};
 use crate::data::scenario::Scenarios;
 use crate::error::Result;
@@ -13,7 +13,7 @@ use crate::random::{Purpose, for_sample};
 pub struct Batch {
     /// At least one.
     pub samples: Vec<Sample>,
-    /// The draw that comes after this batch: where a run goes on once it has learned from it.
+    /// The draw that comes once every rank has learned from its batch of this number: the position in the data.
     pub next_draw: u64,
 }
 
@@ -39,6 +39,8 @@ pub struct DrawConfig<'a> {
     pub reference: Reference,
     /// How often each scenario comes.
     pub scenarios: Scenarios,
+    /// See [`crate::data::DataConfig::streams`].
+    pub streams: usize,
     /// See [`crate::data::DataConfig::shuffle_window`].
     pub shuffle_window: usize,
 }
@@ -51,12 +53,13 @@ impl Draws {
     pub fn new(dataset: &Dataset, config: &DrawConfig<'_>) -> Result<Self> {
         let pairs = dataset.pairs(config.split, config.split, config.reference)?;
         let groups = pairs.as_slice().iter().map(|pair| dataset.group(pair.target)).collect();
+        let DrawConfig { seed, stage, streams, shuffle_window: window, .. } = *config;
         Ok(Self {
-            seed: config.seed,
-            stage: config.stage,
+            seed,
+            stage,
             scenarios: config.scenarios,
             pairs,
-            walk: Walk::new(config.seed, groups, config.shuffle_window),
+            walk: Walk::new(OrderConfig { seed, stage, streams, window }, groups),
         })
     }
 

@@ -1,89 +1,127 @@
-//! Batches made ahead of the training step: a bounded queue filled by threads of its own.
+//! Samples made ahead of the training step, on threads of their own, within a bound of bytes.
 
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::{self, JoinHandle};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
 
-use rayon::ThreadPoolBuilder;
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::data::batch::{Batch, Draws};
+use crate::data::rank::Rank;
 use crate::data::sample::{Request, Sample, SampleMaker};
 use crate::error::{Error, Result};
 
 /// Delivers the batches of a range of draws in order.
 pub struct Loader {
-    /// `None` once the loader is being dropped.
-    batches: Option<Receiver<Result<Batch>>>,
-    thread: Option<JoinHandle<()>>,
+    pool: ThreadPool,
+    maker: Arc<SampleMaker>,
+    source: Draws,
+    /// This rank's draws that nobody works on yet.
+    draws: Box<dyn Iterator<Item = u64> + Send>,
+    end: u64,
+    config: LoaderConfig,
+    /// What is being made, in order.
+    ahead: VecDeque<Pending>,
+    /// The largest sample that was delivered.
+    largest: usize,
+    /// Raised once nobody listens any more.
+    stopped: Arc<AtomicBool>,
+}
+
+struct Pending {
+    draw: u64,
+    sample: Receiver<Result<Sample>>,
 }
 
 /// How batches are made ahead.
 #[derive(Debug, Clone, Copy)]
 pub struct LoaderConfig {
-    /// Samples in a batch; the last one may hold fewer.
+    /// Samples in a batch of this rank; the last one may hold fewer.
     pub batch_size: usize,
     /// Threads that make samples.
     pub workers: usize,
-    /// Batches that may wait ready.
-    pub prefetch: usize,
+    /// Bytes of samples that may be in the making or wait ready; one batch always may.
+    pub prefetch_bytes: usize,
+    /// Which of the draws are delivered.
+    pub rank: Rank,
 }
 
 impl Loader {
-    /// Starts to make the batches of `draws`.
+    /// Starts to make the batches of this rank's part of `draws`.
     ///
     /// # Errors
     /// Fault when the system gives no threads.
-    pub fn start(maker: SampleMaker, mut source: Draws, draws: Range<u64>, config: LoaderConfig) -> Result<Self> {
-        let no_threads = |problem: String| Error::Fault(format!("cannot start the data threads: {problem}"));
+    pub fn start(maker: SampleMaker, source: Draws, draws: Range<u64>, config: LoaderConfig) -> Result<Self> {
         let pool = ThreadPoolBuilder::new()
             .num_threads(config.workers)
             .thread_name(|index| format!("data-{index}"))
+            // The sample's receiver notices; without a handler the process would abort.
+            .panic_handler(|_| {})
             .build()
-            .map_err(|error| no_threads(error.to_string()))?;
-        let (sender, receiver) = sync_channel(config.prefetch);
-        let produce = move || {
-            let size = config.batch_size.max(1) as u64;
-            let starts = (draws.start..draws.end).step_by(size as usize);
-            for start in starts {
-                let next_draw = (start + size).min(draws.end);
-                let requests: Vec<Request> = (start..next_draw).map(|draw| source.request(draw)).collect();
-                let made = pool.install(|| make_all(&maker, requests));
-                let failed = made.is_err();
-                if !deliver(&sender, made.map(|samples| Batch { samples, next_draw })) || failed {
-                    return;
-                }
-            }
+            .map_err(|error| Error::Fault(format!("cannot start the data threads: {error}")))?;
+        let end = draws.end;
+        let mut loader = Self {
+            pool,
+            maker: Arc::new(maker),
+            source,
+            draws: Box::new(config.rank.draws(draws)),
+            end,
+            config,
+            ahead: VecDeque::new(),
+            largest: 0,
+            stopped: Arc::default(),
         };
-        let thread =
-            thread::Builder::new().name("data".into()).spawn(produce).map_err(|error| no_threads(error.to_string()))?;
-        Ok(Self { batches: Some(receiver), thread: Some(thread) })
+        loader.fill();
+        Ok(loader)
     }
 
     /// The next batch; `None` after the last.
     ///
     /// # Errors
-    /// What kept the batch from being made, see [`SampleMaker::make`].
+    /// What kept the first failing sample from being made, see [`SampleMaker::make`].
     pub fn next_batch(&mut self) -> Result<Option<Batch>> {
-        let received = self.batches.as_ref().and_then(|batches| batches.recv().ok());
-        match received {
-            Some(batch) => batch.map(Some),
-            None if self.join() => Ok(None),
-            None => Err(Error::Fault("a data thread stopped before its last batch".into())),
+        let mut samples = Vec::with_capacity(self.config.batch_size);
+        let mut next_draw = self.end;
+        while samples.len() < self.config.batch_size.max(1)
+            && let Some(Pending { draw, sample }) = self.ahead.pop_front()
+        {
+            let made = sample.recv().map_err(|_| Error::Fault("a data thread stopped before its sample".into()))?;
+            let sample = made.inspect_err(|_| self.stopped.store(true, Ordering::Relaxed))?;
+            self.largest = self.largest.max(sample.bytes());
+            samples.push(sample);
+            next_draw = self.config.rank.after(draw).min(self.end);
+            self.fill();
         }
+        Ok((!samples.is_empty()).then_some(Batch { samples, next_draw }))
     }
 
-    /// Whether the thread ended in order.
-    fn join(&mut self) -> bool {
-        self.thread.take().is_none_or(|thread| thread.join().is_ok())
+    /// Sets the threads to work on as many samples as there is room for. Until a first sample tells how large they are,
+    /// that is one batch.
+    fn fill(&mut self) {
+        let room = self.config.prefetch_bytes.checked_div(self.largest).unwrap_or(0);
+        while self.ahead.len() < room.max(self.config.batch_size).max(1)
+            && let Some(draw) = self.draws.next()
+        {
+            let request = self.source.request(draw);
+            let (maker, stopped) = (Arc::clone(&self.maker), Arc::clone(&self.stopped));
+            let (sender, receiver) = sync_channel(1);
+            self.pool.spawn_fifo(move || {
+                if !stopped.load(Ordering::Relaxed) {
+                    // Nobody may listen any more: then the sample is not missed.
+                    let _ = sender.send(maker.make(request));
+                }
+            });
+            self.ahead.push_back(Pending { draw, sample: receiver });
+        }
     }
 }
 
 impl Drop for Loader {
     fn drop(&mut self) {
-        // Without a receiver the thread's next delivery fails, and it ends.
-        self.batches = None;
-        self.join();
+        self.stopped.store(true, Ordering::Relaxed);
     }
 }
 
@@ -94,9 +132,4 @@ impl Drop for Loader {
 pub fn make_all(maker: &SampleMaker, requests: Vec<Request>) -> Result<Vec<Sample>> {
     let made: Vec<Result<Sample>> = requests.into_par_iter().map(|request| maker.make(request)).collect();
     made.into_iter().collect()
-}
-
-/// False once nobody listens any more.
-fn deliver(sender: &SyncSender<Result<Batch>>, batch: Result<Batch>) -> bool {
-    sender.send(batch).is_ok()
 }

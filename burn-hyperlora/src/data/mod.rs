@@ -1,14 +1,15 @@
 //! Parquet shards -> batches: which sample comes when, and everything that is drawn for it.
 //!
-//! The order of the samples is a function of (seed, epoch), the randomness of a sample one of (seed, stage, draw index):
-//! neither knows the batch size, so that two batches of one equal one batch of two, and a single counter tells where a
-//! stage stands.
+//! The order of the samples is a function of (seed, stage, epoch), the randomness of a sample one of (seed, stage, draw
+//! index): neither knows the batch size or the number of processes, so that two batches of one equal one batch of two, on
+//! one rank or on two, and a single counter tells where a stage stands.
 
 pub mod batch;
 pub mod crop;
 pub mod dataset;
 pub mod loader;
 pub mod order;
+pub mod rank;
 pub mod sample;
 pub mod scenario;
 
@@ -41,7 +42,10 @@ pub struct DataConfig {
     /// How faces are cut out and blurred for the conditions.
     #[serde(default)]
     pub mask: MaskConfig,
-    /// Row groups are shuffled, then rows among this many neighbouring groups.
+    /// Canonical streams: the parts of an epoch that are read side by side. The number of processes divides it.
+    #[serde(default = "default_streams")]
+    pub streams: usize,
+    /// Row groups of a stream whose rows are shuffled among each other.
     #[serde(default = "default_shuffle_window")]
     pub shuffle_window: usize,
     /// Encoded photos kept in memory, in MiB.
@@ -50,17 +54,21 @@ pub struct DataConfig {
     /// Threads that decode, crop and mask ahead of the training step.
     #[serde(default = "default_workers")]
     pub workers: usize,
-    /// Batches that may wait ready.
-    #[serde(default = "default_prefetch")]
-    pub prefetch: usize,
+    /// Samples in the making or ready ahead of the step, in MiB; one micro-batch always may.
+    #[serde(default = "default_prefetch_mib")]
+    pub prefetch_mib: usize,
 }
 
 fn default_split() -> String {
     "train".into()
 }
 
+fn default_streams() -> usize {
+    48
+}
+
 fn default_shuffle_window() -> usize {
-    8
+    1
 }
 
 fn default_cache_mib() -> usize {
@@ -71,8 +79,8 @@ fn default_workers() -> usize {
     2
 }
 
-fn default_prefetch() -> usize {
-    4
+fn default_prefetch_mib() -> usize {
+    512
 }
 
 /// The random square around a face; it always holds the whole face where the photo is large enough.
@@ -135,9 +143,9 @@ impl DataConfig {
         for (key, value) in [
             ("image_size", self.image_size),
             ("mask.size", self.mask.size as usize),
+            ("streams", self.streams),
             ("shuffle_window", self.shuffle_window),
             ("workers", self.workers),
-            ("prefetch", self.prefetch),
         ] {
             if !(1..=LARGEST).contains(&value) {
                 let remedy = format!("give 1 to {LARGEST}");

@@ -59,6 +59,15 @@ pub struct Sample {
     pub timestep: u32,
 }
 
+impl Sample {
+    /// Memory that it takes, but for what its two texts do.
+    pub(crate) fn bytes(&self) -> usize {
+        let numbers =
+            [&self.pixels, &self.id_pixels, &self.base_pixels, &self.id_embedding, &self.posterior_noise, &self.noise];
+        size_of::<Self>() + numbers.iter().map(|values| size_of_val(values.as_slice())).sum::<usize>()
+    }
+}
+
 /// Makes samples; shared by the loader's threads.
 #[derive(Clone)]
 pub struct SampleMaker {

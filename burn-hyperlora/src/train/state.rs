@@ -80,7 +80,7 @@ pub fn binding_settings(
         }
         value
     };
-    let mut data = without(tree(serde_json::to_value(data))?, &["cache_mib", "workers", "prefetch"]);
+    let mut data = without(tree(serde_json::to_value(data))?, &["cache_mib", "workers", "prefetch_mib"]);
     data["shards"] = shards.into();
     let train = tree(serde_json::to_value(train))?;
     let train = without(train, &["checkpoints", "samples", "log_every", "fixed_set", "init_from"]);

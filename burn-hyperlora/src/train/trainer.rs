@@ -12,6 +12,7 @@ use crate::conditioning::Base;
 use crate::data::batch::{DrawConfig, Draws};
 use crate::data::dataset::Dataset;
 use crate::data::loader::{Loader, LoaderConfig};
+use crate::data::rank::Rank;
 use crate::data::sample::SampleMaker;
 use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, Stage};
@@ -114,7 +115,12 @@ impl<'a> Trainer<'a> {
             maker,
             self.draws(entry)?,
             self.state.next_draw..config.steps * global_batch,
-            LoaderConfig { batch_size: train.micro_batch, workers: setup.data.workers, prefetch: setup.data.prefetch },
+            LoaderConfig {
+                batch_size: train.micro_batch,
+                workers: setup.data.workers,
+                prefetch_bytes: setup.data.prefetch_mib << 20,
+                rank: Rank::ALONE,
+            },
         )?;
         let step_config = StepConfig {
             kind: entry.kind(),
@@ -236,6 +242,7 @@ impl<'a> Trainer<'a> {
             split: &self.setup.data.split,
             reference: entry.config().reference,
             scenarios: entry.scenarios(),
+            streams: self.setup.data.streams,
             shuffle_window: self.setup.data.shuffle_window,
         };
         let draws = Draws::new(&self.dataset, &config)?;

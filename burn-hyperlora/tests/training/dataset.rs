@@ -7,6 +7,7 @@ use burn_hyperlora::data::Reference;
 use burn_hyperlora::data::batch::{Batch, DrawConfig, Draws};
 use burn_hyperlora::data::dataset::Dataset;
 use burn_hyperlora::data::loader::{Loader, LoaderConfig};
+use burn_hyperlora::data::rank::Rank;
 use burn_hyperlora::data::sample::{SampleMaker, SampleShape};
 use burn_hyperlora::data::scenario::Scenarios;
 
@@ -17,8 +18,8 @@ fn dataset(world: &World, cache_mib: usize) -> Arc<Dataset> {
 }
 
 fn draws(dataset: &Dataset, reference: Reference) -> Draws {
-    let config =
-        DrawConfig { seed: 3, stage: 1, split: "train", reference, scenarios: Scenarios::ID, shuffle_window: 2 };
+    let scenarios = Scenarios::ID;
+    let config = DrawConfig { seed: 3, stage: 1, split: "train", reference, scenarios, streams: 12, shuffle_window: 2 };
     Draws::new(dataset, &config).unwrap()
 }
 
@@ -32,7 +33,7 @@ fn batches(world: &World, cache_mib: usize, from: u64, batch_size: usize, worker
         with_id: true,
     };
     let maker = SampleMaker::new(Arc::clone(&dataset), &experiment.data, 3, shape);
-    let config = LoaderConfig { batch_size, workers, prefetch: 2 };
+    let config = LoaderConfig { batch_size, workers, prefetch_bytes: 1 << 20, rank: Rank::ALONE };
     let mut loader = Loader::start(maker, draws(&dataset, Reference::SameIdentity), from..48, config).unwrap();
     let mut batches = Vec::new();
     while let Some(batch) = loader.next_batch().unwrap() {

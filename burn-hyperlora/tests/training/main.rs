@@ -4,4 +4,5 @@
 mod dataset;
 mod killed;
 mod runs;
+mod streams;
 mod world;
