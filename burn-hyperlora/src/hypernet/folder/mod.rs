@@ -1,0 +1,37 @@
+//! The released folder: one JSON of attention modules and a safetensors file per part.
+//!
+//! ```text
+//! hyper_lora_modules.json          LoRA prefix -> {"hidden_size", "cross_attention_dim"}, in module order
+//! hyper_lora_modules.safetensors   {i}.{to_q|to_k|to_v|to_out}.{id|base}_{down|up}_basis
+//! resampler.safetensors            id_projector.safetensors
+//! base_resampler.safetensors       where there is a Base-LoRA
+//! ```
+
+mod modules;
+mod read;
+mod write;
+
+use std::path::{Path, PathBuf};
+
+pub use modules::read_sites;
+pub use write::convert;
+
+const MODULES_JSON: &str = "hyper_lora_modules.json";
+const BASES: &str = "hyper_lora_modules";
+const RESAMPLER: &str = "resampler";
+const ID_PROJECTOR: &str = "id_projector";
+const BASE_RESAMPLER: &str = "base_resampler";
+
+/// Whether a folder looks like one in the released layout.
+pub fn is_released(folder: &Path) -> bool {
+    folder.join(MODULES_JSON).is_file()
+}
+
+/// Stems of the safetensors files, with or without a Base-LoRA.
+fn stems(base: bool) -> impl Iterator<Item = &'static str> {
+    [BASES, RESAMPLER, ID_PROJECTOR].into_iter().chain(base.then_some(BASE_RESAMPLER))
+}
+
+fn file(folder: &Path, stem: &str) -> PathBuf {
+    folder.join(format!("{stem}.safetensors"))
+}

@@ -1,0 +1,143 @@
+//! The folder's JSON: which attention modules, in which order.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use data_prep::files::write_whole;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::MODULES_JSON;
+use crate::error::{Error, Result};
+use crate::lora::AttentionSite;
+
+/// Largest width of an attention module: a JSON that lies shall not exhaust the memory.
+const LARGEST: usize = 1 << 16;
+
+/// What the JSON says of one attention module.
+#[derive(Debug, Serialize, Deserialize)]
+struct SiteEntry {
+    hidden_size: usize,
+    cross_attention_dim: Option<usize>,
+}
+
+/// The attention modules that a released folder is for, in its order.
+///
+/// # Errors
+/// Input for a missing or broken `hyper_lora_modules.json`.
+pub fn read_sites(folder: &Path) -> Result<Vec<AttentionSite>> {
+    let path = folder.join(MODULES_JSON);
+    let wrong = |problem: String| Error::file(&path, problem, "give the file that belongs to these weights");
+    let text = std::fs::read_to_string(&path).map_err(|source| Error::read(&path, source))?;
+    let entries: Map<String, Value> = serde_json::from_str(&text).map_err(|problem| wrong(problem.to_string()))?;
+    if entries.is_empty() {
+        return Err(wrong("lists no attention modules".into()));
+    }
+    let mut seen = HashSet::new();
+    let site = |(prefix, entry): (String, Value)| {
+        let path = unet_path(&prefix).ok_or_else(|| {
+            wrong(format!("{prefix}: not an attention module of a UNet in diffusers or Stability naming"))
+        })?;
+        let entry: SiteEntry =
+            serde_json::from_value(entry).map_err(|problem| wrong(format!("{prefix}: {problem}")))?;
+        let widths = [Some(entry.hidden_size), entry.cross_attention_dim];
+        if let Some(width) = widths.into_iter().flatten().find(|width| !(1..=LARGEST).contains(width)) {
+            return Err(wrong(format!("{prefix}: a width of {width}, 1 to {LARGEST} are possible")));
+        }
+        if !seen.insert(path.clone()) {
+            return Err(wrong(format!("{prefix}: the module {path} is listed twice")));
+        }
+        Ok(AttentionSite { path, hidden_size: entry.hidden_size, cross_attention_dim: entry.cross_attention_dim })
+    };
+    entries.into_iter().map(site).collect()
+}
+
+/// Writes the JSON of `sites`, in diffusers naming.
+pub(super) fn write_sites(folder: &Path, sites: &[AttentionSite]) -> Result<()> {
+    let fault = |problem: serde_json::Error| Error::Fault(format!("{MODULES_JSON}: {problem}"));
+    let mut entries = Map::new();
+    for site in sites {
+        let entry = SiteEntry { hidden_size: site.hidden_size, cross_attention_dim: site.cross_attention_dim };
+        entries.insert(site.lora_prefix(), serde_json::to_value(entry).map_err(fault)?);
+    }
+    write_whole(&folder.join(MODULES_JSON), &serde_json::to_vec_pretty(&entries).map_err(fault)?)
+}
+
+/// For each attention module of the UNet, its place among the folder's.
+pub(super) fn unet_order(folder: &Path, own: &[AttentionSite], unet: &[AttentionSite]) -> Result<Vec<usize>> {
+    let wrong = |problem: String| {
+        let remedy = "use the base model (or one of its architecture) that this hypernetwork was trained on";
+        Error::file(&folder.join(MODULES_JSON), problem, remedy)
+    };
+    if own.len() != unet.len() {
+        return Err(wrong(format!("lists {} attention modules, the UNet has {}", own.len(), unet.len())));
+    }
+    let place = |site: &AttentionSite| {
+        let found = own.iter().position(|candidate| candidate.path == site.path);
+        match found.map(|i| (i, &own[i])) {
+            Some((i, candidate)) if candidate == site => Ok(i),
+            Some((_, candidate)) => Err(wrong(format!(
+                "{}: hidden_size {}, cross_attention_dim {:?}; the UNet has {}, {:?}",
+                site.path,
+                candidate.hidden_size,
+                candidate.cross_attention_dim,
+                site.hidden_size,
+                site.cross_attention_dim
+            ))),
+            None => Err(wrong(format!("lacks the UNet's {}", site.path))),
+        }
+    };
+    unet.iter().map(place).collect()
+}
+
+/// The diffusers path of a LoRA prefix in diffusers or Stability naming.
+///
+/// Stability counts the modules of all blocks through; SDXL has three to a block (two of them with attention going
+/// down, behind one input convolution).
+fn unet_path(prefix: &str) -> Option<String> {
+    let parts: Vec<&str> = prefix.strip_prefix("lora_unet_")?.split('_').collect();
+    let (module, rest) = match parts.as_slice() {
+        ["down", "blocks", block, "attentions", i, rest @ ..] => (format!("down_blocks.{block}.attentions.{i}"), rest),
+        ["up", "blocks", block, "attentions", i, rest @ ..] => (format!("up_blocks.{block}.attentions.{i}"), rest),
+        ["mid", "block", "attentions", i, rest @ ..] => (format!("mid_block.attentions.{i}"), rest),
+        ["input", "blocks", i, "1", rest @ ..] => {
+            let i = i.parse::<usize>().ok()?.checked_sub(1)?;
+            (format!("down_blocks.{}.attentions.{}", i / 3, i % 3), rest)
+        }
+        ["output", "blocks", i, "1", rest @ ..] => {
+            let i = i.parse::<usize>().ok()?;
+            (format!("up_blocks.{}.attentions.{}", i / 3, i % 3), rest)
+        }
+        ["middle", "block", "1", rest @ ..] => ("mid_block.attentions.0".into(), rest),
+        _ => return None,
+    };
+    match rest {
+        ["transformer", "blocks", i, attention] => Some(format!("{module}.transformer_blocks.{i}.{attention}")),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unet_path;
+
+    #[test]
+    fn both_namings_lead_to_the_same_path() {
+        let pairs = [
+            ("input_blocks_4_1", "down_blocks_1_attentions_0", "down_blocks.1.attentions.0"),
+            ("input_blocks_8_1", "down_blocks_2_attentions_1", "down_blocks.2.attentions.1"),
+            ("middle_block_1", "mid_block_attentions_0", "mid_block.attentions.0"),
+            ("output_blocks_2_1", "up_blocks_0_attentions_2", "up_blocks.0.attentions.2"),
+            ("output_blocks_5_1", "up_blocks_1_attentions_2", "up_blocks.1.attentions.2"),
+        ];
+        for (stability, diffusers, path) in pairs {
+            for module in [stability, diffusers] {
+                let prefix = format!("lora_unet_{module}_transformer_blocks_7_attn2");
+                assert_eq!(unet_path(&prefix), Some(format!("{path}.transformer_blocks.7.attn2")));
+            }
+        }
+        for wrong in ["down_blocks_1", "lora_unet_input_blocks_0_1_transformer_blocks_0_attn1", "lora_unet_x", ""] {
+            assert_eq!(unet_path(wrong), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! A released folder to a hypernetwork.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::module::Param;
+use burn::tensor::{Device, Tensor};
+
+use super::modules::{read_sites, unet_order};
+use super::{BASES, ID_PROJECTOR, RESAMPLER, file, stems};
+use crate::error::{Error, Result};
+use crate::hypernet::config::{HyperLoraConfig, ResamplerConfig};
+use crate::hypernet::hyper_lora::HyperLora;
+use crate::hypernet::parameters::ParameterMapper;
+use crate::lora::AttentionSite;
+use crate::weights::Weights;
+
+impl HyperLora {
+    /// Reads a released folder for a UNet with the attention modules `sites`. Modules may be named in diffusers or in
+    /// Stability naming, and stand in any order; tensors become f32.
+    ///
+    /// # Errors
+    /// Input, naming the file and what does not fit, for missing or broken files, modules of another UNet, and tensors
+    /// that do not fit `config`; Disk when reading fails.
+    pub fn load(folder: &Path, config: &HyperLoraConfig, sites: &[AttentionSite], device: &Device) -> Result<Self> {
+        let own_sites = read_sites(folder)?;
+        let unet_order = unet_order(folder, &own_sites, sites)?;
+        // No value of this seed is ever drawn: every parameter is replaced before it is read.
+        let blank = Self { unet_order, ..Self::new(config, &own_sites, 0, device) };
+
+        let files = open_all(folder, blank.has_base(), device)?;
+        let loaded = blank.map_parameters(&mut FromFiles(&files));
+        files.into_values().try_for_each(Weights::finish)?;
+        Ok(loaded)
+    }
+}
+
+impl HyperLoraConfig {
+    /// The sizes of the hypernetwork in a released folder. The files do not tell the width of a head: it is given, 64 in
+    /// the released weights.
+    ///
+    /// # Errors
+    /// Input for missing or broken files, and for tensors whose shapes are not those of a hypernetwork.
+    pub fn of_folder(folder: &Path, head_dim: usize) -> Result<Self> {
+        // Only headers are read: where tensors would go does not matter.
+        let device = Device::flex();
+        let bases = Weights::open(&file(folder, BASES), &device)?;
+        let resampler = Weights::open(&file(folder, RESAMPLER), &device)?;
+        let projector = Weights::open(&file(folder, ID_PROJECTOR), &device)?;
+
+        let dim = size(&resampler, "latents", 2)?;
+        let inner = size(&resampler, "layers.0.attn1.to_q.weight", 0)?;
+        if head_dim == 0 || !inner.is_multiple_of(head_dim) {
+            return Err(Error::file(
+                resampler.path(),
+                format!("has attentions of width {inner}, which is no multiple of the head width {head_dim}"),
+                "give the head width that these weights were trained with (--head-dim; 64 in the released ones)",
+            ));
+        }
+        let layers = resampler.shapes().into_keys().filter(|key| key.ends_with(".norm_ff.weight")).count();
+        let width = size(&projector, "2.weight", 0)?;
+        let has_base = bases.shapes().contains_key("0.to_q.base_down_basis");
+        let config = Self {
+            id_rank: size(&bases, "0.to_q.id_down_basis", 2)?,
+            base_rank: if has_base { size(&bases, "0.to_q.base_down_basis", 2)? } else { 0 },
+            basis: size(&resampler, "proj_out.weight", 0)?,
+            id_tokens: size(&projector, "0.weight", 0)? / width.max(1),
+            id_embedding_dim: size(&projector, "0.weight", 1)?,
+            clip_dim: width,
+            resampler: ResamplerConfig {
+                dim,
+                depth: layers,
+                heads: inner / head_dim,
+                head_dim,
+                ff_mult: size(&resampler, "layers.0.ff.net.0.proj.weight", 0)? / dim.max(1),
+            },
+        };
+        config.validate(&folder.display().to_string())?;
+        Ok(config)
+    }
+}
+
+/// The files of a folder, by stem.
+pub(super) type OpenFiles = BTreeMap<&'static str, Weights>;
+
+pub(super) fn open_all(folder: &Path, base: bool, device: &Device) -> Result<OpenFiles> {
+    stems(base).map(|stem| Ok((stem, Weights::open(&file(folder, stem), device)?))).collect()
+}
+
+fn size(weights: &Weights, key: &str, axis: usize) -> Result<usize> {
+    weights.shapes().get(key).and_then(|shape| shape.get(axis)).copied().ok_or_else(|| {
+        Error::file(weights.path(), format!("holds no {key} with {} axes", axis + 1), "give a HyperLoRA folder")
+    })
+}
+
+/// Puts what the files hold in the place of every parameter.
+struct FromFiles<'a>(&'a OpenFiles);
+
+impl ParameterMapper for FromFiles<'_> {
+    fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some((weights, key)) = name.split_once('.').and_then(|(stem, key)| Some((self.0.get(stem)?, key))) else {
+            return parameter;
+        };
+        let shape: [usize; D] = parameter.lazy_shape().dims();
+        let tensor = match key.strip_suffix(".weight") {
+            // The transpose is made once, here: a view would leave the layout, and with it the rounding, to chance.
+            Some(layer) if D == 2 => weights.at(layer).linear(shape[0], shape[1], false).weight.val().reshape(shape),
+            _ => weights.at("").tensor(key, shape),
+        };
+        let id = parameter.id;
+        parameter.transform_for_load(tensor, id)
+    }
+}

@@ -1,0 +1,165 @@
+//! A hypernetwork, or the folder of one, to a released folder.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::module::Param;
+use burn::tensor::{Bytes, DType, Device, FloatDType, Tensor, TensorData};
+use data_prep::files::StagedFolder;
+use safetensors::Dtype;
+
+use super::modules::{read_sites, write_sites};
+use super::read::{OpenFiles, open_all};
+use super::{file, stems};
+use crate::error::{Error, Result};
+use crate::hypernet::config::HyperLoraConfig;
+use crate::hypernet::groups::ParameterGroup;
+use crate::hypernet::hyper_lora::HyperLora;
+use crate::hypernet::parameters::ParameterVisitor;
+use crate::weights::{self, SafetensorsFile, TensorEntry, Weights};
+
+impl HyperLora {
+    /// Writes the folder `target`, whole or not at all, in the place of one that stood there.
+    ///
+    /// # Errors
+    /// Input for a place that cannot be written to, Disk for a full or failing disk, Fault when the device fails.
+    pub fn save(&self, target: &Path, dtype: FloatDType) -> Result<()> {
+        let staged = StagedFolder::new(target)?;
+        self.save_files(staged.path(), dtype)?;
+        staged.commit()
+    }
+
+    /// Writes the files of [`save`](Self::save) into a folder that exists. Beside the hypernetwork itself, one tensor is
+    /// in memory at a time.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn save_files(&self, folder: &Path, dtype: FloatDType) -> Result<()> {
+        write_sites(folder, &self.sites)?;
+        let mut parameters = Parameters { dtype, files: Files::new() };
+        self.visit_parameters(&mut parameters);
+        parameters.files.iter().try_for_each(|(stem, tensors)| save_file(&file(folder, stem), tensors, dtype))
+    }
+}
+
+/// Writes the released folder `source`, of the sizes `config`, as the folder `target` in `dtype`, with or without its
+/// Base-LoRA; whole or not at all. One tensor is in memory at a time. Values that `dtype` can hold keep their bits, and
+/// the modules their order; their names become those of diffusers.
+///
+/// # Errors
+/// Input, naming the file and what does not fit, for missing or broken files, tensors that do not fit `config`, and
+/// values that are not finite, in the file or in `dtype`; Input or Disk for a place or disk that cannot be written to.
+pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: FloatDType, base: bool) -> Result<()> {
+    // 1. Headers first: nothing is read or written for files that do not fit.
+    let sites = read_sites(source)?;
+    let blank = HyperLora::new(config, &sites, 0, &Device::flex());
+    let opened = open_all(source, blank.has_base(), &Device::flex())?;
+    blank.visit_parameters(&mut Shapes(&opened));
+    opened.into_values().try_for_each(Weights::finish)?;
+
+    // 2. Tensor by tensor.
+    let staged = StagedFolder::new(target)?;
+    write_sites(staged.path(), &sites)?;
+    for stem in stems(base && blank.has_base()) {
+        convert_file(&file(source, stem), &file(staged.path(), stem), dtype, |key| {
+            base || ParameterGroup::of(&format!("{stem}.{key}")) != Some(ParameterGroup::BaseBases)
+        })?;
+    }
+    staged.commit()
+}
+
+/// Writes the tensors of `source` that `wanted` names as `target`, in `dtype`.
+fn convert_file(source: &Path, target: &Path, dtype: FloatDType, wanted: impl Fn(&str) -> bool) -> Result<()> {
+    let file = SafetensorsFile::open(source)?;
+    let stored: BTreeMap<String, TensorEntry> =
+        file.entries().filter(|entry| wanted(&entry.name)).map(|entry| (entry.name.clone(), entry)).collect();
+    let entries = stored.values().map(|entry| TensorEntry::new(&entry.name, dtype.into(), entry.shape.clone()));
+    weights::save_lazily(target, BTreeMap::new(), entries.collect::<Result<_>>()?, |entry| {
+        let stored = stored.get(&entry.name).ok_or_else(|| Error::Fault(format!("no tensor {}", entry.name)))?;
+        let data = floats(&file, stored)?.convert_dtype(dtype.into());
+        if data.iter::<f32>().all(f32::is_finite) {
+            return Ok(data.into_bytes());
+        }
+        Err(Error::input(
+            format!("{}: {}", source.display(), entry.name),
+            format!("holds values that are not finite in {dtype:?}"),
+            "write it as f32 or bf16, unless the file itself holds such values",
+        ))
+    })
+}
+
+/// A tensor as the file holds it.
+fn floats(file: &SafetensorsFile, entry: &TensorEntry) -> Result<TensorData> {
+    let dtype = match entry.dtype {
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        other => {
+            let place = format!("{}: {}", file.path().display(), entry.name);
+            return Err(Error::input(place, format!("has the type {other}"), "give a file of F32, F16 or BF16"));
+        }
+    };
+    Ok(TensorData::from_bytes_vec(file.read_raw(&entry.name)?, entry.shape.clone(), dtype))
+}
+
+/// Tensors to be written, by the file's stem and the key in it.
+type Files = BTreeMap<String, BTreeMap<String, FileTensor>>;
+
+/// One tensor of a file.
+struct FileTensor {
+    /// As the file lays it out.
+    shape: Vec<usize>,
+    /// Fetches it from its device, laid out so.
+    bytes: Box<dyn Fn() -> Result<Bytes>>,
+}
+
+/// Gathers the parameters of a hypernetwork; they stay on their device until they are written.
+struct Parameters {
+    dtype: FloatDType,
+    files: Files,
+}
+
+impl ParameterVisitor for Parameters {
+    fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
+        let Some((stem, key)) = name.split_once('.') else { return };
+        let (tensor, dtype, name) = (parameter.val().inner(), self.dtype, name.to_owned());
+        let bytes = move || {
+            let tensor = tensor.clone().cast(dtype);
+            weights::bytes_of(if D == 2 { tensor.swap_dims(0, 1) } else { tensor }, &name)
+        };
+        let tensor = FileTensor { shape: file_shape(parameter).to_vec(), bytes: Box::new(bytes) };
+        self.files.entry(stem.into()).or_default().insert(key.into(), tensor);
+    }
+}
+
+fn save_file(path: &Path, tensors: &BTreeMap<String, FileTensor>, dtype: FloatDType) -> Result<()> {
+    let entries = tensors.iter().map(|(key, tensor)| TensorEntry::new(key, dtype.into(), tensor.shape.clone()));
+    weights::save_lazily(path, BTreeMap::new(), entries.collect::<Result<_>>()?, |entry| {
+        let tensor = tensors.get(&entry.name);
+        (tensor.ok_or_else(|| Error::Fault(format!("no parameter is named {}", entry.name)))?.bytes)()
+    })
+}
+
+/// Asks the files for all tensors that are not of the shape that a hypernetwork's have, so that they are reported.
+struct Shapes<'a>(&'a OpenFiles);
+
+impl ParameterVisitor for Shapes<'_> {
+    fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
+        let Some((stem, key)) = name.split_once('.') else { return };
+        let Some(weights) = self.0.get(stem) else { return };
+        let shape = file_shape(parameter);
+        match weights.shapes().get(key) {
+            Some(&found) if found == shape => weights.at("").ignore(key),
+            _ => drop(weights.at("").tensor(key, shape)),
+        }
+    }
+}
+
+/// The shape that the files give a parameter: linear weights, the only matrices, are `[out, in]` there.
+fn file_shape<const D: usize>(parameter: &Param<Tensor<D>>) -> [usize; D] {
+    let mut shape = parameter.lazy_shape().dims();
+    if D == 2 {
+        shape.reverse();
+    }
+    shape
+}
