@@ -17,6 +17,9 @@ use crate::weights::{ConfigText, Weights};
 
 mod resize;
 
+/// File of the image processor's settings.
+pub const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
+
 const REMEDY: &str = "use the folder of a CLIP image encoder, such as ViT-L/14, in transformers layout";
 
 /// The `config.json` of a CLIP image encoder, as far as it changes what is computed. Other keys are ignored.
@@ -203,7 +206,7 @@ impl ImageProcessor {
     /// # Errors
     /// Input for a missing or broken file and for settings that are not supported.
     pub fn load(folder: &Path) -> Result<Self> {
-        let path = folder.join("preprocessor_config.json");
+        let path = folder.join(PREPROCESSOR_CONFIG);
         let text = std::fs::read_to_string(&path).map_err(|source| Error::read(&path, source))?;
         let config: ProcessorConfig =
             serde_json::from_str(&text).map_err(|problem| Error::file(&path, problem, REMEDY))?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use burn_hyperlora::export::save_kohya;
-use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig};
+use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig, convert};
 use burn_hyperlora::lora::{AttentionSite, LoraWeights};
 use burn_hyperlora::weights::Weights;
 
@@ -82,6 +82,82 @@ fn a_released_folder_comes_back_bit_for_bit() {
     }
 }
 
+/// The fixture's modules in Stability naming, in another order than the UNet's.
+fn stability_json() -> String {
+    let json = fs::read_to_string(fixtures().join("hyper_lora_modules.json")).unwrap();
+    json.replace("down_blocks_1_attentions_0", "input_blocks_4_1").replace("mid_block_attentions_0", "middle_block_1")
+}
+
+#[test]
+fn a_converted_folder_keeps_every_bit_that_its_type_can_hold() {
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    let convert =
+        |source: &Path, target: &str, dtype, base| convert(source, &config(), &at(target), dtype, base).unwrap();
+    let all = |folder: &Path| FILES.map(|stem| tensors(&folder.join(format!("{stem}.safetensors"))));
+    let json = |folder: &Path| fs::read_to_string(folder.join("hyper_lora_modules.json")).unwrap();
+
+    convert(&fixtures(), "same", FloatDType::F32, true);
+    assert_eq!(all(&at("same")), all(&fixtures()));
+    assert_eq!(json(&at("same")).trim(), json(&fixtures()).trim());
+    // f16 and bf16 cost the precision that they have not, once; every half type fits into f32.
+    for (dtype, name) in [(FloatDType::F16, "f16"), (FloatDType::BF16, "bf16")] {
+        convert(&fixtures(), name, dtype, true);
+        convert(&at(name), "again", dtype, true);
+        assert_eq!(all(&at("again")), all(&at(name)));
+        convert(&at(name), "wide", FloatDType::F32, true);
+        convert(&at("wide"), "narrow", dtype, true);
+        assert_eq!(all(&at("narrow")), all(&at(name)));
+        assert_ne!(all(&at("wide")), all(&fixtures()));
+        let loaded = HyperLora::load(&at(name), &config(), &sites(), &Device::flex()).unwrap();
+        loaded.save(&at("saved"), dtype).unwrap();
+        assert_eq!(all(&at("saved")), all(&at(name)));
+    }
+
+    let stability = with_modules(&stability_json());
+    convert(stability.path(), "renamed", FloatDType::F32, true);
+    assert_eq!(all(&at("renamed")), all(&fixtures()));
+    assert_eq!(json(&at("renamed")), json(&at("same")), "diffusers naming, in the same order");
+
+    convert(&fixtures(), "id-only", FloatDType::F32, false);
+    assert!(!at("id-only/base_resampler.safetensors").exists());
+    let id_only = HyperLoraConfig { base_rank: 0, ..config() };
+    assert_eq!(HyperLoraConfig::of_folder(&at("id-only"), 5).unwrap(), id_only);
+    let plain = HyperLora::load(&fixtures(), &config(), &sites(), &Device::flex()).unwrap();
+    let loaded = HyperLora::load(&at("id-only"), &id_only, &sites(), &Device::flex()).unwrap();
+    assert_eq!(values(&loaded.id_lora(clip(), None)), values(&plain.id_lora(clip(), None)));
+}
+
+#[test]
+fn a_folder_that_does_not_fit_is_not_converted() {
+    let root = tempfile::tempdir().unwrap();
+    let target = root.path().join("target");
+    let refusal = |source: &Path, config: &HyperLoraConfig, dtype| {
+        let error = convert(source, config, &target, dtype, true).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{error}");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0, "nothing is left behind");
+        error.to_string()
+    };
+    let json = fs::read_to_string(fixtures().join("hyper_lora_modules.json")).unwrap();
+    let resampler = |value: f32| {
+        let folder = with_modules(&json);
+        let path = folder.path().join("resampler.safetensors");
+        let mut bytes = fs::read(&path).unwrap();
+        let last = bytes.len() - 4;
+        bytes[last..].copy_from_slice(&value.to_le_bytes());
+        fs::write(&path, bytes).unwrap();
+        folder
+    };
+
+    let message = refusal(&fixtures(), &HyperLoraConfig { id_rank: 3, ..config() }, FloatDType::F32);
+    assert!(message.contains("id_down_basis") && message.contains("hyper_lora"), "{message}");
+    let message = refusal(resampler(f32::NAN).path(), &config(), FloatDType::F32);
+    assert!(message.contains("resampler.safetensors: proj_out") && message.contains("not finite"), "{message}");
+    let message = refusal(resampler(1e5).path(), &config(), FloatDType::F16);
+    assert!(message.contains("resampler.safetensors: proj_out") && message.contains("bf16"), "{message}");
+    convert(resampler(1e5).path(), &config(), &target, FloatDType::BF16, true).unwrap();
+}
+
 /// A copy of the fixture with another `hyper_lora_modules.json`.
 fn with_modules(json: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -95,11 +171,7 @@ fn with_modules(json: &str) -> tempfile::TempDir {
 
 #[test]
 fn stability_naming_and_another_module_order_are_understood() {
-    let json = fs::read_to_string(fixtures().join("hyper_lora_modules.json")).unwrap();
-    let json = json
-        .replace("down_blocks_1_attentions_0", "input_blocks_4_1")
-        .replace("mid_block_attentions_0", "middle_block_1");
-    let folder = with_modules(&json);
+    let folder = with_modules(&stability_json());
     let device = Device::flex();
     let plain = HyperLora::load(&fixtures(), &config(), &sites(), &device).unwrap();
     let renamed = HyperLora::load(folder.path(), &config(), &sites(), &device).unwrap();
@@ -135,6 +207,24 @@ fn a_folder_that_does_not_fit_is_one_clear_error() {
     let wider = load(&fixtures(), &config(), &wider);
     assert!(wider.contains("attn2") && wider.contains("2048"), "{wider}");
 
+    let heads = HyperLoraConfig::of_folder(&fixtures(), 4).unwrap_err().to_string();
+    assert!(heads.contains("width 15") && heads.contains("--head-dim"), "{heads}");
+    for (from, to, part) in [
+        ("\"hidden_size\": 8", "\"hidden_size\": 18446744073709551615", "lora_unet_mid_block"),
+        ("\"hidden_size\": 8", "\"hidden_size\": 0", "a width of 0"),
+        ("\"hidden_size\": 8", "\"hidden_size\": -8", "invalid value"),
+        (
+            "down_blocks_1_attentions_0_transformer_blocks_0_attn1",
+            "middle_block_1_transformer_blocks_0_attn2",
+            "is listed twice",
+        ),
+        ("lora_unet", "lora_te", "not an attention module"),
+    ] {
+        let lying = with_modules(&json.replace(from, to));
+        let message = load(lying.path(), &config(), &sites());
+        assert!(message.contains("hyper_lora_modules.json") && message.contains(part), "{message}");
+    }
+    assert!(load(with_modules("{}").path(), &config(), &sites()).contains("lists no attention modules"));
     let misnamed = with_modules(&json.replace("mid_block", "core"));
     assert!(load(misnamed.path(), &config(), &sites()).contains("lora_unet_core"));
     let broken = with_modules(&json[..json.len() / 2]);

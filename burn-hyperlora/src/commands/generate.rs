@@ -6,25 +6,33 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::{Device, FloatDType};
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 
-use crate::commands::{Common, finite};
+use crate::commands::{Common, HyperLoraArgs, finite};
 use crate::error::Result;
 use crate::export;
-use crate::generate::{Generator, Portrait};
+use crate::generate::photos::{PhotoReader, Portrait};
+use crate::generate::{Generator, features};
 
 /// Write the LoRA of a person from photos
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  hyperlora generate --checkpoint runs/quickstart --image a.png --image b.png -o lora.safetensors\n\nThe file is in kohya's format, which ComfyUI, diffusers and the WebUIs load.\nPut the trigger words of the run before the prompt: `fcsks fxhks fhyks, a photo of a person`."
+    group(ArgGroup::new("person").required(true).args(["images", "features"])),
+    after_help = "Examples:\n  From photos, with a hypernetwork of one's own:\n    hyperlora generate --checkpoint runs/quickstart --image a.png --image b.png -o lora.safetensors\n  With a released one:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --image-encoder clip_vit_large_14/ --faces antelopev2/ --image a.png -o lora.safetensors\n  From features that another program made:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --features anna.safetensors -o lora.safetensors\n\nThe file is in kohya's format, which ComfyUI, diffusers and the WebUIs load.\nPut the trigger words of the run before the prompt: `fcsks fxhks fhyks, a photo of a person`."
 )]
 pub(super) struct GenerateArgs {
-    /// A checkpoint folder, or a run folder for its latest
+    /// A run folder (its latest checkpoint), a checkpoint, or a HyperLoRA folder in the released layout
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
     /// A photo of the person; several are averaged
-    #[arg(long = "image", value_name = "FILE", required = true)]
+    #[arg(long = "image", value_name = "FILE")]
     images: Vec<PathBuf>,
+    /// Ready features in place of photos: `clip_hidden_states` [N, 257, 1024], `id_embedding` [N, 512] and, for --base,
+    /// `base_clip_hidden_states`; N images are averaged
+    #[arg(long, value_name = "FILE")]
+    features: Option<PathBuf>,
+    #[command(flatten)]
+    models: HyperLoraArgs,
     /// Add the Base-LoRA: hair, clothes and background of the photos
     #[arg(long)]
     base: bool,
@@ -51,22 +59,29 @@ enum FileDType {
 pub(super) fn run(args: &GenerateArgs, common: &Common, device: &Device) -> Result<ExitCode> {
     common.start_log(None)?;
     let start = Instant::now();
-    let mut generator = Generator::open(&args.checkpoint, device)?;
+    let generator = Generator::open(&args.checkpoint, args.models.head_dim, device)?;
     let opened = start.elapsed();
-    let portraits = args.images.iter().map(|path| generator.portrait(path)).collect::<Result<Vec<Portrait>>>()?;
+    let person = match &args.features {
+        Some(path) => features::read(path, generator.config(), device)?,
+        None => {
+            let mut reader = PhotoReader::open(&generator, &args.models.photo_models())?;
+            let portraits = args.images.iter().map(|path| reader.portrait(path)).collect::<Result<Vec<Portrait>>>()?;
+            reader.person(&portraits, args.base)
+        }
+    };
     let seen = start.elapsed();
-    let lora = generator.lora(&portraits, args.id_weight, if args.base { args.base_weight } else { 0.0 })?;
+    let lora = generator.lora(&person, args.id_weight, if args.base { args.base_weight } else { 0.0 })?;
     let dtype = match args.dtype {
         FileDType::F16 => FloatDType::F16,
         FileDType::F32 => FloatDType::F32,
     };
-    let trigger = generator.experiment.train.trigger.trim_end_matches([',', ' ']).to_owned();
+    let trigger = generator.trigger().trim_end_matches([',', ' ']);
     let notes = BTreeMap::from([("ss_training_comment".to_owned(), format!("HyperLoRA; trigger words: {trigger}"))]);
     export::save_kohya(&args.output, generator.sites(), &lora, dtype, &notes)?;
     tracing::info!(
-        "{} from {} photo(s): models {:.2} s, photos {:.2} s, LoRA {:.2} s",
+        "{} from {} image(s): hypernetwork {:.2} s, person {:.2} s, LoRA {:.2} s",
         args.output.display(),
-        portraits.len(),
+        person.clip_states.dims()[0],
         opened.as_secs_f64(),
         (seen - opened).as_secs_f64(),
         (start.elapsed() - seen).as_secs_f64(),

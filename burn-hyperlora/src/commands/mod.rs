@@ -7,7 +7,7 @@ mod train;
 
 use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
@@ -15,6 +15,7 @@ use burn::tensor::Device;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::error::Result;
+use crate::generate::photos::PhotoModels;
 use crate::metrics::{self, log};
 
 /// HyperLoRA on Burn: a hypernetwork that turns portraits into SDXL LoRAs.
@@ -98,6 +99,33 @@ impl Common {
 
     fn display(&self) -> metrics::Display {
         metrics::Display::detect(self.quiet)
+    }
+}
+
+/// What a hypernetwork of the released layout does not tell by itself, and what looks at photos for it.
+#[derive(Debug, Args)]
+struct HyperLoraArgs {
+    /// Width of an attention head of a released hypernetwork [default: 64]
+    #[arg(long, value_name = "N")]
+    head_dim: Option<usize>,
+    /// Folder of the CLIP image encoder, instead of the run's own
+    #[arg(long, value_name = "DIR", conflicts_with = "features")]
+    image_encoder: Option<PathBuf>,
+    /// Folder of its preprocessing [default: that of --image-encoder, or `feature_extractor` beside it]
+    #[arg(long, value_name = "DIR", conflicts_with = "features")]
+    feature_extractor: Option<PathBuf>,
+    /// Folder of the face models' ONNX files, instead of the run's own
+    #[arg(long, value_name = "DIR", conflicts_with = "features")]
+    faces: Option<PathBuf>,
+}
+
+impl HyperLoraArgs {
+    fn photo_models(&self) -> PhotoModels {
+        PhotoModels {
+            image_encoder: self.image_encoder.clone(),
+            feature_extractor: self.feature_extractor.clone(),
+            faces: self.faces.clone(),
+        }
     }
 }
 

@@ -14,10 +14,10 @@ use image::{ImageFormat, RgbImage, imageops};
 
 use crate::commands::{Common, finite};
 use crate::conditioning::{Base, BaseConfig};
-use crate::data::crop::Square;
 use crate::error::{Error, Result};
 use crate::export;
-use crate::generate::{Generator, Portrait};
+use crate::generate::Generator;
+use crate::generate::photos::{PhotoModels, PhotoReader, Portrait};
 use crate::lora::LoraWeights;
 use crate::metrics::Progress;
 use crate::sample::{PhotoSize, SampleConfig, Sampler, tile};
@@ -216,24 +216,29 @@ fn load_latents(path: &Path, base: &Base, config: &SampleConfig, device: &Device
 
 /// One row per photo, every column from the same noise: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA.
 fn grid(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
-    let mut generator = Generator::open(checkpoint, device)?;
-    let portraits = args.images.iter().map(|path| generator.portrait(path)).collect::<Result<Vec<Portrait>>>()?;
-    let base = Base::load(&generator.experiment.base, generator.experiment.folder(), device)?;
+    let generator = Generator::open(checkpoint, None, device)?;
+    let mut reader = PhotoReader::open(&generator, &PhotoModels::default())?;
+    let portraits = args.images.iter().map(|path| reader.portrait(path)).collect::<Result<Vec<Portrait>>>()?;
+    let experiment = generator.experiment().ok_or_else(|| {
+        Error::file(checkpoint, "is a HyperLoRA folder without a run around it", "give a run or one of its checkpoints")
+    })?;
+    let base = Base::load(&experiment.base, experiment.folder(), device)?;
     let mut config = args.config(&base);
     let text = args.prompt.as_deref().unwrap_or("a photo of a person");
     let plain = base.text.encode(&[text])?;
-    let triggered = base.text.encode(&[format!("{}{text}", generator.experiment.train.trigger)])?;
+    let triggered = base.text.encode(&[format!("{}{text}", generator.trigger())])?;
 
     let mut progress = Progress::new("grid", 0, portraits.len() as u64, common.display());
     let mut rows = Vec::with_capacity(portraits.len());
     for (row, portrait) in portraits.chunks(1).enumerate() {
         config.seed = args.seed + row as u64;
         let initial = sampler(&base).initial_latents(&config, 1, device)?;
-        let mut columns = vec![reference(&portrait[0], &generator, config.width as u32)];
-        let id = generator.lora(portrait, args.id_weight, 0.0)?;
+        let mut columns = vec![reference(&portrait[0], &reader, config.width as u32)];
+        let person = reader.person(portrait, generator.has_base());
+        let id = generator.lora(&person, args.id_weight, 0.0)?;
         let mut loras = vec![(&plain, None), (&triggered, Some(id))];
         if generator.has_base() {
-            loras.push((&triggered, Some(generator.lora(portrait, args.id_weight, args.base_weight)?)));
+            loras.push((&triggered, Some(generator.lora(&person, args.id_weight, args.base_weight)?)));
         }
         for (prompt, lora) in loras {
             let negative = negative(args, &base, prompt)?;
@@ -249,7 +254,7 @@ fn grid(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) 
 }
 
 /// The part of the photo that training would look at, at the pictures' size.
-fn reference(portrait: &Portrait, generator: &Generator, side: u32) -> RgbImage {
-    let square = Square::middle(portrait.photo.dimensions(), portrait.face_box, &generator.experiment.data.crop);
+fn reference(portrait: &Portrait, reader: &PhotoReader, side: u32) -> RgbImage {
+    let square = reader.square(portrait);
     imageops::resize(&square.cut(&portrait.photo, square.side), side, side, FilterType::CatmullRom)
 }

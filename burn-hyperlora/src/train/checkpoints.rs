@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, CheckpointStore};
 use crate::error::{Error, Result};
-use crate::hypernet::Stage;
+use crate::hypernet::{Stage, is_released};
 use crate::train::CHECKPOINTS;
 use crate::train::state::{TrainState, first_difference};
 use crate::train::step::Learner;
@@ -71,6 +71,54 @@ pub fn latest(run: &Path) -> Result<Option<Checkpoint>> {
         checkpoint.verify()?;
     }
     Ok(latest)
+}
+
+/// Where the hypernetwork lies that a folder given by the user stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// In a checkpoint of a run.
+    Run {
+        /// The run folder.
+        run: PathBuf,
+        /// The checkpoint, verified.
+        checkpoint: Checkpoint,
+    },
+    /// In a folder of the released layout, which tells nothing of a run.
+    Released(PathBuf),
+}
+
+impl Source {
+    /// Takes a run folder for its latest checkpoint, a checkpoint folder, or a folder of the released layout.
+    ///
+    /// # Errors
+    /// Input for a folder that is none of these, a run without checkpoint, and a damaged checkpoint; Disk for a failing
+    /// disk.
+    pub fn find(folder: &Path) -> Result<Self> {
+        if folder.join(CHECKPOINTS).is_dir() {
+            let checkpoint = latest(folder)?.ok_or_else(|| {
+                Error::file(folder, "holds no checkpoint yet", "let `hyperlora train` reach its first checkpoint")
+            })?;
+            return Ok(Self::Run { run: folder.into(), checkpoint });
+        }
+        if is_released(folder) {
+            return Ok(Self::Released(folder.into()));
+        }
+        let remedy = "give a run folder, one of its checkpoints (runs/NAME/checkpoints/step-00000300), or a HyperLoRA \
+                      folder with hyper_lora_modules.json";
+        let checkpoint = Checkpoint::at(folder).map_err(|error| error.with_remedy(remedy))?;
+        checkpoint.verify()?;
+        let absolute = std::path::absolute(folder).map_err(|source| Error::read(folder, source))?;
+        let run = absolute.ancestors().nth(2).unwrap_or(&absolute).to_path_buf();
+        Ok(Self::Run { run, checkpoint })
+    }
+
+    /// The folder of the released layout.
+    pub fn weights(&self) -> PathBuf {
+        match self {
+            Self::Run { checkpoint, .. } => checkpoint.path().join(WEIGHTS),
+            Self::Released(folder) => folder.clone(),
+        }
+    }
 }
 
 /// Checks that the run was made with `settings`.

@@ -24,7 +24,8 @@ pub struct TrainConfig {
     /// Stands before the caption whenever the ID-LoRA acts.
     #[serde(default = "default_trigger")]
     pub trigger: String,
-    /// Weights to begin with instead of random ones: a folder in the released layout, such as one of a checkpoint.
+    /// Weights to begin with instead of random ones: a run folder (its latest checkpoint), a checkpoint, or a folder in
+    /// the released layout.
     #[serde(default)]
     pub init_from: Option<ConfigPath>,
     /// When to save.
@@ -47,8 +48,11 @@ fn yes() -> bool {
     true
 }
 
+/// The trigger words of the released weights.
+pub const DEFAULT_TRIGGER: &str = "fcsks fxhks fhyks, ";
+
 fn default_trigger() -> String {
-    "fcsks fxhks fhyks, ".into()
+    DEFAULT_TRIGGER.into()
 }
 
 fn default_log_every() -> u64 {

@@ -19,7 +19,7 @@ use crate::hypernet::{HyperLora, Stage};
 use crate::metrics::{MetricsWriter, Progress, StageSummary, Summary, WaitClock};
 use crate::optim::{OptimConfig, Optimizer};
 use crate::sdxl::scheduler::NoiseSampler;
-use crate::train::checkpoints::{self, SavedState, WEIGHTS};
+use crate::train::checkpoints::{self, SavedState, Source, WEIGHTS};
 use crate::train::config::{SamplesConfig, StageEntry};
 use crate::train::curves::Curves;
 use crate::train::fixed_set::FixedSet;
@@ -296,7 +296,10 @@ fn begin(setup: &TrainSetup<'_>, base: &Base) -> Result<Learner> {
     let device = setup.device.clone().autodiff();
     let sites = base.unet.attention_sites();
     let hyper_lora = match &setup.train.init_from {
-        Some(path) => HyperLora::load(&path.resolve(setup.folder)?, setup.hyper_lora, sites, &device)?,
+        Some(path) => {
+            let weights = Source::find(&path.resolve(setup.folder)?)?.weights();
+            HyperLora::load(&weights, setup.hyper_lora, sites, &device)?
+        }
         // What reads the ID embedding starts silent: the first stage that trains it begins where the one before ended.
         None => HyperLora::new(setup.hyper_lora, sites, setup.seed, &device).start_id_embedding_stage(),
     };

@@ -6,5 +6,6 @@ mod bad_input;
 mod contract;
 mod disk;
 mod pictures;
+mod released;
 mod runs;
 mod support;

@@ -128,7 +128,7 @@ fn what_cannot_be_drawn_with_is_named() {
 }
 
 /// A photo of the asset cache.
-fn photo() -> PathBuf {
+pub(crate) fn photo() -> PathBuf {
     let cache = std::env::var("HYPERLORA_CACHE")
         .map_or_else(|_| Path::new(&std::env::var("HOME").unwrap()).join(".cache/hyperlora"), PathBuf::from);
     let photo = cache.join("photos/orl/s36/1.pgm");

@@ -30,7 +30,7 @@ impl HyperLora {
 
         let files = open_all(folder, blank.has_base(), device)?;
         let loaded = blank.map_parameters(&mut FromFiles(&files));
-        files.into_values().try_for_each(Weights::finish)?;
+        finish_all(files)?;
         Ok(loaded)
     }
 }
@@ -85,6 +85,12 @@ pub(super) type OpenFiles = BTreeMap<&'static str, Weights>;
 
 pub(super) fn open_all(folder: &Path, base: bool, device: &Device) -> Result<OpenFiles> {
     stems(base).map(|stem| Ok((stem, Weights::open(&file(folder, stem), device)?))).collect()
+}
+
+/// Ends the loading of all files.
+pub(super) fn finish_all(files: OpenFiles) -> Result<()> {
+    let remedy = "give `hyper_lora` the sizes of these weights, or weights of its sizes";
+    files.into_values().try_for_each(Weights::finish).map_err(|error| error.with_remedy(remedy))
 }
 
 fn size(weights: &Weights, key: &str, axis: usize) -> Result<usize> {

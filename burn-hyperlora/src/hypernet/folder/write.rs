@@ -9,7 +9,7 @@ use data_prep::files::StagedFolder;
 use safetensors::Dtype;
 
 use super::modules::{read_sites, write_sites};
-use super::read::{OpenFiles, open_all};
+use super::read::{finish_all, open_all};
 use super::{file, stems};
 use crate::error::{Error, Result};
 use crate::hypernet::config::HyperLoraConfig;
@@ -54,8 +54,9 @@ pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: Fl
     let sites = read_sites(source)?;
     let blank = HyperLora::new(config, &sites, 0, &Device::flex());
     let opened = open_all(source, blank.has_base(), &Device::flex())?;
-    blank.visit_parameters(&mut Shapes(&opened));
-    opened.into_values().try_for_each(Weights::finish)?;
+    let files = opened.iter().map(|(&stem, weights)| (stem, (weights, weights.shapes()))).collect();
+    blank.visit_parameters(&mut Shapes(files));
+    finish_all(opened)?;
 
     // 2. Tensor by tensor.
     let staged = StagedFolder::new(target)?;
@@ -141,14 +142,14 @@ fn save_file(path: &Path, tensors: &BTreeMap<String, FileTensor>, dtype: FloatDT
 }
 
 /// Asks the files for all tensors that are not of the shape that a hypernetwork's have, so that they are reported.
-struct Shapes<'a>(&'a OpenFiles);
+struct Shapes<'a>(BTreeMap<&'static str, (&'a Weights, BTreeMap<&'a str, &'a [usize]>)>);
 
 impl ParameterVisitor for Shapes<'_> {
     fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
         let Some((stem, key)) = name.split_once('.') else { return };
-        let Some(weights) = self.0.get(stem) else { return };
+        let Some((weights, shapes)) = self.0.get(stem) else { return };
         let shape = file_shape(parameter);
-        match weights.shapes().get(key) {
+        match shapes.get(key) {
             Some(&found) if found == shape => weights.at("").ignore(key),
             _ => drop(weights.at("").tensor(key, shape)),
         }

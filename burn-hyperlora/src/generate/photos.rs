@@ -1,0 +1,187 @@
+//! A person from photos: face models and CLIP.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use data_prep::config::ConfigPath;
+use data_prep::face::mask::{self, MaskConfig};
+use data_prep::face::{Detection, FaceAnalyser, FaceConfig};
+use data_prep::source::DecodeConfig;
+use image::RgbImage;
+
+use crate::clip_vision::{ClipVisionModel, ImageProcessor, PREPROCESSOR_CONFIG};
+use crate::data::CropConfig;
+use crate::data::crop::Square;
+use crate::error::{Error, Result};
+use crate::experiment::Experiment;
+use crate::generate::{Generator, Person};
+
+/// One photo of one person.
+pub struct Portrait {
+    /// The photo as it is.
+    pub photo: RgbImage,
+    /// The face, x0 y0 x1 y1 in pixels.
+    pub face_box: [f32; 4],
+    /// 68 or 106 points in pixels.
+    pub landmarks: Vec<[f32; 2]>,
+    /// L2-normalised, 512 numbers.
+    pub id_embedding: Vec<f32>,
+}
+
+/// Which models look at photos, where the user says so; the run's own else.
+#[derive(Debug, Clone, Default)]
+pub struct PhotoModels {
+    /// Folder of the CLIP image encoder.
+    pub image_encoder: Option<PathBuf>,
+    /// Folder of its preprocessing; where left out, that of the image encoder or `feature_extractor` beside it.
+    pub feature_extractor: Option<PathBuf>,
+    /// Folder of the face models' ONNX files.
+    pub faces: Option<PathBuf>,
+}
+
+/// The models that look at photos; the rest of a base model is not loaded.
+pub struct PhotoReader {
+    analyser: FaceAnalyser,
+    image_encoder: ClipVisionModel,
+    image_processor: ImageProcessor,
+    mask: MaskConfig,
+    crop: CropConfig,
+    id_embedding_dim: usize,
+    device: Device,
+}
+
+impl PhotoReader {
+    /// Opens what `models` names, else the models that the generator's run was trained with.
+    ///
+    /// # Errors
+    /// Input for a model that nothing names, is missing or broken, or is not the one that the hypernetwork was made for.
+    pub fn open(generator: &Generator, models: &PhotoModels) -> Result<Self> {
+        let experiment = generator.experiment();
+        let (faces, faces_from) = face_models(models, experiment)?;
+        let encoder = image_encoder(models, experiment)?;
+        let image_encoder = ClipVisionModel::load(&encoder, &generator.device)?;
+        let (width, wanted) = (image_encoder.config().encoder.hidden_size, generator.config().clip_dim);
+        if width != wanted {
+            return Err(Error::file(
+                &encoder,
+                format!("gives states of width {width}, the hypernetwork reads {wanted}"),
+                "give the image encoder that it was trained with; CLIP ViT-L/14 for the released weights",
+            ));
+        }
+        Ok(Self {
+            analyser: FaceAnalyser::load(&faces, &faces_from)?,
+            image_encoder,
+            image_processor: ImageProcessor::load(&feature_extractor(models, experiment, &encoder)?)?,
+            mask: experiment.map(|experiment| experiment.data.mask).unwrap_or_default(),
+            crop: experiment.map(|experiment| experiment.data.crop.clone()).unwrap_or_default(),
+            id_embedding_dim: generator.config().id_embedding_dim,
+            device: generator.device.clone(),
+        })
+    }
+
+    /// Finds and measures the one face of a photo.
+    ///
+    /// # Errors
+    /// Input for a file that is no photo, or shows no face or several.
+    pub fn portrait(&mut self, path: &Path) -> Result<Portrait> {
+        let bytes = fs::read(path).map_err(|source| Error::read(path, source))?;
+        let photo = DecodeConfig::default().decode(&bytes).map_err(|problem| {
+            Error::file(
+                path,
+                format!("is no photo that can be decoded: {problem}"),
+                "give a PNG, JPEG, WebP, BMP or PGM file",
+            )
+        })?;
+        let found = self.analyser.detect(&photo)?;
+        let [face]: [Detection; 1] = found.try_into().map_err(|found: Vec<Detection>| {
+            Error::file(
+                path,
+                format!("shows {} faces, one is needed", found.len()),
+                "give a photo of one person that shows the whole face, or cut it out first",
+            )
+        })?;
+        let description = self.analyser.describe(&photo, &face)?;
+        let id_embedding = description.id_embedding;
+        if id_embedding.len() != self.id_embedding_dim {
+            let (length, wanted) = (id_embedding.len(), self.id_embedding_dim);
+            let problem = format!("gives ID embeddings of {length} numbers, the hypernetwork reads {wanted}");
+            return Err(Error::input("face models", problem, "give the face models that it was trained with"));
+        }
+        Ok(Portrait { photo, face_box: face.face_box, landmarks: description.landmarks, id_embedding })
+    }
+
+    /// What the hypernetwork is given of the person in these photos; `with_base` what a Base-LoRA is made from, too.
+    pub fn person(&self, portraits: &[Portrait], with_base: bool) -> Person {
+        let faces = portraits.iter().map(|portrait| mask::id_image(&portrait.photo, &portrait.landmarks, &self.mask));
+        let values: Vec<f32> = portraits.iter().flat_map(|portrait| portrait.id_embedding.iter().copied()).collect();
+        let shape = [portraits.len(), self.id_embedding_dim];
+        let views = portraits.iter().map(|portrait| {
+            let square = self.square(portrait);
+            let view = square.cut(&portrait.photo, square.side);
+            mask::base_image(&view, &square.points(&portrait.landmarks), &self.mask)
+        });
+        Person {
+            clip_states: self.states(faces),
+            id_embedding: Some(Tensor::from_data(TensorData::new(values, shape), &self.device)),
+            base_states: with_base.then(|| self.states(views)),
+        }
+    }
+
+    /// The part of a photo that training would look at.
+    pub fn square(&self, portrait: &Portrait) -> Square {
+        Square::middle(portrait.photo.dimensions(), portrait.face_box, &self.crop)
+    }
+
+    /// The image encoder's states, `[N, T, D]`.
+    fn states(&self, pictures: impl Iterator<Item = RgbImage>) -> Tensor<3> {
+        let pictures: Vec<RgbImage> = pictures.collect();
+        self.image_encoder.penultimate(self.image_processor.process(&pictures, &self.device))
+    }
+}
+
+/// The face models, and the folder that their paths start at.
+fn face_models(models: &PhotoModels, experiment: Option<&Experiment>) -> Result<(FaceConfig, PathBuf)> {
+    if let Some(folder) = &models.faces {
+        let faces = FaceConfig { models: ConfigPath::new(folder), ..FaceConfig::default() };
+        return Ok((faces, PathBuf::from(".")));
+    }
+    let Some(experiment) = experiment else {
+        let problem = "is missing: the ID embedding must be that of the model which the weights were trained with";
+        let remedy = "give the folder of the face models (antelopev2 for the released weights), or --features";
+        return Err(Error::input("--faces", problem, remedy));
+    };
+    let faces = experiment.faces.clone().ok_or_else(|| {
+        let place = format!("{}: faces", experiment.place());
+        let remedy = "add `faces: {models: FOLDER}` to it, or give --faces";
+        Error::input(place, "is missing: without face models no photo can be read", remedy)
+    })?;
+    Ok((faces, experiment.folder().into()))
+}
+
+fn image_encoder(models: &PhotoModels, experiment: Option<&Experiment>) -> Result<PathBuf> {
+    match (&models.image_encoder, experiment) {
+        (Some(folder), _) => Ok(folder.clone()),
+        (None, Some(experiment)) => experiment.base.image_encoder_folder(experiment.folder()),
+        (None, None) => Err(Error::input(
+            "--image-encoder",
+            "is missing: a HyperLoRA folder does not say where its CLIP lies",
+            "give the folder of CLIP ViT-L/14 in transformers layout, or --features",
+        )),
+    }
+}
+
+/// The preprocessing that goes with an image encoder.
+fn feature_extractor(models: &PhotoModels, experiment: Option<&Experiment>, encoder: &Path) -> Result<PathBuf> {
+    match (&models.feature_extractor, &models.image_encoder, experiment) {
+        (Some(folder), ..) => Ok(folder.clone()),
+        (None, None, Some(experiment)) => experiment.base.feature_extractor_folder(experiment.folder()),
+        _ => {
+            let places = [encoder.to_path_buf(), encoder.with_file_name("feature_extractor")];
+            places.into_iter().find(|folder| folder.join(PREPROCESSOR_CONFIG).is_file()).ok_or_else(|| {
+                let problem = format!("holds no {PREPROCESSOR_CONFIG}, nor does `feature_extractor` beside it");
+                Error::file(encoder, problem, "give its folder as --feature-extractor")
+            })
+        }
+    }
+}

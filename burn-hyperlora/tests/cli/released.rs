@@ -1,0 +1,157 @@
+//! A hypernetwork in the released layout, without a run around it, and features in place of photos.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use burn::tensor::TensorData;
+use burn_hyperlora::weights::save;
+
+use crate::pictures::photo;
+use crate::support::{STEPS, World, copy_folder, hyperlora, quickstart_base, run};
+
+/// Sizes of the small world's hypernetwork.
+const CLIP_DIM: usize = 64;
+const ID_DIM: usize = 512;
+
+/// A trained world, and its weights moved to where no run is.
+fn trained() -> (World, PathBuf) {
+    let world = World::new();
+    run(world.train("run", &[])).with(0);
+    let released = world.path("released");
+    copy_folder(&world.path(&format!("run/checkpoints/step-{STEPS:08}/weights")), &released);
+    (world, released)
+}
+
+/// Numbers without a pattern, in -1..1.
+fn numbers(count: usize, seed: usize) -> Vec<f32> {
+    (0..count).map(|i| ((i * 7 + seed * 13) as f32 * 0.37).sin()).collect()
+}
+
+/// Features of two images, the second's ID embedding `scale` times its normalised one.
+fn features(path: &Path, scale: f32, with_base: bool) {
+    let mut embedding: Vec<f32> = Vec::new();
+    for (seed, scale) in [(1, 1.0), (2, scale)] {
+        let row = numbers(ID_DIM, seed);
+        let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+        embedding.extend(row.iter().map(|x| x / length * scale));
+    }
+    let states = |seed| TensorData::new(numbers(2 * 5 * CLIP_DIM, seed), [2, 5, CLIP_DIM]);
+    let mut tensors = vec![
+        ("clip_hidden_states".to_owned(), states(3)),
+        ("id_embedding".to_owned(), TensorData::new(embedding, [2, ID_DIM])),
+    ];
+    if with_base {
+        tensors.push(("base_clip_hidden_states".to_owned(), states(4)));
+    }
+    save(path, tensors).unwrap();
+}
+
+fn generate(checkpoint: &Path, output: &Path, more: &[&str]) -> Command {
+    let mut command = hyperlora(["generate", "--dtype", "f32", "--checkpoint"]);
+    command.arg(checkpoint).arg("-o").arg(output).args(more);
+    command
+}
+
+#[test]
+fn a_released_folder_generates_what_its_run_does() {
+    let (world, released) = trained();
+    let path = |name: &str| world.path(name).display().to_string();
+    let written = |checkpoint: &Path, more: &[&str]| {
+        let output = world.path("lora.safetensors");
+        run(generate(checkpoint, &output, more)).with(0);
+        fs::read(output).unwrap()
+    };
+    let of_run = |more: &[&str]| written(&world.path("run"), more);
+    let of_folder = |more: &[&str]| written(&released, &[more, &["--head-dim", "8"]].concat());
+
+    let ready = path("features");
+    features(Path::new(&ready), 1.0, true);
+    let from_features = of_run(&["--features", &ready]);
+    assert!(of_folder(&["--features", &ready]) == from_features);
+    let with_base = of_run(&["--features", &ready, "--base"]);
+    assert!(of_folder(&["--features", &ready, "--base"]) == with_base && with_base != from_features);
+
+    // An embedding of another length is the same person, and that it was is said.
+    let long = path("long");
+    features(Path::new(&long), 2.0, true);
+    let output = world.path("long.safetensors");
+    let ended = run(generate(&world.path("run"), &output, &["--features", &long])).with(0);
+    assert!(ended.stderr.contains("length 2") && ended.stderr.contains("id_embedding"), "{}", ended.stderr);
+    assert!(fs::read(&output).unwrap() == from_features);
+
+    // Photos: CLIP and the face models are named, as no run names them.
+    let image = photo().display().to_string();
+    let models = photo().ancestors().nth(4).unwrap().join("models").display().to_string();
+    let encoder = quickstart_base().join("image_encoder").display().to_string();
+    let from_photo = of_run(&["--image", &image, "--base"]);
+    let named = ["--image", &image, "--image-encoder", &encoder, "--faces", &models, "--base"];
+    let of_photo = of_folder(&named);
+    // The run has its own sizes of mask and crop: what a released folder is given are the defaults.
+    assert!(of_photo.len() == from_photo.len() && of_photo != from_photo);
+    assert!(of_run(&named) == from_photo);
+}
+
+#[test]
+fn what_a_released_folder_lacks_is_asked_for() {
+    let (world, released) = trained();
+    let path = |name: &str| world.path(name).display().to_string();
+    let ready = path("features");
+    features(Path::new(&ready), 1.0, false);
+    let save_one = |name: &str, tensors: &[(&str, TensorData)]| {
+        save(&world.path(name), tensors.iter().map(|(key, data)| ((*key).to_owned(), data.clone()))).unwrap();
+        path(name)
+    };
+    let states = TensorData::new(numbers(5 * CLIP_DIM, 1), [1, 5, CLIP_DIM]);
+    let zeros = TensorData::new(vec![0.0f32; ID_DIM], [1, ID_DIM]);
+    let narrow = save_one("narrow", &[("clip_hidden_states", TensorData::new(numbers(50, 1), [1, 5, 10]))]);
+    let nobody = save_one("nobody", &[("clip_hidden_states", states.clone()), ("id_embedding", zeros)]);
+    let clip_only = save_one("clip-only", &[("clip_hidden_states", states.clone())]);
+    let nan = save_one("nan", &[("clip_hidden_states", TensorData::new(vec![f32::NAN; CLIP_DIM], [1, 1, CLIP_DIM]))]);
+    let stray = save_one("stray", &[("clip_hidden_states", states), ("hidden", TensorData::from([1.0f32]))]);
+    let image = photo().display().to_string();
+    let empty = path("run");
+
+    let heads = ["--head-dim", "8"];
+    let cases: [(&[&str], &[&str]); 11] = [
+        (&["--features", &narrow], &["narrow", "clip_hidden_states: shape [1, 5, 10], expected [1, 5, 64]"]),
+        (&["--features", &nobody], &["nobody: id_embedding", "row 0 has the length 0"]),
+        (&["--features", &clip_only], &["released", "id_embedding"]),
+        (&["--features", &nan], &["nan", "clip_hidden_states: holds values that are not finite"]),
+        (&["--features", &stray], &["stray", "hidden: not a part"]),
+        (&["--features", &ready, "--base"], &["Base-LoRA", "base_clip_hidden_states"]),
+        (&["--features", &image], &["1.pgm"]),
+        (&["--features", &path("none")], &["none", "cannot be read"]),
+        (&["--image", &image], &["--faces", "antelopev2"]),
+        (&["--image", &image, "--faces", "models"], &["--image-encoder", "ViT-L/14"]),
+        (&["--image", &image, "--faces", "models", "--image-encoder", &empty], &["config.json"]),
+    ];
+    let output = world.path("lora.safetensors");
+    for (arguments, parts) in cases {
+        run(generate(&released, &output, &[arguments, &heads].concat())).refused(2, parts);
+        assert!(!output.exists());
+    }
+    run(generate(&released, &output, &["--features", &ready])).refused(2, &["released", "head width 64", "--head-dim"]);
+    let of_run = run(generate(&world.path("run"), &output, &["--features", &ready, "--head-dim", "8"]));
+    of_run.refused(2, &["--head-dim", "knows its own"]);
+    run(generate(&world.path("shards"), &output, &["--features", &ready]))
+        .refused(2, &["shards", "hyper_lora_modules"]);
+    fs::remove_file(released.join("id_projector.safetensors")).unwrap();
+    run(generate(&released, &output, &["--features", &ready])).refused(2, &["id_projector.safetensors"]);
+}
+
+#[test]
+fn training_begins_from_a_run_a_checkpoint_or_a_released_folder() {
+    let (world, released) = trained();
+    let checkpoint = world.path(&format!("run/checkpoints/step-{STEPS:08}"));
+    let begin = |name: &str, from: &Path| {
+        let init_from = format!("recompute: false\n  init_from: {}", from.display());
+        world.write_yaml(&[("recompute: false", &init_from)]);
+        run(world.train(name, &["--max-steps", "0"])).with(0);
+        fs::read(world.path(name).join("checkpoints/step-00000000/weights/hyper_lora_modules.safetensors")).unwrap()
+    };
+    let trained = fs::read(released.join("hyper_lora_modules.safetensors")).unwrap();
+    for (name, from) in [("a", world.path("run")), ("b", checkpoint), ("c", released)] {
+        assert!(begin(name, &from) == trained, "{name}");
+    }
+}
