@@ -23,6 +23,8 @@ pub mod hypernet;
 
 pub mod loss;
 
+pub mod collective;
+
 pub mod optim;
 
 pub mod sample;

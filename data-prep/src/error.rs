@@ -33,6 +33,9 @@ pub enum Error {
     /// A fault of the program itself.
     #[error("{0}")]
     Fault(String),
+    /// Another process of the same run failed or fell silent: named by rank and machine where they are known.
+    #[error("{0}")]
+    Peer(String),
 }
 
 impl Error {
@@ -92,11 +95,13 @@ impl Error {
         }
     }
 
-    /// The process exit code: 2 the user's input, 1 a fault of the machine or the program.
+    /// The process exit code: 2 the user's input, 1 a fault of the machine or the program, 75 (`EX_TEMPFAIL`) another
+    /// process of the run: start again.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Input { .. } => 2,
             Self::Disk { .. } | Self::Fault(_) => 1,
+            Self::Peer(_) => 75,
         }
     }
 }

@@ -1,0 +1,195 @@
+//! Which rank of which world this process is: what the launcher wrote into its environment.
+//!
+//! Three launchers are known. The innermost one counts, because an outer one only started it: torchrun, then mpirun, then
+//! srun, whose variables an mpirun or a torchrun inside a Slurm job inherits.
+
+use crate::error::{Error, Result};
+
+/// The place of this process in its world, as its launcher says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placement {
+    /// The launcher, for messages.
+    pub launcher: &'static str,
+    /// From 0 to `world_size - 1`.
+    pub rank: usize,
+    /// Processes of the run, at least 1.
+    pub world_size: usize,
+    /// The rank among the processes of this machine: the GPU to use.
+    pub local_rank: usize,
+    /// Where rank 0 waits for the others, from `MASTER_ADDR` and `MASTER_PORT`; `None` where neither is set.
+    pub master: Option<(String, u16)>,
+}
+
+/// The variables of one launcher.
+struct Launcher {
+    name: &'static str,
+    /// Present only in processes that it started.
+    mark: &'static str,
+    rank: &'static str,
+    world_size: &'static str,
+    local_rank: &'static str,
+}
+
+/// From the innermost to the outermost.
+const LAUNCHERS: [Launcher; 3] = [
+    Launcher { name: "torchrun", mark: "RANK", rank: "RANK", world_size: "WORLD_SIZE", local_rank: "LOCAL_RANK" },
+    Launcher {
+        name: "mpirun",
+        mark: "OMPI_COMM_WORLD_RANK",
+        rank: "OMPI_COMM_WORLD_RANK",
+        world_size: "OMPI_COMM_WORLD_SIZE",
+        local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
+    },
+    // A batch script has SLURM_PROCID too, and is no rank of anything: only srun sets the number of a step.
+    Launcher {
+        name: "srun",
+        mark: "SLURM_STEP_ID",
+        rank: "SLURM_PROCID",
+        world_size: "SLURM_NTASKS",
+        local_rank: "SLURM_LOCALID",
+    },
+];
+
+const START_AGAIN: &str =
+    "start every process by torchrun, srun or mpirun, or unset the variables for a single process";
+
+impl Placement {
+    /// What the variables say; `variable` looks one up. `None` where no launcher set any.
+    ///
+    /// # Errors
+    /// Input for a set of variables that is partial, out of range or contradicts another launcher's.
+    pub fn detect(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Self>> {
+        let mut found: Option<Self> = None;
+        for launcher in &LAUNCHERS {
+            if !launcher.started(&variable) {
+                continue;
+            }
+            let Some(inner) = &found else {
+                found = Some(launcher.read(&variable)?);
+                continue;
+            };
+            // mpirun started by torchrun or the other way round makes no sense; srun may have started either.
+            if launcher.name != "srun" {
+                let outer = launcher.read(&variable)?;
+                if (outer.rank, outer.world_size) != (inner.rank, inner.world_size) {
+                    return Err(Error::input(
+                        format!("environment: {}, {}", launcher.rank, launcher.world_size),
+                        format!(
+                            "{} says rank {} of {}, {} says rank {} of {}",
+                            outer.launcher, outer.rank, outer.world_size, inner.launcher, inner.rank, inner.world_size
+                        ),
+                        "start with one launcher only, or unset the variables of the other",
+                    ));
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl Launcher {
+    fn started(&self, variable: &impl Fn(&str) -> Option<String>) -> bool {
+        // torchrun's names are so common that the lonely one of a pair must not pass unseen.
+        variable(self.mark).is_some() || (self.mark == self.rank && variable(self.world_size).is_some())
+    }
+
+    fn read(&self, variable: &impl Fn(&str) -> Option<String>) -> Result<Placement> {
+        let number = |name: &str| {
+            let wrong = |problem: String| Error::input(format!("environment: {name}"), problem, START_AGAIN);
+            let text = variable(name).ok_or_else(|| {
+                wrong(format!("is not set, but {} is the launcher ({} is set)", self.name, self.set(variable)))
+            })?;
+            text.parse::<usize>().map_err(|_| wrong(format!("is `{text}`, not a whole number")))
+        };
+        let (rank, world_size, local_rank) = (number(self.rank)?, number(self.world_size)?, number(self.local_rank)?);
+        if rank >= world_size || local_rank > rank {
+            return Err(Error::input(
+                format!("environment: {}, {}, {}", self.rank, self.world_size, self.local_rank),
+                format!("rank {rank} of {world_size} with local rank {local_rank} cannot be"),
+                START_AGAIN,
+            ));
+        }
+        Ok(Placement { launcher: self.name, rank, world_size, local_rank, master: master(variable)? })
+    }
+
+    /// The variable that gave the launcher away.
+    fn set(&self, variable: &impl Fn(&str) -> Option<String>) -> &'static str {
+        if variable(self.mark).is_some() { self.mark } else { self.world_size }
+    }
+}
+
+fn master(variable: &impl Fn(&str) -> Option<String>) -> Result<Option<(String, u16)>> {
+    let wrong = |name: &str, problem: &str| {
+        let remedy = "set both: the machine of rank 0 and a free port below 65535 on it";
+        Err(Error::input(format!("environment: {name}"), problem, remedy))
+    };
+    match (variable("MASTER_ADDR"), variable("MASTER_PORT")) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => wrong("MASTER_ADDR", "is not set, but MASTER_PORT is"),
+        (Some(_), None) => wrong("MASTER_PORT", "is not set, but MASTER_ADDR is"),
+        (Some(host), Some(port)) => match port.parse::<u16>() {
+            // The port itself is torchrun's; the rendezvous of the ranks is on the one after it.
+            Ok(port) if (1..u16::MAX).contains(&port) => Ok(Some((host, port))),
+            _ => wrong("MASTER_PORT", &format!("is `{port}`")),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    fn detect(set: &[(&str, &str)]) -> Result<Option<Placement>> {
+        Placement::detect(|name| set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).into()))
+    }
+
+    const TORCHRUN: [(&str, &str); 5] =
+        [("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "node-0"), ("MASTER_PORT", "29500")];
+    const MPIRUN: [(&str, &str); 3] =
+        [("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2"), ("OMPI_COMM_WORLD_LOCAL_RANK", "1")];
+    const SRUN: [(&str, &str); 4] =
+        [("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "3"), ("SLURM_NTASKS", "4"), ("SLURM_LOCALID", "0")];
+
+    #[test]
+    fn every_launcher_is_understood() {
+        assert_eq!(detect(&[]).unwrap(), None);
+        let placement = detect(&TORCHRUN).unwrap().unwrap();
+        assert_eq!((placement.rank, placement.world_size, placement.local_rank), (5, 8, 1));
+        assert_eq!(placement.master, Some(("node-0".into(), 29500)));
+        let placement = detect(&MPIRUN).unwrap().unwrap();
+        assert_eq!((placement.launcher, placement.rank, placement.world_size), ("mpirun", 1, 2));
+        let placement = detect(&SRUN).unwrap().unwrap();
+        assert_eq!((placement.launcher, placement.rank, placement.world_size), ("srun", 3, 4));
+    }
+
+    #[test]
+    fn the_inner_launcher_counts_within_a_slurm_job() {
+        let inside = [&TORCHRUN[..], &SRUN[..]].concat();
+        assert_eq!(detect(&inside).unwrap().unwrap().rank, 5);
+        // A batch script is no rank, whatever Slurm says about the job.
+        assert_eq!(detect(&SRUN[1..]).unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_partial_or_contradictory_is_refused_by_name() {
+        let with = |from: &str, to: &'static str| -> Vec<(&str, &str)> {
+            TORCHRUN.into_iter().map(|(key, value)| (key, if key == from { to } else { value })).collect()
+        };
+        for (set, named) in [
+            (TORCHRUN[..1].to_vec(), "WORLD_SIZE"),
+            (TORCHRUN[1..2].to_vec(), "RANK"),
+            (TORCHRUN[..2].to_vec(), "LOCAL_RANK"),
+            (TORCHRUN[..4].to_vec(), "MASTER_PORT"),
+            (with("RANK", "8"), "rank 8 of 8"),
+            (with("RANK", "minus one"), "minus one"),
+            (with("MASTER_PORT", "65535"), "MASTER_PORT"),
+            (SRUN[..2].to_vec(), "SLURM_NTASKS"),
+            ([&TORCHRUN[..], &MPIRUN[..]].concat(), "one launcher only"),
+        ] {
+            let error = detect(&set).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains(named), "{set:?}: {error}");
+        }
+    }
+}

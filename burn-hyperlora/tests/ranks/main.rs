@@ -1,0 +1,6 @@
+//! Ranks that are real processes, started by mpirun (feature `mpi`).
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod collectives;
+mod mpirun;
