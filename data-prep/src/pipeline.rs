@@ -16,11 +16,11 @@ use crate::caption::Captioner;
 use crate::config;
 use crate::crop::CropConfig;
 use crate::error::{Error, Result};
-use crate::face::{FaceAnalyser, FaceConfig};
+use crate::face::{FaceAnalyser, FaceConfig, FaceModels};
 use crate::files::StagedFolder;
 use crate::filter::{FilterConfig, Reason, Rejection};
 use crate::report::{Cell, Report};
-use crate::shard::manifest::{hex, sha256_of_file};
+use crate::shard::manifest::hex;
 use crate::shard::{FaceRecord, MANIFEST_FILE, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter};
 use crate::source::{DecodeConfig, Photo, SourceConfig};
 
@@ -97,7 +97,7 @@ pub fn build(
     // 1. Everything that can be refused is refused before the work begins.
     check_target(out)?;
     let photos = config.source.photos(base_dir)?;
-    let models = fingerprints(&config.face, base_dir)?;
+    let models = FaceModels::find(&config.face, base_dir)?.fingerprints()?;
     let analysers = Analysers::load(config, base_dir, workers)?;
     let staged = StagedFolder::new(out)?;
 
@@ -176,18 +176,6 @@ fn check_target(out: &Path) -> Result<()> {
     let ours =
         serde_json::from_slice::<serde_json::Value>(&manifest).is_ok_and(|it| it.get("schema_version").is_some());
     if ours { Ok(()) } else { Err(Error::file(out, "is not empty and holds no prepared data", REMEDY)) }
-}
-
-/// The models that decide what a shard holds: role to `file sha256:checksum`.
-fn fingerprints(face: &FaceConfig, base_dir: &Path) -> Result<BTreeMap<String, String>> {
-    let folder = face.models.resolve(base_dir)?;
-    [("detector", &face.detector), ("landmarker", &face.landmarker), ("embedder", &face.embedder)]
-        .into_iter()
-        .map(|(role, file)| {
-            let checksum = sha256_of_file(&folder.join(file))?;
-            Ok((role.to_owned(), format!("{file} sha256:{checksum}")))
-        })
-        .collect()
 }
 
 /// A photo's file in memory.

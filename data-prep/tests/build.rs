@@ -194,7 +194,7 @@ fn what_the_user_got_wrong_is_named_with_exit_code_2() {
         ("a photo of a person", "'a photo of {identity}'", "data.yaml: caption: "),
         ("root: photos", "root: pictures", "pictures: is not a folder"),
         ("labels.csv", "list.csv", "list.csv: cannot be read"),
-        ("min_score: 0.8", "models: nowhere", "nowhere/face_detection_yunet.onnx: cannot be read"),
+        ("min_score: 0.8", "models: nowhere", "nowhere: cannot be read"),
     ] {
         assert!(CONFIG.contains(from));
         fs::write(dir.path().join("data.yaml"), CONFIG.replace(from, to)).unwrap();

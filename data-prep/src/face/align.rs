@@ -49,16 +49,27 @@ impl Similarity {
         [self.a * x - self.b * y + self.shift[0], self.b * x + self.a * y + self.shift[1]]
     }
 
-    /// The map back, for reading the source at every pixel of the target.
-    fn inverse_sampling(&self) -> Sampling {
+    /// The way back of [`apply`](Self::apply).
+    pub(super) fn inverse(&self) -> Self {
         let scale = self.a * self.a + self.b * self.b;
         let (a, b) = (self.a / scale, -self.b / scale);
         let [tx, ty] = self.shift;
-        Sampling { origin: [b * ty - a * tx, -b * tx - a * ty], across: [a, b], down: [-b, a] }
+        Self { a, b, shift: [b * ty - a * tx, -b * tx - a * ty] }
+    }
+
+    /// The photo under this map on `side` x `side` pixels, black where it ends. As in OpenCV's `warpAffine`, whose pictures
+    /// insightface's models know, the map is one of pixel centres counted from zero, and each pixel reads one place.
+    pub(super) fn warp(&self, photo: &RgbImage, side: u32) -> RgbImage {
+        let Self { a, b, shift } = self.inverse();
+        let mut sampling = Sampling { origin: shift, across: [a, b], down: [-b, a] };
+        let corner = sampling.place(-0.5, -0.5);
+        sampling.origin = corner.map(|place| place + 0.5);
+        sampling.read_centres(photo, side, side, Border::Black)
     }
 }
 
-/// The 112 x 112 portrait of the face with these five points; black where it lies outside the photo.
+/// The 112 x 112 portrait of the face with these five points; black where it lies outside the photo (insightface
+/// `face_align.norm_crop`).
 ///
 /// # Errors
 /// Input: the points all coincide.
@@ -70,7 +81,7 @@ pub fn portrait(photo: &RgbImage, points: &[[f32; 2]; 5]) -> Result<RgbImage> {
             "detect the face again: it cannot be aligned",
         )
     })?;
-    Ok(aligned.inverse_sampling().read(photo, PORTRAIT, PORTRAIT, Border::Black))
+    Ok(aligned.warp(photo, PORTRAIT))
 }
 
 /// The centre of some points.
@@ -94,9 +105,9 @@ mod tests {
         let found = Similarity::fit(&from, &to).unwrap();
         let error = [found.a - known.a, found.b - known.b, found.shift[0] - 12.5, found.shift[1] + 40.0];
         assert!(error.iter().all(|difference| difference.abs() < 1e-4), "{found:?}");
-        let back = found.inverse_sampling();
+        let back = found.inverse();
         for (from, to) in from.iter().zip(to) {
-            let [x, y] = back.place(to[0], to[1]);
+            let [x, y] = back.apply(to);
             assert!((x - from[0]).hypot(y - from[1]) < 1e-3, "{x} {y}");
         }
         assert_eq!(Similarity::fit(&[[3.0, 3.0]; 5], &TEMPLATE), None);
@@ -106,14 +117,14 @@ mod tests {
     fn a_turned_photo_gives_the_upright_portrait() {
         let upright = |x: f32, y: f32| [(2.0 * x) as u8, (2.0 * y) as u8, 77];
         let turn = Similarity { a: 0.0, b: 1.5, shift: [200.0, 10.0] };
-        let back = turn.inverse_sampling();
+        let back = turn.inverse();
         let photo = RgbImage::from_fn(220, 190, |x, y| {
-            let [x, y] = back.place(x as f32 + 0.5, y as f32 + 0.5);
+            let [x, y] = back.apply([x as f32, y as f32]);
             Rgb(upright(x, y))
         });
         let aligned = portrait(&photo, &TEMPLATE.map(|point| turn.apply(point))).unwrap();
         for (x, y) in [(20, 20), (56, 56), (80, 30), (100, 100)] {
-            let want = upright(x as f32 + 0.5, y as f32 + 0.5);
+            let want = upright(x as f32, y as f32);
             let got = aligned.get_pixel(x, y).0;
             assert!(want.iter().zip(got).all(|(&want, got)| want.abs_diff(got) <= 2), "{x} {y}: {got:?}, not {want:?}");
         }

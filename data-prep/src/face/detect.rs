@@ -1,22 +1,15 @@
-//! Finding faces with YuNet (Wu et al. 2023, "YuNet: A Tiny Millisecond-level Face Detector"); the decoding follows the
-//! definitions of OpenCV's `FaceDetectorYN`.
-
-use std::path::Path;
+//! Finding faces: what the detectors have in common.
 
 use image::RgbImage;
-use image::imageops::{self, FilterType};
 
 use crate::error::Result;
 use crate::face::model::{Model, Runtime};
+use crate::face::models::{Kind, ModelFile};
+use crate::face::scrfd::Scrfd;
+use crate::face::yunet::YuNet;
 
-/// Side of the square that the model sees.
-pub(super) const CANVAS: u32 = 640;
-/// Small photos are enlarged so much and no further: beyond that the detector sees only blur.
-const MAX_ENLARGEMENT: f32 = 3.0;
-/// Two boxes that share more than this part of their union are one face.
-const SAME_FACE: f32 = 0.3;
-/// The three grids of anchors: one every so many pixels.
-const STRIDES: [usize; 3] = [8, 16, 32];
+/// Longest side of a detector's view.
+pub(super) const LARGEST_SIDE: u32 = 640;
 
 /// A face found in a photo; coordinates in pixels of the photo.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,88 +22,9 @@ pub struct Detection {
     pub score: f32,
 }
 
-/// The detector and how it is asked.
-#[derive(Debug)]
-pub struct Detector {
-    model: Model,
-    min_score: f32,
-    sides: Vec<u32>,
-}
-
-impl Detector {
-    pub(super) fn load(runtime: &Runtime, file: &Path, min_score: f32, sides: Vec<u32>) -> Result<Self> {
-        let model = Model::load(runtime, file, [1, 3, CANVAS as usize, CANVAS as usize])?;
-        Ok(Self { model, min_score, sides })
-    }
-
-    /// The faces of a photo, best score first. Where the first side shows none, the photo is shown smaller: a face that
-    /// fills the photo is otherwise larger than what the model knows.
-    ///
-    /// # Errors
-    /// Fault: the model cannot be run. Input: it is not the expected model.
-    pub(super) fn detect(&mut self, photo: &RgbImage) -> Result<Vec<Detection>> {
-        let longest = photo.width().max(photo.height()) as f32;
-        let mut tried = 0;
-        for side in self.sides.clone() {
-            let side = side.min((longest * MAX_ENLARGEMENT) as u32).max(1);
-            if photo.is_empty() || side == tried {
-                continue;
-            }
-            tried = side;
-            let faces = self.detect_at(photo, side)?;
-            if !faces.is_empty() {
-                return Ok(faces);
-            }
-        }
-        Ok(Vec::new())
-    }
-
-    /// The faces seen when the photo's longest side takes `side` pixels of the canvas.
-    fn detect_at(&mut self, photo: &RgbImage, side: u32) -> Result<Vec<Detection>> {
-        let scale = side as f32 / photo.width().max(photo.height()) as f32;
-        let fitted = |length: u32| ((length as f32 * scale).round() as u32).clamp(1, CANVAS);
-        let (width, height) = (fitted(photo.width()), fitted(photo.height()));
-        let view = imageops::resize(photo, width, height, FilterType::Triangle);
-
-        // [1, 3, 640, 640], BGR 0..255, black beside the photo
-        let canvas = CANVAS as usize;
-        let mut input = vec![0.0; 3 * canvas * canvas];
-        for (x, y, pixel) in view.enumerate_pixels() {
-            let at = y as usize * canvas + x as usize;
-            for (plane, value) in pixel.0.into_iter().rev().enumerate() {
-                input[plane * canvas * canvas + at] = f32::from(value);
-            }
-        }
-        let cells = STRIDES.map(|stride| (canvas / stride).pow(2));
-        let outputs = self.model.run(
-            input,
-            [
-                ("cls_8", cells[0]),
-                ("obj_8", cells[0]),
-                ("bbox_8", 4 * cells[0]),
-                ("kps_8", 10 * cells[0]),
-                ("cls_16", cells[1]),
-                ("obj_16", cells[1]),
-                ("bbox_16", 4 * cells[1]),
-                ("kps_16", 10 * cells[1]),
-                ("cls_32", cells[2]),
-                ("obj_32", cells[2]),
-                ("bbox_32", 4 * cells[2]),
-                ("kps_32", 10 * cells[2]),
-            ],
-        )?;
-        let (levels, _) = outputs.as_chunks::<4>();
-        let found =
-            levels.iter().zip(STRIDES).flat_map(|(level, stride)| decode(level, stride, canvas, self.min_score));
-
-        let to_photo = [photo.width() as f32 / width as f32, photo.height() as f32 / height as f32];
-        let faces = best_of_each(found.collect()).into_iter().map(|face| face.scaled(to_photo));
-        Ok(faces.collect())
-    }
-}
-
 impl Detection {
-    fn scaled(self, [sx, sy]: [f32; 2]) -> Self {
+    /// The same face where a pixel is so many pixels wide and high.
+    pub(super) fn scaled(self, [sx, sy]: [f32; 2]) -> Self {
         let [x0, y0, x1, y1] = self.face_box;
         Self {
             face_box: [x0 * sx, y0 * sy, x1 * sx, y1 * sy],
@@ -120,96 +34,111 @@ impl Detection {
     }
 }
 
-/// The candidates of one grid. `level` holds class score and objectness [n], box [n, 4] and points [n, 10] of the n cells
-/// of a canvas with this stride, row by row; offsets are in strides from the cell, sizes their logarithm.
-fn decode(
-    [class, object, boxes, points]: &[Vec<f32>; 4],
-    stride: usize,
-    canvas: usize,
+/// The detector and how it is asked.
+#[derive(Debug)]
+pub struct Detector {
+    family: Family,
     min_score: f32,
-) -> Vec<Detection> {
-    let (boxes, _) = boxes.as_chunks::<4>();
-    let (points, _) = points.as_chunks::<10>();
-    let (columns, step) = (canvas / stride, stride as f32);
-    let mut found = Vec::new();
-    for (cell, (class, object)) in class.iter().zip(object).enumerate() {
-        let score = (class.clamp(0.0, 1.0) * object.clamp(0.0, 1.0)).sqrt();
-        if score < min_score {
-            continue;
-        }
-        let (column, row) = ((cell % columns) as f32, (cell / columns) as f32);
-        let [dx, dy, log_width, log_height] = boxes[cell];
-        let (x, y) = ((column + dx) * step, (row + dy) * step);
-        let (half_width, half_height) = (log_width.exp() * step / 2.0, log_height.exp() * step / 2.0);
-        let face_box = [x - half_width, y - half_height, x + half_width, y + half_height];
-        let points = [0, 1, 2, 3, 4]
-            .map(|point| [(column + points[cell][2 * point]) * step, (row + points[cell][2 * point + 1]) * step]);
-        if face_box.iter().all(|value| value.is_finite()) {
-            found.push(Detection { face_box, points, score });
-        }
-    }
-    found
+    sides: Vec<u32>,
 }
 
-/// Non-maximum suppression: of boxes that are one face, the one with the best score; best first.
-fn best_of_each(mut candidates: Vec<Detection>) -> Vec<Detection> {
-    candidates.sort_by(|a, b| b.score.total_cmp(&a.score));
-    let mut kept: Vec<Detection> = Vec::new();
-    for candidate in candidates {
-        if kept.iter().all(|face| overlap(&face.face_box, &candidate.face_box) <= SAME_FACE) {
-            kept.push(candidate);
-        }
-    }
-    kept
+#[derive(Debug)]
+enum Family {
+    YuNet(YuNet),
+    Scrfd(Scrfd),
 }
 
-/// Intersection over union of two boxes.
-fn overlap(a: &[f32; 4], b: &[f32; 4]) -> f32 {
-    let area = |[x0, y0, x1, y1]: [f32; 4]| (x1 - x0).max(0.0) * (y1 - y0).max(0.0);
-    let common = area([a[0].max(b[0]), a[1].max(b[1]), a[2].min(b[2]), a[3].min(b[3])]);
-    common / (area(*a) + area(*b) - common).max(f32::MIN_POSITIVE)
+impl Detector {
+    /// `min_score` is the family's own where none is given.
+    pub(super) fn load(runtime: &Runtime, file: &ModelFile, min_score: Option<f32>, sides: Vec<u32>) -> Result<Self> {
+        let model = Model::load(runtime, &file.path)?;
+        let (family, usual) = match file.kind {
+            Kind::Scrfd => (Family::Scrfd(Scrfd::new(model, &file.header)), Scrfd::MIN_SCORE),
+            _ => (Family::YuNet(YuNet::new(model)), YuNet::MIN_SCORE),
+        };
+        Ok(Self { family, min_score: min_score.unwrap_or(usual), sides })
+    }
+
+    /// The faces of a photo, best score first. Where the first side shows none, the photo is shown smaller: a face that
+    /// fills the photo is otherwise larger than what the model knows.
+    ///
+    /// # Errors
+    /// Fault: the model cannot be run. Input: it is not the expected model.
+    pub(super) fn detect(&mut self, photo: &RgbImage) -> Result<Vec<Detection>> {
+        let mut tried = 0;
+        for side in self.sides.clone() {
+            let side = match &self.family {
+                Family::YuNet(_) => YuNet::side(side, photo),
+                Family::Scrfd(scrfd) => scrfd.side(side),
+            };
+            if photo.is_empty() || side == tried {
+                continue;
+            }
+            tried = side;
+            let faces = match &mut self.family {
+                Family::YuNet(yunet) => yunet.detect_at(photo, side, self.min_score)?,
+                Family::Scrfd(scrfd) => scrfd.detect_at(photo, side, self.min_score)?,
+            };
+            if !faces.is_empty() {
+                return Ok(faces);
+            }
+        }
+        Ok(Vec::new())
+    }
+}
+
+/// When two boxes are one face.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SameFace {
+    /// They share more than this part of their union,
+    pub(super) overlap: f32,
+    /// where a side is so much longer than its ends are apart: 1 counts the last pixel in, 0 does not.
+    pub(super) edge: f32,
+}
+
+impl SameFace {
+    /// Non-maximum suppression: of boxes that are one face, the one with the best score; best first.
+    pub(super) fn best_of_each(self, mut candidates: Vec<Detection>) -> Vec<Detection> {
+        candidates.sort_by(|a, b| b.score.total_cmp(&a.score));
+        let mut kept: Vec<Detection> = Vec::new();
+        for candidate in candidates {
+            if kept.iter().all(|face| self.overlap(&face.face_box, &candidate.face_box) <= self.overlap) {
+                kept.push(candidate);
+            }
+        }
+        kept
+    }
+
+    /// Intersection over union of two boxes.
+    fn overlap(self, a: &[f32; 4], b: &[f32; 4]) -> f32 {
+        let area = |[x0, y0, x1, y1]: [f32; 4]| (x1 - x0 + self.edge).max(0.0) * (y1 - y0 + self.edge).max(0.0);
+        let common = area([a[0].max(b[0]), a[1].max(b[1]), a[2].min(b[2]), a[3].min(b[3])]);
+        common / (area(*a) + area(*b) - common).max(f32::MIN_POSITIVE)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A level of a 32-pixel canvas with stride 8 (4 x 4 cells), where two neighbouring cells see the same face.
-    fn level() -> [Vec<f32>; 4] {
-        let (mut class, mut object) = (vec![0.1; 16], vec![0.2; 16]);
-        let (mut boxes, mut points) = (vec![0.0; 64], vec![0.0; 160]);
-        for (cell, sure, dx) in [(6, 0.81, 0.25), (5, 0.64, 1.25)] {
-            class[cell] = sure;
-            object[cell] = 1.0;
-            boxes[4 * cell..4 * cell + 4].copy_from_slice(&[dx, 0.5, 2.0_f32.ln(), 3.0_f32.ln()]);
-            points[10 * cell..10 * cell + 10].copy_from_slice(&[-0.5, 0.0, 1.0, 0.0, 0.25, 0.5, -0.5, 1.0, 1.0, 1.5]);
-        }
-        [class, object, boxes, points]
-    }
-
-    #[test]
-    fn decoding_follows_the_definitions() {
-        let found = decode(&level(), 8, 32, 0.5);
-        assert_eq!(found.len(), 2);
-        // Cell 6 is column 2, row 1: centre ((2 + 0.25) * 8, (1 + 0.5) * 8) = (18, 12), size 16 x 24.
-        let face = &found[1];
-        assert!((face.score - 0.9).abs() < 1e-6);
-        for (got, want) in face.face_box.iter().zip([10.0, 0.0, 26.0, 24.0]) {
-            assert!((got - want).abs() < 1e-4, "{:?}", face.face_box);
-        }
-        assert_eq!(face.points, [[12.0, 8.0], [24.0, 8.0], [18.0, 12.0], [12.0, 16.0], [24.0, 20.0]]);
-        assert_eq!(decode(&level(), 8, 32, 0.85).len(), 1);
-    }
-
     #[test]
     fn one_face_seen_twice_counts_once_and_the_best_score_stays() {
-        let mut found = decode(&level(), 8, 32, 0.5);
-        let elsewhere = Detection { face_box: [40.0, 40.0, 60.0, 60.0], score: 0.7, ..found[0].clone() };
-        found.push(elsewhere.clone());
-        let kept = best_of_each(found);
+        let seen = |face_box, score| Detection { face_box, points: [[0.0; 2]; 5], score };
+        let candidates = vec![
+            seen([10.0, 10.0, 30.0, 30.0], 0.8),
+            seen([12.0, 10.0, 32.0, 30.0], 0.9),
+            seen([40.0, 40.0, 60.0, 60.0], 0.7),
+        ];
+        let kept = SameFace { overlap: 0.3, edge: 0.0 }.best_of_each(candidates);
         assert_eq!(kept.iter().map(|face| face.score).collect::<Vec<_>>(), [0.9, 0.7]);
-        assert_eq!(kept[1], elsewhere);
-        assert!((overlap(&[0.0, 0.0, 2.0, 2.0], &[1.0, 0.0, 3.0, 2.0]) - 1.0 / 3.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn overlap_is_the_common_part_of_the_union() {
+        let (a, b) = ([0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0]);
+        let overlap = |edge| SameFace { overlap: 0.3, edge }.overlap(&a, &b);
+        assert!((overlap(0.0) - 1.0 / 3.0).abs() < 1e-6);
+        assert!((overlap(1.0) - 0.5).abs() < 1e-6);
     }
 
     #[test]

@@ -1,35 +1,34 @@
 //! From an aligned portrait to numbers that identify the person.
 
-use std::path::Path;
-
 use image::RgbImage;
 
 use crate::error::{Error, Result};
 use crate::face::align::PORTRAIT;
 use crate::face::model::{Model, Runtime};
+use crate::face::models::{Kind, ModelFile};
+use crate::face::pixels::Normalisation;
 
 /// An embedder: what its model wants and gives.
 #[derive(Debug)]
 pub struct Embedder {
     model: Model,
-    /// The model sees (x - shift) / scale.
-    shift: f32,
-    scale: f32,
-    output: &'static str,
+    normalisation: Normalisation,
+    output: String,
     length: usize,
 }
 
 impl Embedder {
-    /// The 512-d model whose embedding conditions the hypernetwork (ArcFace conventions).
-    pub(super) fn identity(runtime: &Runtime, file: &Path) -> Result<Self> {
-        let model = Model::load(runtime, file, SHAPE)?;
-        Ok(Self { model, shift: 127.5, scale: 128.0, output: "output", length: 512 })
-    }
-
-    /// SFace, 128-d, which only evaluation uses. It normalises the pixels itself.
-    pub(super) fn independent(runtime: &Runtime, file: &Path) -> Result<Self> {
-        let model = Model::load(runtime, file, SHAPE)?;
-        Ok(Self { model, shift: 0.0, scale: 1.0, output: "fc1", length: 128 })
+    /// An embedder of the ArcFace family, or SFace. Pixels are (x - 127.5) / 127.5, which is also CurricularFace's
+    /// (x / 255 - 0.5) / 0.5, unless the model does that itself.
+    pub(super) fn load(runtime: &Runtime, file: &ModelFile) -> Result<Self> {
+        // The embedder of the free set of models was trained with a scale of its own.
+        let scale = if file.path.ends_with("fr_feature.onnx") { 128.0 } else { 127.5 };
+        Ok(Self {
+            model: Model::load(runtime, &file.path)?,
+            normalisation: Normalisation::of(&file.header, scale),
+            output: file.header.outputs.iter().map(|output| output.name.clone()).collect(),
+            length: if file.kind == Kind::Embedding128 { 128 } else { 512 },
+        })
     }
 
     /// The embedding of a 112 x 112 portrait, scaled to length 1.
@@ -37,12 +36,10 @@ impl Embedder {
     /// # Errors
     /// Fault: the model cannot be run, or gives nothing but zeros. Input: it is not the expected model.
     pub(super) fn embed(&mut self, portrait: &RgbImage) -> Result<Vec<f32>> {
-        // [1, 3, 112, 112], RGB
-        let input = (0..3)
-            .flat_map(|channel| portrait.pixels().map(move |pixel| pixel.0[channel]))
-            .map(|value| (f32::from(value) - self.shift) / self.scale)
-            .collect();
-        let [mut embedding] = self.model.run(input, [(self.output, self.length)])?;
+        let side = PORTRAIT as usize;
+        let input = self.normalisation.planes(portrait, side); // [1, 3, 112, 112]
+        let outputs = self.model.run([1, 3, side, side], input, &[(&self.output, self.length)])?;
+        let mut embedding = outputs.concat();
         let length = embedding.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32;
         if length == 0.0 {
             return Err(Error::Fault(format!("{:?} gave an embedding of zeros", self.model)));
@@ -51,5 +48,3 @@ impl Embedder {
         Ok(embedding)
     }
 }
-
-const SHAPE: [usize; 4] = [1, 3, PORTRAIT as usize, PORTRAIT as usize];

@@ -1,6 +1,6 @@
 //! Finding, measuring and embedding faces with ONNX models.
 //!
-//! The way of a face: [`detect`] gives a box and five points, [`landmark`] 68 points, [`align`] a 112 x 112 portrait,
+//! The way of a face: [`detect`] gives a box and five points, [`landmark`] 68 or 106 points, [`align`] a 112 x 112 portrait,
 //! [`embed`] what identifies the person, and [`mask`] the two images that CLIP sees.
 //!
 //! All coordinates are continuous pixels of the photo: (0, 0) is the outer corner of the first pixel, (0.5, 0.5) its
@@ -12,40 +12,49 @@ pub mod embed;
 pub mod landmark;
 pub mod mask;
 mod model;
+mod models;
+mod onnx;
+mod pixels;
 mod sampling;
+mod scrfd;
+mod yunet;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
 use crate::config::ConfigPath;
 use crate::error::{Error, Result};
-use crate::face::detect::{CANVAS, Detector};
+use crate::face::detect::{Detector, LARGEST_SIDE};
 use crate::face::embed::Embedder;
 use crate::face::landmark::Landmarker;
 use crate::face::model::Runtime;
 
 pub use crate::face::detect::Detection;
+pub use crate::face::models::FaceModels;
 
 /// Which models find and measure faces. Everything has a default: the files that `ci/assets.sh` brings.
+///
+/// The models of a folder are told apart by their inputs and outputs; a file has to be named only where several would do.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FaceConfig {
-    /// Folder of the ONNX files.
+    /// Folder of the ONNX files, such as insightface's antelopev2.
     pub models: ConfigPath,
-    /// ONNX Runtime's library. Default: `../lib/libonnxruntime.so` beside `models`, else `ORT_DYLIB_PATH`.
+    /// ONNX Runtime's library. Default: `../lib/libonnxruntime.so` beside `models`, else `ORT_DYLIB_PATH`, else the one
+    /// that `ci/assets.sh` brings.
     pub runtime: Option<ConfigPath>,
-    /// File of the face detector: YuNet (2023mar) with a 640 x 640 input.
-    pub detector: String,
-    /// File of the landmark model: 68 points from 64 x 64 grey.
-    pub landmarker: String,
-    /// File of the ID embedder: 512 numbers from 112 x 112 RGB, (x - 127.5) / 128.
-    pub embedder: String,
-    /// File of the embedder that evaluation alone uses: SFace, 128 numbers from 112 x 112 RGB, 0..255.
-    pub independent_embedder: String,
-    /// Faces with a lower score do not count; 0..1.
-    pub min_score: f32,
+    /// File of the face detector: SCRFD with points, or YuNet (2023mar).
+    pub detector: Option<String>,
+    /// File of the landmark model: 106 points from 192 x 192 RGB, or 68 from 64 x 64 grey.
+    pub landmarker: Option<String>,
+    /// File of the ID embedder: 512 numbers from 112 x 112 RGB.
+    pub embedder: Option<String>,
+    /// File of the embedder that evaluation alone uses: CurricularFace, SFace, or another from 112 x 112 RGB.
+    pub independent_embedder: Option<String>,
+    /// Faces with a lower score do not count; 0..1. Default: 0.5 with SCRFD, as in insightface, and 0.6 with YuNet.
+    pub min_score: Option<f32>,
     /// Longest side of the photo in the detector's view, tried in this order until a face is found; 32..=640.
     /// The smaller ones are for faces that fill the photo.
     pub detector_sides: Vec<u32>,
@@ -56,11 +65,11 @@ impl Default for FaceConfig {
         Self {
             models: ConfigPath::new("${HYPERLORA_CACHE:-~/.cache/hyperlora}/models"),
             runtime: None,
-            detector: "face_detection_yunet.onnx".into(),
-            landmarker: "fr_landmark.onnx".into(),
-            embedder: "fr_feature.onnx".into(),
-            independent_embedder: "sface.onnx".into(),
-            min_score: 0.6,
+            detector: None,
+            landmarker: None,
+            embedder: None,
+            independent_embedder: None,
+            min_score: None,
             detector_sides: vec![640, 480, 320, 256],
         }
     }
@@ -73,12 +82,14 @@ impl FaceConfig {
     /// Input, at `place`: a detector side or a score out of its range.
     pub fn validate(&self, place: &str) -> Result<()> {
         let sides = &self.detector_sides;
-        if sides.is_empty() || sides.iter().any(|side| !(32..=CANVAS).contains(side)) {
-            let problem = format!("{sides:?} is not a list of sides in 32..={CANVAS}");
+        if sides.is_empty() || sides.iter().any(|side| !(32..=LARGEST_SIDE).contains(side)) {
+            let problem = format!("{sides:?} is not a list of sides in 32..={LARGEST_SIDE}");
             return Err(Error::input(format!("{place}.detector_sides"), problem, "give e.g. [640, 480, 320, 256]"));
         }
-        if !(self.min_score > 0.0 && self.min_score < 1.0) {
-            let problem = format!("{} is not a score between 0 and 1", self.min_score);
+        if let Some(score) = self.min_score
+            && !(score > 0.0 && score < 1.0)
+        {
+            let problem = format!("{score} is not a score between 0 and 1");
             return Err(Error::input(format!("{place}.min_score"), problem, "give e.g. 0.6"));
         }
         Ok(())
@@ -88,7 +99,7 @@ impl FaceConfig {
 /// What a face is: where its parts are, and whose it is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FaceDescription {
-    /// 68 points in pixels of the photo, in the order of the iBUG 300-W annotation.
+    /// In pixels of the photo: 68 points in the order of the iBUG 300-W annotation, or insightface's 106.
     pub landmarks: Vec<[f32; 2]>,
     /// 512 numbers of length 1.
     pub id_embedding: Vec<f32>,
@@ -102,7 +113,7 @@ pub struct FaceAnalyser {
     embedder: Embedder,
     /// Loaded when first used: data preparation does not need it.
     independent: Option<Embedder>,
-    independent_file: PathBuf,
+    models: FaceModels,
     runtime: Runtime,
 }
 
@@ -113,20 +124,16 @@ impl FaceAnalyser {
     /// Input: the library or a model file is missing, broken, or not of the expected shape.
     pub fn load(config: &FaceConfig, base_dir: &Path) -> Result<Self> {
         config.validate("face")?;
-        let models = config.models.resolve(base_dir)?;
+        let models = FaceModels::find(config, base_dir)?;
         let library = config.runtime.as_ref().map(|path| path.resolve(base_dir)).transpose()?;
-        let runtime = Runtime::load(library, &models)?;
+        let runtime = Runtime::load(library, &models.folder)?;
+        let sides = config.detector_sides.clone();
         Ok(Self {
-            detector: Detector::load(
-                &runtime,
-                &models.join(&config.detector),
-                config.min_score,
-                config.detector_sides.clone(),
-            )?,
-            landmarker: Landmarker::load(&runtime, &models.join(&config.landmarker))?,
-            embedder: Embedder::identity(&runtime, &models.join(&config.embedder))?,
+            detector: Detector::load(&runtime, &models.detector, config.min_score, sides)?,
+            landmarker: Landmarker::load(&runtime, &models.landmarker)?,
+            embedder: Embedder::load(&runtime, &models.embedder)?,
             independent: None,
-            independent_file: models.join(&config.independent_embedder),
+            models,
             runtime,
         })
     }
@@ -150,7 +157,8 @@ impl FaceAnalyser {
         })
     }
 
-    /// 128 numbers of length 1 from a model that training never sees: for measuring likeness in evaluation.
+    /// Numbers of length 1 from a model that training never sees, 512 of CurricularFace or 128 of SFace: for measuring
+    /// likeness in evaluation.
     ///
     /// # Errors
     /// As [`load`](Self::load) the first time, then as [`describe`](Self::describe).
@@ -158,7 +166,7 @@ impl FaceAnalyser {
         let portrait = align::portrait(photo, &face.points)?;
         let embedder = match self.independent.take() {
             Some(embedder) => embedder,
-            None => Embedder::independent(&self.runtime, &self.independent_file)?,
+            None => Embedder::load(&self.runtime, self.models.independent()?)?,
         };
         self.independent.insert(embedder).embed(&portrait)
     }

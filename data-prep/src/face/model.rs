@@ -7,14 +7,18 @@ use std::sync::{Mutex, PoisonError};
 use ort::environment::Environment;
 use ort::logging::LogLevel;
 use ort::session::Session;
-use ort::value::{Tensor, ValueType};
+use ort::value::Tensor;
 
+use crate::config::ConfigPath;
 use crate::error::{Error, Result};
 
 /// The process can hold one copy of the library; the first path that loads stays.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
 const REMEDY: &str = "run ci/assets.sh, or set `runtime` or ORT_DYLIB_PATH to libonnxruntime.so (1.31 or newer)";
+
+/// Where `ci/assets.sh` puts the library.
+const ASSET: &str = "${HYPERLORA_CACHE:-~/.cache/hyperlora}/lib/libonnxruntime.so";
 
 /// ONNX Runtime, ready to load models.
 #[derive(Clone)]
@@ -27,12 +31,13 @@ impl fmt::Debug for Runtime {
 }
 
 impl Runtime {
-    /// Loads `library`, by default the one beside the folder `models`, else the one that `ORT_DYLIB_PATH` names.
+    /// Loads `library`, by default the one beside the folder `models`, else the one that `ORT_DYLIB_PATH` names, else the
+    /// one that `ci/assets.sh` brings.
     ///
     /// # Errors
     /// Input: no library there, or one that does not load.
     pub(super) fn load(library: Option<PathBuf>, models: &Path) -> Result<Self> {
-        let library = library.unwrap_or_else(|| default_library(models));
+        let library = library.map_or_else(|| default_library(models), Ok)?;
         let mut environment = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(loaded) = environment.as_ref() {
             return Ok(Self(loaded.clone()));
@@ -51,83 +56,67 @@ impl Runtime {
     }
 }
 
-fn default_library(models: &Path) -> PathBuf {
+/// Beside the models, else what the environment names, else where `ci/assets.sh` puts it.
+fn default_library(models: &Path) -> Result<PathBuf> {
     let beside = models.parent().unwrap_or(Path::new("..")).join("lib/libonnxruntime.so");
     match std::env::var_os("ORT_DYLIB_PATH") {
-        Some(path) if !path.is_empty() && !beside.is_file() => path.into(),
-        _ => beside,
+        _ if beside.is_file() => Ok(beside),
+        Some(path) if !path.is_empty() => Ok(path.into()),
+        _ => ConfigPath::new(ASSET).resolve(Path::new("")),
     }
 }
 
-/// An ONNX model with one input of a fixed shape, run on one thread: the same numbers every time.
+/// An ONNX model with one input, run on one thread: the same numbers every time.
 pub(super) struct Model {
     session: Session,
     file: PathBuf,
-    shape: [usize; 4],
 }
 
 impl fmt::Debug for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Model").field("file", &self.file).field("shape", &self.shape).finish_non_exhaustive()
+        f.debug_struct("Model").field("file", &self.file).finish_non_exhaustive()
     }
 }
 
 impl Model {
-    /// Loads `file`, whose input must be f32 of `shape`: [B, C, H, W].
+    /// Loads `file`, whose header was looked at before.
     ///
     /// # Errors
-    /// Input: the file is missing, broken, or wants another input.
-    pub(super) fn load(runtime: &Runtime, file: &Path, shape: [usize; 4]) -> Result<Self> {
-        if !file.is_file() {
-            return Err(Error::file(file, "the model file is not there", "run ci/assets.sh, or correct `models`"));
-        }
+    /// Input: the file is broken, or uses what ONNX Runtime does not know.
+    pub(super) fn load(runtime: &Runtime, file: &Path) -> Result<Self> {
         let session = open(runtime, file).map_err(|error| {
-            Error::file(file, format!("is not a usable ONNX model: {error}"), "remove it, then run ci/assets.sh")
+            let remedy = "fetch the file again, and check that this ONNX Runtime is new enough for it";
+            Error::file(file, format!("is not a usable ONNX model: {error}"), remedy)
         })?;
-        let fits = match session.inputs() {
-            [input] => match input.dtype() {
-                ValueType::Tensor { shape: dims, .. } => {
-                    dims.len() == shape.len()
-                        && dims.iter().zip(shape).all(|(&dim, want)| dim < 0 || usize::try_from(dim) == Ok(want))
-                }
-                _ => false,
-            },
-            _ => false,
-        };
-        if !fits {
-            let given: Vec<_> = session.inputs().iter().map(|input| input.dtype().to_string()).collect();
-            let problem = format!("wants {}, not one tensor {shape:?}", given.join(" and "));
-            return Err(Error::file(file, problem, "name a model of the kind that this key asks for"));
-        }
-        Ok(Self { session, file: file.into(), shape })
+        Ok(Self { session, file: file.into() })
     }
 
     /// Runs the model on `input`, [B, C, H, W] flattened, and takes the named outputs, which must have these lengths.
     ///
     /// # Errors
     /// Input: another model than expected. Fault: ONNX Runtime fails.
-    pub(super) fn run<const N: usize>(
+    pub(super) fn run(
         &mut self,
+        shape: [usize; 4],
         input: Vec<f32>,
-        outputs: [(&str, usize); N],
-    ) -> Result<[Vec<f32>; N]> {
+        outputs: &[(&str, usize)],
+    ) -> Result<Vec<Vec<f32>>> {
         let fault = |error: ort::Error| Error::Fault(format!("{}: running failed: {error}", self.file.display()));
-        let input = Tensor::from_array((self.shape, input)).map_err(fault)?;
+        let input = Tensor::from_array((shape, input)).map_err(fault)?;
         let results = self.session.run(ort::inputs![input]).map_err(fault)?;
-        let mut taken = [const { Vec::new() }; N];
-        for (values, (name, length)) in taken.iter_mut().zip(outputs) {
+        let taken = outputs.iter().map(|&(name, length)| {
             let found = results.get(name).and_then(|value| value.try_extract_tensor::<f32>().ok());
-            *values = match found {
+            match found {
                 Some((_, numbers)) if numbers.len() == length && numbers.iter().all(|x| x.is_finite()) => {
-                    numbers.to_vec()
+                    Ok(numbers.to_vec())
                 }
                 _ => {
                     let problem = format!("gives no output `{name}` of {length} finite numbers");
-                    return Err(Error::file(&self.file, problem, "name a model of the kind that this key asks for"));
+                    Err(Error::file(&self.file, problem, "name a model of the kind that this key asks for"))
                 }
-            };
-        }
-        Ok(taken)
+            }
+        });
+        taken.collect()
     }
 }
 

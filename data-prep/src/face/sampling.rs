@@ -39,7 +39,21 @@ impl Sampling {
     /// Reads `width` x `height` pixels: bilinear, averaged over the area that an output pixel covers.
     pub(super) fn read(&self, photo: &RgbImage, width: u32, height: u32, border: Border) -> RgbImage {
         let taps = |step: [f32; 2]| step[0].hypot(step[1]).ceil().clamp(1.0, MAX_TAPS) as u32;
-        let (across, down) = (taps(self.across), taps(self.down));
+        self.read_taps(photo, [width, height], border, [taps(self.across), taps(self.down)])
+    }
+
+    /// Reads `width` x `height` pixels: bilinear at each pixel's centre alone, as OpenCV does (`INTER_LINEAR`).
+    pub(super) fn read_centres(&self, photo: &RgbImage, width: u32, height: u32, border: Border) -> RgbImage {
+        self.read_taps(photo, [width, height], border, [1, 1])
+    }
+
+    fn read_taps(
+        &self,
+        photo: &RgbImage,
+        [width, height]: [u32; 2],
+        border: Border,
+        [across, down]: [u32; 2],
+    ) -> RgbImage {
         let weight = 1.0 / (across * down) as f32;
         RgbImage::from_fn(width, height, |u, v| {
             let mut sum = [0.0; 3];
@@ -88,10 +102,13 @@ mod tests {
     }
 
     #[test]
-    fn a_smaller_output_averages_and_the_border_counts() {
+    fn a_smaller_output_averages_where_it_is_asked_to_and_the_border_counts() {
         let photo = RgbImage::from_fn(8, 8, |x, _| Rgb([if x % 2 == 0 { 0 } else { 200 }; 3]));
         let half = Sampling::of_box([0.0, 0.0, 8.0, 8.0], 4, 4).read(&photo, 4, 4, Border::Nearest);
         assert_eq!(half.get_pixel(1, 1).0, [100; 3]);
+        let third = Sampling::of_box([0.0, 0.0, 6.0, 6.0], 2, 2);
+        assert_eq!(third.read(&photo, 2, 2, Border::Nearest).get_pixel(0, 0).0, [67; 3]);
+        assert_eq!(third.read_centres(&photo, 2, 2, Border::Nearest).get_pixel(0, 0).0, [200; 3]);
         let beside = Sampling::of_box([8.0, 0.0, 16.0, 8.0], 8, 8);
         assert_eq!(beside.read(&photo, 8, 8, Border::Black).get_pixel(3, 3).0, [0; 3]);
         assert_eq!(beside.read(&photo, 8, 8, Border::Nearest).get_pixel(3, 3).0, [200; 3]);

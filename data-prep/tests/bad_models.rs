@@ -1,0 +1,133 @@
+//! Model folders that are not what they should be: one error each, with the file and the remedy, and never a panic.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use data_prep::config::ConfigPath;
+use data_prep::face::{FaceAnalyser, FaceConfig};
+use image::RgbImage;
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+
+const PACK: [&str; 3] = ["scrfd_10g_bnkps.onnx", "glintr100.onnx", "2d106det.onnx"];
+
+fn fixture(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/faces").join(file)
+}
+
+/// A folder with what is needed of antelopev2.
+fn pack() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in PACK {
+        fs::copy(fixture("antelopev2").join(file), folder.path().join(file)).unwrap();
+    }
+    folder
+}
+
+fn load(folder: &Path) -> data_prep::error::Result<FaceAnalyser> {
+    FaceAnalyser::load(&FaceConfig { models: ConfigPath::new(folder), ..FaceConfig::default() }, Path::new(""))
+}
+
+fn refusal(folder: &Path) -> String {
+    let error = load(folder).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "{error}");
+    error.to_string()
+}
+
+#[test]
+fn what_lies_in_a_models_place_is_named_with_its_remedy() {
+    let whole = fs::read(fixture("antelopev2/glintr100.onnx")).unwrap();
+    let pointer =
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169";
+    for (bytes, problem, remedy) in [
+        (&b""[..], "is empty", "fetch the file again"),
+        (pointer.as_bytes(), "is a Git LFS pointer", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>404</html>", "is an HTML or XML page", "download the file itself"),
+        (b"PK\x03\x04 and so on", "is a ZIP archive", "unpack it"),
+        (&whole[..whole.len() / 2], "ends early", "compare its size"),
+        (&whole[..1], "ends early", "compare its size"),
+        (b"\x08\x07", "holds no model graph", "compare its size"),
+        (b"\x89PNG\r\n\x1a\n", "glintr100.onnx: ", "fetch the file again"),
+    ] {
+        let folder = pack();
+        fs::write(folder.path().join("glintr100.onnx"), bytes).unwrap();
+        let message = refusal(folder.path());
+        assert!(message.contains("glintr100.onnx: ") && message.contains(problem), "{message}");
+        assert!(message.contains(remedy), "{message}");
+    }
+}
+
+#[test]
+fn a_folder_without_a_role_says_which_and_what_it_holds() {
+    for (file, what) in PACK.into_iter().zip(["a face detector", "an ID embedder", "a landmark model"]) {
+        let folder = pack();
+        fs::remove_file(folder.path().join(file)).unwrap();
+        // Of the right name and the wrong shape.
+        fs::copy(fixture("antelopev2/genderage.onnx"), folder.path().join(file)).unwrap();
+        let message = refusal(folder.path());
+        assert!(message.contains("holds no file that is ") && message.contains(what), "{message}");
+        assert!(message.contains(&format!("{file} takes data [?, 3, 96, 96] and gives fc1 [1, 3]")), "{message}");
+        assert!(message.contains("name it with `"), "{message}");
+    }
+    let empty = tempfile::tempdir().unwrap();
+    assert!(refusal(empty.path()).contains("holds no ONNX files"));
+    assert!(refusal(&empty.path().join("nowhere")).contains("nowhere: cannot be read"));
+    let folder = pack();
+    fs::create_dir(folder.path().join("more.onnx")).unwrap();
+    assert!(refusal(folder.path()).contains("more.onnx: is not a file"));
+}
+
+/// Some tens of cases, the same ones every time: ONNX Runtime is no code of ours to fuzz for long.
+fn bounded() -> ProptestConfig {
+    ProptestConfig { cases: 48, rng_seed: RngSeed::Fixed(3), failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// Whatever the file holds: an error, or models that answer or fail in words.
+fn survives(file: &str, bytes: &[u8]) {
+    let folder = pack();
+    fs::write(folder.path().join(file), bytes).unwrap();
+    if let Ok(mut analyser) = load(folder.path()) {
+        let photo = RgbImage::new(40, 30);
+        let faces = analyser.detect(&photo).unwrap_or_default();
+        for face in faces.iter().take(2) {
+            let _answer_or_error = analyser.describe(&photo, face);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(bounded())]
+
+    #[test]
+    fn random_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..4000)) {
+        let folder = pack();
+        fs::write(folder.path().join("glintr100.onnx"), &bytes).unwrap();
+        let message = refusal(folder.path());
+        prop_assert!(message.contains("remedy: "), "{}", message);
+    }
+
+    #[test]
+    fn a_shortened_model_is_refused(file in prop::sample::select(&PACK[..]), part in 0.0..1.0_f64) {
+        let folder = pack();
+        let whole = fs::read(folder.path().join(file)).unwrap();
+        fs::write(folder.path().join(file), &whole[..(whole.len() as f64 * part) as usize]).unwrap();
+        let message = refusal(folder.path());
+        prop_assert!(message.contains(file) && message.contains("remedy: "), "{}", message);
+    }
+
+    #[test]
+    fn a_changed_model_answers_or_fails_in_words(
+        file in prop::sample::select(&PACK[..]),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        early in any::<bool>(),
+    ) {
+        let mut bytes = fs::read(fixture("antelopev2").join(file)).unwrap();
+        // The structure stands in the first and last bytes; the weights between them can be anything.
+        let reach = if early { 400 } else { bytes.len() };
+        for (place, value) in changes {
+            bytes[place.index(reach)] = value;
+        }
+        survives(file, &bytes);
+    }
+}
