@@ -15,6 +15,8 @@ pub mod lora;
 
 pub mod sdxl;
 
+pub mod lora_file;
+
 pub mod clip_vision;
 
 pub mod conditioning;

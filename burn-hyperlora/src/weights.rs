@@ -20,13 +20,18 @@ mod file;
 mod files;
 mod layers;
 mod place;
+mod rewrite;
 mod save;
+mod update;
 
 pub use file::SafetensorsFile;
 pub use files::{has_variant, weights_in};
 pub use layers::WeightsAt;
 pub use place::Form;
+pub use rewrite::rewrite;
 pub use save::{TensorEntry, bytes_of, save, save_lazily, save_with_metadata};
+pub(crate) use update::transposed;
+pub use update::{LowRank, Updates};
 
 /// How many problems one error spells out.
 const PROBLEMS_SHOWN: usize = 10;
@@ -89,6 +94,7 @@ pub struct Weights {
     places: BTreeMap<String, Place>,
     device: Device,
     dtype: FloatDType,
+    updates: Updates,
     record: RefCell<Record>,
 }
 
@@ -138,7 +144,14 @@ impl Weights {
     }
 
     fn new(places: BTreeMap<String, Place>, path: PathBuf, device: &Device) -> Self {
-        Self { path, places, device: device.clone(), dtype: FloatDType::F32, record: RefCell::default() }
+        Self {
+            path,
+            places,
+            device: device.clone(),
+            dtype: FloatDType::F32,
+            updates: Updates::new(),
+            record: RefCell::default(),
+        }
     }
 
     /// Makes tensors of `dtype` instead of f32.
@@ -150,6 +163,12 @@ impl Weights {
     /// The type that tensors are made in.
     pub fn dtype(&self) -> FloatDType {
         self.dtype
+    }
+
+    /// Adds changes to the tensors while they are read, in f32 and before any rounding.
+    #[must_use]
+    pub fn with_updates(self, updates: Updates) -> Self {
+        Self { updates, ..self }
     }
 
     /// The file, or the index of the shards.
@@ -214,10 +233,19 @@ impl Weights {
         None
     }
 
-    /// The values at `place`, transposed where `transpose` says so; notes what is wrong with them.
-    fn read(&self, name: &str, place: &Place, transpose: bool) -> Option<TensorData> {
+    /// The values at `place`, transposed where `transpose` says so; notes what is wrong with them. Changes are added from
+    /// `first_row` on: the place may be a part of the tensor.
+    fn read(&self, name: &str, place: &Place, first_row: usize, transpose: bool) -> Option<TensorData> {
         let mut record = self.record.borrow_mut();
-        match place.read(self.dtype, transpose) {
+        let values = match self.updates.get(name) {
+            None => place.read(self.dtype, transpose),
+            Some(changes) => place.read(FloatDType::F32, false).map(|values| {
+                values.map(|values| {
+                    update::changed(values, changes, first_row, transpose).convert_dtype(self.dtype.into())
+                })
+            }),
+        };
+        match values {
             Ok(Ok(values)) => return Some(values),
             Ok(Err(problem)) => record.problems.push(format!("{name}: {problem}")),
             Err(failure) => _ = record.failure.get_or_insert(failure),
@@ -236,14 +264,14 @@ impl Weights {
 
     /// A tensor as it is named.
     fn tensor<const D: usize>(&self, name: String, shape: [usize; D]) -> Tensor<D> {
-        let values = self.ask(name.clone(), shape).and_then(|place| self.read(&name, place, false));
+        let values = self.ask(name.clone(), shape).and_then(|place| self.read(&name, place, 0, false));
         self.stand(values, shape)
     }
 
     /// The transpose of some rows of a matrix.
     fn transposed_rows(&self, name: &str, place: Option<&Place>, rows: Range<usize>, columns: usize) -> Tensor<2> {
         let shape = [columns, rows.len()];
-        let values = place.and_then(|place| self.read(name, &place.rows(rows), true));
+        let values = place.and_then(|place| self.read(name, &place.rows(rows.clone()), rows.start, true));
         self.stand(values, shape)
     }
 }

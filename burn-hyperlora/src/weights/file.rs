@@ -119,6 +119,13 @@ impl SafetensorsFile {
         Ok(bytes)
     }
 
+    /// Everything before the tensors: the header and its length.
+    pub(super) fn head(&self) -> Result<Vec<u8>> {
+        let mut head = vec![0; self.data_start as usize];
+        self.file.read_exact_at(&mut head, 0).map_err(|source| Error::read(&self.path, source))?;
+        Ok(head)
+    }
+
     pub(super) fn infos(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
         self.order.iter().filter_map(|name| Some((name.as_str(), self.tensors.get(name)?)))
     }

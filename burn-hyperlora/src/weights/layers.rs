@@ -108,7 +108,7 @@ impl<'a> WeightsAt<'a> {
     /// A tensor without axes; 0 where it is missing, which [`Weights::finish`] reports.
     pub fn scalar(&self, name: &str) -> f32 {
         let name = self.key(name);
-        let values = self.weights.ask(name.clone(), []).and_then(|place| self.weights.read(&name, place, false));
+        let values = self.weights.ask(name.clone(), []).and_then(|place| self.weights.read(&name, place, 0, false));
         values.and_then(|values| values.iter::<f32>().next()).unwrap_or_default()
     }
 

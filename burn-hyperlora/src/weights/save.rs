@@ -127,7 +127,7 @@ pub fn bytes_of<const D: usize>(tensor: Tensor<D>, name: &str) -> Result<Bytes> 
 }
 
 /// Notes why the writing ends, and ends it.
-fn stop(failure: &mut Option<Error>, error: Error) -> io::Error {
+pub(super) fn stop(failure: &mut Option<Error>, error: Error) -> io::Error {
     *failure = Some(error);
     io::Error::other("a tensor could not be made")
 }

@@ -1,0 +1,211 @@
+//! LoRA files of other tools, and of our own `generate`: which low-rank change they make to which weight of a base.
+//!
+//! A file's kind is told by its keys (see `keys`). Linears and convolutions, of any ranks, of the UNet and of both text
+//! encoders; a file may change any of them. What is not a plain LoRA is refused.
+
+mod adapter;
+mod base_names;
+mod keys;
+mod merge;
+mod values;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::lora_file::adapter::Adapter;
+use crate::lora_file::keys::Side;
+use crate::weights::{LowRank, SafetensorsFile, TensorEntry, Updates};
+
+pub use base_names::BaseNames;
+pub use keys::Part;
+pub use merge::{FileChanges, merge_file};
+
+/// How many problems one error spells out.
+const PROBLEMS_SHOWN: usize = 10;
+
+const REMEDY: &str = "give a LoRA that was made for this base model";
+
+/// The changes to the weights of each part of a base, by diffusers' names.
+pub type PartUpdates = BTreeMap<Part, Updates>;
+
+/// An opened LoRA file: its keys are understood, its values not read yet.
+#[derive(Debug)]
+pub struct LoraFile {
+    file: SafetensorsFile,
+    modules: Vec<Module>,
+}
+
+/// The update of one module.
+#[derive(Debug)]
+struct Module {
+    /// What the file calls it.
+    name: String,
+    part: Part,
+    /// Its path in the part, with dots or with underscores.
+    path: String,
+    down: TensorEntry,
+    up: TensorEntry,
+    /// Alpha over rank, or what stands for it.
+    scale: f32,
+}
+
+/// The tensors of one module.
+#[derive(Debug, Default)]
+struct Tensors {
+    down: Option<TensorEntry>,
+    up: Option<TensorEntry>,
+    alpha: Option<TensorEntry>,
+}
+
+impl LoraFile {
+    /// Reads the header and the alphas.
+    ///
+    /// # Errors
+    /// Input for a missing file, one that is no safetensors, or no plain LoRA (DoRA, LoHa, LoKr, ...), or lacks tensors
+    /// of a module; Disk when reading fails.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = SafetensorsFile::open(path)?;
+        let mut named: BTreeMap<String, Tensors> = BTreeMap::new();
+        let mut problems = Vec::new();
+        for entry in file.entries() {
+            if let Some(kind) = keys::other_kind(&entry.name) {
+                let remedy = "give a plain LoRA, or convert this one with the tool that made it";
+                return Err(Error::file(path, format!("is {kind} ({}), which is not supported", entry.name), remedy));
+            }
+            let Some((module, side)) = keys::side(&entry.name) else {
+                problems.push(format!("{}: no tensor of a LoRA", entry.name));
+                continue;
+            };
+            let tensors = named.entry(module.to_owned()).or_default();
+            let place = match side {
+                Side::Down => &mut tensors.down,
+                Side::Up => &mut tensors.up,
+                Side::Alpha => &mut tensors.alpha,
+            };
+            if let Some(other) = place.replace(entry) {
+                problems.push(format!("{}: the file has another one for the same module", other.name));
+            }
+        }
+        if let Some(architecture) = named.keys().find_map(|name| keys::other_architecture(name)) {
+            return Err(Error::file(path, format!("was made for {architecture}, not for SDXL"), REMEDY));
+        }
+        if named.is_empty() {
+            return Err(Error::file(path, "holds no LoRA", "give a LoRA in the format of sd-scripts or diffusers"));
+        }
+
+        let adapter = Adapter::of(&file)?;
+        let mut modules = Vec::with_capacity(named.len());
+        for (name, tensors) in named {
+            let Some((part, module)) = keys::module(&name) else {
+                problems.push(format!("{name}: no module of an SDXL"));
+                continue;
+            };
+            let (Some(down), Some(up)) = (tensors.down, tensors.up) else {
+                problems.push(format!("{name}: lacks one of its two matrices"));
+                continue;
+            };
+            let rank = down.shape.first().copied().unwrap_or_default();
+            let alpha = tensors.alpha.map(|entry| scalar(&file, &entry)).transpose()?;
+            let scale = match alpha {
+                Some(Some(alpha)) => alpha / rank as f32,
+                Some(None) => {
+                    problems.push(format!("{name}.alpha: no finite number"));
+                    continue;
+                }
+                None => adapter.scale(part, &module, rank),
+            };
+            modules.push(Module { name, part, path: module, down, up, scale });
+        }
+        refuse(path, &problems, "give a LoRA in the format of sd-scripts or diffusers")?;
+        Ok(Self { file, modules })
+    }
+
+    /// Adds this LoRA's changes at `weight` to `updates`.
+    ///
+    /// # Errors
+    /// Input that lists the first ten modules that the base lacks or has in other sizes, and counts them all; Disk when
+    /// reading fails.
+    pub fn add_to(&self, updates: &mut PartUpdates, base: &BaseNames, weight: f32) -> Result<()> {
+        let mut problems = Vec::new();
+        for module in &self.modules {
+            let Some((weight_name, shape)) = base.find(module.part, &module.path) else {
+                problems.push(format!("{}: the base has no such module", module.name));
+                continue;
+            };
+            match self.change(module, shape, weight)? {
+                Ok(change) => {
+                    let part = updates.entry(module.part).or_default();
+                    part.entry(weight_name.to_owned()).or_default().push(change);
+                }
+                Err(problem) => problems.push(problem),
+            }
+        }
+        refuse(self.file.path(), &problems, REMEDY)
+    }
+
+    /// The change to a weight of this shape; the inner error says what does not fit.
+    fn change(&self, module: &Module, shape: &[usize], weight: f32) -> Result<std::result::Result<LowRank, String>> {
+        let Module { down, up, scale, .. } = module;
+        let rank = down.shape.first().copied().unwrap_or_default();
+        // A linear layer may be written as a convolution with a kernel of one pixel, and the other way round.
+        let expected = [[&[rank], &shape[1..]].concat(), vec![shape[0], rank]];
+        for (entry, expected) in [down, up].into_iter().zip(expected) {
+            if rank == 0 || trimmed(&entry.shape) != trimmed(&expected) {
+                return Ok(Err(format!("{}: shape {:?}, expected {expected:?}", entry.name, entry.shape)));
+            }
+        }
+        let mut values = Vec::with_capacity(2);
+        for entry in [down, up] {
+            match floats(&self.file, entry)? {
+                Ok(floats) if floats.iter().all(|value| value.is_finite()) => values.push(floats),
+                Ok(_) => return Ok(Err(format!("{}: holds values that are not finite", entry.name))),
+                Err(problem) => return Ok(Err(format!("{}: {problem}", entry.name))),
+            }
+        }
+        let [down, up] = <[Vec<f32>; 2]>::try_from(values).unwrap_or_default();
+        Ok(Ok(LowRank::new(down, up, rank, scale * weight)))
+    }
+}
+
+/// The sum of several LoRAs, each at a weight, on one base.
+///
+/// # Errors
+/// As [`LoraFile::add_to`].
+pub fn sum(loras: &[(LoraFile, f32)], base: &BaseNames) -> Result<PartUpdates> {
+    let mut updates = PartUpdates::new();
+    loras.iter().try_for_each(|(lora, weight)| lora.add_to(&mut updates, base, *weight))?;
+    Ok(updates)
+}
+
+/// A shape without the axes of length one at its end.
+fn trimmed(shape: &[usize]) -> &[usize] {
+    let end = shape.iter().rposition(|&length| length != 1).map_or(0, |last| last + 1);
+    &shape[..end]
+}
+
+fn refuse(path: &Path, problems: &[String], remedy: &str) -> Result<()> {
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let mut shown = problems.iter().take(PROBLEMS_SHOWN).cloned().collect::<Vec<_>>();
+    if problems.len() > PROBLEMS_SHOWN {
+        shown.push(format!("and {} more", problems.len() - PROBLEMS_SHOWN));
+    }
+    Err(Error::file(path, format!("{} modules do not fit:\n    {}", problems.len(), shown.join("\n    ")), remedy))
+}
+
+/// The number that a tensor of one element holds, where it is finite.
+fn scalar(file: &SafetensorsFile, entry: &TensorEntry) -> Result<Option<f32>> {
+    let values = floats(file, entry)?;
+    Ok(values
+        .ok()
+        .filter(|values| values.len() == 1)
+        .and_then(|values| values.first().copied())
+        .filter(|v| v.is_finite()))
+}
+
+/// A tensor's values; the inner error tells a type that is no float.
+fn floats(file: &SafetensorsFile, entry: &TensorEntry) -> Result<std::result::Result<Vec<f32>, String>> {
+    Ok(values::decode(entry.dtype, &file.read_raw(&entry.name)?))
+}
