@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use data_prep::config::{self, ConfigPath};
-use data_prep::face::FaceConfig;
-use data_prep::shard::EMBEDDING_DIM;
+use data_prep::face::{FaceConfig, FaceModels};
+use data_prep::shard::{EMBEDDING_DIM, MANIFEST_FILE, Manifest};
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::BaseConfig;
@@ -146,12 +146,35 @@ impl Experiment {
         config::to_yaml(&resolved)
     }
 
+    /// Checks that `faces`, whose paths start at `base_dir`, finds the embedder that made the shards; warns of another
+    /// detector or landmark model. Shards that are not there any more are not asked.
+    ///
+    /// # Errors
+    /// Input for another embedder, and for a folder without usable models.
+    pub fn check_faces(&self, faces: &FaceConfig, base_dir: &Path) -> Result<()> {
+        let shards = self.data.shards.resolve(self.folder())?;
+        if !shards.join(MANIFEST_FILE).is_file() {
+            return Ok(());
+        }
+        let found = FaceModels::find(faces, base_dir)?.fingerprints()?;
+        for difference in Manifest::read(&shards)?.compare_models(&shards, &found)? {
+            tracing::warn!("{difference}");
+        }
+        Ok(())
+    }
+
     /// Trains, or goes on where a checkpoint in `run` stands.
     ///
     /// # Errors
     /// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
     /// that diverged.
     pub fn train(&self, run: &Path, device: &Device, options: &TrainOptions) -> Result<Outcome> {
+        // Training itself needs no face models: a machine without them trains, one with the wrong ones does not begin.
+        if let Some(faces) = &self.faces
+            && faces.models.resolve(self.folder())?.is_dir()
+        {
+            self.check_faces(faces, self.folder())?;
+        }
         train::run(
             &TrainSetup {
                 place: self.place(),

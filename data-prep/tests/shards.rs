@@ -198,3 +198,23 @@ fn an_embedding_of_another_length_and_uneven_sizes_are_refused() {
         assert_eq!(config.validate("data.yaml: shards").unwrap_err().exit_code(), 2);
     }
 }
+
+#[test]
+fn another_embedder_is_refused_and_another_detector_told() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let manifest = Manifest::read(dir.path()).unwrap();
+    let models = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+        pairs.iter().map(|&(role, model)| (role.to_owned(), model.to_owned())).collect()
+    };
+    let made = models(&[("detector", "a.onnx sha256:1"), ("embedder", "b.onnx sha256:2")]);
+    let manifest = Manifest { models: made, ..manifest };
+    let compare = |pairs| manifest.compare_models(dir.path(), &models(pairs));
+    let renamed = compare(&[("detector", "x.onnx sha256:1"), ("embedder", "y.onnx sha256:2")]).unwrap();
+    assert_eq!(renamed, Vec::<String>::new());
+    let told = compare(&[("detector", "a.onnx sha256:7"), ("embedder", "b.onnx sha256:2")]).unwrap();
+    assert_eq!(told, ["detector: a.onnx sha256:1 made the shards, and `faces` finds a.onnx sha256:7"]);
+    let error = compare(&[("detector", "a.onnx sha256:1"), ("embedder", "b.onnx sha256:7")]).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("made with b.onnx sha256:2, and `faces` finds b.onnx sha256:7"), "{error}");
+}

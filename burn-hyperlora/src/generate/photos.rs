@@ -59,6 +59,7 @@ impl PhotoReader {
     pub fn open(generator: &Generator, models: &PhotoModels) -> Result<Self> {
         let experiment = generator.experiment();
         let (faces, faces_from) = face_models(models, experiment)?;
+        experiment.map_or(Ok(()), |experiment| experiment.check_faces(&faces, &faces_from))?;
         let encoder = image_encoder(models, experiment)?;
         let image_encoder = ClipVisionModel::load(&encoder, &generator.device)?;
         let (width, wanted) = (image_encoder.config().encoder.hidden_size, generator.config().clip_dim);

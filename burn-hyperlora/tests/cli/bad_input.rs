@@ -44,6 +44,28 @@ fn a_wrong_yaml_is_named_by_file_line_and_key() {
 }
 
 #[test]
+fn another_embedder_than_the_shards_were_made_with_is_refused() {
+    let world = World::new();
+    run(world.train("run", &["--max-steps", "1"])).with(0);
+    let manifest = world.path("shards/manifest.json");
+    let made_with =
+        r#""models": {"embedder": "glintr100.onnx sha256:4ab1", "detector": "scrfd_10g_bnkps.onnx sha256:5838"}"#;
+    let text = fs::read_to_string(&manifest).unwrap();
+    assert!(text.contains(r#""models": {}"#));
+    fs::write(&manifest, text.replace(r#""models": {}"#, made_with)).unwrap();
+    let refusal = ["shards: ", "made with glintr100.onnx sha256:4ab1", "`faces` finds fr_feature.onnx", "remedy: "];
+    run(world.train("other", &["--max-steps", "0"])).refused(2, &refusal);
+    let mut generate = hyperlora(["generate", "--image", "a.png", "--checkpoint"]);
+    generate.arg(world.path("run")).arg("-o").arg(world.path("a.safetensors"));
+    run(generate).refused(2, &refusal);
+
+    // Without face models there is nothing to compare with, and nothing in training that needs them.
+    world
+        .write_yaml(&[("faces: {models: \"${HYPERLORA_CACHE:-~/.cache/hyperlora}/models\"}", "faces: {models: none}")]);
+    run(world.train("without", &["--max-steps", "1"])).with(0);
+}
+
+#[test]
 fn a_missing_or_damaged_base_model_is_named_by_its_file() {
     const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
     let world = World::new();

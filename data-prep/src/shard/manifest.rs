@@ -78,6 +78,26 @@ impl Manifest {
         serde_json::from_value(json).map_err(damaged)
     }
 
+    /// Compares the models that made the shards of `dir` with others, given by role as in [`models`](Self::models); tells
+    /// the roles with another model. Files are compared by checksum: their names do not matter.
+    ///
+    /// # Errors
+    /// Input: another embedder. What was learnt of the embeddings in the shards says nothing of its embeddings.
+    pub fn compare_models(&self, dir: &Path, others: &BTreeMap<String, String>) -> Result<Vec<String>> {
+        let checksum = |model: &str| model.rsplit(' ').next().map(str::to_owned);
+        let mut differing = Vec::new();
+        for (role, made_with) in &self.models {
+            let Some(other) = others.get(role).filter(|other| checksum(other) != checksum(made_with)) else { continue };
+            if role == "embedder" {
+                let problem = format!("its ID embeddings were made with {made_with}, and `faces` finds {other}");
+                let remedy = "give `faces` the models that made the shards, or prepare the data again with these";
+                return Err(Error::file(dir, problem, remedy));
+            }
+            differing.push(format!("{role}: {made_with} made the shards, and `faces` finds {other}"));
+        }
+        Ok(differing)
+    }
+
     /// Writes the manifest into the shard folder `dir`.
     ///
     /// # Errors
