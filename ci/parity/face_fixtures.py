@@ -110,7 +110,9 @@ def mixer(path, rng, side, cell, length, first=(), batch=None, rank=8):
         helper.make_node("AveragePool", [at], ["cells"], kernel_shape=[cell, cell], strides=[cell, cell]),
         helper.make_node("Reshape", ["cells", "shape"], ["flat"]),
         helper.make_node("MatMul", ["flat", "down"], ["few"]),
-        helper.make_node("MatMul", ["few", "up"], ["fc1"]),
+        # Not linear, so that the scale of the pixels shows in the direction too.
+        helper.make_node("Tanh", ["few"], ["bent"]),
+        helper.make_node("MatMul", ["bent", "up"], ["fc1"]),
     ]
     save(path, nodes, constants, [("data", [batch, 3, side, side])], [("fc1", [1, length])])
 
