@@ -70,6 +70,8 @@ fn answer(line: &Value) -> Result<()> {
 struct Bench {
     experiment: Experiment,
     base: Base,
+    /// Side of the condition images, in pixels.
+    condition_side: usize,
     start: HyperLora,
     batches: Vec<Batch>,
 }
@@ -82,7 +84,8 @@ impl Bench {
         let sites = base.unet.attention_sites();
         let start = HyperLora::new(&experiment.hyper_lora, sites, experiment.seed, &device.autodiff())
             .map_parameters(&mut RaiseUpBases(experiment.seed));
-        let mut bench = Self { experiment, base, start, batches: vec![] };
+        let condition_side = base.vision()?.processor.side() as usize;
+        let mut bench = Self { experiment, base, condition_side, start, batches: vec![] };
         bench.start = bench.start.clone().trainable(&bench.stage()?.config().groups);
         bench.batches = bench.batches();
         Ok(bench)
@@ -110,7 +113,7 @@ impl Bench {
     fn sample(&self, draw: u64) -> Sample {
         let (seed, stage) = (self.experiment.seed, 2);
         let image_size = self.experiment.data.image_size;
-        let side = self.base.image_processor.side() as usize;
+        let side = self.condition_side;
         let latent_len = self.base.latent_shape(image_size).iter().product();
         let rng = |purpose| for_sample(seed, stage, draw, purpose);
         let mut pictures = rng(Purpose::Augmentation);
@@ -144,7 +147,7 @@ impl Bench {
         let prompts: Vec<Vec<String>> =
             self.batches.iter().map(|batch| batch.samples.iter().map(prompt).collect()).collect();
         let plan = json!({
-            "base": base.folder(self.experiment.folder())?,
+            "base": base.path.resolve(self.experiment.folder())?,
             "hyper_lora": hyper_lora,
             "trainable": self.start.names_in(&config.groups),
             "optim": config.optim,
@@ -162,7 +165,7 @@ impl Bench {
     /// A batch as its tensors by name.
     fn tensors(&self, samples: &[Sample]) -> BTreeMap<String, TensorData> {
         let image_size = self.experiment.data.image_size;
-        let side = self.base.image_processor.side() as usize;
+        let side = self.condition_side;
         let [channels, height, width] = self.base.latent_shape(image_size);
         let embedding = self.experiment.hyper_lora.id_embedding_dim;
         let count = samples.len();

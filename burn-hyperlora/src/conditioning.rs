@@ -1,79 +1,27 @@
 //! The frozen base model, and a batch turned into what the UNet and the hypernetwork are conditioned on.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use data_prep::config::ConfigPath;
-use serde::{Deserialize, Serialize};
 
 use crate::clip_vision::{ClipVisionModel, ImageProcessor};
 use crate::data::sample::{ImageTransform, Sample, SampleShape};
 use crate::error::{Error, Result};
 use crate::sdxl::autoencoder_kl::AutoencoderKl;
+use crate::sdxl::base_source::Part;
 use crate::sdxl::scheduler::NoiseSchedule;
 use crate::sdxl::text::{PromptStates, TextEncoders};
 use crate::sdxl::unet::{UNet2DConditionModel, UnetInput};
-use crate::sdxl::unet_config::TIME_IDS;
+use crate::sdxl::unet_config::{TIME_IDS, UNet2DConditionConfig};
+
+mod base_config;
+
+pub use base_config::{BaseConfig, UnetDtype};
 
 /// Prompts whose states are kept: with templates for captions a run meets few, with real captions nearly none twice.
 const PROMPT_CACHE: usize = 256;
-
-/// Where the frozen models are: `base:` of an experiment.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BaseConfig {
-    /// An SDXL pipeline folder in diffusers layout.
-    pub path: ConfigPath,
-    /// Folder of the CLIP image encoder; the pipeline's `image_encoder` where left out.
-    #[serde(default)]
-    pub image_encoder: Option<ConfigPath>,
-    /// Folder of its preprocessing; the pipeline's `feature_extractor` where left out.
-    #[serde(default)]
-    pub feature_extractor: Option<ConfigPath>,
-}
-
-impl BaseConfig {
-    /// The folder of the CLIP image encoder.
-    ///
-    /// # Errors
-    /// Input where a path names no folder.
-    pub fn image_encoder_folder(&self, yaml_folder: &Path) -> Result<PathBuf> {
-        self.beside(self.image_encoder.as_ref(), "image_encoder", yaml_folder)
-    }
-
-    /// The folder of the image encoder's preprocessing.
-    ///
-    /// # Errors
-    /// Input where a path names no folder.
-    pub fn feature_extractor_folder(&self, yaml_folder: &Path) -> Result<PathBuf> {
-        self.beside(self.feature_extractor.as_ref(), "feature_extractor", yaml_folder)
-    }
-
-    fn beside(&self, given: Option<&ConfigPath>, name: &str, yaml_folder: &Path) -> Result<PathBuf> {
-        match given {
-            Some(path) => path.resolve(yaml_folder),
-            None => Ok(self.folder(yaml_folder)?.join(name)),
-        }
-    }
-
-    /// The pipeline folder; paths of the YAML are relative to `yaml_folder`.
-    ///
-    /// # Errors
-    /// Input where the path names no folder.
-    pub fn folder(&self, yaml_folder: &Path) -> Result<PathBuf> {
-        let folder = self.path.resolve(yaml_folder)?;
-        if folder.join("unet").is_dir() {
-            return Ok(folder);
-        }
-        Err(Error::file(
-            &folder,
-            "is no SDXL pipeline in diffusers layout: it has no folder `unet`",
-            "set `base.path` to a folder with unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2 and scheduler",
-        ))
-    }
-}
 
 /// The frozen models, on one plain device.
 pub struct Base {
@@ -85,12 +33,40 @@ pub struct Base {
     pub schedule: NoiseSchedule,
     /// Prompts to states.
     pub text: TextEncoders,
-    /// Condition images to states.
-    pub image_encoder: ClipVisionModel,
-    /// Condition images to the image encoder's input.
-    pub image_processor: ImageProcessor,
+    vision: Option<Vision>,
     prompts: Mutex<HashMap<String, PromptStates>>,
     device: Device,
+}
+
+/// What condition images go through.
+pub struct Vision {
+    /// To states.
+    pub encoder: ClipVisionModel,
+    /// To the encoder's input.
+    pub processor: ImageProcessor,
+}
+
+impl Vision {
+    /// Loads the image encoder and its preprocessing.
+    ///
+    /// # Errors
+    /// Input for a missing, corrupt or unfitting model.
+    pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
+        let preprocessing = config.feature_extractor_folder(yaml_folder)?;
+        let this = Self {
+            encoder: ClipVisionModel::load(&config.image_encoder_folder(yaml_folder)?, device)?,
+            processor: ImageProcessor::load(&preprocessing)?,
+        };
+        let (cut, side) = (this.processor.side() as usize, this.encoder.config().image_size);
+        if cut != side {
+            return Err(Error::file(
+                &preprocessing.join("preprocessor_config.json"),
+                format!("cuts images of {cut} pixels, the image encoder takes {side}"),
+                "name the `base.feature_extractor` that belongs to the image encoder",
+            ));
+        }
+        Ok(this)
+    }
 }
 
 /// What a batch is for the UNet and the hypernetwork; plain tensors, one entry per sample.
@@ -147,23 +123,41 @@ impl Base {
     /// # Errors
     /// Input for a missing, corrupt or unfitting model.
     pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
-        let folder = config.folder(yaml_folder)?;
+        let vision = Vision::load(config, yaml_folder, device)?;
+        Ok(Self { vision: Some(vision), ..Self::load_for_drawing(config, yaml_folder, device)? })
+    }
+
+    /// Loads what drawing needs: all but the image encoder.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_for_drawing(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
+        let source = config.source(yaml_folder)?;
+        let unet = source.config(Part::Unet)?;
+        let weights = source.weights(Part::Unet, device)?.with_dtype(config.dtype.into());
         let base = Self {
-            unet: UNet2DConditionModel::load(&folder.join("unet"), device)?,
-            vae: AutoencoderKl::load(&folder.join("vae"), device)?,
-            schedule: NoiseSchedule::load(&folder.join("scheduler"))?,
-            text: TextEncoders::load(&folder, device)?,
-            image_encoder: ClipVisionModel::load(&config.image_encoder_folder(yaml_folder)?, device)?,
-            image_processor: ImageProcessor::load(&config.feature_extractor_folder(yaml_folder)?)?,
+            unet: UNet2DConditionModel::new(UNet2DConditionConfig::parse(&unet)?, weights)?,
+            vae: source.vae(device)?,
+            schedule: source.schedule()?,
+            text: TextEncoders::open(&source, device)?,
+            vision: None,
             prompts: Mutex::default(),
             device: device.clone(),
         };
-        base.check_parts(&folder, &config.feature_extractor_folder(yaml_folder)?)?;
+        base.check_parts(unet.place())?;
         Ok(base)
     }
 
+    /// What condition images go through.
+    ///
+    /// # Errors
+    /// Fault where the base was loaded for drawing only.
+    pub fn vision(&self) -> Result<&Vision> {
+        self.vision.as_ref().ok_or_else(|| Error::Fault("the base was loaded without an image encoder".into()))
+    }
+
     /// Checks that the models of a base go together.
-    fn check_parts(&self, folder: &Path, feature_extractor: &Path) -> Result<()> {
+    fn check_parts(&self, unet_config: &Path) -> Result<()> {
         let unet = self.unet.config();
         let (context, pooled) = self.text.widths();
         let added = pooled + TIME_IDS * unet.addition_time_embed_dim;
@@ -183,19 +177,11 @@ impl Base {
         ] {
             if has != needed {
                 return Err(Error::input(
-                    format!("{}: {key}", folder.join("unet/config.json").display()),
+                    format!("{}: {key}", unet_config.display()),
                     format!("is {has}, {of} make {needed}"),
                     "take unet, vae and text encoders from the same base",
                 ));
             }
-        }
-        let (cut, side) = (self.image_processor.side() as usize, self.image_encoder.config().image_size);
-        if cut != side {
-            return Err(Error::file(
-                &feature_extractor.join("preprocessor_config.json"),
-                format!("cuts images of {cut} pixels, the image encoder takes {side}"),
-                "name the `base.feature_extractor` that belongs to the image encoder",
-            ));
         }
         Ok(())
     }
@@ -217,15 +203,18 @@ impl Base {
     }
 
     /// What the models ask of a sample.
-    pub fn sample_shape(&self, image_size: usize, with_id: bool) -> SampleShape {
-        let processor = self.image_processor.clone();
+    ///
+    /// # Errors
+    /// As [`vision`](Self::vision).
+    pub fn sample_shape(&self, image_size: usize, with_id: bool) -> Result<SampleShape> {
+        let processor = self.vision()?.processor.clone();
         let transform: ImageTransform = Arc::new(move |image| processor.pixel_values(image));
-        SampleShape {
+        Ok(SampleShape {
             latent_len: self.latent_shape(image_size).iter().product(),
             timesteps: self.schedule.config().num_train_timesteps as u32,
             transform,
             with_id,
-        }
+        })
     }
 
     /// Checks that images of `image_size` go through autoencoder and UNet, and that ID conditions of `clip_dim` come out.
@@ -242,7 +231,7 @@ impl Base {
                 format!("give {} or {}", (image_size / step).max(1) * step, (image_size / step + 1) * step),
             ));
         }
-        let width = self.image_encoder.config().encoder.hidden_size;
+        let width = self.vision()?.encoder.config().encoder.hidden_size;
         if width != clip_dim {
             return Err(Error::input(
                 format!("{place}: hyper_lora.clip_dim"),
@@ -259,7 +248,7 @@ impl Base {
     /// Fault when a caption cannot be tokenised.
     pub fn encode(&self, samples: &[Sample], trigger: &str) -> Result<Conditions> {
         let (input, target) = self.noisy(samples, trigger)?;
-        Ok(Conditions { input, target, portraits: self.portraits(samples) })
+        Ok(Conditions { input, target, portraits: self.portraits(samples)? })
     }
 
     /// What the UNet is given of a batch, and what it shall predict, `[B, C, h, w]`.
@@ -290,15 +279,18 @@ impl Base {
     }
 
     /// What the hypernetwork is given of a batch.
-    pub fn portraits(&self, samples: &[Sample]) -> Portraits {
+    ///
+    /// # Errors
+    /// As [`vision`](Self::vision).
+    pub fn portraits(&self, samples: &[Sample]) -> Result<Portraits> {
         let (count, device) = (samples.len(), &self.device);
-        let side = self.image_processor.side() as usize;
-        let states = |of: fn(&Sample) -> &[f32]| {
-            self.image_encoder.penultimate(stack(samples, of, [count, 3, side, side], device))
-        };
+        let vision = self.vision()?;
+        let side = vision.processor.side() as usize;
+        let states =
+            |of: fn(&Sample) -> &[f32]| vision.encoder.penultimate(stack(samples, of, [count, 3, side, side], device));
         let with_id = samples.iter().all(|sample| !sample.id_pixels.is_empty());
         let embedding = samples.first().map_or(0, |sample| sample.id_embedding.len());
-        Portraits {
+        Ok(Portraits {
             id: with_id.then(|| IdPortraits {
                 states: states(|sample| &sample.id_pixels),
                 embedding: stack(samples, |sample| &sample.id_embedding, [count, embedding], device),
@@ -306,7 +298,7 @@ impl Base {
             base_states: states(|sample| &sample.base_pixels),
             id_weight: per_sample(samples, |sample| f32::from(sample.request.scenario.id_lora()), device),
             base_weight: per_sample(samples, |sample| f32::from(sample.request.scenario.base_lora()), device),
-        }
+        })
     }
 
     /// The samples' noise, `[B, C, h, w]`.

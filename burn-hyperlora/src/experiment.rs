@@ -136,9 +136,10 @@ impl Experiment {
         let mut resolved = self.clone();
         absolute(&mut resolved.base.path)?;
         absolute(&mut resolved.data.shards)?;
-        let optional =
-            [&mut resolved.base.image_encoder, &mut resolved.base.feature_extractor, &mut resolved.train.init_from];
-        optional.into_iter().flatten().try_for_each(absolute)?;
+        let base = &mut resolved.base;
+        let beside_base = [&mut base.config, &mut base.image_encoder, &mut base.feature_extractor];
+        let optional = beside_base.into_iter().chain([&mut resolved.train.init_from]);
+        optional.flatten().try_for_each(absolute)?;
         if let Some(faces) = &mut resolved.faces {
             absolute(&mut faces.models)?;
             faces.runtime.as_mut().map_or(Ok(()), absolute)?;

@@ -66,6 +66,12 @@ impl ConfigText {
         Self { place: format!("{place} (built in)").into(), text: text.into() }
     }
 
+    /// Another text from the same place.
+    #[must_use]
+    pub fn with_text(&self, text: impl Into<String>) -> Self {
+        Self { place: self.place.clone(), text: text.into() }
+    }
+
     /// What messages call it.
     pub fn place(&self) -> &Path {
         &self.place

@@ -13,7 +13,7 @@ use image::imageops::FilterType;
 use image::{ImageFormat, RgbImage, imageops};
 
 use crate::commands::{Common, finite};
-use crate::conditioning::{Base, BaseConfig};
+use crate::conditioning::{Base, BaseConfig, UnetDtype};
 use crate::error::{Error, Result};
 use crate::export;
 use crate::generate::Generator;
@@ -38,9 +38,18 @@ const LARGEST: u64 = 4096;
     after_help = "Examples:\n  One picture, from a prompt:\n    hyperlora sample --base sdxl/ --prompt 'a photo of a person' --lora anna.safetensors --lora-weight 0.8 -o anna.png\n  A grid, one row per photo: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA:\n    hyperlora sample --checkpoint runs/quickstart --image a.png --image b.png -o grid.png"
 )]
 pub(super) struct SampleArgs {
-    /// The base model: an SDXL pipeline folder in diffusers layout
-    #[arg(long, value_name = "DIR", requires = "prompt")]
+    /// The base model: an SDXL pipeline folder in diffusers layout, or a single-file checkpoint
+    #[arg(long, value_name = "DIR|FILE", requires = "prompt")]
     base: Option<PathBuf>,
+    /// Prefer these files of the pipeline folder, such as fp16
+    #[arg(long, value_name = "NAME", requires = "base")]
+    variant: Option<String>,
+    /// A pipeline folder whose configs and tokenizers describe the single file; SDXL-Base-1.0's where left out
+    #[arg(long, value_name = "DIR", requires = "base")]
+    base_config: Option<PathBuf>,
+    /// What the UNet is kept and computed in
+    #[arg(long, value_enum, default_value_t, conflicts_with = "checkpoint")]
+    dtype: UnetDtype,
     /// What to draw
     #[arg(long)]
     prompt: Option<String>,
@@ -158,7 +167,7 @@ fn sampler(base: &Base) -> Sampler<'_> {
     Sampler { unet: &base.unet, vae: &base.vae, schedule: &base.schedule }
 }
 
-fn from_prompt(args: &SampleArgs, folder: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
+fn from_prompt(args: &SampleArgs, path: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
     if args.lora_weights.len() > args.loras.len() {
         return Err(Error::input(
             "--lora-weight",
@@ -166,8 +175,13 @@ fn from_prompt(args: &SampleArgs, folder: &Path, common: &Common, device: &Devic
             "give each weight after its --lora",
         ));
     }
-    let base_config = BaseConfig { path: ConfigPath::new(folder), image_encoder: None, feature_extractor: None };
-    let base = Base::load(&base_config, Path::new(""), device)?;
+    let base_config = BaseConfig {
+        variant: args.variant.clone(),
+        config: args.base_config.clone().map(ConfigPath::new),
+        dtype: args.dtype,
+        ..BaseConfig::new(ConfigPath::new(path))
+    };
+    let base = Base::load_for_drawing(&base_config, Path::new(""), device)?;
     let config = args.config(&base);
 
     let mut lora: Option<LoraWeights> = None;
@@ -222,7 +236,7 @@ fn grid(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) 
     let experiment = generator.experiment().ok_or_else(|| {
         Error::file(checkpoint, "is a HyperLoRA folder without a run around it", "give a run or one of its checkpoints")
     })?;
-    let base = Base::load(&experiment.base, experiment.folder(), device)?;
+    let base = Base::load_for_drawing(&experiment.base, experiment.folder(), device)?;
     let mut config = args.config(&base);
     let text = args.prompt.as_deref().unwrap_or("a photo of a person");
     let plain = base.text.encode(&[text])?;

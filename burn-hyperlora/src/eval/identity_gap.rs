@@ -45,7 +45,7 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
         return Err(Error::file(checkpoint.path(), "has learnt no ID-LoRA so far", "train on to an ID stage"));
     }
     let dataset = open_dataset(&experiment.data, experiment.folder())?;
-    let shape = base.sample_shape(experiment.data.image_size, true);
+    let shape = base.sample_shape(experiment.data.image_size, true)?;
     let maker = SampleMaker::new(dataset, &experiment.data, experiment.seed, shape);
     let config = &experiment.eval.identity_gap;
     for (key, set) in [("known", &config.known), ("unseen", &config.unseen)] {
@@ -158,7 +158,7 @@ impl Judge<'_> {
         let (input, target) = self.base.noisy(&noisy, self.trigger)?;
         let given = |of: fn(&Case) -> &Sample| -> Result<Vec<f64>> {
             let portraits: Vec<Sample> = cases.iter().map(|case| of(case).clone()).collect();
-            let lora = make_lora(self.hyper_lora, self.kind, self.base.portraits(&portraits))?.lora;
+            let lora = make_lora(self.hyper_lora, self.kind, self.base.portraits(&portraits)?)?.lora;
             let lora = lora.map(|tensor| repeat_each(tensor, self.draws));
             Ok(self.per_photo(denoising_loss(self.base, &input, target.clone(), Some(&lora))?))
         };

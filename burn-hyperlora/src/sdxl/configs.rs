@@ -13,3 +13,5 @@ pub const TEXT_ENCODER: &str = include_str!("configs/text_encoder.json");
 pub const TEXT_ENCODER_2: &str = include_str!("configs/text_encoder_2.json");
 /// `image_encoder/config.json`: CLIP ViT-L/14's.
 pub const IMAGE_ENCODER: &str = include_str!("configs/image_encoder.json");
+/// `scheduler/scheduler_config.json`.
+pub const SCHEDULER: &str = include_str!("configs/scheduler.json");

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod autoencoder_kl;
+pub mod base_source;
 pub mod clip_encoder;
 pub mod clip_text;
 pub mod configs;

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::weights::ConfigText;
 
 mod ddim;
 mod dpm_solver;
@@ -157,12 +158,16 @@ impl NoiseSchedule {
     /// # Errors
     /// Input for a missing or broken file and for a schedule that is not supported.
     pub fn load(folder: &Path) -> Result<Self> {
-        let path = folder.join("scheduler_config.json");
-        let remedy = "use the scheduler_config.json of an SDXL base";
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::read(&path, source))?;
-        let config: ScheduleConfig =
-            serde_json::from_str(&text).map_err(|problem| Error::file(&path, problem, remedy))?;
-        Self::new(config).map_err(|problem| Error::file(&path, problem, remedy))
+        Self::parse(&ConfigText::read(&folder.join("scheduler_config.json"))?)
+    }
+
+    /// Reads and checks a config.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn parse(text: &ConfigText) -> Result<Self> {
+        Self::new(text.parse()?)
+            .map_err(|problem| Error::file(text.place(), problem, "use the scheduler_config.json of an SDXL base"))
     }
 
     /// Computes the schedule; an error tells the key that does not hold.

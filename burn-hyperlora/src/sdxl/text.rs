@@ -1,13 +1,12 @@
 //! Both text encoders and their tokenizers as one: prompts to what the UNet is conditioned on.
 
 use std::path::Path;
-use std::{fs, io};
 
 use burn::tensor::{Device, Tensor};
-use serde::Deserialize;
 
 use crate::error::{Error, Result};
-use crate::sdxl::clip_text::ClipTextModel;
+use crate::sdxl::base_source::{BaseSource, Part};
+use crate::sdxl::clip_text::{ClipTextConfig, ClipTextModel};
 use crate::sdxl::tokenizer::{ClipTokenizer, PROMPT_TOKENS};
 
 /// Encoded prompts.
@@ -17,30 +16,6 @@ pub struct PromptStates {
     pub prompt_embeds: Tensor<3>,
     /// `[B, P]`: the pooled output of the second encoder.
     pub pooled: Tensor<2>,
-}
-
-/// The `model_index.json` of a base, as far as it changes what is computed. Other keys are ignored.
-#[derive(Debug, Deserialize)]
-struct ModelIndex {
-    #[serde(default = "yes")]
-    force_zeros_for_empty_prompt: bool,
-}
-
-fn yes() -> bool {
-    true
-}
-
-impl ModelIndex {
-    /// The file may be missing: then the defaults of diffusers hold.
-    fn load(base: &Path) -> Result<Self> {
-        let path = base.join("model_index.json");
-        let text = match fs::read_to_string(&path) {
-            Err(source) if source.kind() == io::ErrorKind::NotFound => "{}".into(),
-            read => read.map_err(|source| Error::read(&path, source))?,
-        };
-        serde_json::from_str(&text)
-            .map_err(|problem| Error::file(&path, problem, "use the model_index.json of an SDXL base"))
-    }
 }
 
 /// The text side of an SDXL base.
@@ -58,25 +33,30 @@ impl TextEncoders {
     /// # Errors
     /// Input when one of them is missing, broken or not supported, or when they do not fit each other.
     pub fn load(base: &Path, device: &Device) -> Result<Self> {
-        let this = Self {
-            tokenizers: [
-                ClipTokenizer::load(&base.join("tokenizer"))?,
-                ClipTokenizer::load(&base.join("tokenizer_2"))?,
-            ],
-            encoders: [
-                ClipTextModel::load(&base.join("text_encoder"), device)?,
-                ClipTextModel::load(&base.join("text_encoder_2"), device)?,
-            ],
-            zeros_for_empty: ModelIndex::load(base)?.force_zeros_for_empty_prompt,
+        Self::open(&BaseSource::folder(base, None), device)
+    }
+
+    /// Loads the text side of a base in either layout.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn open(base: &BaseSource, device: &Device) -> Result<Self> {
+        const PARTS: [Part; 2] = [Part::TextEncoder, Part::TextEncoder2];
+        let configs = [base.config(PARTS[0])?, base.config(PARTS[1])?];
+        let encoder = |index: usize| {
+            ClipTextModel::new(ClipTextConfig::parse(&configs[index])?, base.weights(PARTS[index], device)?)
         };
-        for ((encoder, tokenizer), name) in
-            this.encoders.iter().zip(&this.tokenizers).zip(["text_encoder", "text_encoder_2"])
-        {
+        let this = Self {
+            tokenizers: base.tokenizers()?,
+            encoders: [encoder(0)?, encoder(1)?],
+            zeros_for_empty: base.zeros_for_empty_prompt()?,
+        };
+        for ((encoder, tokenizer), text) in this.encoders.iter().zip(&this.tokenizers).zip(&configs) {
             let config = encoder.config();
-            let place = base.join(name).join("config.json");
+            let place = text.place();
             if config.max_position_embeddings < PROMPT_TOKENS {
                 let problem = format!("max_position_embeddings {} is below 77", config.max_position_embeddings);
-                return Err(Error::file(&place, problem, "use the text encoders of an SDXL base"));
+                return Err(Error::file(place, problem, "use the text encoders of an SDXL base"));
             }
             if tokenizer.vocabulary_size() > config.vocab_size {
                 let problem = format!(
@@ -84,12 +64,12 @@ impl TextEncoders {
                     config.vocab_size,
                     tokenizer.vocabulary_size()
                 );
-                return Err(Error::file(&place, problem, "use the tokenizer that belongs to this encoder"));
+                return Err(Error::file(place, problem, "use the tokenizer that belongs to this encoder"));
             }
         }
         if !this.encoders[1].has_projection() {
             return Err(Error::file(
-                &base.join("text_encoder_2/config.json"),
+                configs[1].place(),
                 "architectures does not name CLIPTextModelWithProjection",
                 "use the second text encoder of an SDXL base",
             ));

@@ -19,7 +19,7 @@ mod vocabulary;
 pub const PROMPT_TOKENS: usize = 77;
 
 const START: &str = "<|startoftext|>";
-const END: &str = "<|endoftext|>";
+pub(super) const END: &str = "<|endoftext|>";
 /// Marks a token that ends a word.
 const WORD_END: &str = "</w>";
 /// What a text is cut into before bytes are paired: endings, words, single digits, runs of anything else.

@@ -1,6 +1,7 @@
 //! What tells one base model from another, wherever it lies.
 
-use std::fs::{self, File};
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -10,7 +11,8 @@ use sha2::{Digest, Sha256};
 
 use crate::conditioning::BaseConfig;
 use crate::error::{Error, Result};
-use crate::weights::Weights;
+use crate::sdxl::base_source::Part;
+use crate::weights::{ConfigText, Weights};
 
 /// Bytes that are read at either end of a weights file: the header with names, types and shapes, and some of the values.
 /// Reading gigabytes at every start would take longer than it is worth: other weights differ in nearly every value.
@@ -22,32 +24,39 @@ const END: u64 = 1 << 20;
 /// # Errors
 /// As [`Error::read`] for a file that is missing or cannot be read.
 pub(super) fn of_base(config: &BaseConfig, yaml_folder: &Path) -> Result<Value> {
-    let folder = config.folder(yaml_folder)?;
+    let source = config.source(yaml_folder)?;
     let mut parts = Map::new();
-    for part in ["unet", "vae", "text_encoder", "text_encoder_2"] {
-        parts.insert(part.into(), of_model(&folder.join(part))?.into());
+    // Other digits in the UNet are another model.
+    parts.insert("dtype".into(), format!("{:?}", config.dtype).to_lowercase().into());
+    for part in Part::ALL {
+        let checksum = of_model(&source.config(part)?, &source.weights(part, &Device::flex())?)?;
+        parts.insert(part.folder().into(), checksum.into());
     }
-    parts.insert("image_encoder".into(), of_model(&config.image_encoder_folder(yaml_folder)?)?.into());
+    let image_encoder = config.image_encoder_folder(yaml_folder)?;
+    let text = ConfigText::read(&image_encoder.join("config.json"))?;
+    let checksum = of_model(&text, &Weights::open(&image_encoder, &Device::flex())?)?;
+    parts.insert("image_encoder".into(), checksum.into());
     Ok(parts.into())
 }
 
-fn of_model(folder: &Path) -> Result<String> {
-    let config = folder.join("config.json");
-    let weights = Weights::open(folder, &Device::flex())?;
-    let path = weights.path();
-    let ends = || {
-        let file = File::open(path)?;
-        let length = file.metadata()?.len();
-        let mut bytes = vec![0; END.min(length) as usize];
-        let mut hasher = Sha256::new();
-        hasher.update(length.to_le_bytes());
-        for start in [0, length - bytes.len() as u64] {
-            file.read_exact_at(&mut bytes, start)?;
-            hasher.update(&bytes);
-        }
-        Ok(hasher)
-    };
-    let mut hasher = ends().map_err(|source| Error::read(path, source))?;
-    hasher.update(fs::read(&config).map_err(|source| Error::read(&config, source))?);
+fn of_model(config: &ConfigText, weights: &Weights) -> Result<String> {
+    let mut hasher = Sha256::new();
+    for path in weights.files() {
+        add_ends(&mut hasher, path).map_err(|source| Error::read(path, source))?;
+    }
+    hasher.update(config.text());
     Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// A file's length, and what stands at its ends.
+fn add_ends(hasher: &mut Sha256, path: &Path) -> io::Result<()> {
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut bytes = vec![0; END.min(length) as usize];
+    hasher.update(length.to_le_bytes());
+    for start in [0, length - bytes.len() as u64] {
+        file.read_exact_at(&mut bytes, start)?;
+        hasher.update(&bytes);
+    }
+    Ok(())
 }

@@ -30,7 +30,7 @@ pub fn grid(
     config: &SamplesConfig,
     trigger: &str,
 ) -> Result<RgbImage> {
-    let lora = make_lora(&hyper_lora.valid(), kind, base.portraits(people))?.lora;
+    let lora = make_lora(&hyper_lora.valid(), kind, base.portraits(people)?)?.lora;
     let plain = draw(base, people, config, "", None)?;
     let with_lora = draw(base, people, config, trigger, Some(&lora))?;
     let photos = people.iter().map(|sample| photo(&sample.pixels));

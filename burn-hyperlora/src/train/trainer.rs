@@ -91,7 +91,7 @@ impl<'a> Trainer<'a> {
             let checkpoint = self.checkpoints.latest()?.map(|last| last.path().to_owned()).unwrap_or_default();
             return Ok(Some(Outcome::Finished { step, checkpoint }));
         };
-        let maker = self.maker(entry.kind());
+        let maker = self.maker(entry.kind())?;
         let fixed_set = self.fixed_set(maker.clone(), entry)?;
         self.begin_stage(entry, fixed_set.as_ref())?;
         let end = self.steps(entry, maker, fixed_set.as_ref())?;
@@ -230,9 +230,9 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    fn maker(&self, kind: Stage) -> SampleMaker {
-        let shape = self.base.sample_shape(self.setup.data.image_size, kind != Stage::Base);
-        SampleMaker::new(Arc::clone(&self.dataset), self.setup.data, self.setup.seed, shape)
+    fn maker(&self, kind: Stage) -> Result<SampleMaker> {
+        let shape = self.base.sample_shape(self.setup.data.image_size, kind != Stage::Base)?;
+        Ok(SampleMaker::new(Arc::clone(&self.dataset), self.setup.data, self.setup.seed, shape))
     }
 
     fn draws(&self, entry: &StageEntry) -> Result<Draws> {

@@ -1,0 +1,325 @@
+//! Where the parts of a base come from: a pipeline folder of diffusers, or one file in Stability naming.
+//!
+//! Both give the same: each part's config and its tensors under the names of diffusers. A single file holds neither
+//! configs nor tokenizers; they are SDXL-Base-1.0's own, or those of a folder that the user names (diffusers
+//! `from_single_file(config=...)`).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::{fs, io};
+
+use burn::tensor::Device;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::sdxl::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
+use crate::sdxl::clip_text::ClipTextConfig;
+use crate::sdxl::configs;
+use crate::sdxl::scheduler::NoiseSchedule;
+use crate::sdxl::stability::KeyTable;
+use crate::sdxl::tokenizer::{ClipTokenizer, END};
+use crate::sdxl::unet_config::UNet2DConditionConfig;
+use crate::weights::{ConfigText, Form, SafetensorsFile, Weights, has_variant};
+
+/// Keys that tell what kind of single file it is, where it is not SDXL's: a key begins so, and the file is that.
+const OTHER_KINDS: [(&str, &str); 9] = [
+    ("cond_stage_model.", "a checkpoint of Stable Diffusion 1 or 2"),
+    ("conditioner.embedders.0.model.transformer.", "a checkpoint of the SDXL refiner"),
+    ("edm_mean", "a checkpoint of Playground 2.5, whose noise is not SDXL's"),
+    ("edm_vpred.sigma_max", "a checkpoint with the noise of EDM, which is not SDXL's"),
+    ("model.diffusion_model.joint_blocks.", "a checkpoint of Stable Diffusion 3"),
+    ("model.diffusion_model.double_blocks.", "a checkpoint of Flux"),
+    ("double_blocks.", "a checkpoint of Flux"),
+    ("lora_", "a LoRA, not a base"),
+    ("unet.", "a LoRA in diffusers naming, not a base"),
+];
+
+/// Keys of single files that belong to a part and that nothing needs.
+const UNUSED: [&str; 2] =
+    ["conditioner.embedders.0.transformer.text_projection.weight", "conditioner.embedders.1.model.logit_scale"];
+
+/// A part of SDXL with weights of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The denoiser.
+    Unet,
+    /// The image autoencoder.
+    Vae,
+    /// CLIP ViT-L/14's text encoder.
+    TextEncoder,
+    /// OpenCLIP ViT-bigG/14's text encoder.
+    TextEncoder2,
+}
+
+impl Part {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Unet, Self::Vae, Self::TextEncoder, Self::TextEncoder2];
+
+    /// Its folder in a pipeline of diffusers.
+    pub fn folder(self) -> &'static str {
+        match self {
+            Self::Unet => "unet",
+            Self::Vae => "vae",
+            Self::TextEncoder => "text_encoder",
+            Self::TextEncoder2 => "text_encoder_2",
+        }
+    }
+
+    /// What its keys begin with in a single file.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Self::Unet => "model.diffusion_model.",
+            Self::Vae => "first_stage_model.",
+            Self::TextEncoder => "conditioner.embedders.0.transformer.",
+            Self::TextEncoder2 => "conditioner.embedders.1.model.",
+        }
+    }
+
+    fn config(self) -> &'static str {
+        match self {
+            Self::Unet => configs::UNET,
+            Self::Vae => configs::VAE,
+            Self::TextEncoder => configs::TEXT_ENCODER,
+            Self::TextEncoder2 => configs::TEXT_ENCODER_2,
+        }
+    }
+}
+
+/// A base on disk, opened but not read.
+#[derive(Debug)]
+pub struct BaseSource {
+    path: PathBuf,
+    layout: Layout,
+}
+
+#[derive(Debug)]
+enum Layout {
+    Folder {
+        variant: Option<String>,
+    },
+    SingleFile {
+        file: Arc<SafetensorsFile>,
+        /// A pipeline folder whose configs and tokenizers hold.
+        config: Option<PathBuf>,
+    },
+}
+
+/// The `model_index.json` of a base, as far as it changes what is computed. Other keys are ignored.
+#[derive(Debug, Deserialize)]
+struct ModelIndex {
+    #[serde(default = "yes")]
+    force_zeros_for_empty_prompt: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl BaseSource {
+    /// Opens a pipeline folder in diffusers layout, or a single safetensors file. `variant` chooses among the files of a
+    /// folder; `config`, a pipeline folder that needs no weights, is what describes a single file.
+    ///
+    /// # Errors
+    /// Input for a path that is neither, a file of another kind or architecture, a variant that no part has, and options
+    /// that do not go with the layout.
+    pub fn open(path: &Path, variant: Option<&str>, config: Option<&Path>) -> Result<Self> {
+        if path.is_dir() {
+            return match config {
+                None => Self::open_folder(path, variant),
+                Some(_) => Err(Error::file(
+                    path,
+                    "is a folder with configs of its own, and others are given",
+                    "leave `base.config` out: it is for single-file checkpoints",
+                )),
+            };
+        }
+        let file = SafetensorsFile::open(path)?;
+        if variant.is_some() {
+            return Err(Error::file(
+                path,
+                "is a single file, and a variant is asked for",
+                "leave the variant out: it chooses among the files of a pipeline folder",
+            ));
+        }
+        check_kind(&file)?;
+        let layout = Layout::SingleFile { file: Arc::new(file), config: config.map(Path::to_path_buf) };
+        Ok(Self { path: path.into(), layout })
+    }
+
+    fn open_folder(path: &Path, variant: Option<&str>) -> Result<Self> {
+        if !path.join("unet").is_dir() {
+            return Err(Error::file(
+                path,
+                "is no SDXL pipeline in diffusers layout: it has no folder `unet`",
+                "give a folder with unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2 and scheduler, or a \
+                 single .safetensors file",
+            ));
+        }
+        if let Some(variant) = variant
+            && !Part::ALL.iter().any(|part| has_variant(&path.join(part.folder()), variant))
+        {
+            return Err(Error::file(
+                path,
+                format!("has no weights of the variant {variant}"),
+                "leave the variant out, or fetch its files, such as unet/diffusion_pytorch_model.fp16.safetensors",
+            ));
+        }
+        Ok(Self::folder(path, variant))
+    }
+
+    /// A pipeline folder, of which only some parts need be there.
+    pub(super) fn folder(path: &Path, variant: Option<&str>) -> Self {
+        Self { path: path.into(), layout: Layout::Folder { variant: variant.map(String::from) } }
+    }
+
+    /// The folder or file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The folder with configs and tokenizers, where there is one.
+    pub fn config_folder(&self) -> Option<&Path> {
+        match &self.layout {
+            Layout::Folder { .. } => Some(&self.path),
+            Layout::SingleFile { config, .. } => config.as_deref(),
+        }
+    }
+
+    /// The file, where it is a single one.
+    pub fn single_file(&self) -> Option<&SafetensorsFile> {
+        match &self.layout {
+            Layout::Folder { .. } => None,
+            Layout::SingleFile { file, .. } => Some(file),
+        }
+    }
+
+    /// The config of a part.
+    ///
+    /// # Errors
+    /// As [`ConfigText::read`].
+    pub fn config(&self, part: Part) -> Result<ConfigText> {
+        self.text(&format!("{}/config.json", part.folder()), part.config())
+    }
+
+    /// A file of the config folder, or `built_in` where there is no such folder.
+    fn text(&self, name: &str, built_in: &str) -> Result<ConfigText> {
+        match self.config_folder() {
+            Some(folder) => ConfigText::read(&folder.join(name)),
+            None => Ok(ConfigText::built_in(&format!("SDXL-Base-1.0's {name}"), built_in)),
+        }
+    }
+
+    /// The tensors of a part under the names of diffusers, in f32 on `device` unless changed.
+    ///
+    /// # Errors
+    /// As [`Weights::open`]; for a single file, those of the part's config.
+    pub fn weights(&self, part: Part, device: &Device) -> Result<Weights> {
+        let (file, prefix) = match &self.layout {
+            Layout::Folder { variant } => {
+                return Weights::open_variant(&self.path.join(part.folder()), variant.as_deref(), device);
+            }
+            Layout::SingleFile { file, .. } => (file, part.prefix()),
+        };
+        let table = self.table(part)?;
+        let rename = |key: &str| {
+            let Some(name) = key.strip_prefix(prefix).filter(|_| !UNUSED.contains(&key)) else {
+                return Vec::new();
+            };
+            let names = table.to_diffusers(name);
+            // An unknown key keeps its name, under which the model will not know it.
+            if names.is_empty() { vec![(key.to_owned(), Form::Same)] } else { names }
+        };
+        Ok(Weights::renamed(file, rename, device))
+    }
+
+    /// The names of a part in both namings.
+    ///
+    /// # Errors
+    /// Those of the part's config.
+    pub fn table(&self, part: Part) -> Result<KeyTable> {
+        let config = self.config(part)?;
+        Ok(match part {
+            Part::Unet => KeyTable::unet(&UNet2DConditionConfig::parse(&config)?),
+            Part::Vae => KeyTable::vae(&AutoencoderKlConfig::parse(&config)?),
+            Part::TextEncoder => KeyTable::text_encoder(),
+            Part::TextEncoder2 => KeyTable::text_encoder_2(&ClipTextConfig::parse(&config)?),
+        })
+    }
+
+    /// The autoencoder, in f32.
+    ///
+    /// # Errors
+    /// Those of its config and weights.
+    pub fn vae(&self, device: &Device) -> Result<AutoencoderKl> {
+        AutoencoderKl::new(AutoencoderKlConfig::parse(&self.config(Part::Vae)?)?, self.weights(Part::Vae, device)?)
+    }
+
+    /// The noise of training. A single file may mark itself as one that predicts velocities (key `v_pred`), with a
+    /// schedule that ends in pure noise (key `ztsnr`), as ComfyUI reads them.
+    ///
+    /// # Errors
+    /// Input for a missing or broken config and for a schedule that is not supported.
+    pub fn schedule(&self) -> Result<NoiseSchedule> {
+        let config = self.text("scheduler/scheduler_config.json", configs::SCHEDULER)?;
+        let Some(file) = self.single_file() else { return NoiseSchedule::parse(&config) };
+        let mut keys: Value = config.parse()?;
+        for (mark, key, value) in
+            [("v_pred", "prediction_type", json!("v_prediction")), ("ztsnr", "rescale_betas_zero_snr", json!(true))]
+        {
+            if file.entries().any(|entry| entry.name == mark) {
+                keys[key] = value;
+            }
+        }
+        NoiseSchedule::parse(&config.with_text(keys.to_string()))
+    }
+
+    /// Both tokenizers.
+    ///
+    /// # Errors
+    /// As [`ClipTokenizer::load`].
+    pub fn tokenizers(&self) -> Result<[ClipTokenizer; 2]> {
+        Ok(match self.config_folder() {
+            Some(folder) => {
+                [ClipTokenizer::load(&folder.join("tokenizer"))?, ClipTokenizer::load(&folder.join("tokenizer_2"))?]
+            }
+            // SDXL's second tokenizer pads with `!`, which is token 0.
+            None => [ClipTokenizer::built_in(END)?, ClipTokenizer::built_in("!")?],
+        })
+    }
+
+    /// Whether zeros stand for the empty negative prompt, instead of its states. Where there is no `model_index.json` the
+    /// default of diffusers holds.
+    ///
+    /// # Errors
+    /// Input for a broken `model_index.json`.
+    pub fn zeros_for_empty_prompt(&self) -> Result<bool> {
+        let Some(folder) = self.config_folder() else { return Ok(yes()) };
+        let path = folder.join("model_index.json");
+        let text = match fs::read_to_string(&path) {
+            Err(source) if source.kind() == io::ErrorKind::NotFound => "{}".into(),
+            read => read.map_err(|source| Error::read(&path, source))?,
+        };
+        let index: ModelIndex = serde_json::from_str(&text)
+            .map_err(|problem| Error::file(&path, problem, "use the model_index.json of an SDXL base"))?;
+        Ok(index.force_zeros_for_empty_prompt)
+    }
+}
+
+/// Refuses files that hold something else than an SDXL base.
+fn check_kind(file: &SafetensorsFile) -> Result<()> {
+    let remedy =
+        "give a single-file checkpoint of an SDXL base, such as sd_xl_base_1.0.safetensors, or a pipeline folder";
+    let has = |beginning: &str| file.entries().any(|entry| entry.name.starts_with(beginning));
+    if let Some((_, kind)) = OTHER_KINDS.iter().find(|(beginning, _)| has(beginning)) {
+        return Err(Error::file(file.path(), format!("is {kind}"), remedy));
+    }
+    match Part::ALL.iter().find(|part| !has(part.prefix())) {
+        None => Ok(()),
+        Some(part) => Err(Error::file(
+            file.path(),
+            format!("is no whole SDXL checkpoint: it has no keys {}* ({})", part.prefix(), part.folder()),
+            remedy,
+        )),
+    }
+}
