@@ -8,6 +8,7 @@ pub mod clip_text;
 pub mod configs;
 pub mod embeddings;
 mod leaves;
+pub mod memory;
 pub mod norms;
 pub mod resnet;
 pub mod scheduler;

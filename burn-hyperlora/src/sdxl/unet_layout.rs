@@ -33,6 +33,13 @@ pub struct LayerPlan {
     pub level: usize,
 }
 
+impl LayerPlan {
+    /// Whether attention, and with it LoRA, happens here.
+    pub fn is_transformer(&self) -> bool {
+        matches!(self.kind, LayerKind::Transformer { .. })
+    }
+}
+
 /// What a layer is, and its sizes; `channels` are those in and out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerKind {
