@@ -5,8 +5,10 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use burn::tensor::{Device, Distribution, Tensor};
+use burn_hyperlora::lora_file::{BaseNames, LoraFile, sum};
+use burn_hyperlora::sdxl::base_source::{BaseSource, Part};
 use burn_hyperlora::sdxl::unet::{UNet2DConditionModel, UnetInput};
-use burn_hyperlora::{Error, Result, export, weights};
+use burn_hyperlora::{Error, Result, weights};
 
 const BATCH: usize = 2;
 const TOKENS: usize = 77;
@@ -18,8 +20,11 @@ fn main() -> Result<()> {
     };
     let device = Device::flex();
     device.seed(7);
+    let source = BaseSource::open(base, None, None)?;
+    let updates = sum(&[(LoraFile::open(lora)?, 1.0)], &BaseNames::of(&source)?)?;
     let unet = UNet2DConditionModel::load(&base.join("unet"), &device)?;
-    let lora = export::load_kohya(lora, unet.attention_sites(), &device)?;
+    let weights = source.with_updates(updates).weights(Part::Unet, &device)?;
+    let with_lora = UNet2DConditionModel::new(unet.config().clone(), weights)?;
     let config = unet.config();
     let normal = Distribution::Normal(0.0, 1.0);
     let side = config.sample_size as f32;
@@ -30,10 +35,8 @@ fn main() -> Result<()> {
         pooled: Tensor::random([BATCH, config.pooled_dim()], normal, &device),
         time_ids: Tensor::<2>::from_floats([[side, side, 0.0, 0.0, side, side]], &device).repeat_dim(0, BATCH),
     };
-    // Every sample of a batch has its own LoRA: here the same one.
-    let lora = lora.map(|tensor| tensor.repeat_dim(0, BATCH));
     let tensors = [
-        ("output", unet.forward(&input, Some(&lora)).into_data()),
+        ("output", with_lora.forward(&input, None).into_data()),
         ("output_without", unet.forward(&input, None).into_data()),
         ("latents", input.latents.into_data()),
         ("timestep", input.timesteps.into_data()),

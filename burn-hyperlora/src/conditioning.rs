@@ -10,7 +10,7 @@ use crate::clip_vision::{ClipVisionModel, ImageProcessor};
 use crate::data::sample::{ImageTransform, Sample, SampleShape};
 use crate::error::{Error, Result};
 use crate::sdxl::autoencoder_kl::AutoencoderKl;
-use crate::sdxl::base_source::Part;
+use crate::sdxl::base_source::{BaseSource, Part};
 use crate::sdxl::scheduler::NoiseSchedule;
 use crate::sdxl::text::{PromptStates, TextEncoders};
 use crate::sdxl::unet::{UNet2DConditionModel, UnetInput};
@@ -132,14 +132,21 @@ impl Base {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_for_drawing(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
-        let source = config.source(yaml_folder)?;
+        Self::from_source(&config.source(yaml_folder)?, config.dtype, device)
+    }
+
+    /// [`load_for_drawing`](Self::load_for_drawing) from an opened base; `dtype` is the UNet's.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn from_source(source: &BaseSource, dtype: UnetDtype, device: &Device) -> Result<Self> {
         let unet = source.config(Part::Unet)?;
-        let weights = source.weights(Part::Unet, device)?.with_dtype(config.dtype.into());
+        let weights = source.weights(Part::Unet, device)?.with_dtype(dtype.into());
         let base = Self {
             unet: UNet2DConditionModel::new(UNet2DConditionConfig::parse(&unet)?, weights)?,
             vae: source.vae(device)?,
             schedule: source.schedule()?,
-            text: TextEncoders::open(&source, device)?,
+            text: TextEncoders::open(source, device)?,
             vision: None,
             prompts: Mutex::default(),
             device: device.clone(),

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{FloatDType, Tensor, TensorData};
 
 use crate::error::{Error, Result};
-use crate::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
-use crate::weights::{self, Weights};
+use crate::lora::{AttentionSite, LoraPair, LoraWeights};
+use crate::weights;
 
 /// The names of an attention module's linears in a kohya-style file, in the order of [`AttentionLora::pairs`].
 ///
@@ -75,37 +75,4 @@ fn transposed(tensor: Tensor<3>, dtype: FloatDType) -> std::result::Result<Tenso
         return Err(format!("has values that are not finite in {dtype:?}"));
     }
     Ok(data)
-}
-
-/// Reads a LoRA file in kohya's layout for the attention modules `sites`, as weights of a batch of one: `alpha / rank` is
-/// folded into `up`. Ranks may differ from linear to linear.
-///
-/// # Errors
-/// Input, naming the file and its first ten problems, for a file that is no safetensors, lacks a linear of `sites`, holds
-/// others, or was made for other widths; Disk when reading fails.
-pub fn load_kohya(path: &Path, sites: &[AttentionSite], device: &Device) -> Result<LoraWeights> {
-    let file = Weights::open(path, device)?;
-    let pair = |site: &AttentionSite, linear: &str, input: usize| {
-        let at = file.at(format!("{}_{linear}", site.lora_prefix()));
-        let rank = file.shapes().get(at.key("lora_down.weight").as_str()).and_then(|shape| shape.first()).copied();
-        let rank = rank.unwrap_or(1);
-        let scale = at.scalar("alpha") / rank as f32;
-        let down = at.tensor("lora_down.weight", [rank, input]).swap_dims(0, 1).unsqueeze_dim(0); // [1, in, r]
-        let up = at.tensor("lora_up.weight", [site.hidden_size, rank]).swap_dims(0, 1); // [r, out]
-        LoraPair { down, up: (up * scale).unsqueeze_dim(0) }
-    };
-    let modules = sites
-        .iter()
-        .map(|site| {
-            let context = site.cross_attention_dim.unwrap_or(site.hidden_size);
-            AttentionLora {
-                q: pair(site, LINEARS[0], site.hidden_size),
-                k: pair(site, LINEARS[1], context),
-                v: pair(site, LINEARS[2], context),
-                out: pair(site, LINEARS[3], site.hidden_size),
-            }
-        })
-        .collect();
-    file.finish().map_err(|error| error.with_remedy("give a kohya-style LoRA that was made for this base model"))?;
-    Ok(LoraWeights { modules })
 }

@@ -7,13 +7,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, TensorData};
-use burn_hyperlora::lora_file::{self, BaseNames, LoraFile, Part, PartUpdates};
-use burn_hyperlora::sdxl::stability::KeyTable;
-use burn_hyperlora::sdxl::unet_config::UNet2DConditionConfig;
+use burn_hyperlora::lora_file::{self, BaseNames, LoraFile};
+use burn_hyperlora::sdxl::base_source::{BaseSource, Part, PartUpdates};
 use burn_hyperlora::weights::{SafetensorsFile, Weights, save, save_with_metadata};
-
-const PARTS: [(Part, &str); 3] =
-    [(Part::Unet, "unet"), (Part::TextEncoder, "text_encoder"), (Part::TextEncoder2, "text_encoder_2")];
 
 fn device() -> Device {
     Device::flex()
@@ -32,23 +28,14 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn names() -> BaseNames {
-    let config = UNet2DConditionConfig::load(&base().join("unet")).unwrap();
-    let table = KeyTable::unet(&config);
-    let mut names = BaseNames::default();
-    for (part, folder) in PARTS {
-        let weights = Weights::open(&base().join(folder), &device()).unwrap();
-        names.add(part, &weights.shapes(), |module| {
-            (part == Part::Unet).then(|| table.to_stability(module).map(|(name, _)| name)).flatten()
-        });
-    }
-    names
+    BaseNames::of(&BaseSource::open(&base(), None, None).unwrap()).unwrap()
 }
 
 /// Every weight that `updates` changes, with the changes.
 fn changed(updates: &PartUpdates) -> BTreeMap<String, TensorData> {
     let mut found = BTreeMap::new();
-    for (part, folder) in PARTS {
-        let Some(updates) = updates.get(&part) else { continue };
+    for (part, updates) in updates {
+        let folder = part.folder();
         let weights = Weights::open(&base().join(folder), &device()).unwrap().with_updates(updates.clone());
         for name in updates.keys() {
             let shape = weights.shapes()[name.as_str()].to_vec();

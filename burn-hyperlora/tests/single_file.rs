@@ -7,7 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use burn_hyperlora::conditioning::{Base, BaseConfig};
+use burn_hyperlora::conditioning::{Base, BaseConfig, UnetDtype};
+use burn_hyperlora::lora_file::{BaseNames, LoraFile, merge, sum};
 use burn_hyperlora::sdxl::base_source::{BaseSource, Part};
 use burn_hyperlora::sdxl::scheduler::Prediction;
 use burn_hyperlora::sdxl::tokenizer::ClipTokenizer;
@@ -272,4 +273,29 @@ fn the_built_in_tokenizer_is_clips() {
     let known = [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 267, 15304, 273, 256, 49407, 49407];
     assert_eq!(ids[..known.len()], known);
     assert_eq!(ClipTokenizer::built_in("!").unwrap().encode("").unwrap()[..3], [49406, 49407, 0]);
+}
+
+#[test]
+fn loras_are_merged_into_a_single_file() {
+    let (folder, path) = written(stability());
+    let source = || BaseSource::open(&path, None, Some(&quickstart_base())).unwrap();
+    let lora = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/loras/sgm.safetensors");
+    let loras = [(LoraFile::open(&lora).unwrap(), 0.8)];
+    let updates = sum(&loras, &BaseNames::of(&source()).unwrap()).unwrap();
+    let merged = folder.path().join("merged.safetensors");
+    merge(&source(), &updates, &merged).unwrap();
+
+    let expected = Base::from_source(&source().with_updates(updates.clone()), UnetDtype::F32, &device()).unwrap();
+    let plain = outputs(&load(&path, Some(&quickstart_base())).unwrap());
+    let actual = outputs(&load(&merged, Some(&quickstart_base())).unwrap());
+    assert!(actual == outputs(&expected) && actual != plain);
+
+    let [before, after] = [&path, &merged].map(|path| SafetensorsFile::open(path).unwrap());
+    assert!(before.entries().eq(after.entries()) && before.metadata() == after.metadata());
+    let changed =
+        before.entries().filter(|entry| before.read_raw(&entry.name).unwrap() != after.read_raw(&entry.name).unwrap());
+    assert_eq!(changed.count(), 20);
+
+    let message = merge(&source(), &updates, &path).unwrap_err().to_string();
+    assert!(message.contains("over the base"), "{message}");
 }

@@ -2,6 +2,8 @@
 
 mod eval;
 mod generate;
+mod loras;
+mod merge;
 mod sample;
 mod train;
 
@@ -38,6 +40,7 @@ enum Command {
     Train(train::TrainArgs),
     Generate(generate::GenerateArgs),
     Sample(Box<sample::SampleArgs>),
+    Merge(merge::MergeArgs),
     #[command(subcommand)]
     Eval(eval::EvalCommand),
 }
@@ -154,6 +157,7 @@ fn dispatch(cli: &Cli) -> ExitCode {
         Command::Train(args) => train::run(args, &cli.common, &device),
         Command::Generate(args) => generate::run(args, &cli.common, &device),
         Command::Sample(args) => sample::run(args, &cli.common, &device),
+        Command::Merge(args) => merge::run(args, &cli.common),
         Command::Eval(command) => eval::run(command, &cli.common, &device),
     };
     done.unwrap_or_else(|error| {

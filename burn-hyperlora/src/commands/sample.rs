@@ -12,13 +12,12 @@ use data_prep::files::write_whole;
 use image::imageops::FilterType;
 use image::{ImageFormat, RgbImage, imageops};
 
+use crate::commands::loras::LoraArgs;
 use crate::commands::{Common, finite};
 use crate::conditioning::{Base, BaseConfig, UnetDtype};
 use crate::error::{Error, Result};
-use crate::export;
 use crate::generate::Generator;
 use crate::generate::photos::{PhotoModels, PhotoReader, Portrait};
-use crate::lora::LoraWeights;
 use crate::metrics::Progress;
 use crate::sample::{PhotoSize, SampleConfig, Sampler, tile};
 use crate::sdxl::scheduler::SamplerKind;
@@ -56,12 +55,8 @@ pub(super) struct SampleArgs {
     /// What not to draw; the base's own empty condition where left out
     #[arg(long)]
     negative_prompt: Option<String>,
-    /// A LoRA file in kohya's format; several add up
-    #[arg(long = "lora", value_name = "FILE", conflicts_with = "checkpoint")]
-    loras: Vec<PathBuf>,
-    /// Weight of each --lora, in their order; 1 where left out
-    #[arg(long = "lora-weight", value_name = "W", conflicts_with = "checkpoint", value_parser = finite::<f32>, allow_negative_numbers = true)]
-    lora_weights: Vec<f32>,
+    #[command(flatten)]
+    loras: LoraArgs,
     /// Start from these latents: tensor `latents` [1, 4, h, w] of a safetensors file, standard normal
     #[arg(long, value_name = "FILE", conflicts_with = "checkpoint")]
     latents: Option<PathBuf>,
@@ -69,7 +64,7 @@ pub(super) struct SampleArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "checkpoint")]
     save_latents: Option<PathBuf>,
     /// Draw a grid with the LoRAs of this checkpoint or run folder
-    #[arg(long, value_name = "DIR", requires = "images")]
+    #[arg(long, value_name = "DIR", requires = "images", conflicts_with_all = ["loras", "lora_weights"])]
     checkpoint: Option<PathBuf>,
     /// A photo for a row of the grid
     #[arg(long = "image", value_name = "FILE", requires = "checkpoint")]
@@ -168,32 +163,17 @@ fn sampler(base: &Base) -> Sampler<'_> {
 }
 
 fn from_prompt(args: &SampleArgs, path: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
-    if args.lora_weights.len() > args.loras.len() {
-        return Err(Error::input(
-            "--lora-weight",
-            "there are more weights than LoRAs",
-            "give each weight after its --lora",
-        ));
-    }
     let base_config = BaseConfig {
         variant: args.variant.clone(),
         config: args.base_config.clone().map(ConfigPath::new),
         dtype: args.dtype,
         ..BaseConfig::new(ConfigPath::new(path))
     };
-    let base = Base::load_for_drawing(&base_config, Path::new(""), device)?;
+    let source = base_config.source(Path::new(""))?;
+    let updates = args.loras.updates(&source)?;
+    let base = Base::from_source(&source.with_updates(updates), args.dtype, device)?;
     let config = args.config(&base);
 
-    let mut lora: Option<LoraWeights> = None;
-    for (index, path) in args.loras.iter().enumerate() {
-        let weight = args.lora_weights.get(index).copied().unwrap_or(1.0);
-        let one = export::load_kohya(path, base.unet.attention_sites(), device)?
-            .weighted(&Tensor::from_floats([weight], device));
-        lora = Some(match lora {
-            Some(sum) => sum.concat(one),
-            None => one,
-        });
-    }
     let prompt = base.text.encode(&[args.prompt.as_deref().unwrap_or_default()])?;
     let negative = negative(args, &base, &prompt)?;
     let initial = match &args.latents {
@@ -201,7 +181,7 @@ fn from_prompt(args: &SampleArgs, path: &Path, common: &Common, device: &Device)
         None => sampler(&base).initial_latents(&config, 1, device)?,
     };
     let mut progress = Progress::new("sample", 0, config.steps as u64, common.display());
-    let drawing = sampler(&base).draw(&config, initial, &prompt, &negative, lora.as_ref(), |step| {
+    let drawing = sampler(&base).draw(&config, initial, &prompt, &negative, None, |step| {
         progress.step(step as u64, None, 1);
     })?;
     progress.finish();

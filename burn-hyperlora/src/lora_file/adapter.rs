@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::lora_file::keys::Part;
+use crate::sdxl::base_source::Part;
 use crate::weights::SafetensorsFile;
 
 /// The key of the metadata.
@@ -33,11 +33,7 @@ impl Adapter {
 
     /// What a module's update is multiplied by: alpha over rank, over its root for `use_rslora`; 1 where no alpha is told.
     pub(super) fn scale(&self, part: Part, path: &str, rank: usize) -> f32 {
-        let part = match part {
-            Part::Unet => "unet",
-            Part::TextEncoder => "text_encoder",
-            Part::TextEncoder2 => "text_encoder_2",
-        };
+        let part = part.folder();
         let get = |key: &str| self.0.get(&format!("{part}.{key}"));
         // A pattern names a module by the end of its path.
         let own = get("alpha_pattern").and_then(Value::as_object).and_then(|patterns| {

@@ -1,8 +1,11 @@
 //! What LoRA files call the modules of a base.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
-use crate::lora_file::keys::Part;
+use burn::tensor::Device;
+
+use crate::error::Result;
+use crate::sdxl::base_source::{BaseSource, Part};
 
 /// What published files put before the paths of text modules, and recent transformers leave out.
 const TEXT_MODEL: &str = "text_model.";
@@ -15,23 +18,33 @@ pub struct BaseNames {
 }
 
 impl BaseNames {
-    /// Adds the linears and convolutions among a part's tensors. `other_name` tells what else a module is called, as in
-    /// single-file checkpoints.
-    pub fn add(&mut self, part: Part, shapes: &BTreeMap<&str, &[usize]>, other_name: impl Fn(&str) -> Option<String>) {
-        for (&name, shape) in shapes {
-            let (Some(module), 2 | 4) = (name.strip_suffix(".weight"), shape.len()) else { continue };
-            let mut names = vec![module.to_owned()];
-            names.extend(other_name(module));
-            if part != Part::Unet {
-                let bare = module.strip_prefix(TEXT_MODEL).unwrap_or(module);
-                names.extend([bare.to_owned(), format!("{TEXT_MODEL}{bare}")]);
-            }
-            for alias in names {
-                let weight = (name.to_owned(), shape.to_vec());
-                self.weights.insert((part, alias.replace('.', "_")), weight.clone());
-                self.weights.insert((part, alias), weight);
+    /// The names of a base's modules. Only headers and configs are read.
+    ///
+    /// # Errors
+    /// As [`BaseSource::weights`] and [`BaseSource::table`].
+    pub fn of(base: &BaseSource) -> Result<Self> {
+        let mut this = Self::default();
+        let unet = base.table(Part::Unet)?;
+        for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
+            // Nothing is read: where tensors would stand does not matter.
+            let weights = base.weights(part, &Device::flex())?;
+            for (name, shape) in weights.shapes() {
+                let (Some(module), 2 | 4) = (name.strip_suffix(".weight"), shape.len()) else { continue };
+                let mut names = vec![module.to_owned()];
+                if part == Part::Unet {
+                    names.extend(unet.to_stability(module).map(|(name, _)| name));
+                } else {
+                    let bare = module.strip_prefix(TEXT_MODEL).unwrap_or(module);
+                    names.extend([bare.to_owned(), format!("{TEXT_MODEL}{bare}")]);
+                }
+                for alias in names {
+                    let weight = (name.to_owned(), shape.to_vec());
+                    this.weights.insert((part, alias.replace('.', "_")), weight.clone());
+                    this.weights.insert((part, alias), weight);
+                }
             }
         }
+        Ok(this)
     }
 
     /// The name and shape of the weight of a module.

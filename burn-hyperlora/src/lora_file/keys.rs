@@ -11,16 +11,7 @@
 //!                 text_encoder.....self_attn.q_proj.lora_linear_layer.down.weight
 //! ```
 
-/// The parts of a base that a LoRA changes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Part {
-    /// The denoiser.
-    Unet,
-    /// The first text encoder, CLIP ViT-L.
-    TextEncoder,
-    /// The second text encoder, OpenCLIP bigG.
-    TextEncoder2,
-}
+use crate::sdxl::base_source::Part;
 
 /// What one tensor of a file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,92 +1,130 @@
-//! The files of a base with LoRAs merged into their tensors.
+//! A base with LoRAs merged into it, in the layout and types it came in.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use data_prep::files::StagedFolder;
 
 use crate::error::{Error, Result};
-use crate::lora_file::values;
-use crate::weights::{Form, LowRank, SafetensorsFile, TensorEntry, rewrite, transposed};
+use crate::lora_file::merge_file::{FileChanges, merge_file};
+use crate::sdxl::base_source::{BaseSource, PartUpdates};
+use crate::weights::{Form, SafetensorsFile};
 
-/// The changes to the tensors of one file, by the file's names. A tensor may hold several weights of the base, each in a
-/// form of its own.
-pub type FileChanges = BTreeMap<String, Vec<(Form, Vec<LowRank>)>>;
+/// Endings of files that hold weights, or tell where they are.
+const WEIGHTS: [&str; 8] = ["safetensors", "bin", "pt", "ckpt", "msgpack", "h5", "onnx", "index.json"];
 
-/// Writes the file `source` to `target` with `changes` added in f32 and rounded once into each tensor's own type. Every
-/// other byte is the source's.
+/// Writes the base `source` to `target` with `updates` added to its weights: a folder for a pipeline folder, a file for a
+/// single file. One tensor is in memory at a time; the target appears whole or not at all. What no update touches is the
+/// same, bit by bit: unchanged files of weights are hard-linked where the disk can, all else is copied. Of a part that is
+/// changed, weights in other types and formats than the ones read are left out: they would still be the old ones.
 ///
 /// # Errors
-/// Input for a change that leads out of a tensor's type, and for a place that cannot be written to; Disk for a full or
-/// failing disk.
-pub fn merge_file(source: &SafetensorsFile, target: &Path, changes: &FileChanges) -> Result<()> {
-    rewrite(source, target, |entry, bytes| match changes.get(&entry.name) {
-        None => Ok(bytes),
-        Some(changes) => changed(entry, &bytes, changes).map_err(|problem| {
-            Error::input(format!("{}: {}", source.path().display(), entry.name), problem, "use smaller LoRA weights")
-        }),
-    })
+/// Input for a target that is, holds or lies in the base, a folder that exists already, and changes that lead out of a
+/// tensor's type; Disk for a full or failing disk.
+pub fn merge(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Result<()> {
+    check_target(source.path(), target)?;
+    match source.single_file() {
+        Some(file) => merge_file(file, target, &single_file_changes(source, file, updates)?),
+        None => merge_folder(source, updates, target),
+    }
 }
 
-/// A tensor's bytes with its changes; an error tells why there are none.
-fn changed(
-    entry: &TensorEntry,
-    bytes: &[u8],
-    changes: &[(Form, Vec<LowRank>)],
-) -> std::result::Result<Vec<u8>, String> {
-    let mut values = values::decode(entry.dtype, bytes)?;
-    for (form, changes) in changes {
-        match *form {
-            Form::Same | Form::Linear => changes.iter().for_each(|change| change.add_to(&mut values, 0)),
-            Form::Third(third) => {
-                let length = values.len() / 3;
-                let part = &mut values[third * length..(third + 1) * length];
-                changes.iter().for_each(|change| change.add_to(part, 0));
-            }
-            Form::Transposed => {
-                let columns = entry.shape.last().copied().unwrap_or(1);
-                let mut weight = transposed(&values, columns);
-                changes.iter().for_each(|change| change.add_to(&mut weight, 0));
-                values = transposed(&weight, values.len() / columns.max(1));
+/// Refuses to write over what is read.
+fn check_target(base: &Path, target: &Path) -> Result<()> {
+    let remedy = "give a place of its own for the merged base";
+    let base = base.canonicalize().map_err(|error| Error::read(base, error))?;
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let whole = match target.canonicalize() {
+        Ok(whole) => whole,
+        Err(_) => match (parent.canonicalize(), target.file_name()) {
+            (Ok(parent), Some(name)) => parent.join(name),
+            _ => return Err(Error::file(target, "lies in no folder that exists", "make the folder first")),
+        },
+    };
+    if whole.starts_with(&base) || base.starts_with(&whole) {
+        return Err(Error::file(target, "would be written over the base", remedy));
+    }
+    if whole.is_dir() {
+        return Err(Error::file(target, "is a folder that exists already", remedy));
+    }
+    Ok(())
+}
+
+fn single_file_changes(source: &BaseSource, file: &SafetensorsFile, updates: &PartUpdates) -> Result<FileChanges> {
+    let mut changes = FileChanges::new();
+    for (&part, updates) in updates {
+        let table = source.table(part)?;
+        for entry in file.entries() {
+            let Some(name) = entry.name.strip_prefix(part.prefix()) else { continue };
+            let found: Vec<_> = table
+                .to_diffusers(name)
+                .into_iter()
+                .filter_map(|(name, form)| updates.get(&name).map(|changes| (form, changes.clone())))
+                .collect();
+            if !found.is_empty() {
+                changes.insert(entry.name, found);
             }
         }
     }
-    values::encode(entry.dtype, &values)
+    Ok(changes)
 }
 
-#[cfg(test)]
-mod tests {
-    use safetensors::Dtype;
-
-    use super::*;
-
-    /// `[[1, 2], [3, 4]]`, of rank one would be less telling.
-    fn change(rows: usize) -> Vec<LowRank> {
-        let up: Vec<f32> = [[1.0, 0.0], [0.0, 1.0]].concat().into_iter().take(rows * 2).collect();
-        vec![LowRank::new(vec![1.0, 2.0, 3.0, 4.0], up, 2, 1.0)]
+fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Result<()> {
+    // 1. Which files hold the weights of the changed parts, and which of them change.
+    let mut in_use = BTreeSet::new();
+    let mut changed: BTreeMap<PathBuf, FileChanges> = BTreeMap::new();
+    for (&part, updates) in updates {
+        let weights = source.weights(part, &Device::flex())?;
+        in_use.insert(weights.path().to_path_buf());
+        for path in weights.files() {
+            in_use.insert(path.to_path_buf());
+            let file = SafetensorsFile::open(path)?;
+            let changes = file.entries().filter_map(|entry| {
+                let changes = updates.get(&entry.name)?;
+                Some((entry.name, vec![(Form::Same, changes.clone())]))
+            });
+            changed.insert(path.to_path_buf(), changes.collect());
+        }
     }
+    let parts: BTreeSet<_> = updates.keys().map(|part| source.path().join(part.folder())).collect();
 
-    fn merged(shape: [usize; 2], form: Form, rows: usize) -> Vec<f32> {
-        let entry = TensorEntry { name: "a".into(), dtype: Dtype::F16, shape: shape.to_vec() };
-        let zeros = vec![0; shape[0] * shape[1] * 2];
-        let bytes = changed(&entry, &zeros, &[(form, change(rows))]);
-        bytes.and_then(|bytes| values::decode(Dtype::F16, &bytes)).unwrap_or_default()
+    // 2. The folder, file by file.
+    let staged = StagedFolder::new(target)?;
+    let mut folders = vec![PathBuf::new()];
+    while let Some(folder) = folders.pop() {
+        let (from, to) = (source.path().join(&folder), staged.path().join(&folder));
+        fs::create_dir_all(&to).map_err(|error| Error::write(&to, error))?;
+        for entry in fs::read_dir(&from).map_err(|error| Error::read(&from, error))? {
+            let name = entry.map_err(|error| Error::read(&from, error))?.file_name();
+            let (path, copy) = (from.join(&name), to.join(&name));
+            if path.is_dir() {
+                folders.push(folder.join(&name));
+            } else if let Some(changes) = changed.get(&path).filter(|changes| !changes.is_empty()) {
+                merge_file(&SafetensorsFile::open(&path)?, &copy, changes)?;
+            } else if parts.contains(&from) && holds_weights(&name) && !in_use.contains(&path) {
+                tracing::info!("{} is left out: the LoRAs are not in it", path.display());
+            } else {
+                take_over(&path, &copy)?;
+            }
+        }
     }
+    staged.commit()
+}
 
-    #[test]
-    fn changes_find_their_place_in_every_form() {
-        assert_eq!(merged([2, 2], Form::Same, 2), [1.0, 2.0, 3.0, 4.0]);
-        assert_eq!(merged([2, 2], Form::Linear, 2), [1.0, 2.0, 3.0, 4.0]);
-        assert_eq!(merged([2, 2], Form::Transposed, 2), [1.0, 3.0, 2.0, 4.0]);
-        assert_eq!(merged([3, 2], Form::Third(1), 1), [0.0, 0.0, 1.0, 2.0, 0.0, 0.0]);
-    }
+fn holds_weights(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    WEIGHTS.iter().any(|ending| name.ends_with(ending))
+}
 
-    #[test]
-    fn what_leads_out_of_the_type_is_refused() {
-        let entry = TensorEntry { name: "a".into(), dtype: Dtype::F16, shape: vec![1, 1] };
-        let large = vec![LowRank::new(vec![1e5], vec![1.0], 1, 1.0)];
-        assert!(changed(&entry, &[0, 0], &[(Form::Same, large.clone())]).is_err());
-        let entry = TensorEntry { dtype: Dtype::BF16, ..entry };
-        assert!(changed(&entry, &[0, 0], &[(Form::Same, large)]).is_ok());
-        let entry = TensorEntry { dtype: Dtype::I16, ..entry };
-        assert!(changed(&entry, &[0, 0], &[]).is_err());
+/// Puts the file `from` at `to`, without its bytes where it is large and the disk can share them.
+fn take_over(from: &Path, to: &Path) -> Result<()> {
+    // Model caches are full of links, and a hard link to one would be one.
+    let from = from.canonicalize().map_err(|error| Error::read(from, error))?;
+    if from.extension().is_some_and(|ending| ending == "safetensors") && fs::hard_link(&from, to).is_ok() {
+        return Ok(());
     }
+    fs::copy(&from, to).map(drop).map_err(|error| Error::write(to, error))
 }

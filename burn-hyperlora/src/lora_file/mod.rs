@@ -7,6 +7,7 @@ mod adapter;
 mod base_names;
 mod keys;
 mod merge;
+mod merge_file;
 mod values;
 
 use std::collections::BTreeMap;
@@ -15,19 +16,16 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::lora_file::adapter::Adapter;
 use crate::lora_file::keys::Side;
-use crate::weights::{LowRank, SafetensorsFile, TensorEntry, Updates};
+use crate::sdxl::base_source::{Part, PartUpdates};
+use crate::weights::{LowRank, SafetensorsFile, TensorEntry};
 
 pub use base_names::BaseNames;
-pub use keys::Part;
-pub use merge::{FileChanges, merge_file};
+pub use merge::merge;
 
 /// How many problems one error spells out.
 const PROBLEMS_SHOWN: usize = 10;
 
 const REMEDY: &str = "give a LoRA that was made for this base model";
-
-/// The changes to the weights of each part of a base, by diffusers' names.
-pub type PartUpdates = BTreeMap<Part, Updates>;
 
 /// An opened LoRA file: its keys are understood, its values not read yet.
 #[derive(Debug)]

@@ -4,6 +4,7 @@
 //! configs nor tokenizers; they are SDXL-Base-1.0's own, or those of a folder that the user names (diffusers
 //! `from_single_file(config=...)`).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{fs, io};
@@ -20,7 +21,7 @@ use crate::sdxl::scheduler::NoiseSchedule;
 use crate::sdxl::stability::KeyTable;
 use crate::sdxl::tokenizer::{ClipTokenizer, END};
 use crate::sdxl::unet_config::UNet2DConditionConfig;
-use crate::weights::{ConfigText, Form, SafetensorsFile, Weights, has_variant};
+use crate::weights::{ConfigText, Form, SafetensorsFile, Updates, Weights, has_variant};
 
 /// Keys that tell what kind of single file it is, where it is not SDXL's: a key begins so, and the file is that.
 const OTHER_KINDS: [(&str, &str); 9] = [
@@ -40,7 +41,7 @@ const UNUSED: [&str; 2] =
     ["conditioner.embedders.0.transformer.text_projection.weight", "conditioner.embedders.1.model.logit_scale"];
 
 /// A part of SDXL with weights of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     /// The denoiser.
     Unet,
@@ -86,11 +87,15 @@ impl Part {
     }
 }
 
+/// Changes to the weights of each part, by diffusers' names.
+pub type PartUpdates = BTreeMap<Part, Updates>;
+
 /// A base on disk, opened but not read.
 #[derive(Debug)]
 pub struct BaseSource {
     path: PathBuf,
     layout: Layout,
+    updates: PartUpdates,
 }
 
 #[derive(Debug)]
@@ -144,7 +149,7 @@ impl BaseSource {
         }
         check_kind(&file)?;
         let layout = Layout::SingleFile { file: Arc::new(file), config: config.map(Path::to_path_buf) };
-        Ok(Self { path: path.into(), layout })
+        Ok(Self { path: path.into(), layout, updates: PartUpdates::new() })
     }
 
     fn open_folder(path: &Path, variant: Option<&str>) -> Result<Self> {
@@ -170,7 +175,14 @@ impl BaseSource {
 
     /// A pipeline folder, of which only some parts need be there.
     pub(super) fn folder(path: &Path, variant: Option<&str>) -> Self {
-        Self { path: path.into(), layout: Layout::Folder { variant: variant.map(String::from) } }
+        let layout = Layout::Folder { variant: variant.map(String::from) };
+        Self { path: path.into(), layout, updates: PartUpdates::new() }
+    }
+
+    /// Adds changes to the weights while they are read.
+    #[must_use]
+    pub fn with_updates(self, updates: PartUpdates) -> Self {
+        Self { updates, ..self }
     }
 
     /// The folder or file.
@@ -215,6 +227,15 @@ impl BaseSource {
     /// # Errors
     /// As [`Weights::open`]; for a single file, those of the part's config.
     pub fn weights(&self, part: Part, device: &Device) -> Result<Weights> {
+        let weights = self.stored(part, device)?;
+        Ok(match self.updates.get(&part) {
+            Some(updates) => weights.with_updates(updates.clone()),
+            None => weights,
+        })
+    }
+
+    /// The tensors of a part as they are stored.
+    fn stored(&self, part: Part, device: &Device) -> Result<Weights> {
         let (file, prefix) = match &self.layout {
             Layout::Folder { variant } => {
                 return Weights::open_variant(&self.path.join(part.folder()), variant.as_deref(), device);

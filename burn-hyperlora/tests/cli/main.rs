@@ -5,6 +5,7 @@ mod bad_checkpoint;
 mod bad_input;
 mod contract;
 mod disk;
+mod loras;
 mod pictures;
 mod released;
 mod runs;

@@ -104,7 +104,7 @@ fn what_cannot_be_drawn_with_is_named() {
     fs::write(&output, "what stood there").unwrap();
     let cases: [(&[&str], &[&str]); 10] = [
         (&["--lora", &other], &["other.safetensors", "attn2_to_k.lora_down", "made for this base"]),
-        (&["--lora", &latents], &["latents", "attn1_to_q.alpha: missing"]),
+        (&["--lora", &latents], &["latents", "no LoRA"]),
         (&["--lora", &cut], &["cut", "whole safetensors"]),
         (&["--lora", &text], &["text.txt"]),
         (&["--lora", &path("none")], &["none", "cannot be read"]),
