@@ -1,9 +1,9 @@
 //! How much memory the UNet's activations take in a training pass, from its config alone.
 //!
 //! What is counted is the peak between the start of the forward pass and the last LoRA gradient, weights and LoRA not included.
-//! The factors below count tensors of a layer's own size; they were read off an allocator on the CPU backend, at several
-//! sizes, and hold there within [`TOLERANCE`]. GPU backends keep the same tensors; their convolutions and products need no
-//! unfolded copies, so that the figure is an upper one there.
+//! The factors below count tensors of a layer's own size; they were read off an allocator on the CPU backend at several sizes of a
+//! narrow SDXL and hold there within [`TOLERANCE`]; docs/numerics.md compares them with the full width. What GPU backends
+//! keep was not measured.
 
 use burn::tensor::FloatDType;
 
@@ -11,7 +11,7 @@ use crate::sdxl::attention::QUERY_CHUNK;
 use crate::sdxl::unet_config::UNet2DConditionConfig;
 use crate::sdxl::unet_layout::{LayerKind, LayerPlan, Op, layout};
 
-/// How far a measured peak may be from the formula, relative.
+/// How far the formula may be from a measured peak on a narrow SDXL, relative.
 pub const TOLERANCE: f64 = 0.15;
 
 /// Tokens of a prompt.
