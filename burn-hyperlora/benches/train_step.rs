@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use burn::module::Param;
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn_hyperlora::collective::WorldOfOne;
 use burn_hyperlora::conditioning::Base;
 use burn_hyperlora::data::batch::Batch;
 use burn_hyperlora::data::sample::{Request, Sample};
@@ -23,7 +24,7 @@ use burn_hyperlora::data::scenario::Scenarios;
 use burn_hyperlora::error::{Error, Result};
 use burn_hyperlora::experiment::Experiment;
 use burn_hyperlora::hypernet::{HyperLora, ParameterMapper, Stage};
-use burn_hyperlora::optim::Optimizer;
+use burn_hyperlora::optim::{Optimizer, Share};
 use burn_hyperlora::random::{Purpose, below, for_sample, normal};
 use burn_hyperlora::train::config::StageEntry;
 use burn_hyperlora::train::step::{Learner, StepConfig, step};
@@ -205,14 +206,16 @@ impl Bench {
             trigger: &train.trigger,
             optim: &stage.config().optim,
         };
-        let mut learner = Learner { hyper_lora: self.start.clone(), optimizer: Optimizer::new(config.optim) };
+        let optimizer = Optimizer::new(config.optim, &self.start, Share::WHOLE);
+        let mut learner = Learner { hyper_lora: self.start.clone(), optimizer };
         let (mut losses, mut laps) = (vec![], vec![]);
         for _ in 0..order.steps {
             let mut batches = self.batches.iter().cloned();
             let clock = Instant::now();
-            let report = step(&self.base, &mut learner, &config, config.optim.learning_rate, || {
-                batches.next().ok_or_else(|| Error::Fault("the step took more batches than planned".into()))
-            })?;
+            let report =
+                step(&self.base, &mut learner, &config, &WorldOfOne::new(), config.optim.learning_rate, || {
+                    batches.next().ok_or_else(|| Error::Fault("the step took more batches than planned".into()))
+                })?;
             let total = clock.elapsed();
             let phases = report.phases.named().chain([("total", total)]);
             laps.push(phases.map(|(name, time)| (name, time.as_secs_f64())).collect::<BTreeMap<_, _>>());

@@ -8,6 +8,7 @@ use data_prep::face::{FaceConfig, FaceModels};
 use data_prep::shard::{EMBEDDING_DIM, MANIFEST_FILE, Manifest};
 use serde::{Deserialize, Serialize};
 
+use crate::collective::{Collective, WorldOfOne};
 use crate::conditioning::BaseConfig;
 use crate::data::DataConfig;
 use crate::error::{Error, Result};
@@ -170,6 +171,20 @@ impl Experiment {
     /// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
     /// that diverged.
     pub fn train(&self, run: &Path, device: &Device, options: &TrainOptions) -> Result<Outcome> {
+        self.train_together(&WorldOfOne::new(), run, device, options)
+    }
+
+    /// As [`train`](Self::train), as one of the ranks of `world`.
+    ///
+    /// # Errors
+    /// As there; Peer where another rank fails.
+    pub fn train_together(
+        &self,
+        world: &dyn Collective,
+        run: &Path,
+        device: &Device,
+        options: &TrainOptions,
+    ) -> Result<Outcome> {
         // Training itself needs no face models: a machine without them trains, one with the wrong ones does not begin.
         if let Some(faces) = &self.faces
             && faces.models.resolve(self.folder())?.is_dir()
@@ -189,6 +204,7 @@ impl Experiment {
                 train: &self.train,
                 resolved_yaml: self.resolved_yaml()?,
                 device: device.clone(),
+                world,
             },
             options,
         )

@@ -8,7 +8,8 @@ use std::path::Path;
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_hyperlora::optim::{Decay, GradientMap, OptimConfig, Optimizer, Schedule};
+use burn_hyperlora::collective::WorldOfOne;
+use burn_hyperlora::optim::{Decay, GradientMap, OptimConfig, Optimizer, ReducedGradients, Schedule, Share};
 use safetensors::SafeTensors;
 
 const STEPS: usize = 20;
@@ -57,6 +58,19 @@ fn gradients(fixture: &BTreeMap<String, Vec<f32>>, step: usize) -> GradientMap {
     gradients
 }
 
+fn optimizer(linear: &Linear) -> Optimizer {
+    Optimizer::new(&config(), linear, Share::WHOLE)
+}
+
+fn reduced(optimizer: &Optimizer, gradients: GradientMap) -> ReducedGradients {
+    optimizer.reduce(gradients, &WorldOfOne::new()).unwrap()
+}
+
+fn moments(optimizer: &Optimizer) -> BTreeMap<String, TensorData> {
+    let tensors = optimizer.tensors(&WorldOfOne::new(), true).unwrap();
+    tensors.into_iter().map(|(name, moment)| (name, moment.into_data())).collect()
+}
+
 fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (found, expected) in found.iter().zip(expected) {
@@ -80,8 +94,8 @@ fn run(
 ) -> Linear {
     for step in range {
         let learning_rate = config().learning_rate_at(step as u64, STEPS as u64);
-        let clipped = gradients(fixture, step).clip(config().clip_norm).unwrap();
-        linear = optimizer.step(linear, clipped.gradients, learning_rate);
+        let gradients = reduced(optimizer, gradients(fixture, step)).clip(config().clip_norm);
+        linear = optimizer.step(linear, gradients, learning_rate, &WorldOfOne::new()).unwrap();
     }
     linear
 }
@@ -90,9 +104,9 @@ fn run(
 fn twenty_steps_are_torchs() {
     let fixture = fixture();
     let mut linear = linear(&fixture);
-    let mut optimizer = Optimizer::new(&config());
+    let mut optimizer = optimizer(&linear);
     for step in 0..STEPS {
-        let norm = gradients(&fixture, step).norm() as f32;
+        let norm = reduced(&optimizer, gradients(&fixture, step)).norm as f32;
         assert_close("norm", &[norm], row(&fixture, "norm", step), 1e-5);
         let learning_rate = config().learning_rate_at(step as u64, STEPS as u64) as f32;
         assert_close("learning rate", &[learning_rate], row(&fixture, "learning_rate", step), 1e-6);
@@ -103,7 +117,7 @@ fn twenty_steps_are_torchs() {
         assert_close("bias", &bias, row(&fixture, "bias.after", step), 1e-5);
         assert!(linear.weight.is_require_grad() && linear.weight.val().is_require_grad());
     }
-    for (name, moment) in optimizer.tensors().map(|(name, moment)| (name, moment.into_data())) {
+    for (name, moment) in moments(&optimizer) {
         assert_close(&name, &moment.try_to_vec().unwrap(), &fixture[&name], 1e-4);
     }
 }
@@ -111,15 +125,13 @@ fn twenty_steps_are_torchs() {
 #[test]
 fn a_restored_optimiser_goes_on_bit_for_bit() {
     let fixture = fixture();
-    let mut straight = Optimizer::new(&config());
-    let expected = values(&run(&fixture, linear(&fixture), &mut straight, 0..STEPS));
+    let start = linear(&fixture);
+    let expected = values(&run(&fixture, start.clone(), &mut optimizer(&start), 0..STEPS));
 
-    let mut first = Optimizer::new(&config());
-    let half = run(&fixture, linear(&fixture), &mut first, 0..STEPS / 2);
-    let tensors: BTreeMap<String, TensorData> =
-        first.tensors().map(|(name, moment)| (name, moment.into_data())).collect();
-    let mut second = Optimizer::new(&config());
-    second.restore(&half, &first.steps(), tensors, Path::new("optimizer.safetensors")).unwrap();
+    let mut first = optimizer(&start);
+    let half = run(&fixture, start, &mut first, 0..STEPS / 2);
+    let mut second = optimizer(&half);
+    second.restore(&half, &first.steps(), moments(&first), Path::new("optimizer.safetensors")).unwrap();
     let resumed = values(&run(&fixture, half, &mut second, STEPS / 2..STEPS));
 
     for (resumed, expected) in resumed.iter().flatten().zip(expected.iter().flatten()) {
@@ -133,11 +145,12 @@ fn frozen_parameters_keep_their_bits_and_have_no_state() {
     let mut linear = linear(&fixture);
     linear.bias = linear.bias.map(|bias| bias.set_require_grad(false));
     let before = values(&linear);
-    let mut optimizer = Optimizer::new(&config());
+    let mut optimizer = optimizer(&linear);
     let input = Tensor::<2>::ones([1, 3], &Device::flex().autodiff());
     let mut backward = linear.forward(input).sum().backward();
     let taken = GradientMap::take(&linear, &mut backward);
-    let linear = optimizer.step(linear, taken, 1e-2);
+    let reduced = reduced(&optimizer, taken);
+    let linear = optimizer.step(linear, reduced, 1e-2, &WorldOfOne::new()).unwrap();
 
     let after = values(&linear);
     assert_ne!(before[0], after[0]);
@@ -148,13 +161,13 @@ fn frozen_parameters_keep_their_bits_and_have_no_state() {
 #[test]
 fn state_that_does_not_fit_is_one_error_and_changes_nothing() {
     let fixture = fixture();
-    let mut made = Optimizer::new(&config());
-    let linear = run(&fixture, linear(&fixture), &mut made, 0..1);
-    let tensors: BTreeMap<String, TensorData> =
-        made.tensors().map(|(name, moment)| (name, moment.into_data())).collect();
+    let start = linear(&fixture);
+    let mut made = optimizer(&start);
+    let linear = run(&fixture, start, &mut made, 0..1);
+    let tensors = moments(&made);
     let origin = Path::new("step-1/optimizer.safetensors");
     let message = |steps: &BTreeMap<String, usize>, tensors: BTreeMap<String, TensorData>, module: &Linear| {
-        let mut optimizer = Optimizer::new(&config());
+        let mut optimizer = optimizer(module);
         let error = optimizer.restore(module, steps, tensors, origin).unwrap_err();
         assert!(optimizer.steps().is_empty());
         assert_eq!(error.exit_code(), 2);
@@ -175,4 +188,35 @@ fn state_that_does_not_fit_is_one_error_and_changes_nothing() {
 
     let frozen = linear.clone().no_grad();
     assert!(message(&made.steps(), tensors, &frozen).contains("not trained here"));
+}
+
+#[test]
+fn clipping_scales_the_whole_vector_and_bad_numbers_show_in_the_norm() {
+    let linear = linear(&fixture());
+    let optimizer = optimizer(&linear);
+    let norm_after = |bias: f32, clip: Option<f64>| {
+        let mut gradients = GradientMap::default();
+        gradients.insert("weight", Tensor::full([12], 3.0_f32, &Device::flex()));
+        gradients.insert("bias", Tensor::full([4], bias, &Device::flex()));
+        let reduced = reduced(&optimizer, gradients);
+        let before = reduced.norm;
+        let moved = optimizer_step(&linear, reduced.clip(clip));
+        (before, moved)
+    };
+    let (before, full) = norm_after(2.0, None);
+    assert!((before - (12.0_f64 * 9.0 + 4.0 * 4.0).sqrt()).abs() < 1e-5);
+    // A limit above the norm changes nothing; below it, the first moments shrink by the same factor everywhere.
+    assert_eq!(norm_after(2.0, Some(before * 1.01)).1, full);
+    for (clipped, full) in norm_after(2.0, Some(before / 10.0)).1.iter().zip(&full) {
+        assert!((clipped * 10.0 - full).abs() < 1e-6 && *full != 0.0, "{clipped} {full}");
+    }
+    assert!([f32::NAN, f32::INFINITY].into_iter().all(|bad| !norm_after(bad, None).0.is_finite()));
+}
+
+/// The first moments after one step: a fixed fraction of the gradients that came through.
+fn optimizer_step(linear: &Linear, gradients: ReducedGradients) -> Vec<f32> {
+    let mut optimizer = optimizer(linear);
+    optimizer.step(linear.clone(), gradients, 0.0, &WorldOfOne::new()).unwrap();
+    let first = moments(&optimizer).into_iter().filter(|(name, _)| name.starts_with("exp_avg."));
+    first.flat_map(|(_, moment)| moment.try_to_vec::<f32>().unwrap()).collect()
 }

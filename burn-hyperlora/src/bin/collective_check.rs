@@ -34,7 +34,7 @@ fn option(name: &str) -> Option<u64> {
 fn run() -> Result<()> {
     burn_hyperlora::metrics::log::init(0, None)?;
     let device = Device::flex();
-    let placement = Placement::detect(|name| std::env::var(name).ok())?;
+    let placement = Placement::of_process()?;
     let timeout = Duration::from_secs(option("--timeout").unwrap_or(60));
     let world = join(placement.as_ref(), &device, &JoinConfig { timeout, start_timeout: Duration::from_secs(60) })?;
     let here = |name: &str| option(name) == Some(world.rank() as u64);
@@ -67,8 +67,11 @@ fn check(world: &dyn Collective, device: &Device) -> Result<()> {
     expect(world, "reduce-scatter", scattered.clone(), part)?;
     expect(world, "all-gather", world.all_gather("the check", scattered)?()?, &mean)?;
     expect(world, "broadcast", world.broadcast("the check", tensor(&ramp(rank, 1)))?()?, &ramp(0, 1))?;
+    let silence = world.exchange("the check", &[])?;
     let notes = world.exchange("the check", &vec![rank as u8; 2 * rank])?;
-    if notes.iter().enumerate().any(|(other, note)| *note != vec![other as u8; 2 * other]) {
+    if silence != vec![Vec::<u8>::new(); size]
+        || notes.iter().enumerate().any(|(other, note)| *note != vec![other as u8; 2 * other])
+    {
         return Err(Error::Fault(format!("{}: exchange gave {notes:?}", world.name_of(rank))));
     }
     Ok(())

@@ -54,6 +54,14 @@ const START_AGAIN: &str =
     "start every process by torchrun, srun or mpirun, or unset the variables for a single process";
 
 impl Placement {
+    /// What the environment of this process says.
+    ///
+    /// # Errors
+    /// See [`detect`](Self::detect).
+    pub fn of_process() -> Result<Option<Self>> {
+        Self::detect(|name| std::env::var(name).ok())
+    }
+
     /// What the variables say; `variable` looks one up. `None` where no launcher set any.
     ///
     /// # Errors

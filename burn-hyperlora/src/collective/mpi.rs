@@ -195,6 +195,9 @@ impl Collective for Mpi {
         });
         // All parts of an all-gather are of one length: that of the longest note.
         let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
+        if longest == 0 {
+            return Ok(vec![Vec::new(); self.size]);
+        }
         let mut own = note.to_vec();
         own.resize(longest, 0);
         let mut all = vec![0_u8; longest * self.size];

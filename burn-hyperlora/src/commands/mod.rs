@@ -26,7 +26,7 @@ use crate::metrics::{self, log};
     name = "hyperlora",
     version,
     propagate_version = true,
-    after_help = "Examples:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart\n  hyperlora generate --checkpoint runs/quickstart --image a.png -o lora.safetensors\n\nExit codes: 0 done, 2 the input needs mending, 3 stopped by a signal with everything saved, 1 the disk or the program failed.\n75 is kept for runs on several nodes: another rank failed, start again."
+    after_help = "Examples:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart\n  hyperlora generate --checkpoint runs/quickstart --image a.png -o lora.safetensors\n\nExit codes: 0 done, 2 the input needs mending, 3 stopped by a signal with everything saved, 1 the disk or the program failed.\n75 another rank of the run failed or fell silent: start again."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -48,7 +48,7 @@ enum Command {
 /// Options of every command.
 #[derive(Debug, Args)]
 struct Common {
-    /// Where to compute: `cpu` or `cuda:N`.
+    /// Where to compute: `cpu`, `cuda:N`, or `cuda` for the GPU of this rank (the first where there is one rank).
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     device: DeviceChoice,
     /// Say more (-vv: everything).
@@ -64,7 +64,7 @@ struct Common {
 enum DeviceChoice {
     Cpu,
     #[cfg(feature = "cuda")]
-    Cuda(usize),
+    Cuda(Option<usize>),
 }
 
 impl FromStr for DeviceChoice {
@@ -74,23 +74,30 @@ impl FromStr for DeviceChoice {
         match name.strip_prefix("cuda:").map(str::parse::<usize>) {
             None if name == "cpu" => Ok(Self::Cpu),
             #[cfg(feature = "cuda")]
-            Some(Ok(index)) => Ok(Self::Cuda(index)),
+            None if name == "cuda" => Ok(Self::Cuda(None)),
+            #[cfg(feature = "cuda")]
+            Some(Ok(index)) => Ok(Self::Cuda(Some(index))),
             #[cfg(not(feature = "cuda"))]
-            Some(Ok(_)) => {
+            found if name == "cuda" || matches!(found, Some(Ok(_))) => {
                 Err("this binary was built without CUDA: cargo build --release --features burn-hyperlora/cuda".into())
             }
-            _ => Err("expected `cpu` or `cuda:N`, for example cuda:0".into()),
+            _ => Err("expected `cpu`, `cuda` or `cuda:N`, for example cuda:0".into()),
         }
     }
 }
 
 impl DeviceChoice {
-    fn open(self) -> Device {
-        match self {
+    fn open(self) -> Result<Device> {
+        Ok(match self {
             Self::Cpu => Device::flex(),
             #[cfg(feature = "cuda")]
-            Self::Cuda(index) => Device::cuda(index),
-        }
+            Self::Cuda(Some(index)) => Device::cuda(index),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(None) => {
+                let placement = crate::collective::Placement::of_process()?;
+                Device::cuda(placement.map_or(0, |placement| placement.local_rank))
+            }
+        })
     }
 }
 
@@ -98,6 +105,11 @@ impl Common {
     /// Starts the log; with a run folder, `run.log` in it too.
     fn start_log(&self, run: Option<&Path>) -> Result<()> {
         log::init(if self.quiet { -1 } else { i8::try_from(self.verbose).unwrap_or(i8::MAX) }, run)
+    }
+
+    /// Starts the log of a rank that does not lead: warnings on stderr, each with the rank.
+    fn start_follower_log(&self, rank: usize) -> Result<()> {
+        log::init_follower(i8::try_from(self.verbose).unwrap_or(i8::MAX), rank)
     }
 
     fn display(&self) -> metrics::Display {
@@ -141,7 +153,7 @@ fn finite<T: FromStr + Into<f64> + Copy>(text: &str) -> std::result::Result<T, S
 }
 
 /// Parses the command line and runs it. The exit code: 0 done, 2 the user's input, 3 stopped by a signal with everything
-/// saved, 1 a fault. 75 is kept for runs on several nodes: another rank or node failed, start again.
+/// saved, 1 a fault, 75 another rank of the run failed or fell silent.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     // The tensor library panics where memory runs out or shapes disagree: one clear end for whatever got past the checks.
@@ -152,14 +164,13 @@ pub fn run() -> ExitCode {
 }
 
 fn dispatch(cli: &Cli) -> ExitCode {
-    let device = cli.common.device.open();
-    let done = match &cli.command {
+    let done = cli.common.device.open().and_then(|device| match &cli.command {
         Command::Train(args) => train::run(args, &cli.common, &device),
         Command::Generate(args) => generate::run(args, &cli.common, &device),
         Command::Sample(args) => sample::run(args, &cli.common, &device),
         Command::Merge(args) => merge::run(args, &cli.common),
         Command::Eval(command) => eval::run(command, &cli.common, &device),
-    };
+    });
     done.unwrap_or_else(|error| {
         complain(&error);
         ExitCode::from(error.exit_code())

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use burn::tensor::Device;
 use clap::Args;
 
+use crate::collective::{self, JoinConfig, Placement};
 use crate::commands::Common;
 use crate::error::Result;
 use crate::experiment::Experiment;
@@ -32,13 +33,31 @@ pub(super) struct TrainArgs {
 pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<ExitCode> {
     let experiment = Experiment::load(&args.config)?;
     let run = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&experiment.name));
-    let aside = if args.restart { train::move_aside(&run)? } else { None };
-    common.start_log(Some(&run))?;
-    if let Some(aside) = aside {
-        tracing::info!("the old run is kept in {}", aside.display());
+    let placement = Placement::of_process()?;
+    match placement.as_ref().map_or(0, |placement| placement.rank) {
+        0 => {
+            let aside = if args.restart { train::move_aside(&run)? } else { None };
+            common.start_log(Some(&run))?;
+            if let Some(aside) = aside {
+                tracing::info!("the old run is kept in {}", aside.display());
+            }
+        }
+        rank => common.start_follower_log(rank)?,
     }
-    let options = TrainOptions { max_steps: args.max_steps, stop: StopFlag::install()?, display: common.display() };
-    let (code, line) = match experiment.train(&run, device, &options)? {
+    let stop = StopFlag::install()?;
+    let train = &experiment.train;
+    let timeouts = JoinConfig { timeout: train.collective_timeout(), start_timeout: train.long_timeout() };
+    let world = collective::join(placement.as_ref(), device, &timeouts)?;
+    let options = TrainOptions { max_steps: args.max_steps, stop, display: common.display() };
+    let outcome = experiment.train_together(&*world, &run, device, &options)?;
+    world.barrier("all ranks to end", train.long_timeout())?;
+    world.leave();
+    Ok(tell(&outcome))
+}
+
+/// Says how the run ended; the exit code.
+fn tell(outcome: &Outcome) -> ExitCode {
+    let (code, line) = match outcome {
         Outcome::Finished { step, checkpoint } => (0, format!("finished after {step} steps: {}", checkpoint.display())),
         Outcome::Paused { step, checkpoint } => (
             0,
@@ -56,5 +75,5 @@ pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<
         ),
     };
     tracing::info!("{line}");
-    Ok(ExitCode::from(code))
+    ExitCode::from(code)
 }

@@ -22,6 +22,19 @@ use crate::metrics::progress::around_bars;
 /// # Errors
 /// Input when `run.log` cannot be opened for writing, Disk for a failing disk, Fault when a log was started before.
 pub fn init(verbosity: i8, run: Option<&Path>) -> Result<()> {
+    start(verbosity, run, String::new())
+}
+
+/// Starts the log of a rank that does not lead, once per process: stderr alone, one level less than `verbosity` asks for, each
+/// line with the rank.
+///
+/// # Errors
+/// Fault when a log was started before.
+pub fn init_follower(verbosity: i8, rank: usize) -> Result<()> {
+    start(verbosity - 1, None, format!("rank {rank}: "))
+}
+
+fn start(verbosity: i8, run: Option<&Path>, prefix: String) -> Result<()> {
     let own = |level| Targets::new().with_default(LevelFilter::WARN).with_targets(OWN.map(|target| (target, level)));
     let shown = match verbosity {
         ..0 => own(LevelFilter::WARN),
@@ -30,7 +43,8 @@ pub fn init(verbosity: i8, run: Option<&Path>) -> Result<()> {
         2.. => Targets::new().with_default(LevelFilter::TRACE),
     };
     let shown = shown.with_target(FAILURE, LevelFilter::OFF);
-    let stderr = fmt::layer().without_time().with_target(verbosity > 0).with_ansi(false).with_writer(BesideBars);
+    let stderr =
+        fmt::layer().without_time().with_target(verbosity > 0).with_ansi(false).with_writer(BesideBars { prefix });
     let file = match run {
         Some(run) => Some(fmt::layer().with_ansi(false).log_internal_errors(false).with_writer(open(run)?)),
         None => None,
@@ -61,11 +75,15 @@ fn open(run: &Path) -> Result<File> {
 }
 
 /// Stderr, written to while the progress bars are out of the way.
-struct BesideBars;
+#[derive(Clone)]
+struct BesideBars {
+    /// Before each entry.
+    prefix: String,
+}
 
 impl Write for BesideBars {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        around_bars(|| io::stderr().write_all(line))?;
+        around_bars(|| io::stderr().write_all(&[self.prefix.as_bytes(), line].concat()))?;
         Ok(line.len())
     }
 
@@ -78,7 +96,7 @@ impl MakeWriter<'_> for BesideBars {
     type Writer = Self;
 
     fn make_writer(&self) -> Self::Writer {
-        Self
+        self.clone()
     }
 }
 

@@ -1,28 +1,75 @@
-//! AdamW (arXiv 1711.05101) over a module, with its state kept by parameter path so that a checkpoint is plain tensors.
+//! AdamW (arXiv 1711.05101) over a module's flat parameters, its state divided among the ranks (ZeRO stage 1, arXiv 1910.02054).
+//!
+//! The trainable parameters lie in [buckets](super::buckets). Each rank owns one part of each bucket: it receives the mean
+//! gradient of that part, steps it, and gives the result to the others. A world of one owns everything: the same code.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer as _};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{FloatDType, Tensor, TensorData};
 
+use super::buckets::{BUCKET_NUMBERS, Bucket, cut};
+use crate::collective::{Collective, Pending};
 use crate::error::{Error, Result};
-use crate::optim::{GradientMap, OptimConfig};
+use crate::optim::{GradientMap, OptimConfig, Wire};
 
 const FIRST_MOMENT: &str = "exp_avg";
 const SECOND_MOMENT: &str = "exp_avg_sq";
 
-/// The optimiser of one training stage: it holds state only for parameters that it has stepped.
+/// The optimiser of one training stage.
 pub struct Optimizer {
     adamw: AdamW,
-    /// Flat, on the plain device.
-    moments: BTreeMap<String, AdamWState<1>>,
+    buckets: Vec<Bucket>,
+    share: Share,
+    /// Of this rank's part of each bucket, on the plain device; `None` before the first step.
+    states: Vec<Option<AdamWState<1>>>,
+}
+
+/// Which part of the optimiser's state lies on this rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    part: usize,
+    parts: usize,
+    wire: Wire,
+}
+
+impl Share {
+    /// All of it.
+    pub const WHOLE: Self = Self { part: 0, parts: 1, wire: Wire::F32 };
+
+    /// This rank's part where the state is divided (`sharded`), else all of it; gradients travel as `wire`.
+    pub fn of(world: &dyn Collective, sharded: bool, wire: Wire) -> Self {
+        let (part, parts) = if sharded { (world.rank(), world.world_size()) } else { (0, 1) };
+        Self { part, parts, wire }
+    }
+}
+
+/// This rank's part of the gradients' mean over all ranks.
+pub struct ReducedGradients {
+    /// One per bucket.
+    parts: Vec<Tensor<1>>,
+    /// The global L2 norm, the same on all ranks. NaN or infinite where a gradient is: then they must not be applied.
+    pub norm: f64,
+}
+
+impl ReducedGradients {
+    /// Scales so that the global norm is at most `max_norm` (as `torch.nn.utils.clip_grad_norm_`).
+    #[must_use]
+    pub fn clip(mut self, max_norm: Option<f64>) -> Self {
+        let factor = max_norm.map_or(1.0, |max| max / (self.norm + 1e-6));
+        if factor < 1.0 {
+            self.parts = self.parts.into_iter().map(|part| part.mul_scalar(factor)).collect();
+        }
+        self
+    }
 }
 
 impl Optimizer {
-    /// An optimiser that has not stepped yet.
-    pub fn new(config: &OptimConfig) -> Self {
+    /// An optimiser of the module's trainable parameters that has not stepped yet.
+    pub fn new<M: Module>(config: &OptimConfig, module: &M, share: Share) -> Self {
         let [beta_1, beta_2] = config.betas;
         let adamw = AdamWConfig::new()
             .with_beta_1(beta_1)
@@ -30,36 +77,117 @@ impl Optimizer {
             .with_epsilon(config.epsilon)
             .with_weight_decay(config.weight_decay)
             .build();
-        Self { adamw, moments: BTreeMap::new() }
+        let parameters = trainable(module).into_iter().map(|(path, value)| (path, value.dims()[0]));
+        let buckets = cut(parameters, BUCKET_NUMBERS, share.parts);
+        let states = vec![None; buckets.len()];
+        Self { adamw, buckets, share, states }
     }
 
-    /// Moves every parameter that has a gradient; the others, frozen ones among them, stay bit for bit.
+    /// The mean of all ranks' gradients, of which each rank gets what it owns. One bucket is on the wire while the next is
+    /// packed.
     ///
-    /// # Panics
-    /// When a gradient names no parameter of the module, which only a programming error can cause.
-    #[must_use]
-    pub fn step<M: Module>(&mut self, module: M, gradients: GradientMap, learning_rate: f64) -> M {
-        let mut stepper = Stepper { optimizer: self, gradients, learning_rate, path: Vec::new() };
-        let module = module.map(&mut stepper);
-        let strays: Vec<&str> = stepper.gradients.iter().map(|(path, _)| path).collect();
-        assert!(strays.is_empty(), "gradients of unknown parameters: {strays:?}");
-        module
+    /// # Errors
+    /// Those of the collective; Fault when a trainable parameter has no gradient.
+    pub fn reduce(&self, mut gradients: GradientMap, world: &dyn Collective) -> Result<ReducedGradients> {
+        let what = "the gradients of all ranks";
+        let mut parts = Vec::with_capacity(self.buckets.len());
+        let mut on_the_wire: Option<Pending<'_>> = None;
+        for bucket in &self.buckets {
+            // Taken out one by one: what is packed needs its memory once.
+            let packed = bucket.take(|path| gradients.remove(path));
+            let packed = packed.ok_or_else(|| Error::Fault("a trainable parameter has no gradient".into()))?;
+            let packed = if self.share.wire == Wire::Bf16 { packed.cast(FloatDType::BF16) } else { packed };
+            let begun = if self.share.parts > 1 {
+                world.reduce_scatter_mean(what, packed)?
+            } else {
+                world.all_reduce_mean(what, packed)?
+            };
+            if let Some(before) = on_the_wire.replace(begun) {
+                parts.push(before()?);
+            }
+        }
+        if let Some(last) = on_the_wire {
+            parts.push(last()?);
+        }
+        let parts: Vec<Tensor<1>> = parts.into_iter().map(|part| part.cast(FloatDType::F32)).collect();
+        let norm = self.norm(&parts, world)?;
+        Ok(ReducedGradients { parts, norm })
+    }
+
+    /// The L2 norm over the parts of all ranks.
+    fn norm(&self, parts: &[Tensor<1>], world: &dyn Collective) -> Result<f64> {
+        if parts.is_empty() {
+            return Ok(0.0);
+        }
+        let squares = parts.iter().map(|part| part.clone().square().sum()).collect();
+        // One read from the device; the sum over buckets and ranks is in f64, in the same order everywhere.
+        let own = Tensor::cat(squares, 0).into_data().iter::<f64>().sum::<f64>();
+        if self.share.parts == 1 {
+            return Ok(own.sqrt());
+        }
+        let all = world.exchange("the gradient norms of all ranks", &own.to_le_bytes())?;
+        let numbers = all.iter().map(|note| note.as_slice().try_into().map_or(f64::NAN, f64::from_le_bytes));
+        Ok(numbers.sum::<f64>().sqrt())
+    }
+
+    /// Moves every trainable parameter; frozen ones stay bit for bit. Each rank steps its own part, and all get all of it.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn step<M: Module>(
+        &mut self,
+        module: M,
+        gradients: ReducedGradients,
+        learning_rate: f64,
+        world: &dyn Collective,
+    ) -> Result<M> {
+        let values = trainable(&module);
+        let mut stepped = BTreeMap::new();
+        let mut on_the_wire: Option<(&Bucket, Pending<'_>)> = None;
+        let Self { adamw, buckets, share, states } = self;
+        for ((bucket, state), gradient) in buckets.iter().zip(states).zip(gradients.parts) {
+            let part = bucket.pack(share.own(bucket), &values);
+            let (part, moved) = adamw.step(learning_rate, part, gradient, state.take());
+            *state = moved;
+            if let Some((before, gathered)) = on_the_wire.replace((bucket, share.gather(part, world)?)) {
+                stepped.extend(before.unpack(&gathered()?));
+            }
+        }
+        if let Some((last, gathered)) = on_the_wire {
+            stepped.extend(last.unpack(&gathered()?));
+        }
+        Ok(module.map(&mut Setter { values: stepped, path: Vec::new() }))
     }
 
     /// How often each parameter was stepped: with [`tensors`](Self::tensors), all that the next step depends on.
     pub fn steps(&self) -> BTreeMap<String, usize> {
-        self.moments.iter().map(|(path, state)| (path.clone(), state.momentum.time)).collect()
+        let stepped =
+            self.buckets.iter().zip(&self.states).filter_map(|(bucket, state)| Some((bucket, state.as_ref()?)));
+        stepped.flat_map(|(bucket, state)| bucket.paths().map(|path| (path.into(), state.momentum.time))).collect()
     }
 
-    /// The moments, flat, as `exp_avg.{path}` and `exp_avg_sq.{path}`.
-    pub fn tensors(&self) -> impl Iterator<Item = (String, Tensor<1>)> {
-        self.moments.iter().flat_map(|(path, state)| {
-            [(FIRST_MOMENT, &state.momentum.moment_1), (SECOND_MOMENT, &state.momentum.moment_2)]
-                .map(|(name, moment)| (format!("{name}.{path}"), moment.clone()))
-        })
+    /// The moments of all ranks by parameter, flat, as `exp_avg.{path}` and `exp_avg_sq.{path}`: the same at any world size.
+    /// All ranks ask; only the one that writes (`keep`) holds them.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn tensors(&self, world: &dyn Collective, keep: bool) -> Result<BTreeMap<String, Tensor<1>>> {
+        let mut tensors = BTreeMap::new();
+        for (bucket, state) in self.buckets.iter().zip(&self.states) {
+            let Some(AdamWState { momentum }) = state else { continue };
+            for (name, moment) in [(FIRST_MOMENT, &momentum.moment_1), (SECOND_MOMENT, &momentum.moment_2)] {
+                let whole = self.share.gather(moment.clone(), world)?()?;
+                if keep {
+                    tensors.extend(
+                        bucket.unpack(&whole).into_iter().map(|(path, moment)| (format!("{name}.{path}"), moment)),
+                    );
+                }
+            }
+        }
+        Ok(tensors)
     }
 
-    /// Takes up the state that [`steps`](Self::steps) and [`tensors`](Self::tensors) gave, bit for bit.
+    /// Takes up the state that [`steps`](Self::steps) and [`tensors`](Self::tensors) gave, at whatever world size, bit for bit.
     ///
     /// `origin` is the file that the tensors came from, for messages.
     ///
@@ -72,80 +200,72 @@ impl Optimizer {
         mut tensors: BTreeMap<String, TensorData>,
         origin: &Path,
     ) -> Result<()> {
-        let mut lister = Lister::default();
-        module.visit(&mut lister);
         let misfit = |problem: String| {
-            Error::file(
-                origin,
-                problem,
-                "go on with the configuration that the checkpoint was made with, or start anew",
-            )
+            let remedy = "go on with the configuration that the checkpoint was made with, or start anew";
+            Error::file(origin, problem, remedy)
         };
-        let mut moments = BTreeMap::new();
-        for (path, &time) in steps {
-            let Some((device, len)) = lister.trainable.get(path) else {
-                return Err(misfit(format!("holds optimiser state of `{path}`, which is not trained here")));
-            };
-            let mut moment = |name: &str| {
+        let parameters = trainable(module);
+        if let Some(path) = steps.keys().find(|path| !parameters.contains_key(*path)) {
+            return Err(misfit(format!("holds optimiser state of `{path}`, which is not trained here")));
+        }
+        let mut moments = [BTreeMap::new(), BTreeMap::new()];
+        for (path, value) in &parameters {
+            if !steps.contains_key(path) {
+                return Err(misfit(format!("holds no optimiser state of `{path}`, which is trained here")));
+            }
+            for (name, moments) in [FIRST_MOMENT, SECOND_MOMENT].into_iter().zip(&mut moments) {
                 let key = format!("{name}.{path}");
                 let data = tensors.remove(&key).ok_or_else(|| misfit(format!("`{key}` is missing")))?;
-                if data.num_elements() != *len {
-                    let found = data.num_elements();
-                    return Err(misfit(format!("`{key}` has {found} elements, the parameter has {len}")));
+                let (found, length) = (data.num_elements(), value.dims()[0]);
+                if found != length {
+                    return Err(misfit(format!("`{key}` has {found} elements, the parameter has {length}")));
                 }
                 let (bytes, _, dtype) = data.into_parts();
-                Ok(Tensor::<1>::from_data(TensorData::from_bytes(bytes, [*len], dtype), device))
-            };
-            let momentum = AdaptiveMomentumState::new(time, moment(FIRST_MOMENT)?, moment(SECOND_MOMENT)?);
-            moments.insert(path.clone(), AdamWState::new(momentum));
+                let moment = Tensor::<1>::from_data(TensorData::from_bytes(bytes, [length], dtype), &value.device());
+                moments.insert(path.clone(), moment);
+            }
         }
         if let Some(stray) = tensors.keys().next() {
             return Err(misfit(format!("`{stray}` belongs to no parameter that was stepped")));
         }
-        self.moments = moments;
+        let states = self.buckets.iter().map(|bucket| {
+            let times: Vec<usize> = bucket.paths().map(|path| steps[path]).collect();
+            let Some((&time, others)) = times.split_first() else { return Ok(None) };
+            if others.iter().any(|other| *other != time) {
+                return Err(misfit("its parameters were stepped unequally often".into()));
+            }
+            let [first, second] = moments.each_ref().map(|moments| bucket.pack(self.share.own(bucket), moments));
+            Ok(Some(AdamWState::new(AdaptiveMomentumState::new(time, first, second))))
+        });
+        self.states = states.collect::<Result<_>>()?;
         Ok(())
     }
 }
 
-struct Stepper<'a> {
-    optimizer: &'a mut Optimizer,
-    gradients: GradientMap,
-    learning_rate: f64,
-    path: Vec<String>,
-}
-
-impl ModuleMapper for Stepper<'_> {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.into());
+impl Share {
+    /// The numbers of a bucket that are this rank's.
+    fn own(self, bucket: &Bucket) -> Range<usize> {
+        let part = bucket.len() / self.parts;
+        self.part * part..(self.part + 1) * part
     }
 
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let path = self.path.join(".");
-        let Some(gradient) = self.gradients.remove(&path) else { return param };
-        let Optimizer { adamw, moments } = &mut *self.optimizer;
-        let learning_rate = self.learning_rate;
-        param.map(|value| {
-            let trainable = value.is_require_grad();
-            let value = value.inner();
-            let shape = value.shape();
-            let (stepped, state) = adamw.step(learning_rate, value.flatten(0, -1), gradient, moments.remove(&path));
-            if let Some(state) = state {
-                moments.insert(path, state);
-            }
-            Tensor::from_inner(stepped.reshape(shape)).set_require_grad(trainable)
-        })
+    /// A whole bucket of the ranks' parts.
+    fn gather<'a>(self, part: Tensor<1>, world: &'a dyn Collective) -> Result<Pending<'a>> {
+        if self.parts == 1 { Ok(Box::new(|| Ok(part))) } else { world.all_gather("the weights of all ranks", part) }
     }
 }
 
-/// The plain device and element count of every trainable parameter.
+/// Every trainable parameter by its path, flat, on the plain device.
+fn trainable<M: Module>(module: &M) -> BTreeMap<String, Tensor<1>> {
+    let mut lister = Lister::default();
+    module.visit(&mut lister);
+    lister.trainable
+}
+
 #[derive(Default)]
 struct Lister {
     path: Vec<String>,
-    trainable: BTreeMap<String, (Device, usize)>,
+    trainable: BTreeMap<String, Tensor<1>>,
 }
 
 impl ModuleVisitor for Lister {
@@ -159,8 +279,28 @@ impl ModuleVisitor for Lister {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if param.is_require_grad() {
-            let value = param.val().inner();
-            self.trainable.insert(self.path.join("."), (value.device(), value.shape().num_elements()));
+            self.trainable.insert(self.path.join("."), param.val().inner().flatten(0, -1));
         }
+    }
+}
+
+/// Puts flat values in the place of parameters.
+struct Setter {
+    values: BTreeMap<String, Tensor<1>>,
+    path: Vec<String>,
+}
+
+impl ModuleMapper for Setter {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(value) = self.values.remove(&self.path.join(".")) else { return param };
+        param.map(|old| Tensor::from_inner(value.reshape(old.shape())).set_require_grad(old.is_require_grad()))
     }
 }

@@ -1,4 +1,4 @@
-//! Gradients by parameter path, flat: summed over micro-batches, measured and clipped as one vector.
+//! Gradients by parameter path, flat: summed over the micro-batches of this rank.
 
 use std::collections::BTreeMap;
 
@@ -11,23 +11,6 @@ use burn::tensor::{Gradients, Tensor};
 #[derive(Debug, Clone, Default)]
 pub struct GradientMap {
     by_path: BTreeMap<String, Tensor<1>>,
-}
-
-/// Gradients whose global norm is at most the limit.
-#[derive(Debug)]
-pub struct Clipped {
-    /// The gradients, scaled where needed.
-    pub gradients: GradientMap,
-    /// Their global L2 norm before clipping.
-    pub norm: f64,
-}
-
-/// The gradients hold NaN or infinity: applied, they would ruin the weights.
-#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
-#[error("the gradient norm is {norm}")]
-pub struct NonFiniteNorm {
-    /// The norm: NaN or infinite.
-    pub norm: f64,
 }
 
 impl GradientMap {
@@ -57,29 +40,6 @@ impl GradientMap {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.by_path.is_empty()
-    }
-
-    /// The L2 norm of all gradients as one vector.
-    pub fn norm(&self) -> f64 {
-        let squares: Vec<Tensor<1>> = self.by_path.values().map(|gradient| gradient.clone().square().sum()).collect();
-        if squares.is_empty() {
-            return 0.0;
-        }
-        // One read from the device; the sum over parameters is in f64.
-        Tensor::cat(squares, 0).into_data().iter::<f64>().sum::<f64>().sqrt()
-    }
-
-    /// Scales all gradients so that their global norm is at most `max_norm` (as `torch.nn.utils.clip_grad_norm_`).
-    ///
-    /// # Errors
-    /// [`NonFiniteNorm`] when a gradient is NaN or infinite; whether to skip the step or to stop is the caller's to say.
-    pub fn clip(self, max_norm: Option<f64>) -> Result<Clipped, NonFiniteNorm> {
-        let norm = self.norm();
-        if !norm.is_finite() {
-            return Err(NonFiniteNorm { norm });
-        }
-        let factor = max_norm.map_or(1.0, |max| max / (norm + 1e-6));
-        Ok(Clipped { gradients: if factor < 1.0 { self.scale(factor) } else { self }, norm })
     }
 
     fn scale(self, factor: f64) -> Self {
@@ -141,8 +101,6 @@ impl ModuleVisitor for Taker<'_> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use burn::nn::LinearConfig;
     use burn::tensor::Device;
 
@@ -167,24 +125,6 @@ mod tests {
         accumulator.add(gradients(&[("a", &[3.0, 6.0])]));
         assert_eq!(values(&accumulator.take_mean()), [2.0, 4.0, 4.0]);
         assert!(accumulator.take_mean().is_empty());
-    }
-
-    #[test]
-    fn clipping_scales_the_whole_vector_and_tells_the_norm_before() {
-        let clipped = gradients(&[("a", &[3.0, 0.0]), ("b", &[4.0])]).clip(Some(1.0)).unwrap();
-        assert!((clipped.norm - 5.0).abs() < 1e-6);
-        assert!((clipped.gradients.norm() - 1.0).abs() < 1e-5);
-        let untouched = gradients(&[("a", &[3.0]), ("b", &[4.0])]).clip(Some(5.1)).unwrap();
-        assert_eq!(values(&untouched.gradients), [3.0, 4.0]);
-        let unlimited = gradients(&[("a", &[3e4])]).clip(None).unwrap();
-        assert_eq!(values(&unlimited.gradients), [3e4]);
-    }
-
-    #[test]
-    fn a_gradient_that_is_not_finite_is_refused() {
-        for bad in [f32::NAN, f32::INFINITY] {
-            assert!(!gradients(&[("a", &[1.0]), ("b", &[bad])]).clip(Some(1.0)).unwrap_err().norm.is_finite());
-        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
-//! From gradients to new weights: accumulation, clipping, AdamW, and the learning rate as a function of the step.
+//! From gradients to new weights: accumulation, reduction over the ranks, clipping, AdamW, and the learning rate as a function of the step.
 
 mod adamw;
+mod buckets;
 mod gradients;
 mod schedule;
 
@@ -8,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-pub use adamw::Optimizer;
-pub use gradients::{Clipped, GradientAccumulator, GradientMap, NonFiniteNorm};
+pub use adamw::{Optimizer, ReducedGradients, Share};
+pub use gradients::{GradientAccumulator, GradientMap};
 pub use schedule::{Decay, Schedule};
 
 /// How the weights are updated. The paper names none of it: the defaults are this project's.
@@ -28,6 +29,42 @@ pub struct OptimConfig {
     pub clip_norm: Option<f64>,
     /// Warm-up and decay of the learning rate.
     pub schedule: Schedule,
+}
+
+/// How the learning rate follows the number of ranks. The batch does not: `global_batch` is fixed, so `none` is what keeps a
+/// run the same at any world size.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrScaling {
+    /// Not at all.
+    #[default]
+    None,
+    /// With its square root.
+    Sqrt,
+    /// In proportion.
+    Linear,
+}
+
+impl LrScaling {
+    /// What the learning rate is multiplied with in a world of `ranks`.
+    pub fn factor(self, ranks: usize) -> f64 {
+        match self {
+            Self::None => 1.0,
+            Self::Sqrt => (ranks as f64).sqrt(),
+            Self::Linear => ranks as f64,
+        }
+    }
+}
+
+/// The type in which gradients travel between ranks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Wire {
+    /// As they are.
+    #[default]
+    F32,
+    /// Half the bytes, 8 bits of precision; NCCL only.
+    Bf16,
 }
 
 impl Default for OptimConfig {

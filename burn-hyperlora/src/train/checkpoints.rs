@@ -36,22 +36,27 @@ pub struct SavedState {
     pub settings: Value,
 }
 
-/// Saves the run; tells which folder.
+/// Saves the run; tells which folder. `moments` are those of all ranks.
 ///
 /// # Errors
 /// Disk for a full or failing disk, Input for a place that cannot be written to; older checkpoints are then intact.
-pub fn save(store: &CheckpointStore, state: &SavedState, learner: &Learner, keep: usize) -> Result<PathBuf> {
+pub fn save(
+    store: &CheckpointStore,
+    state: &SavedState,
+    learner: &Learner,
+    moments: &BTreeMap<String, Tensor<1>>,
+    keep: usize,
+) -> Result<PathBuf> {
     let checkpoint = store.write(state.train.global_step, state, |folder| {
         learner.hyper_lora.save(&folder.join(WEIGHTS), FloatDType::F32)?;
-        save_optimizer(&folder.join(OPTIMIZER), learner)
+        save_optimizer(&folder.join(OPTIMIZER), moments)
     })?;
     store.prune(keep)?;
     Ok(checkpoint.path().into())
 }
 
-/// Writes the moments, one in memory at a time beside those that the optimiser holds.
-fn save_optimizer(path: &Path, learner: &Learner) -> Result<()> {
-    let moments: BTreeMap<String, Tensor<1>> = learner.optimizer.tensors().collect();
+/// Writes the moments, the bytes of one in memory at a time.
+fn save_optimizer(path: &Path, moments: &BTreeMap<String, Tensor<1>>) -> Result<()> {
     let entries = moments.iter().map(|(name, moment)| TensorEntry::new(name, moment.dtype(), moment.dims()));
     weights::save_lazily(path, BTreeMap::new(), entries.collect::<Result<_>>()?, |entry| {
         let name = &entry.name;

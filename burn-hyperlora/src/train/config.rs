@@ -1,5 +1,7 @@
 //! How to train: `train:` of an experiment.
 
+use std::time::Duration;
+
 use data_prep::config::ConfigPath;
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +9,7 @@ use crate::data::Reference;
 use crate::data::scenario::{Scenario, Scenarios};
 use crate::error::{Error, Result};
 use crate::hypernet::{ParameterGroup, Stage};
-use crate::optim::OptimConfig;
+use crate::optim::{LrScaling, OptimConfig, Wire};
 use crate::sdxl::scheduler::SamplerKind;
 
 /// Batches, stages and what is written along the way.
@@ -40,6 +42,19 @@ pub struct TrainConfig {
     /// The set whose loss is measured before and after each stage; `null` for none.
     #[serde(default)]
     pub fixed_set: Option<FixedSetConfig>,
+    /// Seconds that a rank waits for the others in one collective; ten times as long where one of them works alone, as
+    /// while it saves.
+    #[serde(default = "default_collective_timeout")]
+    pub collective_timeout_s: u64,
+    /// Divides the optimiser's state among the ranks instead of keeping all of it on each.
+    #[serde(default = "yes")]
+    pub shard_optimizer: bool,
+    /// The type in which gradients travel between ranks.
+    #[serde(default)]
+    pub wire: Wire,
+    /// How the learning rate follows the number of ranks.
+    #[serde(default)]
+    pub lr_scaling: LrScaling,
     /// In the order in which they run.
     pub stages: Vec<StageEntry>,
 }
@@ -57,6 +72,10 @@ fn default_trigger() -> String {
 
 fn default_log_every() -> u64 {
     10
+}
+
+fn default_collective_timeout() -> u64 {
+    60
 }
 
 /// When checkpoints are written and how many stay.
@@ -235,7 +254,17 @@ impl StageEntry {
 }
 
 impl TrainConfig {
-    /// Passes whose gradients make one step.
+    /// The longest wait for the other ranks in one collective.
+    pub fn collective_timeout(&self) -> Duration {
+        Duration::from_secs(self.collective_timeout_s)
+    }
+
+    /// The longest wait for a rank that works alone, and for all ranks at the start.
+    pub fn long_timeout(&self) -> Duration {
+        self.collective_timeout().saturating_mul(10)
+    }
+
+    /// Passes of all ranks whose gradients make one step.
     pub fn accumulation(&self) -> usize {
         self.global_batch / self.micro_batch.max(1)
     }
@@ -271,6 +300,7 @@ impl TrainConfig {
             ("checkpoints.every", self.checkpoints.every),
             ("checkpoints.keep", self.checkpoints.keep as u64),
             ("log_every", self.log_every),
+            ("collective_timeout_s", self.collective_timeout_s),
             ("samples.every", self.samples.as_ref().map_or(1, |samples| samples.every)),
             ("samples.count", self.samples.as_ref().map_or(1, |samples| samples.count as u64)),
             ("samples.steps", self.samples.as_ref().map_or(1, |samples| samples.steps as u64)),

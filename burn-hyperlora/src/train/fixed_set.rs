@@ -2,6 +2,7 @@
 
 use burn::module::Module;
 
+use crate::collective::Collective;
 use crate::conditioning::Base;
 use crate::data::Reference;
 use crate::data::loader::make_all;
@@ -65,14 +66,21 @@ impl FixedSet {
         make_all(&self.maker, people.into_iter().map(|(_, request)| request).collect())
     }
 
-    /// Mean loss over the set with the LoRAs that `hyper_lora` makes at this stage.
+    /// Mean loss over the set with the LoRAs that `hyper_lora` makes at this stage; the ranks share the work.
     ///
     /// # Errors
-    /// See [`SampleMaker::make`] and [`denoising_loss`].
-    pub fn loss(&self, base: &Base, hyper_lora: &HyperLora, kind: Stage, trigger: &str) -> Result<f64> {
+    /// See [`SampleMaker::make`] and [`denoising_loss`]; those of the collective.
+    pub fn loss(
+        &self,
+        base: &Base,
+        hyper_lora: &HyperLora,
+        kind: Stage,
+        trigger: &str,
+        world: &dyn Collective,
+    ) -> Result<f64> {
         let hyper_lora = hyper_lora.valid();
-        let mut sum = 0.0;
-        for chunk in self.requests.chunks(self.micro_batch) {
+        let mut sum = 0.0_f64;
+        for chunk in self.requests.chunks(self.micro_batch).skip(world.rank()).step_by(world.world_size()) {
             let mut samples = make_all(&self.maker, chunk.iter().map(|(request, _)| *request).collect())?;
             for (sample, (_, timestep)) in samples.iter_mut().zip(chunk) {
                 sample.timestep = *timestep;
@@ -82,7 +90,9 @@ impl FixedSet {
             let losses = denoising_loss(base, &conditions.input, conditions.target, Some(&made.lora))?;
             sum += losses.into_iter().map(f64::from).sum::<f64>();
         }
-        Ok(sum / self.requests.len().max(1) as f64)
+        let sums = world.exchange("the losses on the fixed set", &sum.to_le_bytes())?;
+        let sums = sums.iter().map(|sum| sum.as_slice().try_into().map_or(f64::NAN, f64::from_le_bytes));
+        Ok(sums.sum::<f64>() / self.requests.len().max(1) as f64)
     }
 }
 

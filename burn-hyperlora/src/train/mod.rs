@@ -7,8 +7,10 @@ mod fingerprint;
 pub mod fixed_set;
 pub mod forward;
 pub mod pictures;
+mod start;
 pub mod state;
 pub mod step;
+mod together;
 pub mod trainer;
 
 use std::fs::{self, File, TryLockError};
@@ -19,6 +21,7 @@ use std::sync::Arc;
 use burn::tensor::Device;
 use data_prep::files::write_whole;
 
+use crate::collective::Collective;
 use crate::conditioning::BaseConfig;
 use crate::data::DataConfig;
 use crate::data::dataset::Dataset;
@@ -62,6 +65,8 @@ pub struct TrainSetup<'a> {
     pub resolved_yaml: String,
     /// The plain device to train on.
     pub device: Device,
+    /// The ranks of the run, this process among them.
+    pub world: &'a dyn Collective,
 }
 
 /// What the command line adds.
@@ -109,10 +114,18 @@ pub enum Outcome {
 /// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
 /// that diverged; Input too where another process trains into the run folder.
 pub fn run(setup: &TrainSetup<'_>, options: &TrainOptions) -> Result<Outcome> {
-    fs::create_dir_all(setup.run).map_err(|source| Error::write(setup.run, source))?;
-    let _lock = lock(setup.run)?;
+    // One rank writes; the others only read.
+    let _lock = match setup.world.leads() {
+        true => {
+            fs::create_dir_all(setup.run).map_err(|source| Error::write(setup.run, source))?;
+            Some(lock(setup.run)?)
+        }
+        false => None,
+    };
     let mut trainer = Trainer::prepare(setup, options)?;
-    write_whole(&setup.run.join(CONFIG_FILE), setup.resolved_yaml.as_bytes())?;
+    if setup.world.leads() {
+        write_whole(&setup.run.join(CONFIG_FILE), setup.resolved_yaml.as_bytes())?;
+    }
     loop {
         if let Some(outcome) = trainer.run_stage()? {
             return Ok(outcome);

@@ -83,7 +83,10 @@ pub fn binding_settings(
     let mut data = without(tree(serde_json::to_value(data))?, &["cache_mib", "workers", "prefetch_mib"]);
     data["shards"] = shards.into();
     let train = tree(serde_json::to_value(train))?;
-    let train = without(train, &["checkpoints", "samples", "log_every", "fixed_set", "init_from"]);
+    let train = without(
+        train,
+        &["checkpoints", "samples", "log_every", "fixed_set", "init_from", "collective_timeout_s", "shard_optimizer"],
+    );
     Ok(spelled(json!({
         "seed": seed,
         "base": base,

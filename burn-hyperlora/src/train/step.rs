@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use burn::module::Module;
 use burn::tensor::Tensor;
 
+use crate::collective::Collective;
 use crate::conditioning::Base;
 use crate::data::batch::Batch;
 use crate::data::scenario::Scenario;
@@ -15,6 +16,7 @@ use crate::lora::LoraWeights;
 use crate::loss;
 use crate::optim::{GradientAccumulator, GradientMap, OptimConfig, Optimizer};
 use crate::train::forward::make_lora;
+use crate::train::together::share_losses;
 
 /// What changes from step to step.
 pub struct Learner {
@@ -28,7 +30,7 @@ pub struct Learner {
 pub struct StepConfig<'a> {
     /// What the stage teaches.
     pub kind: Stage,
-    /// Passes per step.
+    /// Passes of this rank per step.
     pub accumulation: usize,
     /// Passes that run side by side, each on a thread of its own: more than one only where the device is the CPU.
     pub lanes: usize,
@@ -43,7 +45,7 @@ pub struct StepConfig<'a> {
 /// What a step found out.
 #[derive(Debug, Default)]
 pub struct StepReport {
-    /// One entry per sample.
+    /// One entry per sample, those of all ranks.
     pub losses: Vec<SampleLoss>,
     /// Global gradient norm before clipping.
     pub gradient_norm: f64,
@@ -108,17 +110,46 @@ impl Phases {
     }
 }
 
-/// Learns from `config.accumulation` batches at the given learning rate.
+/// Learns from `config.accumulation` batches, and from those of the other ranks of `world`, at the given learning rate.
 ///
 /// # Errors
-/// Those of the data, and Fault for a loss or gradient that is not finite; the learner is then unchanged.
+/// Those of the data, Fault for a loss or gradient that is not finite, Peer where another rank fails; the learner is then
+/// unchanged.
 pub fn step(
     base: &Base,
     learner: &mut Learner,
     config: &StepConfig<'_>,
+    world: &dyn Collective,
     learning_rate: f64,
-    mut next_batch: impl FnMut() -> Result<Batch>,
+    next_batch: impl FnMut() -> Result<Batch>,
 ) -> Result<StepReport> {
+    // 1 to 6. This rank's part of the batch.
+    let window = window(base, &learner.hyper_lora, config, next_batch);
+    // 7. How it went on all ranks.
+    let losses = share_losses(world, window.as_ref().map(|(report, _)| &report.losses[..]))?;
+    let (mut report, gradients) = window?;
+    report.losses = losses;
+    // 8. The mean over the ranks, clipped by its global norm.
+    let clock = Instant::now();
+    let reduced = learner.optimizer.reduce(gradients, world)?;
+    report.gradient_norm = reduced.norm;
+    if !reduced.norm.is_finite() {
+        return Err(diverged(&report));
+    }
+    // 9. Step.
+    let (hyper_lora, gradients) = (learner.hyper_lora.clone(), reduced.clip(config.optim.clip_norm));
+    learner.hyper_lora = learner.optimizer.step(hyper_lora, gradients, learning_rate, world)?;
+    report.phases.update = clock.elapsed();
+    Ok(report)
+}
+
+/// What this rank's batches taught: the report so far, and the mean of the gradients.
+fn window(
+    base: &Base,
+    hyper_lora: &HyperLora,
+    config: &StepConfig<'_>,
+    mut next_batch: impl FnMut() -> Result<Batch>,
+) -> Result<(StepReport, GradientMap)> {
     let mut report = StepReport::default();
     let mut window = GradientAccumulator::default();
     let mut left = config.accumulation;
@@ -127,7 +158,7 @@ pub fn step(
         let batches = (0..lanes).map(|_| next_batch()).collect::<Result<Vec<_>>>()?;
         // 1 to 5. Every pass by itself; their order in the sum is that of the batches, however they ran.
         let clock = Instant::now();
-        let passes = side_by_side(&batches, |batch| pass(base, &learner.hyper_lora, config, batch))?;
+        let passes = side_by_side(&batches, |batch| pass(base, hyper_lora, config, batch))?;
         report.phases.add_share(&passes, clock.elapsed());
         // 6. Accumulate over the window.
         for (batch, pass) in batches.iter().zip(passes) {
@@ -136,16 +167,7 @@ pub fn step(
         }
         left -= lanes;
     }
-    // 7. Clip what the window gathered, by its global norm.
-    let clock = Instant::now();
-    let clipped = window.take_mean().clip(config.optim.clip_norm).map_err(|error| diverged(&report, error))?;
-    report.gradient_norm = clipped.norm;
-    // 8. Step.
-    let hyper_lora = learner.hyper_lora.clone();
-    learner.hyper_lora = learner.optimizer.step(hyper_lora, clipped.gradients, learning_rate);
-    // 9. Report.
-    report.phases.update = clock.elapsed();
-    Ok(report)
+    Ok((report, window.take_mean()))
 }
 
 /// What one batch taught.
@@ -214,11 +236,11 @@ fn lap(clock: &mut Instant, phase: &mut Duration) {
     *clock = Instant::now();
 }
 
-fn diverged(report: &StepReport, problem: impl std::fmt::Display) -> Error {
+fn diverged(report: &StepReport) -> Error {
     let losses: Vec<f32> = report.losses.iter().map(|sample| sample.loss).collect();
     Error::Fault(format!(
-        "the training diverged: {}; losses of the step {losses:?}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart",
-        problem
+        "the training diverged: the gradient norm is {}; losses of the step {losses:?}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart",
+        report.gradient_norm
     ))
 }
 

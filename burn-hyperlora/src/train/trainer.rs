@@ -7,7 +7,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, CheckpointStore};
+use crate::checkpoint::CheckpointStore;
 use crate::conditioning::Base;
 use crate::data::batch::{DrawConfig, Draws};
 use crate::data::dataset::Dataset;
@@ -15,16 +15,17 @@ use crate::data::loader::{Loader, LoaderConfig};
 use crate::data::rank::Rank;
 use crate::data::sample::SampleMaker;
 use crate::error::{Error, Result};
-use crate::hypernet::{HyperLora, Stage};
-use crate::metrics::{MetricsWriter, Progress, StageSummary, Summary, WaitClock};
-use crate::optim::{OptimConfig, Optimizer};
+use crate::hypernet::Stage;
+use crate::metrics::{Display, MetricsWriter, Progress, StageSummary, Summary, WaitClock};
 use crate::sdxl::scheduler::NoiseSampler;
-use crate::train::checkpoints::{self, SavedState, Source, WEIGHTS};
+use crate::train::checkpoints::{self, SavedState};
 use crate::train::config::{SamplesConfig, StageEntry};
 use crate::train::curves::Curves;
 use crate::train::fixed_set::FixedSet;
+use crate::train::start::{begin_learning, begin_or_resume, check_agreement};
 use crate::train::state::{TrainState, binding_settings};
 use crate::train::step::{Learner, StepConfig, step};
+use crate::train::together::{asked_to_stop, lead_alone};
 use crate::train::{CHECKPOINTS, Outcome, TENSORBOARD, TrainOptions, TrainSetup, fingerprint, open_dataset, pictures};
 
 /// A run in progress.
@@ -38,7 +39,9 @@ pub struct Trainer<'a> {
     state: TrainState,
     learner: Learner,
     checkpoints: CheckpointStore,
-    metrics: MetricsWriter,
+    /// On rank 0 alone.
+    metrics: Option<MetricsWriter>,
+    rank: Rank,
 }
 
 /// Why a stage's loop ended.
@@ -70,14 +73,23 @@ impl<'a> Trainer<'a> {
             setup.hyper_lora,
             setup.train,
         )?;
-        let checkpoints = CheckpointStore::open(&setup.run.join(CHECKPOINTS))?;
-        let (learner, state) = match checkpoints::latest(setup.run)? {
-            Some(checkpoint) => resume(setup, &base, &checkpoint, &settings)?,
-            None => (begin(setup, &base)?, TrainState::default()),
+        let world = setup.world;
+        let rank = Rank::new(world.rank(), world.world_size())?;
+        rank.check(&setup.place, setup.data.streams, setup.train.micro_batch, setup.train.global_batch)?;
+        let root = setup.run.join(CHECKPOINTS);
+        lead_alone(world, "rank 0 to open the run folder", setup.train.long_timeout(), || {
+            CheckpointStore::open(&root).map(|_| String::new())
+        })?;
+        let checkpoints = CheckpointStore::at(&root);
+        let (learner, state) = begin_or_resume(setup, &base, checkpoints::latest(setup.run)?.as_ref(), &settings)?;
+        check_agreement(setup, options, &settings, &learner.hyper_lora, &state)?;
+        let metrics = match world.leads() {
+            true => Some(MetricsWriter::create(&setup.run.join(TENSORBOARD), state.global_step + 1)?),
+            false => None,
         };
-        let mut metrics = MetricsWriter::create(&setup.run.join(TENSORBOARD), state.global_step + 1)?;
-        metrics.text(state.global_step, "config", &format!("```yaml\n{}```", setup.resolved_yaml));
-        Ok(Self { setup, options, base, dataset, settings, state, learner, checkpoints, metrics })
+        let mut trainer = Self { setup, options, base, dataset, settings, state, learner, checkpoints, metrics, rank };
+        trainer.record(|metrics, step| metrics.text(step, "config", &format!("```yaml\n{}```", setup.resolved_yaml)));
+        Ok(trainer)
     }
 
     /// Runs what is left of the current stage; tells the outcome once there is nothing more to do.
@@ -119,30 +131,32 @@ impl<'a> Trainer<'a> {
                 batch_size: train.micro_batch,
                 workers: setup.data.workers,
                 prefetch_bytes: setup.data.prefetch_mib << 20,
-                rank: Rank::ALONE,
+                rank: self.rank,
             },
         )?;
         let step_config = StepConfig {
             kind: entry.kind(),
-            accumulation: train.accumulation(),
+            accumulation: train.accumulation() / setup.world.world_size(),
             lanes: lanes(&setup.device),
             recompute: train.recompute,
             trigger: &train.trigger,
             optim: &config.optim,
         };
+        let scaling = train.lr_scaling.factor(setup.world.world_size());
+        let display = if setup.world.leads() { self.options.display } else { Display::Hidden };
         let mut curves = Curves::new(entry.name(), self.base.schedule.config().num_train_timesteps as u32);
-        let mut progress = Progress::new(entry.name(), self.state.stage_step, config.steps, self.options.display);
+        let mut progress = Progress::new(entry.name(), self.state.stage_step, config.steps, display);
         let mut waits = WaitClock::default();
         while self.state.stage_step < config.steps {
-            if let Some(signal) = self.options.stop.raised_by() {
+            if let Some(signal) = asked_to_stop(setup.world, self.options.stop.raised_by())? {
                 return Ok(End::Stopped(signal));
             }
             if self.options.max_steps.is_some_and(|max| self.state.global_step >= max) {
                 return Ok(End::Paused);
             }
             let start = Instant::now();
-            let learning_rate = config.optim.learning_rate_at(self.state.stage_step, config.steps);
-            let report = step(&self.base, &mut self.learner, &step_config, learning_rate, || {
+            let learning_rate = scaling * config.optim.learning_rate_at(self.state.stage_step, config.steps);
+            let report = step(&self.base, &mut self.learner, &step_config, setup.world, learning_rate, || {
                 let batch = waits.waiting(|| loader.next_batch())?;
                 batch.ok_or_else(|| Error::Fault("the data ended before the stage".into()))
             })?;
@@ -180,7 +194,7 @@ impl<'a> Trainer<'a> {
             self.state.records.push(StageSummary { name, fixed_set_loss_before: before, ..StageSummary::default() });
         }
         if self.state.stage_step == 0 {
-            self.learner = begin_learning(self.learner.hyper_lora.clone(), entry);
+            self.learner = begin_learning(self.setup, self.learner.hyper_lora.clone(), entry);
         }
         Ok(())
     }
@@ -197,37 +211,43 @@ impl<'a> Trainer<'a> {
 
     fn measure(&mut self, entry: &StageEntry, set: Option<&FixedSet>) -> Result<Option<f64>> {
         let Some(set) = set else { return Ok(None) };
-        let loss = set.loss(&self.base, &self.learner.hyper_lora, entry.kind(), &self.setup.train.trigger)?;
+        let TrainSetup { train, world, .. } = *self.setup;
+        let loss = set.loss(&self.base, &self.learner.hyper_lora, entry.kind(), &train.trigger, world)?;
         let step = self.state.global_step;
         tracing::info!("stage {}, step {step}: loss on the fixed set {loss:.5}", entry.name());
         self.log(&[(format!("fixed_set/{}", entry.name()), loss)]);
         Ok(Some(loss))
     }
 
-    /// Writes figures of the current step. A failing disk ends the curves, never the run.
+    /// Writes figures of the current step.
     fn log(&mut self, values: &[(String, f64)]) {
-        self.metrics.scalars(self.state.global_step, values);
-        self.report_metrics_error();
+        self.record(|metrics, step| metrics.scalars(step, values));
     }
 
-    fn draw_pictures(&mut self, entry: &StageEntry, config: &SamplesConfig, set: &FixedSet) -> Result<()> {
-        let people = set.first_people(config.count)?;
-        let hyper_lora = &self.learner.hyper_lora;
-        let trigger = &self.setup.train.trigger;
-        let grid = pictures::grid(&self.base, hyper_lora, entry.kind(), &people, config, trigger)?;
-        let step = self.state.global_step;
-        self.metrics.image(step, &format!("samples/{}", entry.name()), &grid);
-        self.report_metrics_error();
-        if let Err(error) = pictures::write(self.setup.run, step, &grid) {
-            tracing::warn!("the pictures of step {step} are not written: {error}");
-        }
-        Ok(())
-    }
-
-    fn report_metrics_error(&mut self) {
-        if let Some(error) = self.metrics.take_error() {
+    /// Writes to the curves where this rank has them. A failing disk ends the curves, never the run.
+    fn record(&mut self, write: impl FnOnce(&mut MetricsWriter, u64)) {
+        let Some(metrics) = &mut self.metrics else { return };
+        write(metrics, self.state.global_step);
+        if let Some(error) = metrics.take_error() {
             tracing::warn!("no more curves, the run goes on: {error}");
         }
+    }
+
+    /// Rank 0 draws, the others wait.
+    fn draw_pictures(&mut self, entry: &StageEntry, config: &SamplesConfig, set: &FixedSet) -> Result<()> {
+        let setup = self.setup;
+        lead_alone(setup.world, "rank 0 to draw the pictures", setup.train.long_timeout(), || {
+            let people = set.first_people(config.count)?;
+            let hyper_lora = &self.learner.hyper_lora;
+            let grid = pictures::grid(&self.base, hyper_lora, entry.kind(), &people, config, &setup.train.trigger)?;
+            self.record(|metrics, step| metrics.image(step, &format!("samples/{}", entry.name()), &grid));
+            let step = self.state.global_step;
+            if let Err(error) = pictures::write(setup.run, step, &grid) {
+                tracing::warn!("the pictures of step {step} are not written: {error}");
+            }
+            Ok(String::new())
+        })?;
+        Ok(())
     }
 
     fn maker(&self, kind: Stage) -> Result<SampleMaker> {
@@ -261,7 +281,7 @@ impl<'a> Trainer<'a> {
         Ok(Some(set))
     }
 
-    /// Saves everything, and the summary; tells where.
+    /// Saves everything, and the summary; tells where. Rank 0 writes, the others hand it their part.
     fn save(&mut self) -> Result<PathBuf> {
         let saved = SavedState {
             train: self.state.clone(),
@@ -269,10 +289,15 @@ impl<'a> Trainer<'a> {
             optimizer_steps: self.learner.optimizer.steps(),
             settings: self.settings.clone(),
         };
-        let path = checkpoints::save(&self.checkpoints, &saved, &self.learner, self.setup.train.checkpoints.keep)?;
-        Summary::update(self.setup.run, |summary| summary.stages.clone_from(&saved.train.records))?;
-        tracing::debug!("saved {}", path.display());
-        Ok(path)
+        let TrainSetup { run, train, world, .. } = *self.setup;
+        let moments = self.learner.optimizer.tensors(world, world.leads())?;
+        let path = lead_alone(world, "rank 0 to save", train.long_timeout(), || {
+            let path = checkpoints::save(&self.checkpoints, &saved, &self.learner, &moments, train.checkpoints.keep)?;
+            Summary::update(run, |summary| summary.stages.clone_from(&saved.train.records))?;
+            Ok(path.display().to_string())
+        })?;
+        tracing::debug!("saved {path}");
+        Ok(path.into())
     }
 }
 
@@ -291,52 +316,7 @@ fn check_samples(setup: &TrainSetup<'_>, base: &Base) -> Result<()> {
     }
 }
 
-/// A hypernetwork at its beginning.
-fn begin(setup: &TrainSetup<'_>, base: &Base) -> Result<Learner> {
-    let device = setup.device.clone().autodiff();
-    let sites = base.unet.attention_sites();
-    let hyper_lora = match &setup.train.init_from {
-        Some(path) => {
-            let weights = Source::find(&path.resolve(setup.folder)?)?.weights();
-            HyperLora::load(&weights, setup.hyper_lora, sites, &device)?
-        }
-        // What reads the ID embedding starts silent: the first stage that trains it begins where the one before ended.
-        None => HyperLora::new(setup.hyper_lora, sites, setup.seed, &device).start_id_embedding_stage(),
-    };
-    Ok(Learner { hyper_lora, optimizer: Optimizer::new(&OptimConfig::default()) })
-}
-
-/// The learner as a stage begins: only its groups train, and the optimiser has not stepped yet.
-fn begin_learning(hyper_lora: HyperLora, entry: &StageEntry) -> Learner {
-    let config = entry.config();
-    Learner { hyper_lora: hyper_lora.trainable(&config.groups), optimizer: Optimizer::new(&config.optim) }
-}
-
 /// Passes side by side: a CPU's operations are too small to keep all its cores busy, a GPU takes one pass after the other.
 fn lanes(device: &Device) -> usize {
     if *device == Device::flex() { rayon::current_num_threads() } else { 1 }
-}
-
-/// Learner and state as the checkpoint has them.
-fn resume(
-    setup: &TrainSetup<'_>,
-    base: &Base,
-    checkpoint: &Checkpoint,
-    settings: &Value,
-) -> Result<(Learner, TrainState)> {
-    let saved: SavedState = checkpoint.state()?;
-    checkpoints::check_settings(&setup.place, &saved, settings)?;
-    let device = setup.device.clone().autodiff();
-    let sites = base.unet.attention_sites();
-    let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), setup.hyper_lora, sites, &device)?;
-    let mut learner = match setup.train.stages.get(saved.train.stage) {
-        Some(entry) => begin_learning(hyper_lora, entry),
-        None => Learner { hyper_lora, optimizer: Optimizer::new(&OptimConfig::default()) },
-    };
-    if saved.train.stage_step > 0 {
-        let (path, tensors) = checkpoints::optimizer_tensors(checkpoint)?;
-        learner.optimizer.restore(&learner.hyper_lora, &saved.optimizer_steps, tensors, &path)?;
-    }
-    tracing::info!("going on from {}", checkpoint.path().display());
-    Ok((learner, saved.train))
 }

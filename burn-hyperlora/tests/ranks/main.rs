@@ -4,3 +4,6 @@
 
 mod collectives;
 mod mpirun;
+mod training;
+#[path = "../training/world.rs"]
+mod world;

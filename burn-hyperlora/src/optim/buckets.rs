@@ -1,0 +1,132 @@
+//! Flat buckets: parameters as few long tensors instead of hundreds of short ones.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use burn::tensor::{Device, Tensor};
+
+/// Numbers of a bucket, at least: 16 MiB in f32, long enough for the wire, short enough to have several under way.
+/// A single larger parameter is a bucket by itself.
+pub(super) const BUCKET_NUMBERS: usize = 4 << 20;
+
+/// Whole parameters, one after the other, that are reduced, stepped and gathered as one tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Bucket {
+    /// Paths and lengths.
+    parameters: Vec<(String, usize)>,
+    /// All of them and the zeros behind them that make the ranks' parts equal.
+    length: usize,
+}
+
+/// Cuts parameters into buckets of at least `numbers` (the last one may be shorter) that fall into `parts` equal parts.
+/// The cut depends on the parameters alone, so that all ranks make the same.
+pub(super) fn cut(parameters: impl IntoIterator<Item = (String, usize)>, numbers: usize, parts: usize) -> Vec<Bucket> {
+    let mut buckets: Vec<Bucket> = Vec::new();
+    for parameter in parameters {
+        match buckets.last_mut() {
+            Some(bucket) if bucket.length < numbers => {
+                bucket.length += parameter.1;
+                bucket.parameters.push(parameter);
+            }
+            _ => buckets.push(Bucket { length: parameter.1, parameters: vec![parameter] }),
+        }
+    }
+    for bucket in &mut buckets {
+        bucket.length = bucket.length.next_multiple_of(parts);
+    }
+    buckets
+}
+
+impl Bucket {
+    /// Numbers in it, padding included.
+    pub(super) fn len(&self) -> usize {
+        self.length
+    }
+
+    /// The paths of its parameters.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &str> {
+        self.parameters.iter().map(|(path, _)| path.as_str())
+    }
+
+    /// The numbers `range` of the bucket, where `values` holds its parameters flat.
+    pub(super) fn pack(&self, range: Range<usize>, values: &BTreeMap<String, Tensor<1>>) -> Tensor<1> {
+        let mut pieces = Vec::new();
+        let mut start = 0;
+        for (path, length) in &self.parameters {
+            let (from, to) = (range.start.max(start), range.end.min(start + length));
+            if from < to {
+                let value = values[path].clone();
+                pieces.push(if to - from == *length { value } else { value.narrow(0, from - start, to - from) });
+            }
+            start += length;
+        }
+        let padding = range.end.saturating_sub(start.max(range.start));
+        padded(pieces, padding, || values[&self.parameters[0].0].device())
+    }
+
+    /// The whole bucket, taken out of `values`; `None` where one of its parameters is not there.
+    pub(super) fn take(&self, mut value: impl FnMut(&str) -> Option<Tensor<1>>) -> Option<Tensor<1>> {
+        let pieces: Vec<Tensor<1>> = self.paths().map(&mut value).collect::<Option<_>>()?;
+        let device = pieces.first()?.device();
+        let padding = self.length - self.parameters.iter().map(|(_, length)| length).sum::<usize>();
+        Some(padded(pieces, padding, || device))
+    }
+
+    /// The parameters that the whole bucket holds, flat.
+    pub(super) fn unpack(&self, whole: &Tensor<1>) -> BTreeMap<String, Tensor<1>> {
+        let mut start = 0;
+        let taken = self.parameters.iter().map(|(path, length)| {
+            let value = whole.clone().narrow(0, start, *length);
+            start += length;
+            (path.clone(), value)
+        });
+        taken.collect()
+    }
+}
+
+fn padded(mut pieces: Vec<Tensor<1>>, padding: usize, device: impl FnOnce() -> Device) -> Tensor<1> {
+    if padding > 0 {
+        pieces.push(Tensor::zeros([padding], &device()));
+    }
+    if pieces.len() == 1 { pieces.swap_remove(0) } else { Tensor::cat(pieces, 0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lengths(lengths: &[usize]) -> Vec<(String, usize)> {
+        lengths.iter().enumerate().map(|(index, length)| (format!("p{index}"), *length)).collect()
+    }
+
+    #[test]
+    fn buckets_hold_whole_parameters_and_divide_evenly() {
+        let buckets = cut(lengths(&[3, 4, 9, 1, 1]), 5, 4);
+        let held: Vec<(Vec<&str>, usize)> =
+            buckets.iter().map(|bucket| (bucket.paths().collect(), bucket.len())).collect();
+        assert_eq!(held, [(vec!["p0", "p1"], 8), (vec!["p2"], 12), (vec!["p3", "p4"], 4)]);
+    }
+
+    #[test]
+    fn parts_side_by_side_are_the_whole_and_come_apart_again() {
+        let device = Device::flex();
+        let all = lengths(&[3, 4, 1]);
+        let values: BTreeMap<String, Tensor<1>> = (1..)
+            .zip(&all)
+            .map(|(number, (path, length))| (path.clone(), Tensor::full([*length], number, &device)))
+            .collect();
+        for parts in 1..=6 {
+            let bucket = &cut(all.clone(), 100, parts)[0];
+            let part = bucket.len() / parts;
+            let packed = (0..parts).map(|rank| bucket.pack(rank * part..(rank + 1) * part, &values)).collect();
+            let whole = Tensor::cat(packed, 0);
+            let numbers: Vec<f32> = whole.to_data().iter().collect();
+            assert_eq!(numbers[..8], [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 3.0]);
+            assert!(numbers[8..].iter().all(|number| *number == 0.0) && numbers.len() == bucket.len());
+            assert_eq!(bucket.take(|path| values.get(path).cloned()).map(Tensor::into_data), Some(whole.to_data()));
+            for (path, value) in bucket.unpack(&whole) {
+                assert_eq!(value.into_data(), values[&path].to_data(), "{path} of {parts}");
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! How a run begins or goes on: the learner and the state, the same on all ranks.
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::Checkpoint;
+use crate::collective::agree;
+use crate::conditioning::Base;
+use crate::error::Result;
+use crate::hypernet::{HyperLora, ParameterVisitor};
+use crate::optim::{OptimConfig, Optimizer, Share};
+use crate::train::checkpoints::{self, SavedState, Source, WEIGHTS};
+use crate::train::config::StageEntry;
+use crate::train::state::TrainState;
+use crate::train::step::Learner;
+use crate::train::{TrainOptions, TrainSetup};
+
+/// The learner and the state to go on with: those of `checkpoint`, or of a run's first step.
+///
+/// # Errors
+/// Input for a checkpoint of other settings, or weights that do not fit.
+pub(super) fn begin_or_resume(
+    setup: &TrainSetup<'_>,
+    base: &Base,
+    checkpoint: Option<&Checkpoint>,
+    settings: &Value,
+) -> Result<(Learner, TrainState)> {
+    match checkpoint {
+        Some(checkpoint) => resume(setup, base, checkpoint, settings),
+        None => Ok((begin(setup, base)?, TrainState::default())),
+    }
+}
+
+/// The learner as a stage begins: only its groups train, and the optimiser has not stepped yet.
+pub(super) fn begin_learning(setup: &TrainSetup<'_>, hyper_lora: HyperLora, entry: &StageEntry) -> Learner {
+    let config = entry.config();
+    learner(setup, hyper_lora.trainable(&config.groups), &config.optim)
+}
+
+/// Checks that all ranks run the same program on the same settings, data and parameters, from the same checkpoint.
+///
+/// # Errors
+/// Input, the same on all ranks, that names the first rank that differs.
+pub(super) fn check_agreement(
+    setup: &TrainSetup<'_>,
+    options: &TrainOptions,
+    settings: &Value,
+    hyper_lora: &HyperLora,
+    state: &TrainState,
+) -> Result<()> {
+    let mut shapes = Shapes(Sha256::new());
+    hyper_lora.visit_parameters(&mut shapes);
+    agree(
+        setup.world,
+        &[
+            ("version", env!("CARGO_PKG_VERSION").into()),
+            ("configuration", short(Sha256::new_with_prefix(&setup.resolved_yaml))),
+            ("data", settings["data"]["shards"].to_string()),
+            ("base", short(Sha256::new_with_prefix(settings["base"].to_string()))),
+            ("parameters", short(shapes.0)),
+            ("checkpoint", format!("step {}", state.global_step)),
+            ("--max-steps", format!("{:?}", options.max_steps)),
+        ],
+    )
+}
+
+/// A hypernetwork at its beginning.
+fn begin(setup: &TrainSetup<'_>, base: &Base) -> Result<Learner> {
+    let device = setup.device.clone().autodiff();
+    let sites = base.unet.attention_sites();
+    let hyper_lora = match &setup.train.init_from {
+        Some(path) => {
+            let weights = Source::find(&path.resolve(setup.folder)?)?.weights();
+            HyperLora::load(&weights, setup.hyper_lora, sites, &device)?
+        }
+        // What reads the ID embedding starts silent: the first stage that trains it begins where the one before ended.
+        None => HyperLora::new(setup.hyper_lora, sites, setup.seed, &device).start_id_embedding_stage(),
+    };
+    Ok(learner(setup, hyper_lora, &OptimConfig::default()))
+}
+
+/// Learner and state as the checkpoint has them.
+fn resume(
+    setup: &TrainSetup<'_>,
+    base: &Base,
+    checkpoint: &Checkpoint,
+    settings: &Value,
+) -> Result<(Learner, TrainState)> {
+    let saved: SavedState = checkpoint.state()?;
+    checkpoints::check_settings(&setup.place, &saved, settings)?;
+    let device = setup.device.clone().autodiff();
+    let sites = base.unet.attention_sites();
+    let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), setup.hyper_lora, sites, &device)?;
+    let mut learner = match setup.train.stages.get(saved.train.stage) {
+        Some(entry) => begin_learning(setup, hyper_lora, entry),
+        None => learner(setup, hyper_lora, &OptimConfig::default()),
+    };
+    if saved.train.stage_step > 0 {
+        let (path, tensors) = checkpoints::optimizer_tensors(checkpoint)?;
+        learner.optimizer.restore(&learner.hyper_lora, &saved.optimizer_steps, tensors, &path)?;
+    }
+    tracing::info!("going on from {}", checkpoint.path().display());
+    Ok((learner, saved.train))
+}
+
+fn learner(setup: &TrainSetup<'_>, hyper_lora: HyperLora, config: &OptimConfig) -> Learner {
+    let share = Share::of(setup.world, setup.train.shard_optimizer, setup.train.wire);
+    let optimizer = Optimizer::new(config, &hyper_lora, share);
+    Learner { hyper_lora, optimizer }
+}
+
+/// Names and shapes of all parameters.
+struct Shapes(Sha256);
+
+impl ParameterVisitor for Shapes {
+    fn visit<const D: usize>(&mut self, name: &str, parameter: &burn::module::Param<burn::tensor::Tensor<D>>) {
+        self.0.update(format!("{name} {:?}\n", parameter.val().dims()));
+    }
+}
+
+fn short(hasher: Sha256) -> String {
+    hasher.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,86 @@
+//! What the ranks tell each other about a step before they reduce its gradients: their losses, or what went wrong.
+//!
+//! Data are never prepared inside a collective: a rank whose data fail says so here, and the others stop at once instead of
+//! waiting for its gradients.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::collective::Collective;
+use crate::data::scenario::Scenario;
+use crate::error::{Error, Result};
+use crate::train::step::SampleLoss;
+
+#[derive(Serialize, Deserialize)]
+enum Note {
+    /// Loss (its bits: JSON has no NaN), scenario and timestep of each sample.
+    Losses(Vec<(u32, Scenario, u32)>),
+    Failure(String),
+}
+
+/// The losses of all ranks, by rank. A rank that failed (`own` is its error) says so, and gets none.
+///
+/// # Errors
+/// Peer that names the first other rank that failed, and why; those of the collective.
+pub(super) fn share_losses(
+    world: &dyn Collective,
+    own: std::result::Result<&[SampleLoss], &Error>,
+) -> Result<Vec<SampleLoss>> {
+    let note = match own {
+        Ok(losses) => Note::Losses(losses.iter().map(|s| (s.loss.to_bits(), s.scenario, s.timestep)).collect()),
+        Err(error) => Note::Failure(error.to_string()),
+    };
+    let broken = |error: serde_json::Error| Error::Fault(format!("a note between ranks cannot be read: {error}"));
+    let notes = world.exchange("all ranks to end their passes", &serde_json::to_vec(&note).map_err(broken)?)?;
+    let mut all = Vec::new();
+    for (rank, note) in notes.iter().enumerate().take_while(|_| own.is_ok()) {
+        match serde_json::from_slice(note).map_err(broken)? {
+            Note::Losses(losses) => all.extend(losses.into_iter().map(|(loss, scenario, timestep)| SampleLoss {
+                loss: f32::from_bits(loss),
+                scenario,
+                timestep,
+            })),
+            Note::Failure(problem) => {
+                let problem = problem.lines().next().unwrap_or_default();
+                return Err(Error::Peer(format!("{} failed: {problem}", world.name_of(rank))));
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Whether any rank was asked to stop, by the name of the signal: all ranks stop at the same step.
+///
+/// # Errors
+/// Those of the collective.
+pub(super) fn asked_to_stop(world: &dyn Collective, own: Option<&'static str>) -> Result<Option<&'static str>> {
+    let notes = world.exchange("all ranks to begin the step", own.unwrap_or_default().as_bytes())?;
+    let asked = notes.iter().find(|note| !note.is_empty());
+    Ok(asked.map(|name| if name == b"SIGINT" { "SIGINT" } else { "SIGTERM" }))
+}
+
+/// Lets rank 0 do `work` alone while the others wait for up to `deadline`; all ranks get what it made of it.
+///
+/// # Errors
+/// Those of `work` on rank 0; on the others Peer that tells what it met.
+pub(super) fn lead_alone(
+    world: &dyn Collective,
+    what: &str,
+    deadline: Duration,
+    work: impl FnOnce() -> Result<String>,
+) -> Result<String> {
+    let own = if world.leads() { work() } else { Ok(String::new()) };
+    world.barrier(what, deadline)?;
+    let note = own.as_ref().map_or_else(|error| format!("!{error}"), |made| format!(".{made}"));
+    let notes = world.exchange(what, note.as_bytes())?;
+    own?;
+    let first = String::from_utf8_lossy(notes.first().map_or(&[][..], Vec::as_slice)).into_owned();
+    match first.strip_prefix('!') {
+        Some(problem) => {
+            let problem = problem.lines().next().unwrap_or_default();
+            Err(Error::Peer(format!("{} failed: {problem}", world.name_of(0))))
+        }
+        None => Ok(first.get(1..).unwrap_or_default().to_owned()),
+    }
+}
