@@ -41,6 +41,9 @@ fn rgb() -> usize {
     3
 }
 
+/// The largest side that a config may ask for: more is a typing error.
+const LARGEST_IMAGE: usize = 1 << 14;
+
 impl ClipVisionConfig {
     /// Tokens of an image: the class token and one per patch.
     pub fn tokens(&self) -> usize {
@@ -62,6 +65,9 @@ impl ClipVisionConfig {
     fn problem(&self) -> Option<(&'static str, String)> {
         if self.patch_size == 0 || self.image_size < self.patch_size {
             return Some(("patch_size", format!("{} does not fit image_size {}", self.patch_size, self.image_size)));
+        }
+        if self.image_size > LARGEST_IMAGE {
+            return Some(("image_size", format!("{} is above {LARGEST_IMAGE}", self.image_size)));
         }
         if self.num_channels != rgb() {
             return Some(("num_channels", format!("{} is not supported, only 3", self.num_channels)));

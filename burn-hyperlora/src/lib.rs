@@ -41,6 +41,8 @@ pub mod train;
 
 pub mod experiment;
 
+pub mod plan;
+
 pub mod export;
 
 pub mod eval;

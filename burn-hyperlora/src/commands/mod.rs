@@ -4,6 +4,7 @@ mod eval;
 mod generate;
 mod loras;
 mod merge;
+mod plan;
 mod sample;
 mod train;
 
@@ -41,6 +42,7 @@ enum Command {
     Generate(generate::GenerateArgs),
     Sample(Box<sample::SampleArgs>),
     Merge(merge::MergeArgs),
+    Plan(plan::PlanArgs),
     #[command(subcommand)]
     Eval(eval::EvalCommand),
 }
@@ -169,6 +171,7 @@ fn dispatch(cli: &Cli) -> ExitCode {
         Command::Generate(args) => generate::run(args, &cli.common, &device),
         Command::Sample(args) => sample::run(args, &cli.common, &device),
         Command::Merge(args) => merge::run(args, &cli.common),
+        Command::Plan(args) => plan::run(args, &cli.common),
         Command::Eval(command) => eval::run(command, &cli.common, &device),
     });
     done.unwrap_or_else(|error| {

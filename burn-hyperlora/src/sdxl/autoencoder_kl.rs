@@ -40,12 +40,15 @@ pub struct AutoencoderKlConfig {
     act_fn: String,
     down_block_types: Vec<String>,
     up_block_types: Vec<String>,
+    /// Whether both halves have self-attention over the pixels at their coarsest level.
     #[serde(default = "yes")]
-    mid_block_add_attention: bool,
+    pub mid_block_add_attention: bool,
+    /// Whether a 1x1 convolution ends the encoder.
     #[serde(default = "yes")]
-    use_quant_conv: bool,
+    pub use_quant_conv: bool,
+    /// Whether a 1x1 convolution begins the decoder.
     #[serde(default = "yes")]
-    use_post_quant_conv: bool,
+    pub use_post_quant_conv: bool,
     #[serde(default)]
     shift_factor: Option<f64>,
     #[serde(default)]
@@ -57,6 +60,10 @@ pub struct AutoencoderKlConfig {
 fn yes() -> bool {
     true
 }
+
+/// The widest layer and the most levels or layers that a config may ask for: more is a typing error.
+const WIDTH_LIMIT: usize = 1 << 16;
+const DEPTH_LIMIT: usize = 16;
 
 impl AutoencoderKlConfig {
     /// Image pixels per latent, along each side.
@@ -101,6 +108,15 @@ impl AutoencoderKlConfig {
         if levels == 0 || groups == 0 || self.block_out_channels.iter().any(|&c| c == 0 || !c.is_multiple_of(groups)) {
             let widths = &self.block_out_channels;
             return refuse("block_out_channels", format!("{widths:?} must be multiples of norm_num_groups {groups}"));
+        }
+        let mut widths = [self.in_channels, self.out_channels, self.latent_channels]
+            .into_iter()
+            .chain(self.block_out_channels.clone());
+        if levels > DEPTH_LIMIT
+            || self.layers_per_block > DEPTH_LIMIT
+            || !widths.all(|width| (1..=WIDTH_LIMIT).contains(&width))
+        {
+            return refuse("block_out_channels, layers_per_block, *_channels", "are out of range".into());
         }
         if !self.scaling_factor.is_finite() || self.scaling_factor <= 0.0 {
             return refuse("scaling_factor", format!("{} is not a positive number", self.scaling_factor));

@@ -41,12 +41,20 @@ fn layer_norm_eps() -> f64 {
     1e-5
 }
 
+/// The largest size that a config may ask for: more is a typing error, and products of two still fit memory sizes.
+const LARGEST: usize = 1 << 16;
+
 impl ClipEncoderConfig {
     /// What makes these sizes impossible: the key and the problem.
     pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
         let (width, heads, layers) = (self.hidden_size, self.num_attention_heads, self.num_hidden_layers);
         if width == 0 || heads == 0 || !width.is_multiple_of(heads) {
             return Some(("num_attention_heads", format!("{heads} does not divide hidden_size {width}")));
+        }
+        let sizes =
+            [("hidden_size", width), ("intermediate_size", self.intermediate_size), ("num_hidden_layers", layers)];
+        if let Some((key, size)) = sizes.into_iter().find(|(_, size)| *size > LARGEST) {
+            return Some((key, format!("{size} is above {LARGEST}")));
         }
         // One layer has no penultimate states that any layer has touched.
         (layers < 2).then(|| ("num_hidden_layers", format!("{layers} is too few: the penultimate layer is needed")))

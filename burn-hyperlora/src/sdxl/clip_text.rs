@@ -37,6 +37,9 @@ fn legacy_eos_token_id() -> i32 {
     LEGACY_EOS_TOKEN_ID
 }
 
+/// The largest count that a config may ask for: more is a typing error.
+const LARGEST: usize = 1 << 20;
+
 impl ClipTextConfig {
     /// Reads and checks a config.
     ///
@@ -44,7 +47,7 @@ impl ClipTextConfig {
     /// Input for broken JSON and sizes that cannot be.
     pub fn parse(text: &ConfigText) -> Result<Self> {
         let config: Self = text.parse()?;
-        match config.encoder.problem() {
+        match config.problem() {
             None => Ok(config),
             Some((key, problem)) => Err(Error::input(
                 format!("{}: {key}", text.place().display()),
@@ -52,6 +55,16 @@ impl ClipTextConfig {
                 "use the config.json of a CLIP text encoder",
             )),
         }
+    }
+
+    fn problem(&self) -> Option<(&'static str, String)> {
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("projection_dim", self.projection_dim),
+        ];
+        let misfit = sizes.into_iter().find(|(_, size)| *size > LARGEST);
+        misfit.map(|(key, size)| (key, format!("{size} is above {LARGEST}"))).or_else(|| self.encoder.problem())
     }
 }
 

@@ -6,7 +6,7 @@ use crate::support::{World, hyperlora, quickstart_base, run};
 
 #[test]
 fn every_command_shows_an_example() {
-    for command in [&["train"][..], &["generate"], &["sample"], &["eval", "identity-gap"]] {
+    for command in [&["train"][..], &["generate"], &["sample"], &["plan"], &["eval", "identity-gap"]] {
         let shown = run(hyperlora(command.iter().chain(&["--help"]))).with(0).stdout;
         let called = format!("  hyperlora {}", command.join(" "));
         assert!(shown.contains("Example") && shown.contains(&called), "{shown}");
@@ -17,7 +17,7 @@ fn every_command_shows_an_example() {
     let version = run(hyperlora(["--version"])).with(0).stdout;
     assert_eq!(version.trim(), concat!("hyperlora ", env!("CARGO_PKG_VERSION")));
     let listed = run(hyperlora(["--help"])).with(0).stdout;
-    assert!(["train", "generate", "sample", "eval"].iter().all(|command| listed.contains(command)), "{listed}");
+    assert!(["train", "generate", "sample", "plan", "eval"].iter().all(|command| listed.contains(command)), "{listed}");
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod contract;
 mod disk;
 mod loras;
 mod pictures;
+mod plan;
 mod released;
 mod runs;
 mod support;

@@ -1,0 +1,100 @@
+//! `hyperlora plan`: what a training costs, before anything is paid for.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use clap::builder::RangedU64ValueParser;
+use data_prep::shard::Manifest;
+
+use crate::commands::Common;
+use crate::data::dataset::ALL_SPLITS;
+use crate::error::{Error, Result};
+use crate::experiment::Experiment;
+use crate::plan::hardware::{BETWEEN_MACHINES, Gpu, Link, PER_MACHINE, parse_memory};
+use crate::plan::{Cluster, Setup};
+
+/// Tell memory, traffic, speed and days of a training from its configs alone
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  hyperlora plan experiments/sdxl/id-embed.yaml --gpus 16 --gpu a100-80g --images 4400000\n  hyperlora plan experiments/sdxl/one-gpu-24g.yaml --gpu rtx-4090\n\nExit codes: 0 it fits, 2 it does not (the report says why and what to turn) or the input needs mending.\nThe formulas and assumptions stand in docs/planning.md."
+)]
+pub(super) struct PlanArgs {
+    /// The experiment's YAML
+    config: PathBuf,
+    /// How many GPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = RangedU64ValueParser::<u64>::new().range(1..=1 << 16))]
+    gpus: u64,
+    /// Their kind: a100-40g, a100-80g, h100-80g, h200, l40s, rtx-a6000, a10g, rtx-4090 or rtx-3090
+    #[arg(long, value_name = "NAME")]
+    gpu: Gpu,
+    /// What connects them: a speed per GPU and direction (300GB/s, 200Gb/s), nvlink3..5, pcie3..5, infiniband-edr, -hdr
+    /// or -ndr, ethernet-10g, -25g or -100g; where left out the GPU's own link, above eight GPUs infiniband-hdr
+    #[arg(long, value_name = "SPEED")]
+    link: Option<Link>,
+    /// Images of an epoch; those of the shards where left out
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
+    images: Option<u64>,
+    /// The share of the GPU's peak that a step reaches, above 0, at most 1
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    mfu: Option<f64>,
+    /// Memory of one GPU in place of the kind's own, such as 24GiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    gpu_memory: Option<u64>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn share(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("expected a number above 0, at most 1".into()),
+    }
+}
+
+pub(super) fn run(args: &PlanArgs, common: &Common) -> Result<ExitCode> {
+    common.start_log(None)?;
+    let experiment = Experiment::load(&args.config)?;
+    let setup = Setup::read(&experiment, args.cluster()?, args.images(&experiment)?)?;
+    let plan = setup.plan();
+    if args.json {
+        let text = serde_json::to_string_pretty(&plan)
+            .map_err(|problem| Error::Fault(format!("the plan cannot be written as JSON: {problem}")))?;
+        println!("{text}");
+    } else {
+        print!("{plan}");
+    }
+    Ok(if plan.fits { ExitCode::SUCCESS } else { ExitCode::from(2) })
+}
+
+impl PlanArgs {
+    fn cluster(&self) -> Result<Cluster> {
+        let link = match &self.link {
+            Some(link) => link.clone(),
+            None => {
+                let name = if self.gpus > PER_MACHINE { BETWEEN_MACHINES } else { self.gpu.link };
+                name.parse().map_err(|problem| Error::Fault(format!("{name}: {problem}")))?
+            }
+        };
+        Ok(Cluster {
+            gpu: self.gpu,
+            gpus: self.gpus,
+            memory: self.gpu_memory.unwrap_or(self.gpu.memory_mib << 20),
+            link,
+            utilisation: self.mfu.unwrap_or(self.gpu.utilisation),
+        })
+    }
+
+    /// The number of images: as told, or as the shards' manifest counts the split, where there are shards.
+    fn images(&self, experiment: &Experiment) -> Result<Option<u64>> {
+        let shards = experiment.data.shards.resolve(experiment.folder())?;
+        if self.images.is_some() || !shards.is_dir() {
+            return Ok(self.images);
+        }
+        let manifest = Manifest::read(&shards)?;
+        let split = &experiment.data.split;
+        let images = if split == ALL_SPLITS { Some(manifest.kept) } else { manifest.splits.get(split).copied() };
+        Ok(images.map(|images| images as u64).filter(|images| *images > 0))
+    }
+}

@@ -1,0 +1,82 @@
+//! The frozen models by their configs: those on disk, or SDXL-Base-1.0 where the base is not there yet.
+
+use std::path::Path;
+
+use burn::tensor::FloatDType;
+
+use crate::clip_vision::ClipVisionConfig;
+use crate::conditioning::BaseConfig;
+use crate::error::Result;
+use crate::sdxl::autoencoder_kl::AutoencoderKlConfig;
+use crate::sdxl::base_source::Part;
+use crate::sdxl::clip_text::ClipTextConfig;
+use crate::sdxl::configs;
+use crate::sdxl::unet_config::UNet2DConditionConfig;
+use crate::weights::ConfigText;
+
+/// The sizes of the frozen models.
+#[derive(Debug, Clone)]
+pub struct Architecture {
+    /// The denoiser.
+    pub unet: UNet2DConditionConfig,
+    /// The float type that its weights are kept in.
+    pub unet_dtype: FloatDType,
+    /// Images to latents.
+    pub vae: AutoencoderKlConfig,
+    /// Both text encoders.
+    pub text: [ClipTextConfig; 2],
+    /// Condition images to states.
+    pub vision: ClipVisionConfig,
+    /// What was assumed because it is not on disk, for the reader.
+    pub assumed: Vec<String>,
+}
+
+impl Architecture {
+    /// Reads the configs that `base` names; nothing else is opened.
+    ///
+    /// # Errors
+    /// Input for a config that is broken or of another architecture.
+    pub fn read(base: &BaseConfig, yaml_folder: &Path) -> Result<Self> {
+        let path = base.path.resolve(yaml_folder)?;
+        let mut assumed = Vec::new();
+        let source = match path.exists() {
+            true => Some(base.source(yaml_folder)?),
+            false => None,
+        };
+        if source.is_none() {
+            assumed.push(format!("SDXL-Base-1.0: {} is not there", path.display()));
+        }
+        let vision_folder = match &base.image_encoder {
+            Some(path) => path.resolve(yaml_folder)?,
+            None => path.join("image_encoder"),
+        };
+        let vision_from_disk = vision_folder.is_dir();
+        if !vision_from_disk {
+            assumed.push(format!("CLIP ViT-L/14 as image encoder: {} is not there", vision_folder.display()));
+        }
+        let config = |part: Part, built_in| match &source {
+            Some(source) => source.config(part),
+            None => Ok(ConfigText::built_in(part.folder(), built_in)),
+        };
+        let vision = match vision_from_disk {
+            true => ConfigText::read(&vision_folder.join("config.json"))?,
+            false => ConfigText::built_in("image_encoder", configs::IMAGE_ENCODER),
+        };
+        Ok(Self {
+            unet: UNet2DConditionConfig::parse(&config(Part::Unet, configs::UNET)?)?,
+            unet_dtype: base.dtype.into(),
+            vae: AutoencoderKlConfig::parse(&config(Part::Vae, configs::VAE)?)?,
+            text: [
+                ClipTextConfig::parse(&config(Part::TextEncoder, configs::TEXT_ENCODER)?)?,
+                ClipTextConfig::parse(&config(Part::TextEncoder2, configs::TEXT_ENCODER_2)?)?,
+            ],
+            vision: ClipVisionConfig::parse(&vision)?,
+            assumed,
+        })
+    }
+
+    /// Side of the latents of an image.
+    pub fn latent_side(&self, image_size: usize) -> usize {
+        image_size / self.vae.factor()
+    }
+}

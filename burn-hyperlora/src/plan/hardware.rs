@@ -1,0 +1,225 @@
+//! What there is to buy: GPUs and what connects them, as data.
+
+use std::str::FromStr;
+
+use serde::Serialize;
+
+/// A kind of GPU. Peaks are those of dense matrix products on tensor cores with f32 sums, without sparsity.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Gpu {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// Memory in MiB, as `nvidia-smi` tells it.
+    pub memory_mib: u64,
+    /// Peak in bf16, TFLOP/s.
+    pub bf16_tflops: f64,
+    /// Peak in TF32, TFLOP/s: what products of f32 matrices run in.
+    pub tf32_tflops: f64,
+    /// The share of the peak that a whole training step is assumed to reach: an assumption, not a measurement.
+    pub utilisation: f64,
+    /// What connects it to its neighbours in one machine.
+    pub link: &'static str,
+    /// Where the figures stand.
+    pub source: &'static str,
+}
+
+/// The GPUs that `--gpu` knows.
+pub const GPUS: [Gpu; 9] = [
+    Gpu {
+        name: "a100-40g",
+        memory_mib: 40_960,
+        bf16_tflops: 312.0,
+        tf32_tflops: 156.0,
+        utilisation: 0.35,
+        link: "nvlink3",
+        source: "NVIDIA A100 Tensor Core GPU data sheet",
+    },
+    Gpu {
+        name: "a100-80g",
+        memory_mib: 81_920,
+        bf16_tflops: 312.0,
+        tf32_tflops: 156.0,
+        utilisation: 0.35,
+        link: "nvlink3",
+        source: "NVIDIA A100 Tensor Core GPU data sheet",
+    },
+    Gpu {
+        name: "h100-80g",
+        memory_mib: 81_559,
+        bf16_tflops: 989.4,
+        tf32_tflops: 494.7,
+        utilisation: 0.25,
+        link: "nvlink4",
+        source: "NVIDIA H100 Tensor Core GPU data sheet (SXM5; half of the figures with sparsity)",
+    },
+    Gpu {
+        name: "h200",
+        memory_mib: 143_771,
+        bf16_tflops: 989.4,
+        tf32_tflops: 494.7,
+        utilisation: 0.25,
+        link: "nvlink4",
+        source: "NVIDIA H200 Tensor Core GPU data sheet (SXM; half of the figures with sparsity)",
+    },
+    Gpu {
+        name: "l40s",
+        memory_mib: 46_068,
+        bf16_tflops: 362.0,
+        tf32_tflops: 183.0,
+        utilisation: 0.3,
+        link: "pcie4",
+        source: "NVIDIA L40S data sheet",
+    },
+    Gpu {
+        name: "rtx-a6000",
+        memory_mib: 49_140,
+        bf16_tflops: 154.8,
+        tf32_tflops: 77.4,
+        utilisation: 0.35,
+        link: "pcie4",
+        source: "NVIDIA RTX A6000 data sheet (half of the figures with sparsity)",
+    },
+    Gpu {
+        name: "a10g",
+        memory_mib: 23_028,
+        bf16_tflops: 70.0,
+        tf32_tflops: 35.0,
+        utilisation: 0.35,
+        link: "pcie4",
+        source: "NVIDIA A10G data sheet",
+    },
+    Gpu {
+        name: "rtx-4090",
+        memory_mib: 24_564,
+        bf16_tflops: 165.2,
+        tf32_tflops: 82.6,
+        utilisation: 0.35,
+        link: "pcie4",
+        source: "NVIDIA Ada GPU architecture white paper",
+    },
+    Gpu {
+        name: "rtx-3090",
+        memory_mib: 24_576,
+        bf16_tflops: 71.0,
+        tf32_tflops: 35.6,
+        utilisation: 0.35,
+        link: "pcie4",
+        source: "NVIDIA Ampere GA102 GPU architecture white paper",
+    },
+];
+
+impl FromStr for Gpu {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        GPUS.into_iter().find(|gpu| gpu.name == name).ok_or_else(|| {
+            let known: Vec<&str> = GPUS.iter().map(|gpu| gpu.name).collect();
+            format!("expected one of {}; --gpu-memory and --mfu fit the nearest one to another card", known.join(", "))
+        })
+    }
+}
+
+/// What connects the GPUs, seen by one of them, in one direction.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Link {
+    /// As it was asked for.
+    pub name: String,
+    /// Bytes per second.
+    pub bytes_per_second: f64,
+}
+
+/// Links by name: GB/s per GPU and direction. A port of 200 Gb/s carries 25 GB/s.
+pub const LINKS: [(&str, f64); 12] = [
+    ("nvlink3", 300.0),
+    ("nvlink4", 450.0),
+    ("nvlink5", 900.0),
+    ("pcie3", 16.0),
+    ("pcie4", 32.0),
+    ("pcie5", 64.0),
+    ("infiniband-edr", 12.5),
+    ("infiniband-hdr", 25.0),
+    ("infiniband-ndr", 50.0),
+    ("ethernet-10g", 1.25),
+    ("ethernet-25g", 3.125),
+    ("ethernet-100g", 12.5),
+];
+
+/// What connects machines of eight GPUs where nothing else is said: one HDR port per GPU.
+pub const BETWEEN_MACHINES: &str = "infiniband-hdr";
+
+/// GPUs in one machine.
+pub const PER_MACHINE: u64 = 8;
+
+impl FromStr for Link {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let link = |gigabytes: f64| Self { name: text.into(), bytes_per_second: gigabytes * 1e9 };
+        if let Some((_, gigabytes)) = LINKS.iter().find(|(name, _)| *name == text) {
+            return Ok(link(*gigabytes));
+        }
+        // GB/s are bytes, Gb/s bits: their case tells them apart.
+        let speed = [("GB/s", 1.0), ("Gb/s", 0.125), ("MB/s", 1e-3)]
+            .into_iter()
+            .find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.trim_end().parse::<f64>().ok()? * factor));
+        match speed {
+            Some(speed) if speed.is_finite() && speed > 0.0 => Ok(link(speed)),
+            _ => {
+                let known: Vec<&str> = LINKS.iter().map(|(name, _)| *name).collect();
+                Err(format!("expected a speed such as 300GB/s or 200Gb/s, or one of {}", known.join(", ")))
+            }
+        }
+    }
+}
+
+/// A whole number of bytes with its unit: `24GiB`, `24564MiB`, `80GB`.
+///
+/// # Errors
+/// What was expected.
+pub fn parse_memory(text: &str) -> Result<u64, String> {
+    let units = [("GiB", (1_u64 << 30) as f64), ("MiB", (1_u64 << 20) as f64), ("GB", 1e9), ("MB", 1e6)];
+    let bytes = units
+        .into_iter()
+        .find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.trim_end().parse::<f64>().ok()? * factor));
+    match bytes {
+        // Below 2^53 every whole number of bytes is exact.
+        Some(bytes) if (1.0..9e15).contains(&bytes) => Ok(bytes as u64),
+        _ => Err("expected a size such as 24GiB or 24564MiB".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_have_names_or_speeds() {
+        let speed = |text: &str| text.parse::<Link>().map(|link| link.bytes_per_second);
+        assert_eq!(speed("300GB/s"), Ok(300e9));
+        assert_eq!(speed("200 Gb/s"), Ok(25e9));
+        assert_eq!(speed("nvlink3"), Ok(300e9));
+        for wrong in ["", "300", "GB/s", "-1GB/s", "nanGB/s", "infGB/s", "0GB/s", "nvlink"] {
+            assert!(speed(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_gpu_has_a_link_and_a_peak_that_halves_from_bf16_to_tf32() {
+        for gpu in GPUS {
+            assert_eq!(gpu.name.parse(), Ok(gpu));
+            assert!(gpu.link.parse::<Link>().is_ok(), "{}", gpu.name);
+            assert!((gpu.bf16_tflops / gpu.tf32_tflops - 2.0).abs() < 0.05, "{}", gpu.name);
+        }
+        assert!(BETWEEN_MACHINES.parse::<Link>().is_ok());
+        assert!("gtx-970".parse::<Gpu>().is_err_and(|message| message.contains("rtx-4090")));
+    }
+
+    #[test]
+    fn memory_has_a_unit() {
+        assert_eq!(parse_memory("24GiB"), Ok(24 << 30));
+        assert_eq!(parse_memory("1.5 GiB"), Ok(3 << 29));
+        for wrong in ["24", "GiB", "-1GiB", "0GiB", "nanGiB", "1e99GiB"] {
+            assert!(parse_memory(wrong).is_err(), "{wrong}");
+        }
+    }
+}
