@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use crate::plan::memory::{F32, Memory, WORKSPACE};
 use crate::plan::{Setup, encoders, unet};
+use crate::sdxl::memory::activation_bytes;
 use crate::train::config::StageEntry;
 
 /// One stage of a training.
@@ -180,13 +181,13 @@ impl Setup {
         let (unet, encoders): (Vec<_>, Vec<_>) = frozen.iter().partition(|part| part.name == "unet");
         let count = |parts: Vec<&super::Part>| parts.into_iter().map(|part| part.parameters).sum::<u64>();
 
-        let unet_activations = micro_batch as u64
-            * unet::activation_bytes(
-                &self.architecture.unet,
-                self.latents(),
-                dtype_bytes(self.architecture.unet_dtype),
-                self.train.recompute,
-            );
+        let unet_activations = activation_bytes(
+            &self.architecture.unet,
+            self.latents(),
+            self.train.micro_batch,
+            self.architecture.unet_dtype,
+            self.train.recompute,
+        );
         // The LoRA as it was made, and its gradients.
         let lora = bytes(2 * micro_batch * sizes.lora_elements(kind));
         let graph = bytes(micro_batch * sizes.graph_elements(kind));

@@ -192,35 +192,3 @@ pub(super) fn training(config: &UNet2DConditionConfig, latents: [usize; 2], rank
         attention_backward: touched.attention_backward() + again,
     }
 }
-
-/// Bytes of one image's activations: every layer's input, and the widest layer's intermediate results.
-pub(super) fn activation_bytes(
-    config: &UNet2DConditionConfig,
-    latents: [usize; 2],
-    element: u64,
-    recompute: bool,
-) -> u64 {
-    let map = |layer: &LayerPlan| {
-        let [height, width] = latents.map(|side| side.div_ceil(1 << layer.level) as u64);
-        let channels = match layer.kind {
-            LayerKind::Conv { channels: [input, _], .. }
-            | LayerKind::Resnet { channels: [input, _] }
-            | LayerKind::Out { channels: [input, _] }
-            | LayerKind::Upsample { channels: input } => input,
-            LayerKind::TokensIn { width } | LayerKind::Transformer { width, .. } | LayerKind::TokensOut { width } => {
-                width
-            }
-        };
-        height * width * channels as u64 * element
-    };
-    let inside = |layer: &LayerPlan| match layer.kind {
-        LayerKind::Transformer { heads, .. } => {
-            let tokens: u64 = latents.map(|side| side.div_ceil(1 << layer.level) as u64).iter().product();
-            30 * map(layer) + 16 * heads as u64 * tokens * tokens.min(1024)
-        }
-        _ => 8 * map(layer),
-    };
-    let kept: u64 = layers(config).map(|layer| map(&layer)).sum();
-    let inside = layers(config).map(|layer| inside(&layer));
-    kept + if recompute { inside.max().unwrap_or(0) } else { inside.sum() }
-}
