@@ -9,11 +9,12 @@ use std::path::Path;
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, FloatDType, Tensor};
+use burn_hyperlora::collective::WorldOfOne;
 use burn_hyperlora::conditioning::{IdPortraits, Portraits};
 use burn_hyperlora::error::{Error, Result};
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ParameterGroup, Stage};
 use burn_hyperlora::loss::mean_squared_error;
-use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer};
+use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Share};
 use burn_hyperlora::sdxl::unet::{UNet2DConditionModel, UnetInput};
 use burn_hyperlora::train::forward::make_lora;
 use peak_alloc::PeakAlloc;
@@ -43,7 +44,8 @@ fn main() -> Result<()> {
     let groups: Vec<_> = ParameterGroup::ALL.into_iter().filter(|group| !is_base(group)).collect();
     let hyper_lora = HyperLora::new(&config, unet.attention_sites(), 0, &device.clone().autodiff()).trainable(&groups);
     let optim = OptimConfig::default();
-    let mut optimizer = Optimizer::new(&optim);
+    let world = WorldOfOne::new();
+    let mut optimizer = Optimizer::new(&optim, &hyper_lora, Share::WHOLE);
     let (input, target) = (input(&unet, side, &device), normal([1, 4, side, side], &device));
     let made = make_lora(&hyper_lora, Stage::IdEmbed, portraits(&config, &device).autodiff())?;
     clock.lap("hypernetwork, its values drawn on the way");
@@ -63,9 +65,10 @@ fn main() -> Result<()> {
     let gradients = GradientMap::take(&hyper_lora, &mut backward);
     drop((backward, made));
     clock.lap("backward");
-    let clipped = gradients.clip(optim.clip_norm).map_err(|problem| Error::Fault(problem.to_string()))?;
-    let norm = clipped.norm;
-    let hyper_lora = optimizer.step(hyper_lora, clipped.gradients, optim.learning_rate);
+    let reduced = optimizer.reduce(gradients, &world)?;
+    let norm = reduced.norm;
+    let reduced = reduced.clip(optim.clip_norm);
+    let hyper_lora = optimizer.step(hyper_lora, reduced, optim.learning_rate, &world)?;
     clock.lap("update");
     let loss: Vec<f32> = loss.into_data().iter().collect();
     println!("loss {loss:?}, gradient norm {norm:e}, {} parameters by name", hyper_lora.parameter_names().len());

@@ -11,9 +11,10 @@ use serde_json::Value;
 
 use super::*;
 use crate::checkpoint::CheckpointStore;
+use crate::collective::WorldOfOne;
 use crate::conditioning::{Base, BaseConfig};
 use crate::hypernet::{HyperLora, ParameterVisitor, Stage};
-use crate::optim::{GradientMap, Optimizer};
+use crate::optim::{GradientMap, Optimizer, Share};
 use crate::sdxl::configs;
 use crate::train::checkpoints::{self, SavedState};
 use crate::train::config::StageEntry;
@@ -173,8 +174,11 @@ fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, 
     let mut nothing = Tensor::<1>::ones([1], device).require_grad().sum().backward();
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
     let gradient_bytes = gradients.iter().map(|(_, gradient)| 4 * gradient.shape().num_elements() as u64).sum();
-    let mut optimizer = Optimizer::new(&entry.config().optim);
-    let hyper_lora = optimizer.step(hyper_lora, gradients, 1e-4);
+    let world = WorldOfOne::new();
+    let mut optimizer = Optimizer::new(&entry.config().optim, &hyper_lora, Share::WHOLE);
+    let reduced = optimizer.reduce(gradients, &world).unwrap();
+    let hyper_lora = optimizer.step(hyper_lora, reduced, 1e-4, &world).unwrap();
+    let moments = optimizer.tensors(&world, true).unwrap();
     let learner = Learner { hyper_lora, optimizer };
 
     let folder = tempfile::tempdir().unwrap();
@@ -185,7 +189,7 @@ fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, 
         optimizer_steps: learner.optimizer.steps(),
         settings: Value::Null,
     };
-    let written = checkpoints::save(&store, &state, &learner, 1).unwrap();
+    let written = checkpoints::save(&store, &state, &learner, &moments, 1).unwrap();
     (gradient_bytes, bytes_below(&written))
 }
 
