@@ -6,7 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, FloatDType, Tensor};
-use burn_hyperlora::export::save_kohya;
+use burn_hyperlora::export::lora::Layout;
+use burn_hyperlora::export::save_lora;
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig, convert};
 use burn_hyperlora::lora::{AttentionSite, LoraWeights};
 use burn_hyperlora::weights::Weights;
@@ -259,9 +260,9 @@ fn a_kohya_file_has_the_effect_of_the_weights() {
     {
         let path = folder.path().join("lora.safetensors");
         let notes = BTreeMap::from([("note".to_owned(), "held".to_owned())]);
-        save_kohya(&path, &sites(), lora, dtype, &notes).unwrap();
+        save_lora(&path, &sites(), lora, dtype, Layout::Kohya, &notes).unwrap();
         let bytes = fs::read(&path).unwrap();
-        save_kohya(&path, &sites(), lora, dtype, &notes).unwrap();
+        save_lora(&path, &sites(), lora, dtype, Layout::Kohya, &notes).unwrap();
         assert_eq!(fs::read(&path).unwrap(), bytes, "the same weights must give the same file");
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
         let metadata = header.metadata().clone().unwrap();
@@ -291,7 +292,8 @@ fn a_lora_of_several_samples_or_of_no_numbers_is_not_written() {
     let path = folder.path().join("lora.safetensors");
     let model = HyperLora::load(&fixtures(), &config(), &sites(), &Device::flex()).unwrap();
     let save = |lora: &LoraWeights, sites: &[AttentionSite]| {
-        save_kohya(&path, sites, lora, FloatDType::F16, &BTreeMap::new()).map_err(|error| error.exit_code())
+        save_lora(&path, sites, lora, FloatDType::F16, Layout::Kohya, &BTreeMap::new())
+            .map_err(|error| error.exit_code())
     };
     let one = model.id_lora(clip().narrow(0, 0, 1), None);
     assert_eq!(save(&model.id_lora(clip(), None), &sites()), Err(1));

@@ -94,7 +94,8 @@ class HyperLora(nn.Module):
     """Conditions to the down and up matrices of every attention's linears.
 
     `sites` is `{LoRA prefix: {"hidden_size": int, "cross_attention_dim": int or None}}` in module order; `sizes` has the
-    fields of the Rust `HyperLoraConfig`. `alpha = rank / 2`, so the scale 0.5 is folded into `up`.
+    fields of the Rust `HyperLoraConfig`; a `base_rank` of 0 leaves the Base-LoRA out. `alpha = rank / 2`, so the scale
+    0.5 is folded into `up`.
     """
 
     LINEARS = ("to_q", "to_k", "to_v", "to_out")
@@ -105,7 +106,7 @@ class HyperLora(nn.Module):
         self.sites, self.sizes = sites, sizes
         shared = dict(queries=8 * len(sites), width=sizes["clip_dim"], output=sizes["basis"], **sizes["resampler"])
         self.resampler = Resampler(two_conditions=True, **shared)
-        self.base_resampler = Resampler(two_conditions=False, **shared)
+        self.base_resampler = Resampler(two_conditions=False, **shared) if sizes["base_rank"] else None
         self.id_projector = nn.ModuleList(
             [nn.Linear(sizes["id_embedding_dim"], sizes["id_tokens"] * sizes["clip_dim"]), nn.Identity(),
              nn.LayerNorm(sizes["clip_dim"])]
@@ -115,6 +116,8 @@ class HyperLora(nn.Module):
             hidden, context = site["hidden_size"], site["cross_attention_dim"] or site["hidden_size"]
             for name, width in zip(self.LINEARS, (hidden, context, context, hidden)):
                 for part, rank in (("id", sizes["id_rank"]), ("base", sizes["base_rank"])):
+                    if not rank:
+                        continue
                     down, up = (sizes["basis"], width, rank), (sizes["basis"], rank, hidden)
                     self.bases[f"{i}.{name}.{part}_down_basis"] = nn.Parameter(torch.randn(down) / width**0.5)
                     self.bases[f"{i}.{name}.{part}_up_basis"] = nn.Parameter(torch.randn(up) / rank**0.5)
@@ -153,15 +156,15 @@ class HyperLora(nn.Module):
 
     def files(self):
         """The tensors of the released folder, by file stem and key."""
-        return {
-            "hyper_lora_modules": {key: basis.detach() for key, basis in self.bases.items()},
-            "resampler": self.resampler.state_dict(),
-            "base_resampler": self.base_resampler.state_dict(),
-            "id_projector": self.id_projector.state_dict(),
-        }
+        bases = {"hyper_lora_modules": {key: basis.detach() for key, basis in self.bases.items()}}
+        return bases | {stem: getattr(self, stem).state_dict() for stem in self.stems()}
+
+    def stems(self):
+        """The parts beside the bases."""
+        return [stem for stem in ("resampler", "base_resampler", "id_projector") if getattr(self, stem) is not None]
 
     def named_by_file(self):
         """Every parameter as ("{file stem}.{key}", parameter)."""
         yield from ((f"hyper_lora_modules.{key}", basis) for key, basis in self.bases.items())
-        for stem in ("resampler", "base_resampler", "id_projector"):
+        for stem in self.stems():
             yield from ((f"{stem}.{key}", value) for key, value in getattr(self, stem).named_parameters())

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use burn::tensor::{Device, FloatDType};
-use clap::{ArgGroup, Args, ValueEnum};
+use burn::tensor::Device;
+use clap::{ArgGroup, Args};
 
-use crate::commands::{Common, HyperLoraArgs, finite};
+use crate::commands::{Common, FileDType, HyperLoraArgs, LoraFormat, finite};
 use crate::error::Result;
 use crate::export;
 use crate::generate::photos::{PhotoReader, Portrait};
@@ -18,7 +18,7 @@ use crate::generate::{Generator, features};
 #[derive(Debug, Args)]
 #[command(
     group(ArgGroup::new("person").required(true).args(["images", "features"])),
-    after_help = "Examples:\n  From photos, with a hypernetwork of one's own:\n    hyperlora generate --checkpoint runs/quickstart --image a.png --image b.png -o lora.safetensors\n  With a released one:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --image-encoder clip_vit_large_14/ --faces antelopev2/ --image a.png -o lora.safetensors\n  From features that another program made:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --features anna.safetensors -o lora.safetensors\n\nThe file is in kohya's format, which ComfyUI, diffusers and the WebUIs load.\nPut the trigger words of the run before the prompt: `fcsks fxhks fhyks, a photo of a person`."
+    after_help = "Examples:\n  From photos, with a hypernetwork of one's own:\n    hyperlora generate --checkpoint runs/quickstart --image a.png --image b.png -o lora.safetensors\n  With a released one:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --image-encoder clip_vit_large_14/ --faces antelopev2/ --image a.png -o lora.safetensors\n  From features that another program made:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --features anna.safetensors -o lora.safetensors\n\nThe file is in kohya's layout, which ComfyUI, diffusers and the WebUIs load; --format diffusers is for diffusers with PEFT.\nPut the trigger words of the run before the prompt: `fcsks fxhks fhyks, a photo of a person`."
 )]
 pub(super) struct GenerateArgs {
     /// A run folder (its latest checkpoint), a checkpoint, or a HyperLoRA folder in the released layout
@@ -45,15 +45,12 @@ pub(super) struct GenerateArgs {
     /// Number format of the file
     #[arg(long, value_enum, default_value_t = FileDType::F16)]
     dtype: FileDType,
+    /// Layout of the file
+    #[arg(long, value_enum, default_value_t = LoraFormat::Kohya)]
+    format: LoraFormat,
     /// The LoRA file
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum FileDType {
-    F16,
-    F32,
 }
 
 pub(super) fn run(args: &GenerateArgs, common: &Common, device: &Device) -> Result<ExitCode> {
@@ -71,13 +68,9 @@ pub(super) fn run(args: &GenerateArgs, common: &Common, device: &Device) -> Resu
     };
     let seen = start.elapsed();
     let lora = generator.lora(&person, args.id_weight, if args.base { args.base_weight } else { 0.0 })?;
-    let dtype = match args.dtype {
-        FileDType::F16 => FloatDType::F16,
-        FileDType::F32 => FloatDType::F32,
-    };
     let trigger = generator.trigger().trim_end_matches([',', ' ']);
     let notes = BTreeMap::from([("ss_training_comment".to_owned(), format!("HyperLoRA; trigger words: {trigger}"))]);
-    export::save_kohya(&args.output, generator.sites(), &lora, dtype, &notes)?;
+    export::save_lora(&args.output, generator.sites(), &lora, args.dtype.into(), args.format.into(), &notes)?;
     tracing::info!(
         "{} from {} image(s): hypernetwork {:.2} s, person {:.2} s, LoRA {:.2} s",
         args.output.display(),

@@ -1,11 +1,14 @@
 //! The commands of `hyperlora`: parse, call the library, print.
 
 mod eval;
+mod export;
+mod fold;
 mod generate;
 mod loras;
 mod merge;
 mod plan;
 mod sample;
+mod slider;
 mod train;
 
 use std::fmt::Display;
@@ -14,10 +17,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
-use burn::tensor::Device;
-use clap::{ArgAction, Args, Parser, Subcommand};
+use burn::tensor::{Device, FloatDType};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use safetensors::Dtype;
 
 use crate::error::Result;
+use crate::export::lora::Layout;
 use crate::generate::photos::PhotoModels;
 use crate::metrics::{self, log};
 
@@ -40,6 +45,9 @@ struct Cli {
 enum Command {
     Train(train::TrainArgs),
     Generate(generate::GenerateArgs),
+    Export(export::ExportArgs),
+    Slider(slider::SliderArgs),
+    Fold(fold::FoldArgs),
     Sample(Box<sample::SampleArgs>),
     Merge(merge::MergeArgs),
     Plan(plan::PlanArgs),
@@ -119,6 +127,52 @@ impl Common {
     }
 }
 
+/// Number format of a file.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum FileDType {
+    F16,
+    Bf16,
+    F32,
+}
+
+impl From<FileDType> for Dtype {
+    fn from(dtype: FileDType) -> Self {
+        match dtype {
+            FileDType::F16 => Self::F16,
+            FileDType::Bf16 => Self::BF16,
+            FileDType::F32 => Self::F32,
+        }
+    }
+}
+
+impl From<FileDType> for FloatDType {
+    fn from(dtype: FileDType) -> Self {
+        match dtype {
+            FileDType::F16 => Self::F16,
+            FileDType::Bf16 => Self::BF16,
+            FileDType::F32 => Self::F32,
+        }
+    }
+}
+
+/// Layout of a LoRA file.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LoraFormat {
+    /// kohya's sd-scripts: ComfyUI, the WebUIs and diffusers load it
+    Kohya,
+    /// diffusers with PEFT
+    Diffusers,
+}
+
+impl From<LoraFormat> for Layout {
+    fn from(format: LoraFormat) -> Self {
+        match format {
+            LoraFormat::Kohya => Self::Kohya,
+            LoraFormat::Diffusers => Self::Diffusers,
+        }
+    }
+}
+
 /// What a hypernetwork of the released layout does not tell by itself, and what looks at photos for it.
 #[derive(Debug, Args)]
 struct HyperLoraArgs {
@@ -169,6 +223,9 @@ fn dispatch(cli: &Cli) -> ExitCode {
     let done = cli.common.device.open().and_then(|device| match &cli.command {
         Command::Train(args) => train::run(args, &cli.common, &device),
         Command::Generate(args) => generate::run(args, &cli.common, &device),
+        Command::Export(args) => export::run(args, &cli.common),
+        Command::Slider(args) => slider::run(args, &cli.common),
+        Command::Fold(args) => fold::run(args, &cli.common),
         Command::Sample(args) => sample::run(args, &cli.common, &device),
         Command::Merge(args) => merge::run(args, &cli.common),
         Command::Plan(args) => plan::run(args, &cli.common),

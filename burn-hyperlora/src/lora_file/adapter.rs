@@ -7,7 +7,7 @@ use crate::sdxl::base_source::Part;
 use crate::weights::SafetensorsFile;
 
 /// The key of the metadata.
-const KEY: &str = "lora_adapter_metadata";
+pub const ADAPTER_METADATA: &str = "lora_adapter_metadata";
 
 /// What the metadata says; empty where there is none.
 #[derive(Debug, Default)]
@@ -17,22 +17,27 @@ impl Adapter {
     /// # Errors
     /// Input for metadata that is no JSON, and for a DoRA.
     pub(super) fn of(file: &SafetensorsFile) -> Result<Self> {
-        let Some(text) = file.metadata().get(KEY) else { return Ok(Self::default()) };
+        let Some(text) = file.metadata().get(ADAPTER_METADATA) else { return Ok(Self::default()) };
         let values: Map<String, Value> = serde_json::from_str(text).map_err(|problem| {
-            Error::file(file.path(), format!("{KEY} in its metadata: {problem}"), "save the LoRA again with diffusers")
+            Error::file(
+                file.path(),
+                format!("{ADAPTER_METADATA} in its metadata: {problem}"),
+                "save the LoRA again with diffusers",
+            )
         })?;
         if values.iter().any(|(key, value)| key.ends_with(".use_dora") && *value == Value::Bool(true)) {
             return Err(Error::file(
                 file.path(),
-                format!("is a DoRA ({KEY}), which is not supported"),
+                format!("is a DoRA ({ADAPTER_METADATA}), which is not supported"),
                 "give a plain LoRA",
             ));
         }
         Ok(Self(values))
     }
 
-    /// What a module's update is multiplied by: alpha over rank, over its root for `use_rslora`; 1 where no alpha is told.
-    pub(super) fn scale(&self, part: Part, path: &str, rank: usize) -> f32 {
+    /// A module's alpha, times the root of the rank for `use_rslora`; the rank, which makes a scale of 1, where none is
+    /// told.
+    pub(super) fn alpha(&self, part: Part, path: &str, rank: usize) -> f32 {
         let part = part.folder();
         let get = |key: &str| self.0.get(&format!("{part}.{key}"));
         // A pattern names a module by the end of its path.
@@ -42,10 +47,10 @@ impl Adapter {
                 .find(|(end, _)| path.strip_suffix(end.as_str()).is_some_and(is_whole))
                 .map(|(_, alpha)| alpha)
         });
-        let Some(alpha) = own.or_else(|| get("lora_alpha")).and_then(Value::as_f64) else { return 1.0 };
         let rank = rank as f32;
-        let by = if get("use_rslora") == Some(&Value::Bool(true)) { rank.sqrt() } else { rank };
-        alpha as f32 / by
+        let Some(alpha) = own.or_else(|| get("lora_alpha")).and_then(Value::as_f64) else { return rank };
+        let rooted = get("use_rslora") == Some(&Value::Bool(true));
+        alpha as f32 * if rooted { rank.sqrt() } else { 1.0 }
     }
 }
 
@@ -61,15 +66,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_alpha_of_its_own_comes_first_and_silence_means_one() {
+    fn an_alpha_of_its_own_comes_first_and_silence_means_the_rank() {
         let adapter = |value: Value| Adapter(value.as_object().cloned().unwrap_or_default());
         let told = adapter(json!({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}}));
-        assert_eq!(told.scale(Part::Unet, "a.attn1.to_q", 4), 0.5);
-        assert_eq!(told.scale(Part::Unet, "attn1.to_q", 4), 0.5);
-        assert_eq!(told.scale(Part::Unet, "a.xattn1.to_q", 4), 2.0);
-        assert_eq!(told.scale(Part::Unet, "a.attn1.to_k", 4), 2.0);
-        assert_eq!(told.scale(Part::TextEncoder, "a.attn1.to_q", 4), 1.0);
+        assert_eq!(told.alpha(Part::Unet, "a.attn1.to_q", 4), 2.0);
+        assert_eq!(told.alpha(Part::Unet, "attn1.to_q", 4), 2.0);
+        assert_eq!(told.alpha(Part::Unet, "a.xattn1.to_q", 4), 8.0);
+        assert_eq!(told.alpha(Part::Unet, "a.attn1.to_k", 4), 8.0);
+        assert_eq!(told.alpha(Part::TextEncoder, "a.attn1.to_q", 4), 4.0);
         let rooted = adapter(json!({"unet.lora_alpha": 8, "unet.use_rslora": true}));
-        assert_eq!(rooted.scale(Part::Unet, "a", 4), 4.0);
+        assert_eq!(rooted.alpha(Part::Unet, "a", 4), 16.0);
     }
 }

@@ -8,7 +8,7 @@ mod base_names;
 mod keys;
 mod merge;
 mod merge_file;
-mod values;
+pub(crate) mod values;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,6 +19,7 @@ use crate::lora_file::keys::Side;
 use crate::sdxl::base_source::{Part, PartUpdates};
 use crate::weights::{LowRank, SafetensorsFile, TensorEntry};
 
+pub use adapter::ADAPTER_METADATA;
 pub use base_names::BaseNames;
 pub use merge::merge;
 
@@ -34,18 +35,21 @@ pub struct LoraFile {
     modules: Vec<Module>,
 }
 
-/// The update of one module.
+/// The update of one module: `alpha / rank * up @ down`.
 #[derive(Debug)]
-struct Module {
+pub struct Module {
     /// What the file calls it.
-    name: String,
-    part: Part,
+    pub name: String,
+    /// What it is a part of.
+    pub part: Part,
     /// Its path in the part, with dots or with underscores.
-    path: String,
-    down: TensorEntry,
-    up: TensorEntry,
-    /// Alpha over rank, or what stands for it.
-    scale: f32,
+    pub path: String,
+    /// `[rank, in]`, of a convolution `[rank, in, k, k]`; not checked yet.
+    pub down: TensorEntry,
+    /// `[out, rank]`, of a convolution with two axes of 1 more; not checked yet.
+    pub up: TensorEntry,
+    /// The scale times the rank, told by the file or by what its kind means where it is silent.
+    pub alpha: f32,
 }
 
 /// The tensors of one module.
@@ -104,19 +108,36 @@ impl LoraFile {
                 continue;
             };
             let rank = down.shape.first().copied().unwrap_or_default();
-            let alpha = tensors.alpha.map(|entry| scalar(&file, &entry)).transpose()?;
-            let scale = match alpha {
-                Some(Some(alpha)) => alpha / rank as f32,
+            let alpha = match tensors.alpha.map(|entry| scalar(&file, &entry)).transpose()? {
+                Some(Some(alpha)) => alpha,
                 Some(None) => {
                     problems.push(format!("{name}.alpha: no finite number"));
                     continue;
                 }
-                None => adapter.scale(part, &module, rank),
+                None => adapter.alpha(part, &module, rank),
             };
-            modules.push(Module { name, part, path: module, down, up, scale });
+            modules.push(Module { name, part, path: module, down, up, alpha });
         }
         refuse(path, &problems, "give a LoRA in the format of sd-scripts or diffusers")?;
         Ok(Self { file, modules })
+    }
+
+    /// The updates, by name.
+    pub fn modules(&self) -> &[Module] {
+        &self.modules
+    }
+
+    /// The file's metadata.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        self.file.metadata()
+    }
+
+    /// The bytes of a tensor of [`modules`](Self::modules).
+    ///
+    /// # Errors
+    /// Disk when reading fails.
+    pub fn read(&self, entry: &TensorEntry) -> Result<Vec<u8>> {
+        self.file.read_raw(&entry.name)
     }
 
     /// Adds this LoRA's changes at `weight` to `updates`.
@@ -144,7 +165,7 @@ impl LoraFile {
 
     /// The change to a weight of this shape; the inner error says what does not fit.
     fn change(&self, module: &Module, shape: &[usize], weight: f32) -> Result<std::result::Result<LowRank, String>> {
-        let Module { down, up, scale, .. } = module;
+        let Module { down, up, alpha, .. } = module;
         let rank = down.shape.first().copied().unwrap_or_default();
         // A linear layer may be written as a convolution with a kernel of one pixel, and the other way round.
         let expected = [[&[rank], &shape[1..]].concat(), vec![shape[0], rank]];
@@ -162,7 +183,7 @@ impl LoraFile {
             }
         }
         let [down, up] = <[Vec<f32>; 2]>::try_from(values).unwrap_or_default();
-        Ok(Ok(LowRank::new(down, up, rank, scale * weight)))
+        Ok(Ok(LowRank::new(down, up, rank, alpha / rank as f32 * weight)))
     }
 }
 

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 
 /// The values of little-endian `bytes`; an error tells a type that is no float.
-pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
+pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
     Ok(match dtype {
         Dtype::F32 => bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
         Dtype::F16 => bytes.as_chunks().0.iter().map(|&bytes| f16::from_le_bytes(bytes).to_f32()).collect(),
@@ -14,7 +14,7 @@ pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
 }
 
 /// The little-endian bytes of `values`; an error tells a type that is no float, and values that `dtype` cannot hold.
-pub(super) fn encode(dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, String> {
+pub(crate) fn encode(dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, String> {
     let largest = match dtype {
         Dtype::F32 => f32::MAX,
         Dtype::F16 => f16::MAX.to_f32(),

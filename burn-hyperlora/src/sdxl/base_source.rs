@@ -129,14 +129,14 @@ impl BaseSource {
     /// Input for a path that is neither, a file of another kind or architecture, a variant that no part has, and options
     /// that do not go with the layout.
     pub fn open(path: &Path, variant: Option<&str>, config: Option<&Path>) -> Result<Self> {
-        if !path.is_file() {
+        if path.is_dir() {
             return match config {
-                Some(_) if path.is_dir() => Err(Error::file(
+                None => Self::open_folder(path, variant),
+                Some(_) => Err(Error::file(
                     path,
                     "is a folder with configs of its own, and others are given",
                     "leave `base.config` out: it is for single-file checkpoints",
                 )),
-                _ => Self::open_folder(path, variant),
             };
         }
         let file = SafetensorsFile::open(path)?;

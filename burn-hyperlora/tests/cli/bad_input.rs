@@ -178,34 +178,3 @@ fn commands_that_read_a_run_name_what_is_no_run() {
         .refused(2, &[&nowhere, "no checkpoint folder"]);
     assert!(!Path::new(&output).exists());
 }
-
-#[test]
-fn a_single_file_that_is_no_sdxl_base_is_named_and_nothing_is_drawn() {
-    let world = World::new();
-    let file = world.path("base.safetensors");
-    let tensor = |key: &str| {
-        let header = format!(r#"{{"{key}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#);
-        [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 4]].concat()
-    };
-    let sd_1_5 = tensor("cond_stage_model.transformer.text_model.final_layer_norm.bias");
-    let cut_off = sd_1_5[..sd_1_5.len() - 1].to_vec();
-    let cases: [(Vec<u8>, &str); 6] = [
-        (b"PK\x03\x04archive/data.pkl".to_vec(), "pickle"),
-        (b"<!DOCTYPE html>".to_vec(), "web page"),
-        (cut_off, "bytes of tensors"),
-        (sd_1_5, "Stable Diffusion 1 or 2"),
-        (tensor("lora_unet_mid_block_attentions_0_proj_in.alpha"), "a LoRA"),
-        (tensor("model.diffusion_model.out.2.bias"), "no keys first_stage_model.*"),
-    ];
-    let output = world.path("a.png");
-    for (content, problem) in cases {
-        fs::write(&file, content).unwrap();
-        let mut sample = hyperlora(["sample", "--prompt", "a", "--base"]);
-        sample.arg(&file).arg("-o").arg(&output);
-        run(sample).refused(2, &["base.safetensors", problem]);
-        assert!(!output.exists(), "{problem}");
-    }
-    let of_quickstart = format!("path: {}", quickstart_base().display());
-    world.write_yaml(&[(&of_quickstart, "path: base.safetensors")]);
-    run(world.train("run", &["--max-steps", "0"])).refused(2, &["base.safetensors", "no keys first_stage_model.*"]);
-}

@@ -6,7 +6,8 @@ use crate::support::{World, hyperlora, quickstart_base, run};
 
 #[test]
 fn every_command_shows_an_example() {
-    for command in [&["train"][..], &["generate"], &["sample"], &["plan"], &["eval", "identity-gap"]] {
+    let commands = ["train", "generate", "sample", "export", "slider", "fold", "plan"].map(|command| vec![command]);
+    for command in commands.into_iter().chain([vec!["eval", "identity-gap"]]) {
         let shown = run(hyperlora(command.iter().chain(&["--help"]))).with(0).stdout;
         let called = format!("  hyperlora {}", command.join(" "));
         assert!(shown.contains("Example") && shown.contains(&called), "{shown}");

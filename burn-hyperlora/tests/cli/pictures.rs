@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use burn::tensor::{Device, Distribution, FloatDType, Tensor};
-use burn_hyperlora::export::save_kohya;
+use burn_hyperlora::export::lora::Layout;
+use burn_hyperlora::export::save_lora;
 use burn_hyperlora::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
 use burn_hyperlora::sdxl::unet::UNet2DConditionModel;
 use image::RgbImage;
@@ -30,7 +31,7 @@ fn write_lora(path: &Path, more: usize) {
         AttentionLora { q: pair(width, width), k: pair(text, width), v: pair(text, width), out: pair(width, width) }
     };
     let lora = LoraWeights { modules: sites.iter().map(module).collect() };
-    save_kohya(path, &sites, &lora, FloatDType::F16, &BTreeMap::new()).unwrap();
+    save_lora(path, &sites, &lora, FloatDType::F16, Layout::Kohya, &BTreeMap::new()).unwrap();
 }
 
 fn sample(output: &Path, more: &[&str]) -> Command {

@@ -4,11 +4,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use burn::tensor::TensorData;
+use burn::tensor::{Device, FloatDType, TensorData};
+use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig};
+use burn_hyperlora::lora::AttentionSite;
 use burn_hyperlora::weights::save;
 
 use crate::pictures::photo;
-use crate::support::{STEPS, World, copy_folder, hyperlora, quickstart_base, run};
+use crate::support::{STEPS, World, contents, copy_folder, hyperlora, quickstart_base, run};
 
 /// Sizes of the small world's hypernetwork.
 const CLIP_DIM: usize = 64;
@@ -154,4 +156,81 @@ fn training_begins_from_a_run_a_checkpoint_or_a_released_folder() {
     for (name, from) in [("a", world.path("run")), ("b", checkpoint), ("c", released)] {
         assert!(begin(name, &from) == trained, "{name}");
     }
+}
+
+#[test]
+fn a_hypernetwork_is_exported_for_the_released_nodes() {
+    let world = World::new();
+    let site = |attention: u8, cross_attention_dim| AttentionSite {
+        path: format!("mid_block.attentions.0.transformer_blocks.0.attn{attention}"),
+        hidden_size: 8,
+        cross_attention_dim,
+    };
+    // The smallest that the nodes load.
+    let resampler = ResamplerConfig { dim: 64, depth: 4, heads: 4, head_dim: 32, ff_mult: 2 };
+    let config = HyperLoraConfig { id_rank: 2, base_rank: 1, basis: 32, id_tokens: 4, resampler, ..Default::default() };
+    let write = |name: &str, config: &HyperLoraConfig| {
+        let model = HyperLora::new(config, &[site(1, None), site(2, Some(6))], 1, &Device::flex());
+        model.save(&world.path(name), FloatDType::F32).unwrap();
+    };
+    write("fit", &config);
+    write("odd", &HyperLoraConfig { id_rank: 3, ..config.clone() });
+    let export = |from: &str, more: &[&str]| {
+        let mut command = hyperlora(["export", "--format", "comfyui", "--head-dim", "32", "--checkpoint"]);
+        command.arg(world.path(from)).arg("-o").arg(world.path("nodes")).args(more);
+        run(command)
+    };
+    export("odd", &[]).refused(2, &["odd: id_rank: is 3, the released nodes load 2 to 32 in steps of 2"]);
+    assert!(!world.path("nodes").exists());
+
+    let ended = export("fit", &["--dtype", "f32"]).with(0);
+    assert!(ended.stderr.contains("dim 64, dim_head 32, heads 4, depth 4, ff_mult 2"), "{}", ended.stderr);
+    let files = |folder: &str| contents(&world.path(folder));
+    assert_eq!(files("nodes"), files("fit"), "f32 as it was: every byte");
+    export("fit", &["--no-base"]).with(0);
+    assert!(!world.path("nodes/base_resampler.safetensors").exists());
+    let halved = HyperLoraConfig::of_folder(&world.path("nodes"), 32).unwrap();
+    assert_eq!(halved, HyperLoraConfig { base_rank: 0, ..config });
+
+    for (arguments, part) in [
+        (&["export", "--format", "kohya", "--checkpoint", "a", "-o", "b"][..], "give --lora"),
+        (&["export", "--format", "comfyui", "--lora", "a", "-o", "b"], "give --checkpoint"),
+    ] {
+        run(hyperlora(arguments)).refused(2, &["--format", part]);
+    }
+}
+
+#[test]
+fn loras_are_converted_and_combined() {
+    let (world, _) = trained();
+    let path = |name: &str| world.path(name).display().to_string();
+    let read = |name: &str| fs::read(world.path(name)).unwrap();
+    features(&world.path("features"), 1.0, true);
+    let make = |output: &str, more: &[&str]| {
+        let ready = path("features");
+        run(generate(&world.path("run"), &world.path(output), &[&["--features", &ready], more].concat())).with(0);
+    };
+    make("kohya", &[]);
+    make("diffusers", &["--format", "diffusers"]);
+    make("both", &["--base", "--id-weight", "1", "--base-weight", "0.25"]);
+    make("base", &["--base", "--id-weight", "0", "--base-weight", "1"]);
+    let command = |arguments: &[&str]| run(hyperlora(arguments)).with(0);
+    command(&["export", "--format", "diffusers", "--lora", &path("kohya"), "-o", &path("converted")]);
+    assert!(read("converted") == read("diffusers"));
+    command(&["export", "--format", "kohya", "--lora", &path("diffusers"), "-o", &path("back")]);
+    assert!(read("back") == read("kohya"));
+
+    let (kohya, base) = (path("kohya"), path("base"));
+    let fold = ["fold", "--id", &kohya, "--base", &base, "--base-weight", "0.25", "-o"];
+    command(&[&fold[..], &[&path("folded")]].concat());
+    assert!(read("folded").len() > read("both").len(), "the ID-LoRA of weight 0 in `base` has ranks, too");
+    let ended = command(&[&fold[..], &[&path("cut"), "--rank", "2"]].concat());
+    assert!(ended.stdout.contains("relative error of rank 2: mean"), "{}", ended.stdout);
+    assert!(read("cut").len() < read("folded").len());
+    let slider = ["slider", "--positive", &kohya, "--negative", &base, "-o"];
+    command(&[&slider[..], &[&path("slider")]].concat());
+    assert!(read("slider").len() > read("kohya").len());
+    let refused = run(hyperlora(["slider", "--positive", &kohya, "--negative", &path("features"), "-o", &path("no")]));
+    refused.refused(2, &["features"]);
+    assert!(!world.path("no").exists());
 }

@@ -1,0 +1,59 @@
+//! `hyperlora fold`: a Base-LoRA into an ID-LoRA.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+
+use crate::commands::{Common, FileDType, LoraFormat, finite};
+use crate::error::Result;
+use crate::export::lora::{LoraSet, concat, reduce};
+
+/// Fold a Base-LoRA, at a weight, into an ID-LoRA: one file in place of two
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 -o anna-studio.safetensors\n  To the ID-LoRA's own rank, with what that costs:\n    hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 --rank 8 -o anna-studio.safetensors"
+)]
+pub(super) struct FoldArgs {
+    /// The ID-LoRA: a LoRA file in any layout
+    #[arg(long, value_name = "FILE")]
+    id: PathBuf,
+    /// The Base-LoRA
+    #[arg(long, value_name = "FILE")]
+    base: PathBuf,
+    /// Weight of the ID-LoRA
+    #[arg(long, default_value_t = 1.0, value_parser = finite::<f32>, allow_negative_numbers = true)]
+    id_weight: f32,
+    /// Weight of the Base-LoRA
+    #[arg(long, value_parser = finite::<f32>, allow_negative_numbers = true)]
+    base_weight: f32,
+    /// The closest LoRA of this rank, by singular values [default: exact, ranks add up]
+    #[arg(long, value_name = "R")]
+    rank: Option<usize>,
+    /// Number format of the file [default: the wider one of the two]
+    #[arg(long, value_enum)]
+    dtype: Option<FileDType>,
+    /// Layout of the file
+    #[arg(long, value_enum, default_value_t = LoraFormat::Kohya)]
+    format: LoraFormat,
+    /// The LoRA file
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+pub(super) fn run(args: &FoldArgs, common: &Common) -> Result<ExitCode> {
+    common.start_log(None)?;
+    let (id, base) = (LoraSet::open(&args.id)?, LoraSet::open(&args.base)?);
+    let dtype = args.dtype.map_or_else(|| id.wider(&base), Into::into);
+    let mut folded = concat(&[(&id, args.id_weight), (&base, args.base_weight)], dtype)?;
+    if let Some(rank) = args.rank {
+        let lost = reduce(&mut folded, rank)?;
+        println!(
+            "relative error of rank {rank}: mean {:.3e}, worst {:.3e} ({})",
+            lost.mean, lost.worst, lost.worst_module
+        );
+    }
+    folded.save(&args.output, args.format.into())?;
+    tracing::info!("{}: {} modules", args.output.display(), folded.modules.len());
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,127 @@
+//! LoRAs as named matrices: what is written, converted from one layout to another, and combined.
+
+mod combine;
+mod names;
+mod reduce;
+mod write;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use crate::error::{Error, Result};
+use crate::lora_file::{LoraFile, values};
+use crate::sdxl::base_source::Part;
+use crate::weights::TensorEntry;
+
+pub use combine::concat;
+pub use reduce::{Reduction, reduce};
+pub use write::Layout;
+
+const REMEDY: &str = "give a plain LoRA for SDXL, in the format of sd-scripts or diffusers";
+
+/// The updates of a base's modules, by the path that diffusers gives each.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LoraSet {
+    /// By part and path.
+    pub modules: BTreeMap<(Part, String), LoraModule>,
+    /// Notes of the file, such as who made it and the trigger words.
+    pub notes: BTreeMap<String, String>,
+}
+
+/// One module's update: `alpha / rank * up @ down`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraModule {
+    /// `[r, in]`, or `[r, in, k, k]` of a convolution.
+    pub down: Matrix,
+    /// `[out, r]`, or `[out, r, 1, 1]`.
+    pub up: Matrix,
+    /// The scale times the rank.
+    pub alpha: f32,
+}
+
+/// A tensor as a file holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Matrix {
+    /// F32, F16 or BF16.
+    pub dtype: Dtype,
+    /// First axis first.
+    pub shape: Vec<usize>,
+    /// Little-endian.
+    pub bytes: Vec<u8>,
+}
+
+impl LoraSet {
+    /// Reads a file of any layout.
+    ///
+    /// # Errors
+    /// Input, naming file and module, for a file that is no plain LoRA of an SDXL or holds values that are not finite;
+    /// Disk when reading fails.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = LoraFile::open(path)?;
+        let mut modules = BTreeMap::new();
+        for module in file.modules() {
+            let wrong = |problem: String| Error::input(format!("{}: {}", path.display(), module.name), problem, REMEDY);
+            let name = names::diffusers_path(module.part, &module.path)?
+                .ok_or_else(|| wrong("is no module of an SDXL".into()))?;
+            let matrix = |entry: &TensorEntry| -> Result<Matrix> {
+                let bytes = file.read(entry)?;
+                Ok(Matrix { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
+            };
+            let update = LoraModule { down: matrix(&module.down)?, up: matrix(&module.up)?, alpha: module.alpha };
+            update.check().map_err(wrong)?;
+            if modules.insert((module.part, name), update).is_some() {
+                return Err(wrong("is changed twice, under another name as well".into()));
+            }
+        }
+        Ok(Self { modules, notes: write::notes_of(file.metadata()) })
+    }
+
+    /// The widest type of the matrices of both.
+    pub fn wider(&self, other: &Self) -> Dtype {
+        let modules = self.modules.values().chain(other.modules.values());
+        let types = modules.flat_map(|module| [module.down.dtype, module.up.dtype]);
+        types.max_by_key(Dtype::bitsize).unwrap_or(Dtype::F16)
+    }
+}
+
+impl LoraModule {
+    /// The number of columns of `up`.
+    pub fn rank(&self) -> usize {
+        self.down.shape.first().copied().unwrap_or_default()
+    }
+
+    /// What `up @ down` is multiplied by.
+    pub fn scale(&self) -> f32 {
+        self.alpha / self.rank() as f32
+    }
+
+    /// Says what does not fit.
+    fn check(&self) -> std::result::Result<(), String> {
+        let rank = self.rank();
+        let (down, up) = (&self.down.shape, &self.up.shape);
+        let matrices = down.len() >= 2 && up.len() >= 2 && rank > 0 && up[1] == rank;
+        if !matrices || up[2..].iter().any(|&axis| axis != 1) {
+            return Err(format!("down {down:?} and up {up:?} do not make an update"));
+        }
+        for matrix in [&self.down, &self.up] {
+            if !matrix.values()?.iter().all(|value| value.is_finite()) {
+                return Err("holds values that are not finite".into());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Matrix {
+    /// In f32.
+    fn values(&self) -> std::result::Result<Vec<f32>, String> {
+        values::decode(self.dtype, &self.bytes)
+    }
+
+    /// From f32; the error tells of values that `dtype` cannot hold.
+    fn of(values: &[f32], shape: Vec<usize>, dtype: Dtype) -> std::result::Result<Self, String> {
+        Ok(Self { dtype, shape, bytes: values::encode(dtype, values)? })
+    }
+}

@@ -1,0 +1,75 @@
+//! LoRA files in the formats that other tools read.
+
+pub mod comfyui;
+pub mod lora;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{FloatDType, Tensor};
+use safetensors::Dtype;
+
+use crate::error::{Error, Result};
+use crate::export::lora::{Layout, LoraModule, LoraSet, Matrix};
+use crate::lora::{AttentionSite, LoraPair, LoraWeights};
+use crate::sdxl::base_source::Part;
+
+/// The paths of an attention module's linears, in the order of [`AttentionLora::pairs`].
+///
+/// [`AttentionLora::pairs`]: crate::lora::AttentionLora::pairs
+const LINEARS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
+
+/// Writes the LoRA of one sample as `layout` has it.
+///
+/// Loaders apply `alpha / rank * up @ down`. Scale and weights are in `up` already, so alpha is the rank: that holds for
+/// ID and Base together too, whose ranks add up. `dtype` is f16, bf16 or f32; `notes` goes into the file's metadata. The
+/// same input gives the same bytes, and the file appears whole or not at all.
+///
+/// # Errors
+/// Input for a place that cannot be written to, Disk for a full or failing disk, Fault for a LoRA of several samples, of
+/// other modules than `sites`, or with values that are not finite in `dtype`.
+pub fn save_lora(
+    path: &Path,
+    sites: &[AttentionSite],
+    lora: &LoraWeights,
+    dtype: FloatDType,
+    layout: Layout,
+    notes: &BTreeMap<String, String>,
+) -> Result<()> {
+    if lora.modules.len() != sites.len() {
+        let counts = format!("{} LoRA modules for {} attention modules", lora.modules.len(), sites.len());
+        return Err(Error::Fault(format!("{}: {counts}", path.display())));
+    }
+    let mut set = LoraSet { notes: notes.clone(), ..LoraSet::default() };
+    for (site, module) in sites.iter().zip(&lora.modules) {
+        for (linear, pair) in LINEARS.into_iter().zip(module.pairs()) {
+            let name = format!("{}.{linear}", site.path);
+            let LoraPair { down, up } = pair.clone();
+            let rank = down.dims()[2];
+            let matrix =
+                |tensor| transposed(tensor, dtype).map_err(|problem| Error::Fault(format!("{name}: {problem}")));
+            let module = LoraModule { down: matrix(down)?, up: matrix(up)?, alpha: rank as f32 };
+            set.modules.insert((Part::Unet, name), module);
+        }
+    }
+    set.save(path, layout)
+}
+
+/// `[1, m, n]` as a matrix `[n, m]` of `dtype`.
+fn transposed(tensor: Tensor<3>, dtype: FloatDType) -> std::result::Result<Matrix, String> {
+    let [batch, rows, columns] = tensor.dims();
+    if batch != 1 {
+        return Err(format!("holds {batch} samples, a file holds one"));
+    }
+    let tensor = tensor.inner().reshape([rows, columns]).swap_dims(0, 1).cast(dtype);
+    let data = tensor.try_into_data().map_err(|error| error.to_string())?;
+    if data.iter::<f32>().any(|value| !value.is_finite()) {
+        return Err(format!("has values that are not finite in {dtype:?}"));
+    }
+    let dtype = match dtype {
+        FloatDType::F16 => Dtype::F16,
+        FloatDType::BF16 => Dtype::BF16,
+        _ => Dtype::F32,
+    };
+    Ok(Matrix { dtype, shape: vec![columns, rows], bytes: data.as_bytes().to_vec() })
+}
