@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# One run on GPUs, one rank per GPU, started by torchrun. Call it on every machine. When a rank ends in failure, torchrun stops
+# the others and starts all of them again; they go on from the last whole checkpoint.
+#
+#   NNODES=2 MASTER=node-0:29500 ./launch/torchrun.sh CONFIG [further arguments of hyperlora train]
+#
+# torchrun comes with PyTorch (pip install torch); nothing else of it is used.
+#
+#   NNODES          machines, or MIN:MAX to go on with fewer or more (elastic)                           [1]
+#   NPROC_PER_NODE  GPUs of this machine                                                [what nvidia-smi lists]
+#   MASTER          HOST:PORT of the first machine; its ports PORT and the one that torchrun gives the ranks,
+#                   with its successor, must be reachable from the others                  [localhost:29500]
+#   RUN_ID          the same on all machines, another for every run that goes on at once                [hyperlora]
+#   MAX_RESTARTS    how often to start again                                                              [20]
+#   GRACE_S         how long the ranks may take to save after SIGTERM, seconds                           [110]
+#   DEVICE          cuda: every rank takes the GPU of its LOCAL_RANK                                    [cuda]
+#   HYPERLORA       the program, built with --features burn-hyperlora/cuda            [target/release/hyperlora]
+#
+# The world size has to divide data.streams (48) and global_batch / micro_batch: with 8 GPUs each, 1, 2, 3, 4 or 6 machines for
+# the streams. At any other number every rank says so and ends with exit code 2.
+#
+# The network: NCCL finds InfiniBand and NVLink by itself; NCCL_DEBUG=INFO shows what it chose. On machines with several
+# networks set NCCL_SOCKET_IFNAME (as eth0), with InfiniBand NCCL_IB_HCA (as mlx5).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. ci/setup.sh
+
+config=${1:-}
+[ -n "$config" ] || fail "no configuration" "./launch/torchrun.sh experiments/sdxl/id-clip.yaml --out runs/id-clip"
+shift
+program=${HYPERLORA:-${CARGO_TARGET_DIR:-target}/release/hyperlora}
+[ -x "$program" ] || fail "$program is missing" "cargo build --release --features burn-hyperlora/cuda"
+command -v "${TORCHRUN:=torchrun}" >/dev/null || fail "torchrun is missing" "pip install torch, or TORCHRUN=/path/to/torchrun"
+
+if [ -z "${NPROC_PER_NODE:-}" ]; then
+  command -v nvidia-smi >/dev/null || fail "nvidia-smi is missing, so nobody says how many GPUs there are" \
+    "install the NVIDIA driver, or set NPROC_PER_NODE; for CPUs use launch/local-mpi.sh"
+  NPROC_PER_NODE=$(nvidia-smi --list-gpus | wc -l)
+fi
+
+options=(--no-python
+  --nnodes "${NNODES:-1}" --nproc-per-node "$NPROC_PER_NODE"
+  --rdzv-backend c10d --rdzv-endpoint "${MASTER:-localhost:29500}" --rdzv-id "${RUN_ID:-hyperlora}"
+  --max-restarts "${MAX_RESTARTS:-20}")
+# PyTorch before 2.10 or so gives its processes 30 s after SIGTERM and has no option for it.
+if "$TORCHRUN" --help | grep -q -- --shutdown-timeout; then
+  options+=(--shutdown-timeout "${GRACE_S:-110}")
+fi
+exec "$TORCHRUN" "${options[@]}" "$program" train "$config" --device "${DEVICE:-cuda}" "$@"
