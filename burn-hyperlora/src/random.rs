@@ -31,6 +31,8 @@ pub enum Purpose {
     Evaluation = 8,
     /// The first latents of a drawn picture.
     Sampling = 9,
+    /// What takes the place of a photo that cannot be read.
+    StandIn = 10,
 }
 
 /// The generator of one draw.

@@ -86,7 +86,7 @@ def same_person_is_closer(rows: list[dict]) -> str:
 
 def main(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     rows = []
     for shard in manifest["shards"]:
         path = folder / shard["file"]
@@ -94,17 +94,28 @@ def main(folder: Path) -> None:
         assert len(content) == shard["bytes"] and hashlib.sha256(content).hexdigest() == shard["sha256"], path
         file = pq.ParquetFile(path)
         assert file.schema_arrow.remove_metadata().equals(SCHEMA), file.schema_arrow
-        assert file.metadata.metadata[b"hyperlora.schema_version"] == b"1"
+        assert file.metadata.metadata[b"hyperlora.schema_version"] == b"2"
         assert file.metadata.created_by == "hyperlora data-prep"
-        for group in range(file.num_row_groups):
+        assert file.num_row_groups == len(shard["row_groups"]), path
+        for group, place in enumerate(shard["row_groups"]):
+            end = place["offset"] + place["bytes"]
+            assert hashlib.sha256(content[place["offset"] : end]).hexdigest() == place["sha256"], (path, group)
+            assert file.metadata.row_group(group).num_rows == place["rows"], (path, group)
             for column in range(file.metadata.num_columns):
                 assert file.metadata.row_group(group).column(column).compression == "ZSTD"
+        assert hashlib.sha256(content[end:]).hexdigest() == shard["footer_sha256"], path
         table = file.read()
         assert table.num_rows == shard["rows"], path
         rows += table.to_pylist()
 
     assert len(rows) == manifest["kept"]
     assert manifest["photos"] == manifest["kept"] + sum(manifest["rejected"].values())
+    index = folder / manifest["index"]["file"]
+    content = index.read_bytes()
+    assert len(content) == manifest["index"]["bytes"]
+    assert hashlib.sha256(content).hexdigest() == manifest["index"]["sha256"]
+    labels = [{name: row[name] for name in ("key", "identity", "split")} for row in rows]
+    assert pq.read_table(index).to_pylist() == labels, "the index repeats the rows' labels"
     keys = [row["key"] for row in rows]
     assert keys == sorted(set(keys), key=str.encode), "keys are unique and in order"
     assert len({row["sha256"] for row in rows}) == len(rows), "no photo twice"

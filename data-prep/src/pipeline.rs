@@ -21,7 +21,7 @@ use crate::files::StagedFolder;
 use crate::filter::{FilterConfig, Reason, Rejection};
 use crate::report::{Cell, Report};
 use crate::shard::manifest::hex;
-use crate::shard::{FaceRecord, MANIFEST_FILE, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter};
+use crate::shard::{FaceRecord, MANIFEST_FILE, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter, Written};
 use crate::source::{DecodeConfig, Photo, SourceConfig};
 
 /// The YAML of `data-prep build`.
@@ -139,6 +139,7 @@ pub fn build(
         let problem = format!("none of {} photos holds a usable face ({})", photos.len(), report.reasons());
         return Err(Error::input("source", problem, "check the photos and the filter's thresholds"));
     }
+    let Written { shards, index } = writer.finish()?;
     let manifest = Manifest {
         schema_version: SCHEMA_VERSION,
         photos: photos.len(),
@@ -146,7 +147,8 @@ pub fn build(
         splits,
         rejected: report.rejected_counts(),
         models,
-        shards: writer.finish()?,
+        shards,
+        index,
         config: as_json(config)?,
     };
     report.finish()?;

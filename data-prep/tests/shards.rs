@@ -9,8 +9,10 @@ use std::sync::Arc;
 
 use arrow::array::{Int32Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema};
+use data_prep::shard::manifest::sha256_of;
 use data_prep::shard::{
-    EMBEDDING_DIM, FaceRecord, MANIFEST_FILE, Manifest, SCHEMA_VERSION, ShardConfig, ShardFolder, ShardWriter,
+    EMBEDDING_DIM, FaceRecord, INDEX_FILE, MANIFEST_FILE, Manifest, SCHEMA_VERSION, ShardConfig, ShardFolder,
+    ShardWriter,
 };
 
 fn record(number: usize) -> FaceRecord {
@@ -41,6 +43,7 @@ fn write(dir: &Path) -> Vec<FaceRecord> {
     for record in &records {
         writer.push(record.clone()).unwrap();
     }
+    let written = writer.finish().unwrap();
     let manifest = Manifest {
         schema_version: SCHEMA_VERSION,
         photos: 12,
@@ -48,7 +51,8 @@ fn write(dir: &Path) -> Vec<FaceRecord> {
         splits: BTreeMap::from([("train".into(), 5)]),
         rejected: BTreeMap::from([("no_face".into(), 2)]),
         models,
-        shards: writer.finish().unwrap(),
+        shards: written.shards,
+        index: written.index,
         config: serde_json::json!({"margin": 1.5}),
     };
     manifest.write(dir).unwrap();
@@ -70,19 +74,20 @@ fn rows_come_back_in_order_group_by_group() {
     let places: Vec<_> = folder
         .row_groups()
         .iter()
-        .map(|group| (group.file.file_name().unwrap().to_str().unwrap(), group.index, group.rows))
+        .map(|group| (folder.file(group), group.index, group.first_row, group.rows))
         .collect();
     let [a, b, c] = ["shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet"];
-    assert_eq!(places, [(a, 0, 2), (a, 1, 2), (b, 0, 2), (b, 1, 2), (c, 0, 2)]);
-    let read: Vec<_> = folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap()).collect();
+    assert_eq!(places, [(a, 0, 0, 2), (a, 1, 2, 2), (b, 0, 4, 2), (b, 1, 6, 2), (c, 0, 8, 2)]);
+    let read: Vec<_> = folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap().unwrap()).collect();
     assert_eq!(read, records);
-    assert_eq!(folder.read(&folder.row_groups()[3]).unwrap(), records[6..8]);
+    assert_eq!(folder.read(&folder.row_groups()[3]).unwrap().unwrap(), records[6..8]);
     let labels = folder.labels().unwrap();
     let expected = |record: &FaceRecord| (record.identity.clone(), record.split.clone());
     assert_eq!(
         labels.into_iter().map(|label| (label.identity, label.split)).collect::<Vec<_>>(),
         records.iter().map(expected).collect::<Vec<_>>()
     );
+    assert_eq!(folder.keys(3..5).unwrap(), [&records[3].key, &records[4].key].map(String::clone));
 }
 
 #[test]
@@ -90,7 +95,7 @@ fn the_same_rows_give_the_same_bytes() {
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     write(one.path());
     write(two.path());
-    for file in ["shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet", MANIFEST_FILE] {
+    for file in ["shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet", INDEX_FILE, MANIFEST_FILE] {
         assert_eq!(fs::read(one.path().join(file)).unwrap(), fs::read(two.path().join(file)).unwrap(), "{file}");
     }
 }
@@ -112,31 +117,48 @@ fn a_truncated_shard_is_named() {
 }
 
 #[test]
-fn a_shard_that_is_no_parquet_is_named() {
-    let dir = tempfile::tempdir().unwrap();
-    write(dir.path());
-    let shard = dir.path().join("shard-00001.parquet");
-    let size = fs::read(&shard).unwrap().len();
-    fs::write(&shard, vec![7; size]).unwrap();
-    assert!(failure(dir.path()).contains("shard-00001.parquet: is truncated or not a Parquet file"));
-}
-
-#[test]
-fn damaged_rows_are_an_error_and_fail_the_checksum() {
+fn a_damaged_row_group_is_told_and_the_others_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let records = write(dir.path());
     let shard = dir.path().join("shard-00000.parquet");
     let mut bytes = fs::read(&shard).unwrap();
-    // The first pages: keys and images.
-    bytes[8..160].fill(0xa5);
+    // The first page: keys.
+    bytes[20] ^= 1;
     fs::write(&shard, bytes).unwrap();
     let folder = ShardFolder::open(dir.path()).unwrap();
     let error = folder.verify().unwrap_err();
-    assert!(error.to_string().contains("shard-00000.parquet: its SHA-256"), "{error}");
-    let error = folder.read(&folder.row_groups()[0]).unwrap_err();
     assert_eq!(error.exit_code(), 2);
-    assert!(error.to_string().contains("shard-00000.parquet: row group 0 is damaged"), "{error}");
-    assert_eq!(folder.read(&folder.row_groups()[2]).unwrap(), records[4..6]);
+    assert!(error.to_string().contains("shard-00000.parquet: row group 0 is damaged: its SHA-256"), "{error}");
+    let groups = folder.row_groups();
+    assert!(folder.read(&groups[0]).unwrap().unwrap_err().to_string().contains("SHA-256"));
+    assert_eq!(folder.read(&groups[1]).unwrap().unwrap(), records[2..4]);
+    assert_eq!(folder.keys(0..2).unwrap(), [records[0].key.clone(), records[1].key.clone()]);
+    // It shrinks while it is read.
+    fs::write(&shard, [0; 30]).unwrap();
+    let damage = folder.read(&groups[1]).unwrap().unwrap_err();
+    assert!(damage.to_string().contains("the footer of the file: the file ends within it"), "{damage}");
+    fs::remove_file(&shard).unwrap();
+    assert!(folder.read(&groups[1]).unwrap_err().to_string().contains("shard-00000.parquet: cannot be read"));
+}
+
+#[test]
+fn every_byte_that_is_read_is_covered_by_a_checksum() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    for file in ["shard-00002.parquet", INDEX_FILE] {
+        let path = dir.path().join(file);
+        let whole = fs::read(&path).unwrap();
+        // Parquet begins with four letters that nobody reads.
+        for at in (4..whole.len()).step_by(97).chain([4, whole.len() - 1]) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x10;
+            fs::write(&path, bytes).unwrap();
+            let error = ShardFolder::open(dir.path()).unwrap().verify().unwrap_err();
+            assert!(error.to_string().contains(file), "byte {at}: {error}");
+        }
+        fs::write(&path, whole).unwrap();
+        ShardFolder::open(dir.path()).unwrap().verify().unwrap();
+    }
 }
 
 #[test]
@@ -150,12 +172,14 @@ fn a_manifest_that_does_not_fit_is_refused() {
         fs::write(&path, text.replacen(from, to, 1)).unwrap();
         failure(dir.path())
     };
-    let message = change("\"schema_version\": 1", "\"schema_version\": 2");
-    assert!(message.contains("has schema version 2, this program reads version 1"), "{message}");
+    let message = change("\"schema_version\": 2", "\"schema_version\": 1");
+    assert!(message.contains("has schema version 1, this program reads version 2"), "{message}");
     let message = change("\"kept\": 10", "\"kept\": 11");
     assert!(message.contains("counts 11 faces, its shards hold 10"), "{message}");
     let message = change("\"rows\": 4", "\"rows\": 5");
-    assert!(message.contains("shard-00000.parquet: holds 4 rows, manifest.json says 5"), "{message}");
+    assert!(message.contains("shard-00000.parquet counts 5 rows, its row groups 4"), "{message}");
+    let message = change("\"offset\": 4,", "\"offset\": 18446744073709551615,");
+    assert!(message.contains("shard-00000.parquet has row group 0 outside of its place"), "{message}");
     let message = change("\"photos\"", "\"pictures\"");
     assert!(message.contains("manifest.json: is damaged: missing field `photos`"), "{message}");
     let message = change("{", "[");
@@ -179,11 +203,15 @@ fn a_parquet_file_with_other_columns_is_refused() {
     let mut writer = parquet::arrow::ArrowWriter::try_new(&mut bytes, schema, None).unwrap();
     writer.write(&batch).unwrap();
     writer.close().unwrap();
-    fs::write(dir.path().join("shard-00000.parquet"), &bytes).unwrap();
+    fs::write(dir.path().join("shard-00002.parquet"), &bytes).unwrap();
     let mut manifest = Manifest::read(dir.path()).unwrap();
-    manifest.shards[0].bytes = bytes.len() as u64;
+    let shard = &mut manifest.shards[2];
+    let piece = &mut shard.row_groups[0];
+    (piece.offset, piece.bytes, piece.sha256) = (4, 20, sha256_of(&bytes[4..24]));
+    (shard.bytes, shard.footer_sha256) = (bytes.len() as u64, sha256_of(&bytes[24..]));
     manifest.write(dir.path()).unwrap();
-    let message = failure(dir.path());
+    let folder = ShardFolder::open(dir.path()).unwrap();
+    let message = folder.read(&folder.row_groups()[4]).unwrap().unwrap_err().to_string();
     assert!(message.contains("column 0 is `key` of type Int32, expected `key` of type Utf8"), "{message}");
 }
 

@@ -1,17 +1,18 @@
 //! The rows of a shard folder: who is in which photo, and the photos themselves through a bounded cache.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use data_prep::shard::manifest::sha256_of_file;
-use data_prep::shard::{FaceRecord, MANIFEST_FILE, ShardFolder};
-use rand_core::RngCore;
+use data_prep::shard::{Damage, FaceRecord, ShardFolder};
 
 use crate::data::Reference;
+use crate::data::cache::{Cache, Records};
+use crate::data::pairs::{Pair, Pairs};
+use crate::data::quarantine::{BadRowGroup, Quarantine};
 use crate::error::{Error, Result};
-use crate::random::below;
 
 /// The split name that takes every row.
 pub const ALL_SPLITS: &str = "all";
@@ -25,7 +26,9 @@ pub struct Dataset {
     splits: Names,
     /// Rows of every labelled person, by the number of the name.
     photos: Vec<Vec<u32>>,
-    cache: Mutex<Cache>,
+    cache: Cache,
+    quarantine: Option<Quarantine>,
+    groups_read: AtomicU64,
 }
 
 struct Row {
@@ -56,7 +59,7 @@ impl Names {
 
 /// One record, held together with the row group that it came with.
 pub struct RecordHandle {
-    group: Arc<Vec<FaceRecord>>,
+    group: Records,
     place: usize,
 }
 
@@ -69,12 +72,11 @@ impl Deref for RecordHandle {
 }
 
 impl Dataset {
-    /// Opens the folder that `data-prep build` wrote; up to `cache_mib` MiB of its photos are kept in memory.
+    /// The rows of `shards`; up to `cache_mib` MiB of their photos are kept in memory.
     ///
     /// # Errors
-    /// Input for a missing, foreign or corrupt folder.
-    pub fn open(path: &Path, cache_mib: usize) -> Result<Self> {
-        let shards = ShardFolder::open(path)?;
+    /// Input for a missing or damaged index.
+    pub fn open(shards: ShardFolder, cache_mib: usize) -> Result<Self> {
         let mut rows: Vec<Row> = Vec::new();
         let (mut identities, mut splits) = (Names::default(), Names::default());
         let mut photos: Vec<Vec<u32>> = Vec::new();
@@ -89,35 +91,91 @@ impl Dataset {
             }
             rows.push(Row { group, place, identity, split });
         }
-        let cache = Mutex::new(Cache { limit: cache_mib << 20, ..Cache::default() });
-        Ok(Self { path: path.into(), shards, rows, identities, splits, photos, cache })
+        let (path, cache) = (shards.place(), Cache::new(cache_mib << 20));
+        let groups_read = AtomicU64::new(0);
+        Ok(Self { path, shards, rows, identities, splits, photos, cache, quarantine: None, groups_read })
     }
 
-    /// The row's record, from memory or from its row group; a shard's checksum is compared before its first row is read.
+    /// The same rows, where damaged row groups are not an error but are left out as `quarantine` allows.
+    #[must_use]
+    pub fn with_quarantine(self, quarantine: Quarantine) -> Self {
+        Self { quarantine: Some(quarantine), ..self }
+    }
+
+    /// The row's record, from memory or from its row group, whose checksum is compared.
     ///
     /// # Errors
-    /// Input for a corrupt row group, Disk for a failing disk.
+    /// Input for a damaged row group, Disk for a failing disk.
     pub fn record(&self, row: usize) -> Result<RecordHandle> {
         let Row { group, place, .. } = &self.rows[row];
-        let cached = self.cache().get(*group);
-        let records = match cached {
-            Some(records) => records,
-            None => {
-                // Without the lock: the other threads go on with what they have. Two may read the same group at once.
-                let row_group = &self.shards.row_groups()[*group as usize];
-                if !self.cache().verified.contains(&row_group.file) {
-                    self.shards.verify_shard(&row_group.file)?;
-                    self.cache().verified.insert(row_group.file.clone());
-                }
-                let read = Arc::new(self.shards.read(row_group)?);
-                self.cache().put(*group, Arc::clone(&read));
-                read
-            }
-        };
-        if records.len() <= *place as usize {
-            return Err(Error::file(&self.path, format!("row group {group} lost rows"), "build the shards again"));
+        match self.records(*group)? {
+            Some(group) if group.len() > *place as usize => Ok(RecordHandle { group, place: *place as usize }),
+            _ => Err(self.damaged(*group, "it is left out of this run")),
         }
-        Ok(RecordHandle { group: records, place: *place as usize })
+    }
+
+    /// Whether a row's record can be read: false once its row group is in quarantine, where there is one.
+    ///
+    /// # Errors
+    /// As [`record`](Self::record) without a quarantine; Input once the quarantine holds more than it may.
+    pub fn is_readable(&self, row: usize) -> Result<bool> {
+        Ok(self.records(self.rows[row].group)?.is_some())
+    }
+
+    /// Whether the records of all these rows can be read.
+    ///
+    /// # Errors
+    /// As [`is_readable`](Self::is_readable).
+    pub fn are_readable(&self, rows: &[usize]) -> Result<bool> {
+        rows.iter().try_fold(true, |all, &row| Ok(all && self.is_readable(row)?))
+    }
+
+    /// The faces of a row group; `None` for one that is left out.
+    fn records(&self, group: u32) -> Result<Option<Records>> {
+        if self.quarantine.as_ref().is_some_and(|quarantine| quarantine.holds(group)) {
+            return Ok(None);
+        }
+        self.cache.get_or_read(group, || {
+            self.groups_read.fetch_add(1, Ordering::Relaxed);
+            match self.shards.read(&self.shards.row_groups()[group as usize])? {
+                Ok(records) => Ok(Some(Arc::new(records))),
+                Err(damage) => self.leave_out(group, &damage).map(|()| None),
+            }
+        })
+    }
+
+    fn leave_out(&self, group: u32, damage: &Damage) -> Result<()> {
+        let Some(quarantine) = &self.quarantine else { return Err(self.damaged(group, damage)) };
+        let place = self.shards.row_groups()[group as usize];
+        quarantine.add(BadRowGroup {
+            shards: self.shards.checksum().into(),
+            group,
+            file: self.shards.file(&place).into(),
+            row_group: place.index,
+            first_row: place.first_row,
+            rows: place.rows,
+            ids: self.shards.keys(place.first_row..place.first_row + place.rows)?,
+            reason: damage.to_string(),
+        })
+    }
+
+    fn damaged(&self, group: u32, problem: impl std::fmt::Display) -> Error {
+        let place = self.shards.row_groups()[group as usize];
+        Error::file(
+            &self.path.join(self.shards.file(&place)),
+            format!("row group {} is damaged: {problem}", place.index),
+            "restore the file, or prepare the data again with `data-prep build`",
+        )
+    }
+
+    /// Row groups that were read so far, repeated ones counted again.
+    pub fn groups_read(&self) -> u64 {
+        self.groups_read.load(Ordering::Relaxed)
+    }
+
+    /// Row groups that are left out.
+    pub fn quarantined(&self) -> usize {
+        self.quarantine.as_ref().map_or(0, Quarantine::len)
     }
 
     /// The folder.
@@ -125,12 +183,9 @@ impl Dataset {
         &self.path
     }
 
-    /// Checksum of the manifest, which holds those of all shards.
-    ///
-    /// # Errors
-    /// Input for a manifest that cannot be read.
-    pub fn checksum(&self) -> Result<String> {
-        sha256_of_file(&self.path.join(MANIFEST_FILE))
+    /// Checksum of the manifest, which holds those of all that is read.
+    pub fn checksum(&self) -> &str {
+        self.shards.checksum()
     }
 
     /// The row group of a row.
@@ -172,8 +227,7 @@ impl Dataset {
             .map(|target| {
                 let photos = self.rows[target].identity.and_then(|person| people.get(person as usize)).cloned();
                 let photos = photos.unwrap_or_default();
-                let own_place = photos.binary_search(&(target as u32)).ok();
-                Pair { target, photos, own_place }
+                Pair::new(target, photos)
             })
             .filter(|pair| reference == Reference::Target || pair.references() > 0)
             .collect();
@@ -211,123 +265,5 @@ impl Dataset {
 
     fn is_in(&self, row: usize, split: &str) -> bool {
         split == ALL_SPLITS || self.rows[row].split.is_some_and(|number| self.splits.names[number as usize] == split)
-    }
-
-    /// A panic elsewhere cannot leave the cache half changed in a way that matters: whatever it holds was read whole.
-    fn cache(&self) -> MutexGuard<'_, Cache> {
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Targets and the photos that may stand for their people.
-#[derive(Debug)]
-pub struct Pairs {
-    pairs: Vec<Pair>,
-    /// Targets without any reference photo.
-    pub left_out: usize,
-}
-
-/// One target.
-#[derive(Debug)]
-pub struct Pair {
-    /// Its row.
-    pub target: usize,
-    /// Rows of the person that may be a reference, in order: one list for all the targets of a person.
-    photos: Arc<[u32]>,
-    /// Where the target itself stands in that list.
-    own_place: Option<usize>,
-}
-
-impl Pairs {
-    /// All targets in their order on the disk, at least one.
-    pub fn as_slice(&self) -> &[Pair] {
-        &self.pairs
-    }
-}
-
-impl Pair {
-    /// Photos that may be its reference.
-    pub fn references(&self) -> usize {
-        self.photos.len() - usize::from(self.own_place.is_some())
-    }
-
-    /// Draws the reference photo; the target where there is no other.
-    pub fn reference(&self, generator: &mut impl RngCore) -> usize {
-        let drawn = below(generator, self.references() as u64) as usize;
-        let skipped = usize::from(self.own_place.is_some_and(|own| own <= drawn));
-        self.photos.get(drawn + skipped).map_or(self.target, |&row| row as usize)
-    }
-}
-
-/// The most recently used row groups, up to a limit of bytes; the one in use always stays.
-#[derive(Default)]
-struct Cache {
-    limit: usize,
-    bytes: usize,
-    clock: u64,
-    groups: HashMap<u32, Cached>,
-    /// Shards whose checksum held when they were first read.
-    verified: HashSet<PathBuf>,
-}
-
-struct Cached {
-    records: Arc<Vec<FaceRecord>>,
-    bytes: usize,
-    used: u64,
-}
-
-impl Cache {
-    fn get(&mut self, group: u32) -> Option<Arc<Vec<FaceRecord>>> {
-        self.clock += 1;
-        let clock = self.clock;
-        self.groups.get_mut(&group).map(|cached| {
-            cached.used = clock;
-            Arc::clone(&cached.records)
-        })
-    }
-
-    fn put(&mut self, group: u32, records: Arc<Vec<FaceRecord>>) {
-        let bytes = records.iter().map(|record| record.image.len() + size_of::<FaceRecord>()).sum();
-        if let Some(replaced) = self.groups.remove(&group) {
-            self.bytes -= replaced.bytes;
-        }
-        while self.bytes + bytes > self.limit
-            && let Some(oldest) = self.groups.iter().min_by_key(|(_, cached)| cached.used).map(|(group, _)| *group)
-            && let Some(dropped) = self.groups.remove(&oldest)
-        {
-            self.bytes -= dropped.bytes;
-        }
-        self.bytes += bytes;
-        self.groups.insert(group, Cached { records, bytes, used: self.clock });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_group_that_two_threads_read_counts_once() {
-        let mut cache = Cache { limit: 1 << 20, ..Cache::default() };
-        let record = FaceRecord {
-            key: String::new(),
-            image: vec![0; 1000],
-            width: 1,
-            height: 1,
-            face_box: [0.0; 4],
-            points: [[0.0; 2]; 5],
-            landmarks: Vec::new(),
-            score: 1.0,
-            id_embedding: Vec::new(),
-            caption: String::new(),
-            sha256: String::new(),
-            identity: None,
-            split: None,
-        };
-        let group = Arc::new(vec![record]);
-        cache.put(3, Arc::clone(&group));
-        let once = cache.bytes;
-        cache.put(3, group);
-        assert!(once >= 1000 && cache.bytes == once && cache.groups.len() == 1, "{} bytes", cache.bytes);
     }
 }

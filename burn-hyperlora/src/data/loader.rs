@@ -81,7 +81,7 @@ impl Loader {
     /// The next batch; `None` after the last.
     ///
     /// # Errors
-    /// What kept the first failing sample from being made, see [`SampleMaker::make`].
+    /// What kept the first failing sample from being made, see [`crate::data::batch::DrawPlan::readable`] and [`SampleMaker::make`].
     pub fn next_batch(&mut self) -> Result<Option<Batch>> {
         let mut samples = Vec::with_capacity(self.config.batch_size);
         let mut next_draw = self.end;
@@ -106,12 +106,12 @@ impl Loader {
             && let Some(draw) = self.draws.next()
         {
             let request = self.source.request(draw);
-            let (maker, stopped) = (Arc::clone(&self.maker), Arc::clone(&self.stopped));
+            let (maker, plan, stopped) = (Arc::clone(&self.maker), self.source.plan(), Arc::clone(&self.stopped));
             let (sender, receiver) = sync_channel(1);
             self.pool.spawn_fifo(move || {
                 if !stopped.load(Ordering::Relaxed) {
                     // Nobody may listen any more: then the sample is not missed.
-                    let _ = sender.send(maker.make(request));
+                    let _ = sender.send(plan.readable(&maker.dataset, request).and_then(|request| maker.make(request)));
                 }
             });
             self.ahead.push_back(Pending { draw, sample: receiver });

@@ -5,10 +5,13 @@
 //! one rank or on two, and a single counter tells where a stage stands.
 
 pub mod batch;
+mod cache;
 pub mod crop;
 pub mod dataset;
 pub mod loader;
 pub mod order;
+pub mod pairs;
+pub mod quarantine;
 pub mod rank;
 pub mod sample;
 pub mod scenario;
@@ -51,6 +54,9 @@ pub struct DataConfig {
     /// Encoded photos kept in memory, in MiB.
     #[serde(default = "default_cache_mib")]
     pub cache_mib: usize,
+    /// Damaged row groups that a run leaves out before it stops.
+    #[serde(default = "default_bad_row_groups")]
+    pub bad_row_groups: usize,
     /// Threads that decode, crop and mask ahead of the training step.
     #[serde(default = "default_workers")]
     pub workers: usize,
@@ -73,6 +79,10 @@ fn default_shuffle_window() -> usize {
 
 fn default_cache_mib() -> usize {
     512
+}
+
+fn default_bad_row_groups() -> usize {
+    3
 }
 
 fn default_workers() -> usize {

@@ -8,8 +8,9 @@ use std::path::Path;
 
 use crate::conditioning::Base;
 use crate::data::Reference;
-use crate::data::dataset::{Dataset, Pair};
+use crate::data::dataset::Dataset;
 use crate::data::loader::make_all;
+use crate::data::pairs::Pair;
 use crate::data::sample::{Request, Sample, SampleMaker};
 use crate::data::scenario::Scenario;
 use crate::error::{Error, Result};
@@ -44,7 +45,7 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     if !hyper_lora.has_learnt_id() {
         return Err(Error::file(checkpoint.path(), "has learnt no ID-LoRA so far", "train on to an ID stage"));
     }
-    let dataset = open_dataset(&experiment.data, experiment.folder())?;
+    let dataset = open_dataset(&experiment.data, experiment.folder(), run)?;
     let shape = base.sample_shape(experiment.data.image_size, true)?;
     let maker = SampleMaker::new(dataset, &experiment.data, experiment.seed, shape);
     let config = &experiment.eval.identity_gap;
@@ -107,8 +108,12 @@ impl Judge<'_> {
         let [mut same, mut different, mut none] = [const { Vec::new() }; 3];
         let photos: Vec<(u64, &Pair)> = (0..).zip(pairs.as_slice()).collect();
         for chunk in photos.chunks((self.batch / self.draws).max(1)) {
-            let cases = chunk.iter().map(|(index, pair)| self.case(*index, pair, &references));
-            let losses = self.losses(&cases.collect::<Result<Vec<Case>>>()?)?;
+            let cases = chunk.iter().filter_map(|(index, pair)| self.case(*index, pair, &references).transpose());
+            let cases = cases.collect::<Result<Vec<Case>>>()?;
+            if cases.is_empty() {
+                continue;
+            }
+            let losses = self.losses(&cases)?;
             same.extend(losses.same);
             different.extend(losses.different);
             none.extend(losses.none);
@@ -127,8 +132,8 @@ impl Judge<'_> {
         Ok(statistics)
     }
 
-    /// Draws both reference photos of a target.
-    fn case(&self, index: u64, pair: &Pair, references: &[usize]) -> Result<Case> {
+    /// Draws both reference photos of a target; `None` where one of the three lies in a row group that the run left out.
+    fn case(&self, index: u64, pair: &Pair, references: &[usize]) -> Result<Option<Case>> {
         let dataset = &self.maker.dataset;
         let mut generator = for_sample(self.maker.seed(), DRAWS, index, Purpose::Reference);
         let same = pair.reference(&mut generator);
@@ -140,6 +145,9 @@ impl Judge<'_> {
             .collect();
         let drawn = below(&mut generator, strangers.len() as u64) as usize;
         let Some(&different) = strangers.get(drawn) else { return Err(one_person(dataset)) };
+        if !dataset.are_readable(&[pair.target, same, different])? {
+            return Ok(None);
+        }
         let request = |reference| Request {
             target: pair.target,
             reference,
@@ -149,7 +157,7 @@ impl Judge<'_> {
         };
         let [same, different] = <[Sample; 2]>::try_from(make_all(self.maker, vec![request(same), request(different)])?)
             .map_err(|_| Error::Fault("two requests made another number of samples".into()))?;
-        Ok(Case { same, different })
+        Ok(Some(Case { same, different }))
     }
 
     /// Mean loss of each case given the LoRA of the same person, of somebody else, and none.

@@ -8,7 +8,7 @@ use crate::data::Reference;
 use crate::data::loader::make_all;
 use crate::data::sample::{Request, Sample, SampleMaker};
 use crate::data::scenario::Scenario;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, Stage};
 use crate::random::{Purpose, for_sample};
 use crate::train::config::FixedSetConfig;
@@ -58,15 +58,30 @@ impl FixedSet {
     pub fn first_people(&self, count: usize) -> Result<Vec<Sample>> {
         let mut people: Vec<(Option<&str>, Request)> = Vec::new();
         for (request, _) in &self.requests {
-            let person = self.maker.dataset.identity(request.target);
-            if people.len() < count && (person.is_none() || people.iter().all(|(known, _)| *known != person)) {
+            let dataset = &self.maker.dataset;
+            let person = dataset.identity(request.target);
+            let wanted = people.len() < count && dataset.are_readable(&[request.target, request.reference])?;
+            if wanted && (person.is_none() || people.iter().all(|(known, _)| *known != person)) {
                 people.push((person, *request));
             }
         }
         make_all(&self.maker, people.into_iter().map(|(_, request)| request).collect())
     }
 
-    /// Mean loss over the set with the LoRAs that `hyper_lora` makes at this stage; the ranks share the work.
+    /// The requests whose photos were not left out.
+    fn readable(&self, requests: &[(Request, u32)]) -> Result<Vec<(Request, u32)>> {
+        let dataset = &self.maker.dataset;
+        let mut readable = Vec::with_capacity(requests.len());
+        for entry in requests {
+            if dataset.are_readable(&[entry.0.target, entry.0.reference])? {
+                readable.push(*entry);
+            }
+        }
+        Ok(readable)
+    }
+
+    /// Mean loss over what can be read of the set with the LoRAs that `hyper_lora` makes at this stage; the ranks share the
+    /// work.
     ///
     /// # Errors
     /// See [`SampleMaker::make`] and [`denoising_loss`]; those of the collective.
@@ -79,20 +94,34 @@ impl FixedSet {
         world: &dyn Collective,
     ) -> Result<f64> {
         let hyper_lora = hyper_lora.valid();
-        let mut sum = 0.0_f64;
+        let (mut sum, mut count) = (0.0_f64, 0.0_f64);
         for chunk in self.requests.chunks(self.micro_batch).skip(world.rank()).step_by(world.world_size()) {
+            let chunk = self.readable(chunk)?;
+            if chunk.is_empty() {
+                continue;
+            }
             let mut samples = make_all(&self.maker, chunk.iter().map(|(request, _)| *request).collect())?;
-            for (sample, (_, timestep)) in samples.iter_mut().zip(chunk) {
+            for (sample, (_, timestep)) in samples.iter_mut().zip(&chunk) {
                 sample.timestep = *timestep;
             }
             let conditions = base.encode(&samples, trigger)?;
             let made = make_lora(&hyper_lora, kind, conditions.portraits)?;
             let losses = denoising_loss(base, &conditions.input, conditions.target, Some(&made.lora))?;
+            count += losses.len() as f64;
             sum += losses.into_iter().map(f64::from).sum::<f64>();
         }
-        let sums = world.exchange("the losses on the fixed set", &sum.to_le_bytes())?;
-        let sums = sums.iter().map(|sum| sum.as_slice().try_into().map_or(f64::NAN, f64::from_le_bytes));
-        Ok(sums.sum::<f64>() / self.requests.len().max(1) as f64)
+        let own = [sum, count].map(f64::to_le_bytes).concat();
+        let shares = world.exchange("the losses on the fixed set", &own)?;
+        let numbers = shares.iter().flat_map(|share| share.as_chunks().0.iter().copied().map(f64::from_le_bytes));
+        let (sum, count) = numbers.enumerate().fold((0.0, 0.0), |(sum, count), (place, number)| match place % 2 {
+            0 => (sum + number, count),
+            _ => (sum, count + number),
+        });
+        if count == 0.0 {
+            let remedy = "restore the files that quarantine.jsonl names, or prepare the data again";
+            return Err(Error::file(self.maker.dataset.path(), "not one photo of the fixed set can be read", remedy));
+        }
+        Ok(sum / count)
     }
 }
 

@@ -20,11 +20,13 @@ use std::sync::Arc;
 
 use burn::tensor::Device;
 use data_prep::files::write_whole;
+use data_prep::shard::ShardFolder;
 
 use crate::collective::Collective;
 use crate::conditioning::BaseConfig;
 use crate::data::DataConfig;
 use crate::data::dataset::Dataset;
+use crate::data::quarantine::Quarantine;
 use crate::error::{Error, Result};
 use crate::hypernet::HyperLoraConfig;
 use crate::metrics::Display;
@@ -168,12 +170,14 @@ fn lock(run: &Path) -> Result<File> {
     }
 }
 
-/// Opens the shards that an experiment names.
+/// Opens the shards that an experiment names; damaged row groups are left out of `run` as its quarantine file says.
 ///
 /// # Errors
 /// Input for a missing, foreign or corrupt shard folder.
-pub fn open_dataset(config: &DataConfig, yaml_folder: &Path) -> Result<Arc<Dataset>> {
-    Ok(Arc::new(Dataset::open(&config.shards.resolve(yaml_folder)?, config.cache_mib)?))
+pub fn open_dataset(config: &DataConfig, yaml_folder: &Path, run: &Path) -> Result<Arc<Dataset>> {
+    let shards = ShardFolder::open(&config.shards.resolve(yaml_folder)?)?;
+    let quarantine = Quarantine::open(run, config.bad_row_groups, shards.checksum())?;
+    Ok(Arc::new(Dataset::open(shards, config.cache_mib)?.with_quarantine(quarantine)))
 }
 
 #[cfg(test)]

@@ -80,7 +80,8 @@ pub fn binding_settings(
         }
         value
     };
-    let mut data = without(tree(serde_json::to_value(data))?, &["cache_mib", "workers", "prefetch_mib"]);
+    let mut data =
+        without(tree(serde_json::to_value(data))?, &["cache_mib", "workers", "prefetch_mib", "bad_row_groups"]);
     data["shards"] = shards.into();
     let train = tree(serde_json::to_value(train))?;
     let train = without(

@@ -60,7 +60,7 @@ impl<'a> Trainer<'a> {
         let base = Base::load(setup.base, setup.folder, &setup.device)?;
         base.check(&setup.place, setup.data.image_size, setup.hyper_lora.clip_dim)?;
         check_samples(setup, &base)?;
-        let dataset = open_dataset(setup.data, setup.folder)?;
+        let dataset = open_dataset(setup.data, setup.folder, setup.run)?;
         if let Some(set) = &setup.train.fixed_set {
             let place = format!("{}: train.fixed_set.split", setup.place);
             dataset.check_apart(&setup.data.split, &set.split, &place)?;
@@ -68,7 +68,7 @@ impl<'a> Trainer<'a> {
         let settings = binding_settings(
             setup.seed,
             fingerprint::of_base(setup.base, setup.folder)?,
-            &dataset.checksum()?,
+            dataset.checksum(),
             setup.data,
             setup.hyper_lora,
             setup.train,

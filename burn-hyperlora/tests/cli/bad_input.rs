@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::support::{Damage, World, contents, first_file, flip_a_bit, hyperlora, quickstart_base, run, truncate};
+use crate::support::{Damage, World, contents, flip_a_bit, hyperlora, quickstart_base, run, truncate};
 
 #[test]
 fn a_wrong_yaml_is_named_by_file_line_and_key() {
@@ -138,9 +138,9 @@ fn damaged_shards_are_named_by_their_file() {
     let world = World::new();
     let whole = contents(&world.path("shards"));
     let cases: [(&str, Damage, &[&str]); 5] = [
-        ("cut off", |shards| truncate(&first_file(shards, ".parquet")), &["shard-00000.parquet", "bytes"]),
-        ("a flipped bit", |shards| flip_a_bit(&first_file(shards, ".parquet")), &["shard-00000.parquet"]),
-        ("missing", |shards| fs::remove_file(first_file(shards, ".parquet")).unwrap(), &["shard-00000.parquet"]),
+        ("cut off", |shards| truncate(&shards.join("shard-00000.parquet")), &["shard-00000.parquet", "bytes"]),
+        ("a flipped bit", |shards| flip_a_bit(&shards.join("index.parquet")), &["index.parquet", "SHA-256"]),
+        ("missing", |shards| fs::remove_file(shards.join("shard-00000.parquet")).unwrap(), &["shard-00000.parquet"]),
         (
             "no manifest",
             |shards| fs::remove_file(shards.join("manifest.json")).unwrap(),

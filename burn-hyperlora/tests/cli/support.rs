@@ -155,6 +155,7 @@ impl World {
         for (person, photo) in (0..PEOPLE).flat_map(|person| (0..PHOTOS).map(move |photo| (person, photo))) {
             writer.push(record(person, photo)).unwrap();
         }
+        let written = writer.finish().unwrap();
         let manifest = Manifest {
             schema_version: SCHEMA_VERSION,
             photos: PEOPLE * PHOTOS,
@@ -162,7 +163,8 @@ impl World {
             splits: BTreeMap::new(),
             rejected: BTreeMap::new(),
             models: BTreeMap::new(),
-            shards: writer.finish().unwrap(),
+            shards: written.shards,
+            index: written.index,
             config: serde_json::json!({}),
         };
         manifest.write(&shards).unwrap();

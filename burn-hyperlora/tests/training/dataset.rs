@@ -11,10 +11,12 @@ use burn_hyperlora::data::rank::Rank;
 use burn_hyperlora::data::sample::{SampleMaker, SampleShape};
 use burn_hyperlora::data::scenario::Scenarios;
 
+use data_prep::shard::ShardFolder;
+
 use crate::world::World;
 
 fn dataset(world: &World, cache_mib: usize) -> Arc<Dataset> {
-    Arc::new(Dataset::open(&world.path().join("shards"), cache_mib).unwrap())
+    Arc::new(Dataset::open(ShardFolder::open(&world.path().join("shards")).unwrap(), cache_mib).unwrap())
 }
 
 fn draws(dataset: &Dataset, reference: Reference) -> Draws {

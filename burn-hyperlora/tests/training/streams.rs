@@ -1,15 +1,24 @@
 //! One run's data at changing world sizes: what the ranks get together is what one process gets.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::sync::Arc;
+
+use burn::tensor::Device;
 
 use burn_hyperlora::data::Reference;
 use burn_hyperlora::data::batch::{DrawConfig, Draws};
 use burn_hyperlora::data::dataset::Dataset;
 use burn_hyperlora::data::loader::{Loader, LoaderConfig};
+use burn_hyperlora::data::quarantine::{QUARANTINE_FILE, Quarantine};
 use burn_hyperlora::data::rank::Rank;
 use burn_hyperlora::data::sample::{Sample, SampleMaker, SampleShape};
 use burn_hyperlora::data::scenario::Scenarios;
+use burn_hyperlora::error::Result;
+use burn_hyperlora::eval::identity_gap;
+use burn_hyperlora::train::Outcome;
+use data_prep::shard::{Manifest, ShardFolder};
+use image::RgbImage;
 
 use crate::world::World;
 
@@ -19,67 +28,93 @@ const MICRO_BATCH: usize = 1;
 /// Training photos of the world: an epoch ends within a step.
 const EPOCH: usize = 20;
 
-/// The samples of `steps` from draw `from`, each step as what all `ranks` got in it, and the draw that comes next.
-fn steps(world: &World, ranks: usize, from: u64, steps: u64) -> (Vec<Vec<Sample>>, u64) {
+/// One rank's samples of `steps` steps from draw `from`, and the draw that comes next.
+fn steps_of(
+    world: &World,
+    dataset: Dataset,
+    rank: Rank,
+    ranks: usize,
+    from: u64,
+    steps: u64,
+) -> Result<Vec<Vec<Sample>>> {
     let experiment = world.experiment(&[]).unwrap();
-    let mut by_step: Vec<Vec<Sample>> = (0..steps).map(|_| Vec::new()).collect();
-    let mut next_draw = from;
-    for rank in 0..ranks {
-        let dataset = Arc::new(Dataset::open(&world.path().join("shards"), 64).unwrap());
-        let draws = DrawConfig {
-            seed: 3,
-            stage: 1,
-            split: "train",
-            reference: Reference::SameIdentity,
-            scenarios: Scenarios::ID,
-            streams: STREAMS,
-            shuffle_window: 1,
-        };
-        let draws = Draws::new(&dataset, &draws).unwrap();
-        let transform = Arc::new(|image: &_| pixels(image));
-        let shape = SampleShape { latent_len: 4 * 8 * 8, timesteps: 1000, transform, with_id: true };
-        let maker = SampleMaker::new(dataset, &experiment.data, 3, shape);
-        let rank = Rank::new(rank, ranks).unwrap();
-        rank.check("train.yaml", STREAMS, MICRO_BATCH, GLOBAL_BATCH as usize).unwrap();
-        let config = LoaderConfig { batch_size: MICRO_BATCH, workers: 2, prefetch_bytes: 1 << 16, rank };
-        let mut loader = Loader::start(maker, draws, from..10 * GLOBAL_BATCH, config).unwrap();
-        let passes = GLOBAL_BATCH as usize / MICRO_BATCH / ranks;
-        for step in &mut by_step {
-            for _ in 0..passes {
-                let batch = loader.next_batch().unwrap().unwrap();
-                assert_eq!(batch.samples.len(), MICRO_BATCH);
-                next_draw = batch.next_draw;
-                step.extend(batch.samples);
-            }
+    let draws = DrawConfig {
+        seed: 3,
+        stage: 1,
+        split: "train",
+        reference: Reference::SameIdentity,
+        scenarios: Scenarios::ID,
+        streams: STREAMS,
+        shuffle_window: 1,
+    };
+    let draws = Draws::new(&dataset, &draws).unwrap();
+    let transform = Arc::new(|image: &RgbImage| image.as_raw().iter().map(|&byte| f32::from(byte)).collect());
+    let shape = SampleShape { latent_len: 4 * 8 * 8, timesteps: 1000, transform, with_id: true };
+    let maker = SampleMaker::new(Arc::new(dataset), &experiment.data, 3, shape);
+    rank.check("train.yaml", STREAMS, MICRO_BATCH, GLOBAL_BATCH as usize).unwrap();
+    let config = LoaderConfig { batch_size: MICRO_BATCH, workers: 2, prefetch_bytes: 1 << 16, rank };
+    let mut loader = Loader::start(maker, draws, from..10 * GLOBAL_BATCH, config).unwrap();
+    let passes = GLOBAL_BATCH as usize / MICRO_BATCH / ranks;
+    let mut by_step = Vec::new();
+    for step in 1..=steps {
+        let mut samples = Vec::new();
+        for pass in 1..=passes {
+            let batch = loader.next_batch()?.unwrap();
+            assert_eq!(batch.samples.len(), MICRO_BATCH);
+            assert_eq!(pass == passes, batch.next_draw == from + step * GLOBAL_BATCH);
+            samples.extend(batch.samples);
         }
-        assert_eq!(next_draw, from + steps * GLOBAL_BATCH);
+        by_step.push(samples);
     }
-    by_step.iter_mut().for_each(|step| step.sort_by_key(|sample| sample.request.draw));
-    (by_step, next_draw)
+    Ok(by_step)
 }
 
-fn pixels(image: &image::RgbImage) -> Vec<f32> {
-    image.as_raw().iter().map(|&byte| f32::from(byte)).collect()
+/// The samples of `steps` from draw `from`, each step as what all `ranks` got in it.
+fn steps(world: &World, ranks: usize, from: u64, steps: u64) -> Vec<Vec<Sample>> {
+    let mut by_step: Vec<Vec<Sample>> = (0..steps).map(|_| Vec::new()).collect();
+    for number in 0..ranks {
+        let shards = ShardFolder::open(&world.path().join("shards")).unwrap();
+        let quarantine = Quarantine::open(world.path(), 1, shards.checksum()).unwrap();
+        let dataset = Dataset::open(shards, 64).unwrap().with_quarantine(quarantine);
+        let rank = Rank::new(number, ranks).unwrap();
+        let own = steps_of(world, dataset, rank, ranks, from, steps).unwrap();
+        by_step.iter_mut().zip(own).for_each(|(step, samples)| step.extend(samples));
+    }
+    by_step.iter_mut().for_each(|step| step.sort_by_key(|sample| sample.request.draw));
+    by_step
+}
+
+fn spelled(steps: &[Vec<Sample>]) -> Vec<String> {
+    steps.iter().flatten().map(|sample| format!("{sample:?}")).collect()
+}
+
+/// Damages some row groups of five photos, as a bad disk would: a bit of each.
+fn damage(world: &World, groups: &[usize]) {
+    let shards = world.path().join("shards");
+    let manifest = Manifest::read(&shards).unwrap();
+    for group in groups {
+        let shard = &manifest.shards[group / 4];
+        let place = &shard.row_groups[group % 4];
+        let path = shards.join(&shard.file);
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[(place.offset + place.bytes / 2) as usize] ^= 4;
+        fs::write(path, bytes).unwrap();
+    }
 }
 
 #[test]
 fn a_resume_on_other_ranks_in_the_middle_of_an_epoch_shows_every_photo_once() {
     let world = World::new();
-    let (whole, _) = steps(&world, 1, 0, 10);
+    let whole = steps(&world, 1, 0, 10);
     let mut resumed = Vec::new();
-    let mut next_draw: u64 = 0;
     // 10 steps of 12 draws are 6 epochs of 20: every change falls into one.
     for (ranks, count) in [(4, 4), (2, 3), (3, 3)] {
-        assert!(next_draw == 0 || !next_draw.is_multiple_of(EPOCH as u64));
-        let (part, next) = steps(&world, ranks, next_draw, count);
-        resumed.extend(part);
-        next_draw = next;
+        let from = resumed.len() as u64 * GLOBAL_BATCH;
+        assert!(from == 0 || !from.is_multiple_of(EPOCH as u64));
+        resumed.extend(steps(&world, ranks, from, count));
     }
-    // Step by step the same samples, down to crops and noise.
-    for (step, (one, many)) in whole.iter().zip(&resumed).enumerate() {
-        let spelled = |samples: &[Sample]| samples.iter().map(|sample| format!("{sample:?}")).collect::<Vec<_>>();
-        assert_eq!(spelled(one), spelled(many), "step {step}");
-    }
+    // Draw by draw the same samples, down to crops and noise.
+    assert_eq!(spelled(&whole), spelled(&resumed));
     let keys: Vec<&str> = resumed.iter().flatten().map(|sample| sample.key.as_str()).collect();
     assert_eq!(keys.len(), 6 * EPOCH);
     for epoch in keys.chunks(EPOCH) {
@@ -100,4 +135,84 @@ fn a_rank_serves_whole_streams() {
         }
         assert_eq!(rank_of.len(), 6 * STREAMS);
     }
+}
+
+#[test]
+fn a_row_group_is_read_once_where_memory_allows() {
+    let world = World::new();
+    let read = |cache_mib| {
+        let dataset = Dataset::open(ShardFolder::open(&world.path().join("shards")).unwrap(), cache_mib).unwrap();
+        let config = DrawConfig {
+            seed: 3,
+            stage: 1,
+            split: "train",
+            reference: Reference::Target,
+            scenarios: Scenarios::BASE,
+            streams: STREAMS,
+            shuffle_window: 1,
+        };
+        let mut draws = Draws::new(&dataset, &config).unwrap();
+        for draw in 0..EPOCH as u64 {
+            dataset.record(draws.request(draw).target).unwrap();
+        }
+        dataset.groups_read()
+    };
+    // 20 training photos lie in the first five row groups.
+    assert_eq!(read(64), 5);
+    assert!(read(0) > 5, "without memory a row group is read again");
+}
+
+#[test]
+fn a_damaged_row_group_is_left_out_and_its_places_are_filled_alike_at_any_world_size() {
+    let worlds: Vec<(World, usize)> = [1, 2, 4].map(|ranks| (World::new(), ranks)).into();
+    let sound = steps(&worlds[0].0, 1, 0, 10);
+    let mut filled = Vec::new();
+    for (world, ranks) in &worlds {
+        damage(world, &[1]);
+        filled.push(spelled(&steps(world, *ranks, 0, 10)));
+        let text = fs::read_to_string(world.path().join(QUARANTINE_FILE)).unwrap();
+        let bad: serde_json::Value = serde_json::from_str(text.trim()).unwrap();
+        assert_eq!((&bad["file"], &bad["row_group"]), (&"shard-00000.parquet".into(), &1.into()));
+        assert_eq!((&bad["first_row"], bad["ids"].as_array().unwrap().len()), (&5.into(), 5));
+    }
+    assert!(filled[0] == filled[1] && filled[1] == filled[2]);
+
+    let folder = ShardFolder::open(&worlds[0].0.path().join("shards")).unwrap();
+    let lost: BTreeSet<String> = folder.keys(5..10).unwrap().into_iter().collect();
+    // All other training photos of the next one's person are lost: there is no reference for it.
+    let lonely = folder.keys(10..11).unwrap().remove(0);
+    let again = steps(&worlds[0].0, 1, 0, 10);
+    assert_eq!(spelled(&again), filled[0], "what is known to be damaged is not read again");
+    for (sound, filled) in sound.iter().flatten().zip(again.iter().flatten()) {
+        assert!(!lost.contains(&filled.key));
+        let replaced = lost.contains(&sound.key) || sound.key == lonely;
+        assert_eq!(replaced, sound.key != filled.key, "draw {}", sound.request.draw);
+        assert_eq!((sound.timestep, &sound.noise), (filled.timestep, &filled.noise));
+    }
+}
+
+#[test]
+fn more_damage_than_the_budget_stops_the_run() {
+    let world = World::new();
+    damage(&world, &[0, 2]);
+    let shards = ShardFolder::open(&world.path().join("shards")).unwrap();
+    let quarantine = Quarantine::open(world.path(), 1, shards.checksum()).unwrap();
+    let dataset = Dataset::open(shards, 64).unwrap().with_quarantine(quarantine);
+    let error = steps_of(&world, dataset, Rank::ALONE, 1, 0, 10).unwrap_err();
+    let message = error.to_string();
+    assert!(message.contains("2 row groups are damaged") && message.contains("bad_row_groups allows 1"), "{message}");
+    assert_eq!(error.exit_code(), 2);
+}
+
+#[test]
+fn a_training_goes_on_without_a_damaged_row_group_and_the_gap_is_measured() {
+    let world = World::new();
+    damage(&world, &[1]);
+    let outcome = world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap();
+    assert!(matches!(outcome, Outcome::Finished { step: 9, .. }), "{outcome:?}");
+    let gap = identity_gap::run(&world.run("run"), &Device::flex()).unwrap();
+    assert!(gap.known.n > 0 && gap.known.n < 4, "{} photos", gap.known.n);
+    let strict = world.experiment(&[("shuffle_window: 2", "bad_row_groups: 0")]).unwrap();
+    let error = world.train(&strict, "strict", None).unwrap_err();
+    assert!(error.to_string().contains("shard-00000.parquet (1)"), "{error}");
 }

@@ -72,6 +72,7 @@ impl World {
         for (person, photo) in (0..6).flat_map(|person| (0..PHOTOS).map(move |photo| (person, photo))) {
             writer.push(record(person, photo)).unwrap();
         }
+        let written = writer.finish().unwrap();
         Manifest {
             schema_version: SCHEMA_VERSION,
             photos: 36,
@@ -79,7 +80,8 @@ impl World {
             splits: Default::default(),
             rejected: Default::default(),
             models: Default::default(),
-            shards: writer.finish().unwrap(),
+            shards: written.shards,
+            index: written.index,
             config: serde_json::json!({}),
         }
         .write(&shards)

@@ -32,6 +32,8 @@ pub struct Manifest {
     pub models: BTreeMap<String, String>,
     /// The shards, in the order of their rows.
     pub shards: Vec<ShardFile>,
+    /// Key, identity and split of all rows.
+    pub index: IndexFile,
     /// The resolved configuration.
     pub config: serde_json::Value,
 }
@@ -47,6 +49,72 @@ pub struct ShardFile {
     pub bytes: u64,
     /// SHA-256 of the file, in lower-case hexadecimal.
     pub sha256: String,
+    /// Its row groups, in order and one behind the other.
+    pub row_groups: Vec<RowGroupPiece>,
+    /// SHA-256 of what follows the last row group: Parquet's footer.
+    pub footer_sha256: String,
+}
+
+/// One row group of a shard: the unit that is read at once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowGroupPiece {
+    /// Number of faces in it.
+    pub rows: usize,
+    /// Where its bytes begin in the file.
+    pub offset: u64,
+    /// Number of its bytes.
+    pub bytes: u64,
+    /// SHA-256 of its bytes, in lower-case hexadecimal.
+    pub sha256: String,
+}
+
+/// The index of a folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IndexFile {
+    /// File name in the folder.
+    pub file: String,
+    /// Size of the file.
+    pub bytes: u64,
+    /// SHA-256 of the file, in lower-case hexadecimal.
+    pub sha256: String,
+}
+
+/// A part of a file and the checksum of its bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub(super) offset: u64,
+    pub(super) bytes: u64,
+    pub(super) sha256: String,
+}
+
+impl ShardFile {
+    /// Where the row group with this number lies.
+    pub(super) fn row_group(&self, index: usize) -> Option<Piece> {
+        let RowGroupPiece { offset, bytes, sha256, .. } = self.row_groups.get(index)?.clone();
+        Some(Piece { offset, bytes, sha256 })
+    }
+
+    /// Where the footer lies.
+    pub(super) fn footer(&self) -> Piece {
+        let offset = self.row_groups.last().map_or(0, |group| group.offset + group.bytes);
+        Piece { offset, bytes: self.bytes - offset, sha256: self.footer_sha256.clone() }
+    }
+
+    /// What does not fit together, in words.
+    fn contradiction(&self) -> Option<String> {
+        let rows: usize = self.row_groups.iter().map(|group| group.rows).sum();
+        if rows != self.rows {
+            return Some(format!("counts {} rows, its row groups {rows}", self.rows));
+        }
+        let mut end = 0;
+        for (index, group) in self.row_groups.iter().enumerate() {
+            if group.offset < end || group.bytes > self.bytes || group.offset > self.bytes - group.bytes {
+                return Some(format!("has row group {index} outside of its place"));
+            }
+            end = group.offset + group.bytes;
+        }
+        None
+    }
 }
 
 impl Manifest {
@@ -57,25 +125,36 @@ impl Manifest {
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(MANIFEST_FILE);
         if !path.exists() {
-            let problem = format!("holds no {MANIFEST_FILE}: this is not a shard folder");
-            return Err(Error::file(dir, problem, "make one with `data-prep build CONFIG --out DIR`"));
+            return Err(no_manifest(dir));
         }
-        let text = std::fs::read(&path).map_err(|source| Error::read(&path, source))?;
-        let damaged = |error: serde_json::Error| {
-            Error::file(&path, format!("is damaged: {error}"), "prepare the data again with `data-prep build`")
-        };
+        Self::parse(&std::fs::read(&path).map_err(|source| Error::read(&path, source))?, &path)
+    }
+
+    /// The manifest with the given content; errors name `path`.
+    pub(super) fn parse(text: &[u8], path: &Path) -> Result<Self> {
+        let damaged = |error: serde_json::Error| bad(path, error);
         // The version is read first: another version may have other fields.
-        let json: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
+        let json: serde_json::Value = serde_json::from_slice(text).map_err(damaged)?;
         let version = json.get("schema_version").and_then(serde_json::Value::as_u64);
         if version != Some(SCHEMA_VERSION.into()) {
             let found = version.map_or("none".into(), |version| version.to_string());
             return Err(Error::file(
-                &path,
+                path,
                 format!("has schema version {found}, this program reads version {SCHEMA_VERSION}"),
                 "prepare the data again with the `data-prep` of this release",
             ));
         }
-        serde_json::from_value(json).map_err(damaged)
+        let manifest: Self = serde_json::from_value(json).map_err(damaged)?;
+        for shard in &manifest.shards {
+            if let Some(contradiction) = shard.contradiction() {
+                return Err(bad(path, format_args!("{} {contradiction}", shard.file)));
+            }
+        }
+        let rows: usize = manifest.shards.iter().map(|shard| shard.rows).sum();
+        if rows != manifest.kept {
+            return Err(bad(path, format_args!("it counts {} faces, its shards hold {rows}", manifest.kept)));
+        }
+        Ok(manifest)
     }
 
     /// Compares the models that made the shards of `dir` with others, given by role as in [`models`](Self::models); tells
@@ -108,6 +187,20 @@ impl Manifest {
         text.push(b'\n');
         write_whole(&dir.join(MANIFEST_FILE), &text)
     }
+}
+
+pub(super) fn no_manifest(place: &Path) -> Error {
+    let problem = format!("holds no {MANIFEST_FILE}: this is not a shard folder");
+    Error::file(place, problem, "make one with `data-prep build CONFIG --out DIR`")
+}
+
+fn bad(path: &Path, problem: impl std::fmt::Display) -> Error {
+    Error::file(path, format!("is damaged: {problem}"), "prepare the data again with `data-prep build`")
+}
+
+/// SHA-256 of bytes in memory, in lower-case hexadecimal.
+pub fn sha256_of(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
 }
 
 /// SHA-256 of the file at `path`, in lower-case hexadecimal, read in pieces.

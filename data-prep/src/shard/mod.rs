@@ -2,17 +2,23 @@
 //!
 //! `docs/data-format.md` describes the format for readers in other languages.
 
-pub mod labels;
+pub mod index;
 pub mod manifest;
+#[cfg(feature = "cloud")]
+mod piece_cache;
 pub mod reader;
+#[cfg(feature = "cloud")]
+mod remote;
 pub mod schema;
+pub mod store;
 pub mod writer;
 
-pub use labels::RowLabel;
-pub use manifest::{MANIFEST_FILE, Manifest, ShardFile};
+pub use index::{INDEX_FILE, RowLabel};
+pub use manifest::{IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, ShardFile};
 pub use reader::{RowGroup, ShardFolder};
 pub use schema::{EMBEDDING_DIM, SCHEMA_VERSION};
-pub use writer::{ShardConfig, ShardWriter};
+pub use store::{Damage, RemoteConfig};
+pub use writer::{ShardConfig, ShardWriter, Written};
 
 /// One kept face: a row of a shard.
 ///

@@ -1,54 +1,86 @@
 //! Reads a shard folder, one row group at a time.
 
-use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use bytes::{Buf, Bytes};
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::errors::ParquetError;
+use parquet::file::reader::{ChunkReader, Length};
 
 use crate::error::{Error, Result};
 use crate::shard::FaceRecord;
-use crate::shard::manifest::{Manifest, ShardFile, sha256_of_file};
+use crate::shard::manifest::{MANIFEST_FILE, Manifest, ShardFile, no_manifest, sha256_of};
 use crate::shard::schema::{difference, from_batch};
+use crate::shard::store::{Damage, RemoteConfig, Store};
 
 pub(super) const REMEDY: &str = "restore the file, or prepare the data again with `data-prep build`";
 
 /// A folder that `data-prep build` wrote.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct ShardFolder {
-    dir: PathBuf,
+    store: Store,
     manifest: Manifest,
+    checksum: String,
     row_groups: Vec<RowGroup>,
 }
 
 /// The unit that is read at once.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowGroup {
-    /// The shard it lies in.
-    pub file: PathBuf,
+    /// Number of the shard it lies in, from 0.
+    pub shard: usize,
     /// Its number in that shard, from 0.
     pub index: usize,
+    /// Number of its first face in the folder, from 0.
+    pub first_row: usize,
     /// Number of faces in it.
     pub rows: usize,
 }
 
 impl ShardFolder {
-    /// Opens the shard folder `dir`: reads the manifest and each shard's footer, no faces.
+    /// Opens the shard folder `dir`: reads the manifest and looks for the shards, but not into them.
     ///
     /// # Errors
-    /// Input, with the file: no manifest or one of another schema version; a shard that is missing, truncated, not
-    /// Parquet, has other columns, or whose size or row count is not the manifest's.
+    /// Input, with the file: no manifest, a damaged one or one of another schema version; a shard that is missing or whose
+    /// size is not the manifest's.
     pub fn open(dir: &Path) -> Result<Self> {
-        let manifest = Manifest::read(dir)?;
+        if !dir.join(MANIFEST_FILE).exists() {
+            return Err(no_manifest(dir));
+        }
+        let folder = Self::of_store(Store::Folder(dir.into()))?;
+        for shard in &folder.manifest.shards {
+            let path = dir.join(&shard.file);
+            let bytes = std::fs::metadata(&path).map_err(|source| Error::read(&path, source))?.len();
+            if bytes != shard.bytes {
+                let problem = format!("holds {bytes} bytes, manifest.json says {}", shard.bytes);
+                return Err(Error::file(&path, problem, REMEDY));
+            }
+        }
+        Ok(folder)
+    }
+
+    /// Opens the shard folder behind `url`: `s3://`, `gs://`, `http://` or `https://`.
+    ///
+    /// # Errors
+    /// Input: as [`open`](Self::open), a URL that is not understood, missing credentials, or a build without the feature
+    /// `cloud`; Disk where the provider cannot be reached.
+    pub fn open_remote(url: &str, config: &RemoteConfig) -> Result<Self> {
+        Self::of_store(Store::remote(url, config)?)
+    }
+
+    fn of_store(store: Store) -> Result<Self> {
+        let text = store.read(MANIFEST_FILE)?;
+        let manifest = Manifest::parse(&text, &store.place(MANIFEST_FILE))?;
         let mut row_groups = Vec::new();
-        for shard in &manifest.shards {
-            row_groups.extend(row_groups_of(&dir.join(&shard.file), shard)?);
+        let mut first_row = 0;
+        for (shard, file) in manifest.shards.iter().enumerate() {
+            for (index, group) in file.row_groups.iter().enumerate() {
+                row_groups.push(RowGroup { shard, index, first_row, rows: group.rows });
+                first_row += group.rows;
+            }
         }
-        let rows: usize = row_groups.iter().map(|group| group.rows).sum();
-        if rows != manifest.kept {
-            let problem = format!("the manifest counts {} faces, its shards hold {rows}", manifest.kept);
-            return Err(Error::file(dir, problem, REMEDY));
-        }
-        Ok(Self { dir: dir.into(), manifest, row_groups })
+        Ok(Self { store, manifest, checksum: sha256_of(&text), row_groups })
     }
 
     /// What the manifest says.
@@ -56,83 +88,127 @@ impl ShardFolder {
         &self.manifest
     }
 
+    /// SHA-256 of the manifest, which holds those of all that is read.
+    pub fn checksum(&self) -> &str {
+        &self.checksum
+    }
+
+    /// The folder, for messages.
+    pub fn place(&self) -> PathBuf {
+        self.store.place("")
+    }
+
     /// All row groups, in the order of their rows.
     pub fn row_groups(&self) -> &[RowGroup] {
         &self.row_groups
     }
 
-    /// The faces of one row group, in order.
-    ///
-    /// # Errors
-    /// Input, with the file: damaged data.
-    pub fn read(&self, group: &RowGroup) -> Result<Vec<FaceRecord>> {
-        let batches = reader(&group.file)?
-            .with_row_groups(vec![group.index])
-            .with_batch_size(group.rows.max(1))
-            .build()
-            .map_err(|error| damaged(group, &error))?;
-        let mut records = Vec::with_capacity(group.rows);
-        for batch in batches {
-            let batch = batch.map_err(|error| damaged(group, &error))?;
-            records.extend(from_batch(&batch).map_err(|error| damaged(group, &error))?);
-        }
-        if records.len() != group.rows {
-            return Err(damaged(group, &format_args!("{} rows instead of {}", records.len(), group.rows)));
-        }
-        Ok(records)
+    /// The file that a row group lies in, for messages.
+    pub fn file(&self, group: &RowGroup) -> &str {
+        self.manifest.shards.get(group.shard).map_or("", |shard| shard.file.as_str())
     }
 
-    /// Compares every shard's checksum with the manifest's.
+    /// The faces of one row group, in order; its checksum is compared.
+    ///
+    /// # Errors
+    /// Input or Disk where the file cannot be read. What can be read but is not what was written is the inner error.
+    pub fn read(&self, group: &RowGroup) -> Result<std::result::Result<Vec<FaceRecord>, Damage>> {
+        let shard = self.manifest.shards.get(group.shard);
+        let Some((shard, piece)) = shard.and_then(|shard| Some((shard, shard.row_group(group.index)?))) else {
+            return Err(Error::Fault(format!("no row group {} in shard {}", group.index, group.shard)));
+        };
+        let footer = match self.store.read_piece(&shard.file, &shard.footer())? {
+            Ok(bytes) => Window { file: shard.bytes, offset: shard.footer().offset, bytes },
+            Err(damage) => return Ok(Err(Damage(format!("the footer of the file: {damage}")))),
+        };
+        let rows = match self.store.read_piece(&shard.file, &piece)? {
+            Ok(bytes) => Window { file: shard.bytes, offset: piece.offset, bytes },
+            Err(damage) => return Ok(Err(damage)),
+        };
+        Ok(decode(footer, rows, group))
+    }
+
+    /// Compares all checksums with the manifest's.
     ///
     /// # Errors
     /// Input, with the file: the content is not what was written.
     pub fn verify(&self) -> Result<()> {
-        self.manifest.shards.iter().try_for_each(|shard| self.verify_shard(&self.dir.join(&shard.file)))
+        self.labels()?;
+        for shard in &self.manifest.shards {
+            let groups = (0..shard.row_groups.len()).filter_map(|index| Some((Some(index), shard.row_group(index)?)));
+            for (index, piece) in groups.chain([(None, shard.footer())]) {
+                if let Err(damage) = self.store.read_piece(&shard.file, &piece)? {
+                    return Err(self.damaged(shard, index, &damage));
+                }
+            }
+        }
+        Ok(())
     }
 
-    /// Compares the checksum of one shard, as [`RowGroup::file`] names it, with the manifest's.
-    ///
-    /// # Errors
-    /// Input, with the file: the content is not what was written, or the manifest knows no such shard.
-    pub fn verify_shard(&self, file: &Path) -> Result<()> {
-        let expected = self.manifest.shards.iter().find(|shard| self.dir.join(&shard.file) == file);
-        match expected {
-            Some(shard) if shard.sha256 == sha256_of_file(file)? => Ok(()),
-            _ => Err(Error::file(file, "its SHA-256 is not the one in manifest.json", REMEDY)),
+    fn damaged(&self, shard: &ShardFile, group: Option<usize>, damage: &Damage) -> Error {
+        let what = group.map_or("the footer".into(), |index| format!("row group {index}"));
+        Error::file(&self.store.place(&shard.file), format!("{what} is damaged: {damage}"), REMEDY)
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+}
+
+fn decode(footer: Window, rows: Window, group: &RowGroup) -> std::result::Result<Vec<FaceRecord>, Damage> {
+    let damage = |error: &dyn std::fmt::Display| Damage(error.to_string());
+    let metadata = ArrowReaderMetadata::load(&footer, ArrowReaderOptions::new()).map_err(|error| damage(&error))?;
+    if let Some(difference) = difference(metadata.schema().fields()) {
+        return Err(Damage(difference));
+    }
+    if group.index >= metadata.metadata().num_row_groups() {
+        return Err(Damage("the file has fewer row groups".into()));
+    }
+    let batches = ParquetRecordBatchReaderBuilder::new_with_metadata(rows, metadata)
+        .with_row_groups(vec![group.index])
+        .with_batch_size(group.rows.max(1))
+        .build()
+        .map_err(|error| damage(&error))?;
+    let mut records = Vec::with_capacity(group.rows);
+    for batch in batches {
+        let batch = batch.map_err(|error| damage(&error))?;
+        records.extend(from_batch(&batch).map_err(|error| damage(&error))?);
+    }
+    if records.len() != group.rows {
+        return Err(Damage(format!("{} rows instead of {}", records.len(), group.rows)));
+    }
+    Ok(records)
+}
+
+/// A part of a Parquet file that stands for the whole: the rest is not asked for.
+struct Window {
+    /// Size of the whole file.
+    file: u64,
+    /// Where the part begins.
+    offset: u64,
+    bytes: Bytes,
+}
+
+impl Length for Window {
+    fn len(&self) -> u64 {
+        self.file
+    }
+}
+
+impl ChunkReader for Window {
+    type T = Box<dyn Read + Send + Sync>;
+
+    fn get_read(&self, start: u64) -> std::result::Result<Self::T, ParquetError> {
+        let length = (self.offset + self.bytes.len() as u64).saturating_sub(start);
+        Ok(Box::new(self.get_bytes(start, length as usize)?.reader()))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> std::result::Result<Bytes, ParquetError> {
+        let from = start.checked_sub(self.offset).map(|from| from as usize);
+        let range = from.and_then(|from| Some(from..from.checked_add(length)?));
+        match range {
+            Some(range) if range.end <= self.bytes.len() => Ok(self.bytes.slice(range)),
+            _ => Err(ParquetError::EOF(format!("{length} bytes at {start} lie outside of the part"))),
         }
     }
-}
-
-fn row_groups_of(path: &Path, expected: &ShardFile) -> Result<Vec<RowGroup>> {
-    let bytes = std::fs::metadata(path).map_err(|source| Error::read(path, source))?.len();
-    if bytes != expected.bytes {
-        let problem = format!("holds {bytes} bytes, manifest.json says {}", expected.bytes);
-        return Err(Error::file(path, problem, REMEDY));
-    }
-    let builder = reader(path)?;
-    if let Some(difference) = difference(builder.schema().fields()) {
-        return Err(Error::file(path, difference, REMEDY));
-    }
-    let groups = builder.metadata().row_groups().iter().enumerate().map(|(index, group)| {
-        let rows = usize::try_from(group.num_rows())
-            .map_err(|_| Error::file(path, format!("row group {index} counts {} rows", group.num_rows()), REMEDY))?;
-        Ok(RowGroup { file: path.into(), index, rows })
-    });
-    let groups = groups.collect::<Result<Vec<_>>>()?;
-    let rows: usize = groups.iter().map(|group| group.rows).sum();
-    if rows != expected.rows {
-        let problem = format!("holds {rows} rows, manifest.json says {}", expected.rows);
-        return Err(Error::file(path, problem, REMEDY));
-    }
-    Ok(groups)
-}
-
-fn damaged(group: &RowGroup, error: &dyn std::fmt::Display) -> Error {
-    Error::file(&group.file, format!("row group {} is damaged: {error}", group.index), REMEDY)
-}
-
-pub(super) fn reader(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
-    let file = File::open(path).map_err(|source| Error::read(path, source))?;
-    ParquetRecordBatchReaderBuilder::try_new(file)
-        .map_err(|error| Error::file(path, format!("is truncated or not a Parquet file: {error}"), REMEDY))
 }

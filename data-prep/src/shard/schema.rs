@@ -13,7 +13,7 @@ use arrow::error::ArrowError;
 use crate::shard::FaceRecord;
 
 /// Version of the columns and the manifest. A reader refuses any other.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// Length of an identity embedding.
 pub const EMBEDDING_DIM: usize = 512;

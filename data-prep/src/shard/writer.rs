@@ -1,19 +1,22 @@
 //! Writes rows as zstd Parquet shards; the same rows give the same bytes.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::KeyValue;
-use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::file::metadata::{ColumnChunkMetaData, KeyValue, ParquetMetaData};
+use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::shard::FaceRecord;
-use crate::shard::manifest::{ShardFile, sha256_of_file};
+use crate::shard::index::IndexWriter;
+use crate::shard::manifest::{IndexFile, RowGroupPiece, ShardFile, hex, sha256_of};
 use crate::shard::schema::{EMBEDDING_DIM, SCHEMA_VERSION, schema, to_batch};
 
 /// How rows are cut into files and row groups.
@@ -59,7 +62,17 @@ pub struct ShardWriter {
     metadata: Vec<KeyValue>,
     pending: Vec<FaceRecord>,
     open: Option<OpenShard>,
+    index: Option<IndexWriter>,
     finished: Vec<ShardFile>,
+}
+
+/// What a [`ShardWriter`] wrote, for the manifest.
+#[derive(Debug)]
+pub struct Written {
+    /// The shards, in the order of their rows.
+    pub shards: Vec<ShardFile>,
+    /// Key, identity and split of all rows.
+    pub index: IndexFile,
 }
 
 struct OpenShard {
@@ -85,6 +98,7 @@ impl ShardWriter {
             metadata,
             pending: Vec::with_capacity(config.rows_per_group),
             open: None,
+            index: None,
             finished: Vec::new(),
         }
     }
@@ -106,12 +120,16 @@ impl ShardWriter {
     ///
     /// # Errors
     /// As [`push`](Self::push).
-    pub fn finish(mut self) -> Result<Vec<ShardFile>> {
+    pub fn finish(mut self) -> Result<Written> {
         if !self.pending.is_empty() {
             self.write_group()?;
         }
         self.close()?;
-        Ok(self.finished)
+        let index = match self.index {
+            Some(index) => index,
+            None => IndexWriter::create(&self.dir)?,
+        };
+        Ok(Written { shards: self.finished, index: index.close()? })
     }
 
     fn write_group(&mut self) -> Result<()> {
@@ -122,6 +140,11 @@ impl ShardWriter {
         let path = self.dir.join(&shard.file);
         let batch = to_batch(&self.pending).map_err(|error| Error::Fault(format!("{}: {error}", path.display())))?;
         shard.writer.write(&batch).and_then(|()| shard.writer.flush()).map_err(|error| write_error(&path, error))?;
+        let index = match &mut self.index {
+            Some(index) => index,
+            none => none.insert(IndexWriter::create(&self.dir)?),
+        };
+        index.push(&self.pending)?;
         shard.rows += self.pending.len();
         self.pending.clear();
         let full = shard.rows >= self.config.rows_per_shard;
@@ -133,11 +156,8 @@ impl ShardWriter {
         let file = format!("shard-{:05}.parquet", self.finished.len());
         let path = self.dir.join(&file);
         let output = File::create(&path).map_err(|source| Error::write(&path, source))?;
-        let properties = WriterProperties::builder()
-            .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        let properties = reproducible(WriterProperties::builder())
             .set_max_row_group_row_count(Some(self.config.rows_per_group))
-            // The library's default names its own version: an upgrade would change every byte.
-            .set_created_by("hyperlora data-prep".into())
             // Dictionaries where values repeat. Bounds of images and embeddings would only cost space.
             .set_dictionary_enabled(false)
             .set_column_dictionary_enabled("caption".into(), true)
@@ -154,16 +174,48 @@ impl ShardWriter {
     fn close(&mut self) -> Result<()> {
         let Some(OpenShard { file, writer, rows }) = self.open.take() else { return Ok(()) };
         let path = self.dir.join(&file);
-        writer.close().map_err(|error| write_error(&path, error))?;
-        let bytes = std::fs::metadata(&path).map_err(|source| Error::read(&path, source))?.len();
-        let sha256 = sha256_of_file(&path)?;
-        self.finished.push(ShardFile { file, rows, bytes, sha256 });
+        let metadata = writer.close().map_err(|error| write_error(&path, error))?;
+        self.finished.push(describe(&path, file, rows, &metadata).map_err(|source| Error::read(&path, source))?);
         Ok(())
     }
 }
 
+/// A shard for the manifest, read back for its checksums.
+fn describe(path: &Path, file: String, rows: usize, metadata: &ParquetMetaData) -> std::io::Result<ShardFile> {
+    let shard = File::open(path)?;
+    let bytes = shard.metadata()?.len();
+    let mut whole = Sha256::new();
+    let mut read = |from: u64, to: u64| {
+        let mut piece = vec![0; (to - from) as usize];
+        shard.read_exact_at(&mut piece, from)?;
+        whole.update(&piece);
+        std::io::Result::Ok(sha256_of(&piece))
+    };
+    let mut row_groups = Vec::with_capacity(metadata.num_row_groups());
+    let mut end = 0;
+    for group in metadata.row_groups() {
+        let ranges = || group.columns().iter().map(ColumnChunkMetaData::byte_range);
+        let offset = ranges().map(|(start, _)| start).min().unwrap_or(end);
+        read(end, offset)?;
+        end = ranges().map(|(start, length)| start + length).max().unwrap_or(offset);
+        let sha256 = read(offset, end)?;
+        row_groups.push(RowGroupPiece { rows: group.num_rows() as usize, offset, bytes: end - offset, sha256 });
+    }
+    let footer_sha256 = read(end, bytes)?;
+    let sha256 = hex(&whole.finalize());
+    Ok(ShardFile { file, rows, bytes, sha256, row_groups, footer_sha256 })
+}
+
+/// The same bytes for the same rows, small.
+pub(super) fn reproducible(properties: WriterPropertiesBuilder) -> WriterPropertiesBuilder {
+    properties
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        // The library's default names its own version: an upgrade would change every byte.
+        .set_created_by("hyperlora data-prep".into())
+}
+
 /// What the disk refused is told as the disk's, the rest is a fault of the program.
-fn write_error(path: &Path, error: ParquetError) -> Error {
+pub(super) fn write_error(path: &Path, error: ParquetError) -> Error {
     match error {
         ParquetError::External(source) => match source.downcast::<std::io::Error>() {
             Ok(source) => Error::write(path, *source),

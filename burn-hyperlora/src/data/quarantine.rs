@@ -1,0 +1,172 @@
+//! Row groups that cannot be used any more: written down, left out, and counted against a budget.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Name of the file in a run folder.
+pub const QUARANTINE_FILE: &str = "quarantine.jsonl";
+
+/// One row group that is left out: a line of [`QUARANTINE_FILE`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BadRowGroup {
+    /// Checksum of the shard folder's manifest.
+    pub shards: String,
+    /// Number of the row group in the folder, from 0.
+    pub group: u32,
+    /// The shard it lies in.
+    pub file: String,
+    /// Its number in that shard, from 0.
+    pub row_group: usize,
+    /// Number of its first photo in the folder, from 0.
+    pub first_row: usize,
+    /// Number of its photos.
+    pub rows: usize,
+    /// Keys of its photos.
+    pub ids: Vec<String>,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// The row groups that a run leaves out. All ranks of a run share one file.
+#[derive(Debug)]
+pub struct Quarantine {
+    file: PathBuf,
+    budget: usize,
+    known: Mutex<BTreeMap<u32, BadRowGroup>>,
+}
+
+impl Quarantine {
+    /// What `run` has left out so far of the shards with this checksum; up to `budget` row groups may be.
+    ///
+    /// # Errors
+    /// Input or Disk for a file that cannot be read.
+    pub fn open(run: &Path, budget: usize, shards: &str) -> Result<Self> {
+        let file = run.join(QUARANTINE_FILE);
+        let text = match std::fs::read_to_string(&file) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            read => read.map_err(|source| Error::read(&file, source))?,
+        };
+        let known = Mutex::new(entries(&text, shards).map(|bad| (bad.group, bad)).collect());
+        Ok(Self { file, budget, known })
+    }
+
+    /// Whether a row group is left out.
+    pub fn holds(&self, group: u32) -> bool {
+        self.known().contains_key(&group)
+    }
+
+    /// Number of row groups that are left out.
+    pub fn len(&self) -> usize {
+        self.known().len()
+    }
+
+    /// Whether every row group is still in use.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Leaves a row group out from now on and writes it down, unless another rank did so first.
+    ///
+    /// # Errors
+    /// Input once there are more than the budget allows; Input or Disk for a file that cannot be written.
+    pub fn add(&self, bad: BadRowGroup) -> Result<()> {
+        let mut known = self.known();
+        if known.contains_key(&bad.group) {
+            return Ok(());
+        }
+        let of_all = self.write_down(&bad).map_err(|source| Error::write(&self.file, source))?;
+        tracing::warn!("{}: row group {} is left out: {}", bad.file, bad.row_group, bad.reason);
+        known.extend(of_all.into_iter().map(|bad| (bad.group, bad)));
+        if known.len() <= self.budget {
+            return Ok(());
+        }
+        let files: Vec<String> = known.values().map(|bad| format!("{} ({})", bad.file, bad.row_group)).collect();
+        Err(Error::file(
+            &self.file,
+            format!(
+                "{} row groups are damaged: {}; data.bad_row_groups allows {}",
+                files.len(),
+                files.join(", "),
+                self.budget
+            ),
+            "restore these files and remove the lines from quarantine.jsonl, or allow more",
+        ))
+    }
+
+    /// Appends a line under a lock; tells what all ranks have written down.
+    fn write_down(&self, bad: &BadRowGroup) -> std::io::Result<Vec<BadRowGroup>> {
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&self.file)?;
+        // A file system without locks may let a row group be written down twice: it is counted once all the same.
+        let _ = File::lock(&file);
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        let mut of_all: Vec<BadRowGroup> = entries(&text, &bad.shards).collect();
+        if of_all.iter().all(|other| other.group != bad.group) {
+            let broken = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
+            let line = format!("{broken}{}\n", serde_json::to_string(bad)?);
+            file.seek(SeekFrom::End(0))?;
+            file.write_all(line.as_bytes())?;
+            file.sync_all()?;
+            of_all.push(bad.clone());
+        }
+        Ok(of_all)
+    }
+
+    fn known(&self) -> MutexGuard<'_, BTreeMap<u32, BadRowGroup>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The entries about these shards. A line that a dying process left half-written tells nothing: the row group is found again.
+fn entries<'t>(text: &'t str, shards: &str) -> impl Iterator<Item = BadRowGroup> + use<'t> {
+    let shards = shards.to_owned();
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<BadRowGroup>(line).ok());
+    lines.filter(move |bad| bad.shards == shards)
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    fn bad(group: u32) -> BadRowGroup {
+        let (file, reason) = ("shard-00000.parquet".into(), "its SHA-256".into());
+        BadRowGroup { shards: "abc".into(), group, file, row_group: 1, first_row: 5, rows: 1, ids: Vec::new(), reason }
+    }
+
+    #[test]
+    fn ranks_share_the_list_and_the_budget() {
+        let run = tempfile::tempdir().unwrap();
+        let open = || Quarantine::open(run.path(), 2, "abc").unwrap();
+        let (one, two) = (open(), open());
+        one.add(bad(7)).unwrap();
+        two.add(bad(7)).unwrap();
+        two.add(bad(8)).unwrap();
+        assert_eq!((one.len(), two.len(), open().len()), (1, 2, 2));
+        assert!(open().holds(8) && !open().holds(9));
+        assert!(Quarantine::open(run.path(), 2, "other shards").unwrap().is_empty());
+        let error = one.add(bad(9)).unwrap_err().to_string();
+        assert!(error.contains("3 row groups are damaged") && error.contains("allows 2"), "{error}");
+    }
+
+    #[test]
+    fn a_half_written_line_is_passed_over() {
+        let run = tempfile::tempdir().unwrap();
+        let quarantine = Quarantine::open(run.path(), 9, "abc").unwrap();
+        quarantine.add(bad(7)).unwrap();
+        let path = run.path().join(QUARANTINE_FILE);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{text}{}", &text[..30])).unwrap();
+        quarantine.add(bad(8)).unwrap();
+        let again = Quarantine::open(run.path(), 9, "abc").unwrap();
+        assert!(again.holds(7) && again.holds(8) && again.len() == 2);
+    }
+}
