@@ -123,8 +123,10 @@ impl Base {
     /// # Errors
     /// Input for a missing, corrupt or unfitting model.
     pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
+        let source = config.source(yaml_folder)?;
+        // Before the UNet, whose gigabytes would be read in vain.
         let vision = Vision::load(config, yaml_folder, device)?;
-        Ok(Self { vision: Some(vision), ..Self::load_for_drawing(config, yaml_folder, device)? })
+        Ok(Self { vision: Some(vision), ..Self::from_source(&source, config.dtype, device)? })
     }
 
     /// Loads what drawing needs: all but the image encoder.
