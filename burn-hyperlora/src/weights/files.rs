@@ -30,7 +30,7 @@ pub fn weights_in(folder: &Path, variant: Option<&str>) -> Result<PathBuf> {
     candidates.find(|path| path.is_file()).ok_or_else(|| {
         Error::file(
             folder,
-            format!("holds no weights: none of {}", [names(None), names(variant.or(Some(HALF)))].concat().join(", ")),
+            "holds no diffusion_pytorch_model or model .safetensors, neither whole nor in shards, of any variant",
             "give a model folder in diffusers layout; pickles (.bin, .ckpt) are never read: convert them to safetensors",
         )
     })

@@ -71,7 +71,11 @@ fn a_missing_or_damaged_base_model_is_named_by_its_file() {
     let world = World::new();
     let cases: [(&str, Damage, &[&str]); 12] = [
         ("no folder", |base| fs::remove_dir_all(base).unwrap(), &["base: cannot be read"]),
-        ("no UNet weights", |base| fs::remove_file(base.join(UNET)).unwrap(), &["unet", "holds none of"]),
+        (
+            "no UNet weights",
+            |base| fs::remove_file(base.join(UNET)).unwrap(),
+            &["unet", "holds no diffusion_pytorch_model"],
+        ),
         ("no VAE", |base| fs::remove_dir_all(base.join("vae")).unwrap(), &["vae/config.json", "cannot be read"]),
         (
             "no vocabulary",
