@@ -13,11 +13,18 @@ ci/assets.sh
 say "format"
 cargo fmt --all --check
 
+# Several ranks are tested with Open MPI, whose header `bindgen` reads through libclang.
+command -v mpirun >/dev/null && command -v mpicc >/dev/null && compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null \
+  || apt_install mpicc libopenmpi-dev openmpi-bin libclang-dev
+
 say "lints"
 cargo clippy --workspace --all-targets -- -D warnings
+cargo clippy -p burn-hyperlora --features mpi --all-targets -- -D warnings
 
 say "tests"
 cargo test --workspace
+say "tests of 2, 3 and 4 ranks"
+cargo test -p burn-hyperlora --features mpi --test ranks
 
 say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

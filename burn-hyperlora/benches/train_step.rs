@@ -27,7 +27,7 @@ use burn_hyperlora::hypernet::{HyperLora, ParameterMapper, Stage};
 use burn_hyperlora::optim::{Optimizer, Share};
 use burn_hyperlora::random::{Purpose, below, for_sample, normal};
 use burn_hyperlora::train::config::StageEntry;
-use burn_hyperlora::train::step::{Learner, StepConfig, step};
+use burn_hyperlora::train::step::{Learner, StepConfig, StepTerms, step};
 use burn_hyperlora::weights;
 use data_prep::files::write_whole;
 use serde::Deserialize;
@@ -208,14 +208,14 @@ impl Bench {
         };
         let optimizer = Optimizer::new(config.optim, &self.start, Share::WHOLE);
         let mut learner = Learner { hyper_lora: self.start.clone(), optimizer };
+        let terms = StepTerms { learning_rate: config.optim.learning_rate, loss_limit: f64::INFINITY };
         let (mut losses, mut laps) = (vec![], vec![]);
         for _ in 0..order.steps {
             let mut batches = self.batches.iter().cloned();
             let clock = Instant::now();
-            let report =
-                step(&self.base, &mut learner, &config, &WorldOfOne::new(), config.optim.learning_rate, || {
-                    batches.next().ok_or_else(|| Error::Fault("the step took more batches than planned".into()))
-                })?;
+            let report = step(&self.base, &mut learner, &config, &WorldOfOne::new(), terms, || {
+                batches.next().ok_or_else(|| Error::Fault("the step took more batches than planned".into()))
+            })?;
             let total = clock.elapsed();
             let phases = report.phases.named().chain([("total", total)]);
             laps.push(phases.map(|(name, time)| (name, time.as_secs_f64())).collect::<BTreeMap<_, _>>());

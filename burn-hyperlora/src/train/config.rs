@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::hypernet::{ParameterGroup, Stage};
 use crate::optim::{LrScaling, OptimConfig, Wire};
 use crate::sdxl::scheduler::SamplerKind;
+use crate::train::spikes::SpikeConfig;
 
 /// Batches, stages and what is written along the way.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,6 +53,9 @@ pub struct TrainConfig {
     /// The type in which gradients travel between ranks.
     #[serde(default)]
     pub wire: Wire,
+    /// When a step would do harm and is skipped.
+    #[serde(default)]
+    pub spikes: SpikeConfig,
     /// How the learning rate follows the number of ranks.
     #[serde(default)]
     pub lr_scaling: LrScaling,
@@ -324,6 +328,7 @@ impl TrainConfig {
                 "add `fixed_set: {}` under train, or take `samples` out",
             ));
         }
+        self.spikes.validate(&format!("{place}: train.spikes"))?;
         for (index, stage) in self.stages.iter().enumerate() {
             stage.validate(&format!("{place}: train.stages[{index}].{}", stage.name()), has_base)?;
         }

@@ -7,6 +7,7 @@ mod fingerprint;
 pub mod fixed_set;
 pub mod forward;
 pub mod pictures;
+pub mod spikes;
 mod start;
 pub mod state;
 pub mod step;
@@ -40,6 +41,8 @@ pub const CONFIG_FILE: &str = "config.yaml";
 pub const CHECKPOINTS: &str = "checkpoints";
 /// Folder of the event files in a run folder.
 pub const TENSORBOARD: &str = "tensorboard";
+/// The skipped steps in a run folder, one JSON object a line.
+pub const SKIPPED: &str = "skipped.jsonl";
 /// Folder of the pictures in a run folder.
 pub const SAMPLES: &str = "samples";
 

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::hypernet::{HyperLoraConfig, Stage};
 use crate::metrics::StageSummary;
 use crate::train::config::{StageEntry, TrainConfig};
+use crate::train::spikes::SpikeWatch;
 use crate::train::step::StepReport;
 
 /// Where a run stands. With the weights and the optimiser's moments it is all that the next step depends on.
@@ -25,6 +26,9 @@ pub struct TrainState {
     pub next_draw: u64,
     /// One entry per stage that was begun.
     pub records: Vec<StageSummary>,
+    /// What the last steps of the stage were like.
+    #[serde(default)]
+    pub spikes: SpikeWatch,
 }
 
 impl TrainState {
@@ -52,6 +56,7 @@ impl TrainState {
         self.stage += 1;
         self.stage_step = 0;
         self.next_draw = 0;
+        self.spikes = SpikeWatch::default();
     }
 }
 

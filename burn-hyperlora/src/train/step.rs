@@ -10,7 +10,7 @@ use crate::collective::Collective;
 use crate::conditioning::Base;
 use crate::data::batch::Batch;
 use crate::data::scenario::Scenario;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::hypernet::{CoefficientStatistics, HyperLora, Stage};
 use crate::lora::LoraWeights;
 use crate::loss;
@@ -42,6 +42,15 @@ pub struct StepConfig<'a> {
     pub optim: &'a OptimConfig,
 }
 
+/// What changes from step to step besides the data.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepTerms {
+    /// The learning rate.
+    pub learning_rate: f64,
+    /// The largest mean loss with which the step is taken.
+    pub loss_limit: f64,
+}
+
 /// What a step found out.
 #[derive(Debug, Default)]
 pub struct StepReport {
@@ -49,6 +58,8 @@ pub struct StepReport {
     pub losses: Vec<SampleLoss>,
     /// Global gradient norm before clipping.
     pub gradient_norm: f64,
+    /// Why the weights were not moved, where they were not.
+    pub skipped: Option<String>,
     /// Of the last pass.
     pub coefficients: Option<CoefficientStatistics>,
     /// The draw that comes next.
@@ -110,17 +121,17 @@ impl Phases {
     }
 }
 
-/// Learns from `config.accumulation` batches, and from those of the other ranks of `world`, at the given learning rate.
+/// Learns from `config.accumulation` batches and from those of the other ranks of `world`; from nothing where a gradient is
+/// not finite or the loss too high, see [`StepReport::skipped`].
 ///
 /// # Errors
-/// Those of the data, Fault for a loss or gradient that is not finite, Peer where another rank fails; the learner is then
-/// unchanged.
+/// Those of the data, Peer where another rank fails; the learner is then unchanged.
 pub fn step(
     base: &Base,
     learner: &mut Learner,
     config: &StepConfig<'_>,
     world: &dyn Collective,
-    learning_rate: f64,
+    terms: StepTerms,
     next_batch: impl FnMut() -> Result<Batch>,
 ) -> Result<StepReport> {
     // 1 to 6. This rank's part of the batch.
@@ -133,12 +144,13 @@ pub fn step(
     let clock = Instant::now();
     let reduced = learner.optimizer.reduce(gradients, world)?;
     report.gradient_norm = reduced.norm;
-    if !reduced.norm.is_finite() {
-        return Err(diverged(&report));
+    report.skipped = harm(&report, terms.loss_limit);
+    if report.skipped.is_some() {
+        return Ok(report);
     }
     // 9. Step.
     let (hyper_lora, gradients) = (learner.hyper_lora.clone(), reduced.clip(config.optim.clip_norm));
-    learner.hyper_lora = learner.optimizer.step(hyper_lora, gradients, learning_rate, world)?;
+    learner.hyper_lora = learner.optimizer.step(hyper_lora, gradients, terms.learning_rate, world)?;
     report.phases.update = clock.elapsed();
     Ok(report)
 }
@@ -236,12 +248,13 @@ fn lap(clock: &mut Instant, phase: &mut Duration) {
     *clock = Instant::now();
 }
 
-fn diverged(report: &StepReport) -> Error {
-    let losses: Vec<f32> = report.losses.iter().map(|sample| sample.loss).collect();
-    Error::Fault(format!(
-        "the training diverged: the gradient norm is {}; losses of the step {losses:?}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart",
-        report.gradient_norm
-    ))
+/// Why the step would do harm, from figures that are the same on all ranks.
+fn harm(report: &StepReport, loss_limit: f64) -> Option<String> {
+    let (norm, loss) = (report.gradient_norm, report.mean_loss());
+    if !norm.is_finite() || !loss.is_finite() {
+        return Some(format!("the gradient norm is {norm}, the loss {loss}"));
+    }
+    (loss > loss_limit).then(|| format!("the loss is {loss:.5}, at most {loss_limit:.5} was to be expected"))
 }
 
 impl StepReport {

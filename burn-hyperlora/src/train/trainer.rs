@@ -1,11 +1,14 @@
 //! The run: stages one after the other, each a loop of steps with its checkpoints, curves and pictures.
 
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::Device;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::checkpoint::CheckpointStore;
 use crate::conditioning::Base;
@@ -22,11 +25,14 @@ use crate::train::checkpoints::{self, SavedState};
 use crate::train::config::{SamplesConfig, StageEntry};
 use crate::train::curves::Curves;
 use crate::train::fixed_set::FixedSet;
+use crate::train::spikes::Remedy;
 use crate::train::start::{begin_learning, begin_or_resume, check_agreement};
 use crate::train::state::{TrainState, binding_settings};
-use crate::train::step::{Learner, StepConfig, step};
+use crate::train::step::{Learner, StepConfig, StepTerms, step};
 use crate::train::together::{asked_to_stop, lead_alone};
-use crate::train::{CHECKPOINTS, Outcome, TENSORBOARD, TrainOptions, TrainSetup, fingerprint, open_dataset, pictures};
+use crate::train::{
+    CHECKPOINTS, Outcome, SKIPPED, TENSORBOARD, TrainOptions, TrainSetup, fingerprint, open_dataset, pictures,
+};
 
 /// A run in progress.
 pub struct Trainer<'a> {
@@ -155,21 +161,32 @@ impl<'a> Trainer<'a> {
                 return Ok(End::Paused);
             }
             let start = Instant::now();
-            let learning_rate = scaling * config.optim.learning_rate_at(self.state.stage_step, config.steps);
-            let report = step(&self.base, &mut self.learner, &step_config, setup.world, learning_rate, || {
+            let terms = StepTerms {
+                learning_rate: scaling * config.optim.learning_rate_at(self.state.stage_step, config.steps),
+                loss_limit: self.state.spikes.loss_limit(&train.spikes),
+            };
+            let report = step(&self.base, &mut self.learner, &step_config, setup.world, terms, || {
                 let batch = waits.waiting(|| loader.next_batch())?;
                 batch.ok_or_else(|| Error::Fault("the data ended before the stage".into()))
             })?;
             let elapsed = start.elapsed();
 
+            let draws = self.state.next_draw..report.next_draw;
             self.state.count(&report, elapsed);
-            curves.add(&report, learning_rate, elapsed);
+            match &report.skipped {
+                Some(reason) => self.skip(entry, reason, draws)?,
+                None => {
+                    self.state.spikes.good(&train.spikes, report.mean_loss());
+                    curves.add(&report, terms.learning_rate, elapsed);
+                }
+            }
             progress.step(self.state.stage_step, report.mean_loss(), report.losses.len());
             let done = self.state.stage_step;
             let last = done == config.steps;
             if last || done.is_multiple_of(train.log_every) {
                 let mut values = curves.take();
                 values.push(("speed/data_wait_share".into(), waits.take_share()));
+                values.push(("optim/skipped_steps".into(), self.state.spikes.skipped as f64));
                 self.log(&values);
             }
             if let (Some(samples), Some(set)) = (&train.samples, fixed_set)
@@ -178,12 +195,47 @@ impl<'a> Trainer<'a> {
                 self.draw_pictures(entry, samples, set)?;
             }
             // The end of a stage has a checkpoint of its own, with the state already at the next stage.
-            if !last && done.is_multiple_of(train.checkpoints.every) {
+            // Among bad steps the weights may be bad themselves: no checkpoint to go back to.
+            let good = self.state.spikes.in_a_row == 0;
+            if !last && good && done.is_multiple_of(train.checkpoints.every) {
                 self.save()?;
             }
         }
         progress.finish();
         Ok(End::Done)
+    }
+
+    /// Notes a step that was not taken, with the photos of its batch; takes the last checkpoint's weights, or stops, where
+    /// there were too many.
+    fn skip(&mut self, entry: &StageEntry, reason: &str, draws: Range<u64>) -> Result<()> {
+        let setup = self.setup;
+        let step = self.state.global_step;
+        tracing::warn!("step {step} is skipped: {reason}; its photos are in {SKIPPED}");
+        if setup.world.leads() {
+            let mut source = self.draws(entry)?;
+            let keys = draws.map(|draw| Ok(self.dataset.record(source.request(draw).target)?.key.clone()));
+            let keys: Vec<String> = keys.collect::<Result<_>>()?;
+            let line = json!({"step": step, "stage": entry.name(), "reason": reason, "photos": keys});
+            let path = setup.run.join(SKIPPED);
+            let file = OpenOptions::new().create(true).append(true).open(&path);
+            let written = file.and_then(|mut file| writeln!(file, "{line}"));
+            written.map_err(|source| Error::write(&path, source))?;
+        }
+        let remedy = self.state.spikes.bad(&setup.train.spikes);
+        let checkpoint = if remedy == Remedy::RollBack { checkpoints::latest(setup.run)? } else { None };
+        match (remedy, checkpoint) {
+            (Remedy::Skip, _) => {}
+            (Remedy::RollBack, Some(checkpoint)) => {
+                tracing::warn!("too many in a row: back to the weights of {}", checkpoint.path().display());
+                self.learner = begin_or_resume(setup, &self.base, Some(&checkpoint), &self.settings)?.0;
+            }
+            (Remedy::RollBack | Remedy::Stop, _) => {
+                return Err(Error::Fault(format!(
+                    "the training diverged: {reason}; the photos of the skipped steps are in {SKIPPED}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Opens the stage's record and optimiser; a resume within the stage finds both already there.

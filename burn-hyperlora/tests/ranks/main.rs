@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod collectives;
+mod faults;
 mod mpirun;
 mod training;
 #[path = "../training/world.rs"]

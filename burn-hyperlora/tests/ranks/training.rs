@@ -34,7 +34,7 @@ fn train(world: &World, ranks: usize, run: &str, more: &[&str]) -> (Option<i32>,
     end_of(&command.output().unwrap())
 }
 
-fn finished(world: &World, ranks: usize, run: &str) {
+pub(crate) fn finished(world: &World, ranks: usize, run: &str) {
     let (code, text) = train(world, ranks, run, &[]);
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(text.matches("finished after").count(), 1, "rank 0 alone reports: {text}");

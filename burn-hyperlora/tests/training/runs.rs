@@ -10,7 +10,7 @@ use burn_hyperlora::eval::identity_gap;
 use burn_hyperlora::experiment::Experiment;
 use burn_hyperlora::metrics::{Display, StageSummary, Summary};
 use burn_hyperlora::signals::StopFlag;
-use burn_hyperlora::train::{CHECKPOINTS, Outcome, TrainOptions};
+use burn_hyperlora::train::{CHECKPOINTS, Outcome, SKIPPED, TrainOptions};
 
 use crate::world::{World, YAML};
 
@@ -370,14 +370,24 @@ fn stages_may_run_one_by_one() {
 fn a_training_that_diverges_stops_and_keeps_its_last_checkpoint() {
     let world = World::new();
     let experiment = world
-        .experiment(&[(
-            "steps: 4, reference: same_identity, optim: {learning_rate: 0.01",
-            "steps: 4, reference: same_identity, optim: {learning_rate: 1.0e+30",
-        )])
+        .experiment(&[
+            (
+                "steps: 4, reference: same_identity, optim: {learning_rate: 0.01",
+                "steps: 4, reference: same_identity, optim: {learning_rate: 1.0e+30",
+            ),
+            ("recompute: false", "recompute: false\n  spikes: {most: 1}"),
+        ])
         .unwrap();
     let error = world.train(&experiment, "run", None).unwrap_err();
     assert!(error.exit_code() == 1 && error.to_string().contains("diverged"), "{error}");
+    // Step 3 ruins the weights, step 4 finds them bad and goes back to step 2's; then the same again.
+    let skipped = fs::read_to_string(world.run("run").join(SKIPPED)).unwrap();
+    let skipped: Vec<serde_json::Value> = skipped.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(skipped.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 6]);
+    assert!(skipped.iter().all(|line| line["photos"].as_array().unwrap().len() == 4), "{skipped:?}");
     let latest = CheckpointStore::at(&world.run("run").join(CHECKPOINTS)).latest().unwrap().unwrap();
-    assert_eq!(latest.step, 2);
+    assert_eq!(latest.step, 4);
+    let two = weights(&world.run("run"), 2);
+    assert_eq!(two, weights(&world.run("run"), 4), "step 4 has the weights that it went back to");
     latest.verify().unwrap();
 }
