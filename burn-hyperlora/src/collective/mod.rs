@@ -27,6 +27,10 @@ pub use environment::Placement;
 pub use rendezvous::{Meeting, Rendezvous};
 pub use world_of_one::WorldOfOne;
 
+/// Exit code of a rank that lost another one (`EX_TEMPFAIL`).
+#[cfg(any(feature = "mpi", feature = "cuda"))]
+const PEER_LOST: i32 = 75;
+
 /// The ranks of a run.
 ///
 /// A method fails with [`Error::Peer`] when another rank failed or did not come in time; the world is then of no more use,

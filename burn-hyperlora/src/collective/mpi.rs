@@ -16,11 +16,9 @@ use mpi::request::{Request, Scope, StaticScope};
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::*;
 
-use super::{Collective, JoinConfig, Pending, Placement};
+use super::{Collective, JoinConfig, PEER_LOST, Pending, Placement};
 use crate::error::{Error, Result};
 
-/// Exit code of a rank that lost another one (`EX_TEMPFAIL`).
-const PEER_LOST: i32 = 75;
 /// Tag of the messages by which waiting ranks tell each other that they are alive.
 const ROLL_CALL: i32 = 75;
 /// How long a rank that calls the roll listens for answers.

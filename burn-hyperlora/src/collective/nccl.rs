@@ -24,11 +24,9 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
 use cudarc::nccl::result;
 use cudarc::nccl::sys::{self, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 
-use super::{Collective, JoinConfig, Meeting, Pending, Placement, Rendezvous};
+use super::{Collective, JoinConfig, Meeting, PEER_LOST, Pending, Placement, Rendezvous};
 use crate::error::{Error, Result};
 
-/// Exit code of a rank that lost another one (`EX_TEMPFAIL`).
-const PEER_LOST: i32 = 75;
 /// How long ranks that wait in vain listen for who else is alive.
 const ROLL_TIME: Duration = Duration::from_secs(5);
 

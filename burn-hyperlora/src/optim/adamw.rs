@@ -40,9 +40,10 @@ impl Share {
     /// All of it.
     pub const WHOLE: Self = Self { part: 0, parts: 1, wire: Wire::F32 };
 
-    /// This rank's part where the state is divided (`sharded`), else all of it; gradients travel as `wire`.
+    /// This rank's part where the state is divided (`sharded`), else all of it. Gradients travel as `wire`, where they travel.
     pub fn of(world: &dyn Collective, sharded: bool, wire: Wire) -> Self {
         let (part, parts) = if sharded { (world.rank(), world.world_size()) } else { (0, 1) };
+        let wire = if world.world_size() > 1 { wire } else { Wire::F32 };
         Self { part, parts, wire }
     }
 }

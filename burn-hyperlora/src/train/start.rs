@@ -1,14 +1,16 @@
 //! How a run begins or goes on: the learner and the state, the same on all ranks.
 
+use burn::module::Param;
+use burn::tensor::{Device, Tensor};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
 use crate::collective::agree;
 use crate::conditioning::Base;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, ParameterVisitor};
-use crate::optim::{OptimConfig, Optimizer, Share};
+use crate::optim::{OptimConfig, Optimizer, Share, Wire};
 use crate::train::checkpoints::{self, SavedState, Source, WEIGHTS};
 use crate::train::config::StageEntry;
 use crate::train::state::TrainState;
@@ -29,6 +31,19 @@ pub(super) fn begin_or_resume(
         Some(checkpoint) => resume(setup, base, checkpoint, settings),
         None => Ok((begin(setup, base)?, TrainState::default())),
     }
+}
+
+/// Checks that the ranks can speak as the YAML wants it.
+///
+/// # Errors
+/// Input for bf16 on the wire of MPI.
+pub(super) fn check_wire(setup: &TrainSetup<'_>) -> Result<()> {
+    let over_mpi = setup.world.world_size() > 1 && setup.device == Device::flex();
+    if over_mpi && setup.train.wire == Wire::Bf16 {
+        let problem = "is bf16, which MPI cannot add up";
+        return Err(Error::input(format!("{}: train.wire", setup.place), problem, "leave it out, or train on GPUs"));
+    }
+    Ok(())
 }
 
 /// The learner as a stage begins: only its groups train, and the optimiser has not stepped yet.
@@ -113,7 +128,7 @@ fn learner(setup: &TrainSetup<'_>, hyper_lora: HyperLora, config: &OptimConfig) 
 struct Shapes(Sha256);
 
 impl ParameterVisitor for Shapes {
-    fn visit<const D: usize>(&mut self, name: &str, parameter: &burn::module::Param<burn::tensor::Tensor<D>>) {
+    fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
         self.0.update(format!("{name} {:?}\n", parameter.val().dims()));
     }
 }

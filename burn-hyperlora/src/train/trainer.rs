@@ -26,7 +26,7 @@ use crate::train::config::{SamplesConfig, StageEntry};
 use crate::train::curves::Curves;
 use crate::train::fixed_set::FixedSet;
 use crate::train::spikes::Remedy;
-use crate::train::start::{begin_learning, begin_or_resume, check_agreement};
+use crate::train::start::{begin_learning, begin_or_resume, check_agreement, check_wire};
 use crate::train::state::{TrainState, binding_settings};
 use crate::train::step::{Learner, StepConfig, StepTerms, step};
 use crate::train::together::{asked_to_stop, lead_alone};
@@ -82,6 +82,7 @@ impl<'a> Trainer<'a> {
         let world = setup.world;
         let rank = Rank::new(world.rank(), world.world_size())?;
         rank.check(&setup.place, setup.data.streams, setup.train.micro_batch, setup.train.global_batch)?;
+        check_wire(setup)?;
         let root = setup.run.join(CHECKPOINTS);
         lead_alone(world, "rank 0 to open the run folder", setup.train.long_timeout(), || {
             CheckpointStore::open(&root).map(|_| String::new())
