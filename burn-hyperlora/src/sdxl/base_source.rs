@@ -139,6 +139,13 @@ impl BaseSource {
                 )),
             };
         }
+        if !path.exists() {
+            return Err(Error::file(
+                path,
+                "is not there",
+                "point `base.path` or --base at an SDXL pipeline folder or file",
+            ));
+        }
         let file = SafetensorsFile::open(path)?;
         if variant.is_some() {
             return Err(Error::file(

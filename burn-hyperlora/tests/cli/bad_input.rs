@@ -70,7 +70,7 @@ fn a_missing_or_damaged_base_model_is_named_by_its_file() {
     const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
     let world = World::new();
     let cases: [(&str, Damage, &[&str]); 12] = [
-        ("no folder", |base| fs::remove_dir_all(base).unwrap(), &["base: cannot be read"]),
+        ("no folder", |base| fs::remove_dir_all(base).unwrap(), &["base: is not there", "base.path"]),
         (
             "no UNet weights",
             |base| fs::remove_file(base.join(UNET)).unwrap(),
