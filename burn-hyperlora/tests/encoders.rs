@@ -141,11 +141,13 @@ fn the_image_processor_and_encoder_agree_with_transformers() {
     let picture = image::open(fixtures().join("picture.png")).unwrap().to_rgb8();
     // Upright: rows and columns swapped.
     let upright = image::imageops::flip_horizontal(&image::imageops::rotate90(&picture));
+    // Smaller than the crop.
+    let small = image::imageops::crop_imm(&picture, 30, 40, 27, 21).to_image();
     let expected = Expected::open("clip_vision");
     let pixel_values = expected.tensor::<4>("pixel_values");
 
     let processor = ImageProcessor::load(&fixtures().join("feature_extractor")).unwrap();
-    let processed = processor.process(&[picture, upright], &device());
+    let processed = processor.process(&[picture, upright, small], &device());
     // One level of 255 would be 7e-3: every pixel is equal.
     assert_close("pixel_values", processed, &pixel_values, 1e-6);
 

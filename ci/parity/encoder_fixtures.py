@@ -213,10 +213,11 @@ def vision():
     image = Image.fromarray(picture)
     image.save(OUT / "picture.png")
     upright = Image.fromarray(picture.transpose(1, 0, 2).copy())
+    # Smaller than the crop in both directions: enlarged.
+    small = Image.fromarray(picture[40:61, 30:57].copy())
     pixel_values = torch.cat([
-        torch.as_tensor(np.array(processor(i, return_tensors="np").pixel_values)) for i in (image, upright)
+        torch.as_tensor(np.array(processor(i, return_tensors="np").pixel_values)) for i in (image, upright, small)
     ])
-    # Both batch sizes that matter: what comes from pictures, and any other batch.
     with torch.no_grad():
         penultimate = model(pixel_values, output_hidden_states=True).hidden_states[-2]
     save("clip_vision", pixel_values=pixel_values, penultimate=penultimate)

@@ -7,6 +7,7 @@ use std::process::Command;
 use burn::tensor::{Device, TensorData};
 use burn_hyperlora::weights::{Weights, save};
 
+use crate::stability::stability;
 use crate::support::{World, contents, hyperlora, quickstart_base, run};
 
 const SHAPE: [usize; 4] = [1, 4, 8, 12];
@@ -104,6 +105,26 @@ fn a_merged_folder_draws_what_the_lora_draws() {
     let (untouched, touched) = ("down_blocks.0.resnets.0.conv1.weight", "down_blocks.0.resnets.1.conv1.weight");
     assert_eq!(value(&base, untouched), value(&merged, untouched));
     assert_ne!(value(&base, touched), value(&merged, touched));
+}
+
+#[test]
+fn a_single_file_draws_and_merges_as_its_folder_does() {
+    let world = World::new();
+    let (single, merged) = (world.path("base.safetensors"), world.path("merged.safetensors"));
+    save(&single, stability()).unwrap();
+    let folder = quickstart_base().display().to_string();
+    let described = ["--base-config", folder.as_str()];
+    assert_eq!(drawn(&world, &single, &described), drawn(&world, &quickstart_base(), &[]));
+
+    let kohya = fixture("kohya").display().to_string();
+    let lora = ["--lora", kohya.as_str()];
+    let options = [described, lora].concat();
+    run(merge(&single, &merged, &options)).with(0);
+    // The file is in f32: nothing is rounded.
+    assert_eq!(drawn(&world, &merged, &described), drawn(&world, &single, &options));
+    assert_ne!(drawn(&world, &merged, &described), drawn(&world, &single, &described));
+    // Without a description it must be of SDXL's own size.
+    run(sample(&world, &single, &[])).refused(2, &["base.safetensors", "tensors do not fit"]);
 }
 
 #[test]

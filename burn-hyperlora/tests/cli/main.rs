@@ -10,4 +10,6 @@ mod pictures;
 mod plan;
 mod released;
 mod runs;
+#[path = "../common/stability.rs"]
+mod stability;
 mod support;

@@ -46,10 +46,7 @@ train:
 /// Optimiser steps of [`YAML`].
 pub(crate) const STEPS: u64 = 6;
 
-/// The quickstart's base model.
-pub(crate) fn quickstart_base() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../experiments/quickstart/base").canonicalize().unwrap()
-}
+pub(crate) use crate::stability::quickstart_base;
 
 /// `hyperlora` with arguments, on one thread: tests run beside each other.
 pub(crate) fn hyperlora(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
