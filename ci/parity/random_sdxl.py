@@ -1,11 +1,13 @@
 """Writes random weights of SDXL's full shape, tensor by tensor: what loads them needs memory, this script does not.
 
-    python ci/parity/random_sdxl.py --out FOLDER [--layout diffusers|single] [--parts unet|all] [--dtype fp16|bf16|f32]
+    python ci/parity/random_sdxl.py --out FOLDER [--layout diffusers|single] [--parts all|PART ...] [--dtype fp16|bf16|f32]
 
 Layout `diffusers` is a pipeline folder whose larger parts are sharded with an index; `single` is one file sdxl.safetensors
 in Stability naming. A tensor's values depend on its diffusers name and the seed alone, so both layouts hold the same model.
-Weights are normal with deviation 1/sqrt(fan in), norms one, biases zero: activations stay finite at any depth.
-With `--parts all` come the VAE, both text encoders, and (in the folder) CLIP ViT-L/14, the tokenizers and the scheduler.
+Weights are normal with deviation 1/sqrt(fan in), so that activations stay finite at any depth; norms scatter around one
+and biases around zero, so that none can stand for another. The UNet comes alone unless other parts are named; with
+`--parts all` come the VAE, both text encoders, and (in the folder) CLIP ViT-L/14 with its image processor, the tokenizers
+and the scheduler.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from stability_names import CONFIGS, diffusers_shapes, meta_models, stability
 
 DTYPES = {"fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16"), "f32": (torch.float32, "F32")}
 SHARD_BYTES = 5 << 30
+PARTS = ["unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"]
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",
@@ -51,12 +54,12 @@ PREPROCESSOR = {
 def values(part: str, name: str, shape: list[int], seed: int) -> torch.Tensor:
     """The tensor of this name, f32."""
     norm = any(word in name for word in ("norm", "ln_", "layrnorm"))
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    if norm:
-        return torch.ones(shape)
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(f"{part}.{name}".encode())]))
     normal = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    if name.endswith("bias"):
+        return normal.mul_(0.1)
+    if norm:
+        return normal.mul_(0.1).add_(1)
     if "embedding" in name and "patch" not in name and not name.startswith(("time_", "add_")):
         return normal.mul_(0.1)
     fan_in = int(np.prod(shape[1:])) or 1
@@ -106,33 +109,35 @@ def write_folder(out: Path, parts: list[str], shapes: dict, dtype: str, seed: in
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layout", choices=["diffusers", "single"], default="diffusers")
-    parser.add_argument("--parts", choices=["unet", "all"], default="unet")
+    parser.add_argument("--parts", nargs="+", choices=["all", *PARTS], default=["unet"])
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     out, dtype, seed = arguments.out, arguments.dtype, arguments.seed
     out.mkdir(parents=True, exist_ok=True)
     shapes = diffusers_shapes(meta_models())
+    parts = PARTS if "all" in arguments.parts else arguments.parts
     if arguments.layout == "single":
-        single = stability(shapes)
-        if arguments.parts == "unet":
-            single = {name: entry for name, entry in single.items() if entry[1][0][0] == "unet"}
+        single = {name: entry for name, entry in stability(shapes).items() if entry[1][0][0] in parts}
         write(out / "sdxl.safetensors", dict(sorted(single.items())), dtype, seed, shapes)
         return
-    write_folder(out, ["unet"] if arguments.parts == "unet" else list(shapes), shapes, dtype, seed)
-    if arguments.parts == "unet":
+    write_folder(out, parts, shapes, dtype, seed)
+    if "image_encoder" in parts:
+        write_json(out / "feature_extractor/preprocessor_config.json", PREPROCESSOR)
+    if "all" not in arguments.parts:
         return
-    for folder, name, content in (
-        ("scheduler", "scheduler_config.json", SCHEDULER),
-        ("feature_extractor", "preprocessor_config.json", PREPROCESSOR),
-        (".", "model_index.json", {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}),
-    ):
-        (out / folder).mkdir(exist_ok=True)
-        (out / folder / name).write_text(json.dumps(content, indent=2))
+    write_json(out / "scheduler/scheduler_config.json", SCHEDULER)
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    write_json(out / "model_index.json", index)
     write_tokenizer(out / "tokenizer", END)
     write_tokenizer(out / "tokenizer_2", "!")
 
