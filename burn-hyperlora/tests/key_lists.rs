@@ -21,7 +21,15 @@ type Shapes = BTreeMap<String, Vec<usize>>;
 struct Lists {
     /// Part -> name -> shape.
     diffusers: BTreeMap<String, Shapes>,
-    stability: Shapes,
+    stability: BTreeMap<String, Single>,
+}
+
+/// A tensor of a single file.
+#[derive(Debug, Default, PartialEq, Deserialize)]
+struct Single {
+    shape: Vec<usize>,
+    /// What diffusers calls it, or the thirds of its rows.
+    from: Vec<String>,
 }
 
 fn lists() -> Lists {
@@ -89,26 +97,27 @@ fn a_tensor_more_less_or_other_is_found() {
 #[test]
 fn tables_lead_from_diffusers_to_exactly_the_single_file() {
     let lists = lists();
-    let mut made = Shapes::new();
+    let mut made: BTreeMap<String, Single> = BTreeMap::new();
     for (part, prefix, table) in tables() {
         for (name, shape) in &lists.diffusers[part] {
             let (stability, form) = table.to_stability(name).unwrap();
-            let name = format!("{prefix}{stability}");
-            let shape = match (form, shape.as_slice()) {
+            let single = made.entry(format!("{prefix}{stability}")).or_default();
+            let third = if let Form::Third(third) = form { third } else { 0 };
+            single.from.resize(single.from.len().max(third + 1), String::new());
+            assert_eq!(single.from[third], "", "{prefix}{stability} stands for {name} too");
+            single.from[third].clone_from(name);
+            single.shape = match (form, shape.as_slice()) {
                 (Form::Transposed, &[rows, columns]) => vec![columns, rows],
                 (Form::Linear, &[output, input]) => vec![output, input, 1, 1],
                 (Form::Third(_), rows) => [&[3 * rows[0]], &rows[1..]].concat(),
                 (_, shape) => shape.to_vec(),
             };
-            if let Some(before) = made.insert(name.clone(), shape.clone()) {
-                assert!(matches!(form, Form::Third(_)) && before == shape, "{name} stands for two");
-            }
         }
     }
     assert!(
         made == lists.stability,
         "{:?}",
-        made.iter().find(|(name, shape)| lists.stability.get(*name) != Some(shape))
+        made.iter().find(|(name, single)| lists.stability.get(*name) != Some(single))
     );
 }
 

@@ -3,7 +3,8 @@
     python ci/parity/key_lists.py --out burn-hyperlora/tests/fixtures/key_lists.json.gz
 
 The lists come from diffusers and transformers with the real configs; the Stability naming is proven by running diffusers'
-own conversions on it with tensors that carry a number of their own: every tensor must arrive under its name.
+own conversions on it with tensors that carry a number of their own: every tensor must arrive under its name. With each
+Stability name comes `from`, what diffusers calls the tensor, or the thirds of its rows.
 """
 
 import argparse
@@ -57,7 +58,10 @@ def main() -> None:
     shapes = diffusers_shapes(meta_models())
     single = stability(shapes)
     prove(shapes, single)
-    lists = {"diffusers": shapes, "stability": {name: shape for name, (shape, _) in sorted(single.items())}}
+    named = {
+        name: {"shape": shape, "from": [source for _, source in sources]} for name, (shape, sources) in single.items()
+    }
+    lists = {"diffusers": shapes, "stability": named}
     text = json.dumps(lists, separators=(",", ":"), sort_keys=True)
     out.write_bytes(gzip.compress(text.encode(), mtime=0))
     print({part: len(names) for part, names in shapes.items()}, len(single), out.stat().st_size, "bytes")
