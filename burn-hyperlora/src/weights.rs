@@ -29,7 +29,7 @@ pub use files::{has_variant, weights_in};
 pub use layers::WeightsAt;
 pub use place::Form;
 pub use rewrite::rewrite;
-pub use save::{TensorEntry, bytes_of, save, save_lazily, save_with_metadata};
+pub use save::{TensorEntry, bytes_of, data_of, save, save_lazily, save_with_metadata};
 pub(crate) use update::transposed;
 pub use update::{LowRank, Updates};
 

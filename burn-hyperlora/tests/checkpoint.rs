@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use burn_hyperlora::checkpoint::{Checkpoint, CheckpointStore};
+use burn_hyperlora::checkpoint::{Checkpoint, CheckpointStore, Part};
 use burn_hyperlora::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -20,13 +20,17 @@ fn state(step: u64) -> State {
     State { step, stage: "base".into() }
 }
 
-fn fill(folder: &Path) -> Result<()> {
-    let write = |name: &str, bytes: &[u8]| {
-        fs::write(folder.join(name), bytes).map_err(|source| Error::write(&folder.join(name), source))
-    };
-    fs::create_dir(folder.join("hyper_lora")).unwrap();
-    write("hyper_lora/resampler.safetensors", &[7; 3_000])?;
-    write("optimizer.safetensors", &[1; 5_000])
+/// What every test's checkpoint of a step holds.
+fn fill(step: u64) -> impl FnOnce(&mut Part<'_>) -> Result<()> {
+    move |part| {
+        add(part, "hyper_lora/resampler.safetensors", &[7; 3_000])?;
+        add(part, "optimizer.safetensors", &[1; 5_000])?;
+        part.state(&state(step))
+    }
+}
+
+fn add(part: &mut Part<'_>, name: &str, bytes: &[u8]) -> Result<()> {
+    part.file(name, |path| fs::write(path, bytes).map_err(|source| Error::write(path, source)))
 }
 
 fn steps(store: &CheckpointStore) -> Vec<u64> {
@@ -46,7 +50,7 @@ fn what_is_written_is_read_back() {
     let store = CheckpointStore::open(&folder.path().join("checkpoints")).unwrap();
     assert_eq!(store.latest().unwrap(), None);
     for step in [100, 20, 3] {
-        store.write(step, &state(step), fill).unwrap();
+        store.write(step, fill(step)).unwrap();
     }
     let latest = store.latest().unwrap().unwrap();
     assert_eq!(latest.step, 100);
@@ -75,7 +79,7 @@ fn every_damage_is_named_with_its_remedy() {
     ];
     for file in files {
         for (what, damage) in &damages {
-            let checkpoint = store.write(5, &state(5), fill).unwrap();
+            let checkpoint = store.write(5, fill(5)).unwrap();
             damage(&checkpoint.path().join(file)).unwrap();
             let verified = checkpoint.verify();
             assert!(verified.is_err(), "{file} {what} goes unnoticed");
@@ -95,8 +99,8 @@ fn leftovers_of_killed_runs_are_cleared_and_a_replaced_one_comes_back() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
     let store = CheckpointStore::open(root).unwrap();
-    store.write(1, &state(1), fill).unwrap();
-    store.write(2, &state(2), fill).unwrap();
+    store.write(1, fill(1)).unwrap();
+    store.write(2, fill(2)).unwrap();
     fs::create_dir(root.join(".step-00000003.partial")).unwrap();
     fs::write(root.join(".step-00000003.partial/optimizer.safetensors"), "half").unwrap();
     // Killed between the two renames of a replacement.
@@ -115,26 +119,30 @@ fn leftovers_of_killed_runs_are_cleared_and_a_replaced_one_comes_back() {
 fn a_failed_write_leaves_the_older_ones_and_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
     let store = CheckpointStore::open(folder.path()).unwrap();
-    store.write(1, &state(1), fill).unwrap();
-    let failed = store.write(2, &state(2), |folder| {
-        fill(folder)?;
-        Err(Error::write(&folder.join("optimizer.safetensors"), io::ErrorKind::StorageFull.into()))
+    store.write(1, fill(1)).unwrap();
+    let failed = store.write(2, |part| {
+        fill(2)(part)?;
+        part.file("weights", |path| Err(Error::write(path, io::ErrorKind::StorageFull.into())))
     });
     assert_eq!(failed.unwrap_err().exit_code(), 1);
     assert_eq!(names(folder.path()), ["step-00000001"]);
     store.latest().unwrap().unwrap().verify().unwrap();
 }
 
+fn full_disk(part: &mut Part<'_>) -> Result<()> {
+    part.file("weights", |path| {
+        std::os::unix::fs::symlink("/dev/full", path).unwrap();
+        fs::write(path, "x").map_err(|source| Error::write(path, source))
+    })
+}
+
 #[test]
 fn a_full_disk_is_a_disk_error() {
     let folder = tempfile::tempdir().unwrap();
     let store = CheckpointStore::open(folder.path()).unwrap();
-    store.write(1, &state(1), fill).unwrap();
+    store.write(1, fill(1)).unwrap();
     // Every write to /dev/full ends in ENOSPC, whoever runs the test.
-    let failed = store.write(2, &state(2), |folder| {
-        std::os::unix::fs::symlink("/dev/full", folder.join("weights")).unwrap();
-        fs::write(folder.join("weights"), "x").map_err(|source| Error::write(&folder.join("weights"), source))
-    });
+    let failed = store.write(2, full_disk);
     let error = failed.unwrap_err();
     assert_eq!(error.exit_code(), 1);
     assert!(error.to_string().contains("free some space"), "{error}");
@@ -146,13 +154,27 @@ fn only_the_newest_are_kept() {
     let folder = tempfile::tempdir().unwrap();
     let store = CheckpointStore::open(folder.path()).unwrap();
     for step in 1..=5 {
-        store.write(step * 10, &state(step * 10), fill).unwrap();
+        store.write(step * 10, fill(step * 10)).unwrap();
     }
-    store.prune(2).unwrap();
+    store.prune(2, None).unwrap();
     assert_eq!(steps(&store), [40, 50]);
-    store.prune(0).unwrap();
+    store.prune(0, None).unwrap();
     assert_eq!(steps(&store), [50]);
     assert_eq!(names(folder.path()), ["step-00000050"]);
+}
+
+#[test]
+fn the_first_of_every_span_stays_for_good() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = CheckpointStore::open(folder.path()).unwrap();
+    // Stages end where they end: steps are not all multiples of the interval.
+    let mut left = Vec::new();
+    for step in [0, 30, 60, 90, 115, 145, 175, 205, 235, 265, 295, 325] {
+        store.write(step, fill(step)).unwrap();
+        store.prune(2, Some(100)).unwrap();
+        left = steps(&store);
+    }
+    assert_eq!(left, [115, 205, 295, 325]);
 }
 
 #[test]

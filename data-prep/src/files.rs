@@ -41,7 +41,8 @@ pub fn write_whole_with(path: &Path, fill: impl FnOnce(&mut File) -> std::io::Re
 pub struct StagedFolder {
     staged: PathBuf,
     target: PathBuf,
-    committed: bool,
+    /// Whether someone else looks after it: it is committed, or another process's to commit.
+    settled: bool,
 }
 
 impl StagedFolder {
@@ -60,7 +61,23 @@ impl StagedFolder {
             _ => fs::create_dir_all(&staged),
         };
         made.map_err(|source| Error::write(&staged, source))?;
-        Ok(Self { staged, target: target.into(), committed: false })
+        Ok(Self { staged, target: target.into(), settled: false })
+    }
+
+    /// The folder that several processes fill for `target`, made where it does not stand yet. One of them commits it, the
+    /// others [`leave`](Self::leave) it. What a killed run left there must be gone before.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn shared(target: &Path) -> Result<Self> {
+        let staged = beside(target);
+        fs::create_dir_all(&staged).map_err(|source| Error::write(&staged, source))?;
+        Ok(Self { staged, target: target.into(), settled: false })
+    }
+
+    /// Leaves the folder to the process that commits it.
+    pub fn leave(mut self) {
+        self.settled = true;
     }
 
     /// Where to write the folder's files until it is committed.
@@ -92,14 +109,14 @@ impl StagedFolder {
             sync_parent(&self.target)
         };
         place().map_err(|source| Error::write(&self.target, source))?;
-        self.committed = true;
+        self.settled = true;
         Ok(())
     }
 }
 
 impl Drop for StagedFolder {
     fn drop(&mut self) {
-        if !self.committed {
+        if !self.settled {
             // Nothing refers to it: a failure to remove it must not hide the error that led here.
             let _ = fs::remove_dir_all(&self.staged);
         }
@@ -161,9 +178,13 @@ mod tests {
         drop(StagedFolder::new(&target)?);
         assert_eq!(fs::read_dir(root.path()).map(Iterator::count).ok(), Some(0));
         for content in [b"first", b"again"] {
-            let staged = StagedFolder::new(&target)?;
+            let staged = StagedFolder::shared(&target)?;
             write_whole(&staged.path().join("a"), content)?;
+            let other = StagedFolder::shared(&target)?;
+            write_whole(&other.path().join("b"), content)?;
+            other.leave();
             staged.commit()?;
+            assert_eq!(fs::read(target.join("b")).ok().as_deref(), Some(&content[..]));
             assert_eq!(fs::read(target.join("a")).ok().as_deref(), Some(&content[..]));
         }
         assert_eq!(fs::read_dir(root.path()).map(Iterator::count).ok(), Some(1));

@@ -151,54 +151,55 @@ impl Optimizer {
             let (part, moved) = adamw.step(learning_rate, part, gradient, state.take());
             *state = moved;
             if let Some((before, gathered)) = on_the_wire.replace((bucket, share.gather(part, world)?)) {
-                stepped.extend(before.unpack(&gathered()?));
+                stepped.extend(before.unpack(0..before.len(), &gathered()?));
             }
         }
         if let Some((last, gathered)) = on_the_wire {
-            stepped.extend(last.unpack(&gathered()?));
+            stepped.extend(last.unpack(0..last.len(), &gathered()?));
         }
         Ok(module.map(&mut Setter { values: stepped, path: Vec::new() }))
     }
 
-    /// How often each parameter was stepped: with [`tensors`](Self::tensors), all that the next step depends on.
+    /// How often each parameter was stepped: with the [`pieces`](Self::pieces) of all ranks, all that the next step depends on.
     pub fn steps(&self) -> BTreeMap<String, usize> {
         let stepped =
             self.buckets.iter().zip(&self.states).filter_map(|(bucket, state)| Some((bucket, state.as_ref()?)));
         stepped.flat_map(|(bucket, state)| bucket.paths().map(|path| (path.into(), state.momentum.time))).collect()
     }
 
-    /// The moments of all ranks by parameter, flat, as `exp_avg.{path}` and `exp_avg_sq.{path}`: the same at any world size.
-    /// All ranks ask; only the one that writes (`keep`) holds them.
-    ///
-    /// # Errors
-    /// Those of the collective.
-    pub fn tensors(&self, world: &dyn Collective, keep: bool) -> Result<BTreeMap<String, Tensor<1>>> {
-        let mut tensors = BTreeMap::new();
-        for (bucket, state) in self.buckets.iter().zip(&self.states) {
+    /// The moments that this rank of the world saves, by parameter, flat, as `exp_avg.{path}` and `exp_avg_sq.{path}`: of
+    /// every parameter a piece, all of it, or nothing. The pieces of all ranks, in the order of the ranks, are the whole, the
+    /// same at any world size.
+    pub fn pieces(&self, world: &dyn Collective) -> BTreeMap<String, Tensor<1>> {
+        let mut pieces = BTreeMap::new();
+        for (index, (bucket, state)) in self.buckets.iter().zip(&self.states).enumerate() {
+            // What every rank has, each bucket's rank saves.
+            if self.share.parts == 1 && index % world.world_size() != world.rank() {
+                continue;
+            }
             let Some(AdamWState { momentum }) = state else { continue };
             for (name, moment) in [(FIRST_MOMENT, &momentum.moment_1), (SECOND_MOMENT, &momentum.moment_2)] {
-                let whole = self.share.gather(moment.clone(), world)?()?;
-                if keep {
-                    tensors.extend(
-                        bucket.unpack(&whole).into_iter().map(|(path, moment)| (format!("{name}.{path}"), moment)),
-                    );
-                }
+                let of_bucket = bucket.unpack(self.share.own(bucket), moment);
+                pieces.extend(of_bucket.into_iter().map(|(path, piece)| (format!("{name}.{path}"), piece)));
             }
         }
-        Ok(tensors)
+        pieces
     }
 
-    /// Takes up the state that [`steps`](Self::steps) and [`tensors`](Self::tensors) gave, at whatever world size, bit for bit.
+    /// Takes up the state that [`steps`](Self::steps) gave and [`pieces`](Self::pieces), put together, at whatever world size,
+    /// bit for bit. `lengths` are those of the whole moments, `read` gives numbers of one; only what lies on this rank is
+    /// read.
     ///
-    /// `origin` is the file that the tensors came from, for messages.
+    /// `origin` is where the moments come from, for messages.
     ///
     /// # Errors
-    /// Input when the state does not fit the module's trainable parameters; the optimiser is then unchanged.
+    /// Input when the state does not fit the module's trainable parameters, those of `read`; the optimiser is then unchanged.
     pub fn restore<M: Module>(
         &mut self,
         module: &M,
         steps: &BTreeMap<String, usize>,
-        mut tensors: BTreeMap<String, TensorData>,
+        mut lengths: BTreeMap<&str, usize>,
+        mut read: impl FnMut(&str, Range<usize>) -> Result<TensorData>,
         origin: &Path,
     ) -> Result<()> {
         let misfit = |problem: String| {
@@ -209,36 +210,43 @@ impl Optimizer {
         if let Some(path) = steps.keys().find(|path| !parameters.contains_key(*path)) {
             return Err(misfit(format!("holds optimiser state of `{path}`, which is not trained here")));
         }
-        let mut moments = [BTreeMap::new(), BTreeMap::new()];
         for (path, value) in &parameters {
             if !steps.contains_key(path) {
                 return Err(misfit(format!("holds no optimiser state of `{path}`, which is trained here")));
             }
-            for (name, moments) in [FIRST_MOMENT, SECOND_MOMENT].into_iter().zip(&mut moments) {
-                let key = format!("{name}.{path}");
-                let data = tensors.remove(&key).ok_or_else(|| misfit(format!("`{key}` is missing")))?;
-                let (found, length) = (data.num_elements(), value.dims()[0]);
+            for key in [FIRST_MOMENT, SECOND_MOMENT].map(|name| format!("{name}.{path}")) {
+                let found = lengths.remove(key.as_str()).ok_or_else(|| misfit(format!("`{key}` is missing")))?;
+                let length = value.dims()[0];
                 if found != length {
                     return Err(misfit(format!("`{key}` has {found} elements, the parameter has {length}")));
                 }
-                let (bytes, _, dtype) = data.into_parts();
-                let moment = Tensor::<1>::from_data(TensorData::from_bytes(bytes, [length], dtype), &value.device());
-                moments.insert(path.clone(), moment);
             }
         }
-        if let Some(stray) = tensors.keys().next() {
+        if let Some(stray) = lengths.keys().next() {
             return Err(misfit(format!("`{stray}` belongs to no parameter that was stepped")));
         }
-        let states = self.buckets.iter().map(|bucket| {
-            let times: Vec<usize> = bucket.paths().map(|path| steps[path]).collect();
-            let Some((&time, others)) = times.split_first() else { return Ok(None) };
-            if others.iter().any(|other| *other != time) {
+        let mut states = Vec::with_capacity(self.buckets.len());
+        for bucket in &self.buckets {
+            let mut paths = bucket.paths();
+            let first = paths.next().unwrap_or_default();
+            let (Some(&time), Some(device)) = (steps.get(first), parameters.get(first).map(Tensor::device)) else {
+                states.push(None);
+                continue;
+            };
+            if paths.any(|other| steps.get(other) != Some(&time)) {
                 return Err(misfit("its parameters were stepped unequally often".into()));
             }
-            let [first, second] = moments.each_ref().map(|moments| bucket.pack(self.share.own(bucket), moments));
-            Ok(Some(AdamWState::new(AdaptiveMomentumState::new(time, first, second))))
-        });
-        self.states = states.collect::<Result<_>>()?;
+            let own = self.share.own(bucket);
+            let mut moment = |name: &str| {
+                let pieces = bucket
+                    .pieces(own.clone())
+                    .map(|(path, piece)| Ok(Tensor::from_data(read(&format!("{name}.{path}"), piece)?, &device)));
+                Ok(bucket.join(own.clone(), pieces.collect::<Result<_>>()?, || device.clone()))
+            };
+            let (first, second) = (moment(FIRST_MOMENT)?, moment(SECOND_MOMENT)?);
+            states.push(Some(AdamWState::new(AdaptiveMomentumState::new(time, first, second))));
+        }
+        self.states = states;
         Ok(())
     }
 }

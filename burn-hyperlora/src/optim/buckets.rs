@@ -48,39 +48,53 @@ impl Bucket {
         self.parameters.iter().map(|(path, _)| path.as_str())
     }
 
+    /// What the numbers `range` of the bucket are: parameters, and which numbers of each.
+    pub(super) fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = (&str, Range<usize>)> {
+        let mut start = 0;
+        self.parameters.iter().filter_map(move |(path, length)| {
+            let (from, to) = (range.start.max(start), range.end.min(start + length));
+            let piece = (from < to).then(|| (path.as_str(), from - start..to - start));
+            start += length;
+            piece
+        })
+    }
+
     /// The numbers `range` of the bucket, where `values` holds its parameters flat.
     pub(super) fn pack(&self, range: Range<usize>, values: &BTreeMap<String, Tensor<1>>) -> Tensor<1> {
-        let mut pieces = Vec::new();
-        let mut start = 0;
-        for (path, length) in &self.parameters {
-            let (from, to) = (range.start.max(start), range.end.min(start + length));
-            if from < to {
-                let value = values[path].clone();
-                pieces.push(if to - from == *length { value } else { value.narrow(0, from - start, to - from) });
-            }
-            start += length;
-        }
-        let padding = range.end.saturating_sub(start.max(range.start));
-        padded(pieces, padding, || values[&self.parameters[0].0].device())
+        let pieces = self.pieces(range.clone()).map(|(path, piece)| {
+            let value = values[path].clone();
+            if piece.len() == value.dims()[0] { value } else { value.narrow(0, piece.start, piece.len()) }
+        });
+        self.join(range, pieces.collect(), || values[&self.parameters[0].0].device())
+    }
+
+    /// The numbers `range` of the bucket, of its [`pieces`](Self::pieces) and zeros behind the last parameter.
+    pub(super) fn join(
+        &self,
+        range: Range<usize>,
+        pieces: Vec<Tensor<1>>,
+        device: impl FnOnce() -> Device,
+    ) -> Tensor<1> {
+        let end = self.parameters.iter().map(|(_, length)| length).sum::<usize>();
+        padded(pieces, range.end.saturating_sub(end.max(range.start)), device)
     }
 
     /// The whole bucket, taken out of `values`; `None` where one of its parameters is not there.
     pub(super) fn take(&self, mut value: impl FnMut(&str) -> Option<Tensor<1>>) -> Option<Tensor<1>> {
         let pieces: Vec<Tensor<1>> = self.paths().map(&mut value).collect::<Option<_>>()?;
         let device = pieces.first()?.device();
-        let padding = self.length - self.parameters.iter().map(|(_, length)| length).sum::<usize>();
-        Some(padded(pieces, padding, || device))
+        Some(self.join(0..self.length, pieces, || device))
     }
 
-    /// The parameters that the whole bucket holds, flat.
-    pub(super) fn unpack(&self, whole: &Tensor<1>) -> BTreeMap<String, Tensor<1>> {
+    /// What `part`, the numbers `range` of the bucket, holds of its parameters, flat.
+    pub(super) fn unpack(&self, range: Range<usize>, part: &Tensor<1>) -> BTreeMap<String, Tensor<1>> {
         let mut start = 0;
-        let taken = self.parameters.iter().map(|(path, length)| {
-            let value = whole.clone().narrow(0, start, *length);
-            start += length;
-            (path.clone(), value)
+        let pieces = self.pieces(range).map(|(path, piece)| {
+            let value = part.clone().narrow(0, start, piece.len());
+            start += piece.len();
+            (path.to_owned(), value)
         });
-        taken.collect()
+        pieces.collect()
     }
 }
 
@@ -124,8 +138,18 @@ mod tests {
             assert_eq!(numbers[..8], [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 3.0]);
             assert!(numbers[8..].iter().all(|number| *number == 0.0) && numbers.len() == bucket.len());
             assert_eq!(bucket.take(|path| values.get(path).cloned()).map(Tensor::into_data), Some(whole.to_data()));
-            for (path, value) in bucket.unpack(&whole) {
+            for (path, value) in bucket.unpack(0..bucket.len(), &whole) {
                 assert_eq!(value.into_data(), values[&path].to_data(), "{path} of {parts}");
+            }
+            let mut pieces: BTreeMap<String, Vec<Tensor<1>>> = BTreeMap::new();
+            for range in (0..parts).map(|rank| rank * part..(rank + 1) * part) {
+                for (path, piece) in bucket.unpack(range.clone(), &whole.clone().narrow(0, range.start, part)) {
+                    pieces.entry(path).or_default().push(piece);
+                }
+            }
+            assert_eq!(pieces.len(), values.len());
+            for (path, pieces) in pieces {
+                assert_eq!(Tensor::cat(pieces, 0).into_data(), values[&path].to_data(), "{path} in pieces of {parts}");
             }
         }
     }

@@ -135,7 +135,7 @@ impl Setup {
             samples,
             epochs: self.images.map(|images| samples as f64 / images as f64),
             checkpoint_bytes,
-            disk_bytes: checkpoint_bytes.saturating_mul(self.train.checkpoints.keep as u64 + 1),
+            disk_bytes: checkpoint_bytes.saturating_mul(self.train.checkpoints.most(steps)),
         }
     }
 

@@ -16,7 +16,7 @@ use crate::conditioning::{Base, BaseConfig};
 use crate::hypernet::{HyperLora, ParameterVisitor, Stage};
 use crate::optim::{GradientMap, Optimizer, Share};
 use crate::sdxl::configs;
-use crate::train::checkpoints::{self, SavedState};
+use crate::train::checkpoints::{SavedState, Snapshot};
 use crate::train::config::StageEntry;
 use crate::train::state::TrainState;
 use crate::train::step::Learner;
@@ -178,7 +178,6 @@ fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, 
     let mut optimizer = Optimizer::new(&entry.config().optim, &hyper_lora, Share::WHOLE);
     let reduced = optimizer.reduce(gradients, &world).unwrap();
     let hyper_lora = optimizer.step(hyper_lora, reduced, 1e-4, &world).unwrap();
-    let moments = optimizer.tensors(&world, true).unwrap();
     let learner = Learner { hyper_lora, optimizer };
 
     let folder = tempfile::tempdir().unwrap();
@@ -189,8 +188,9 @@ fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, 
         optimizer_steps: learner.optimizer.steps(),
         settings: Value::Null,
     };
-    let written = checkpoints::save(&store, &state, &learner, &moments, 1).unwrap();
-    (gradient_bytes, bytes_below(&written))
+    let snapshot = Snapshot::take(&state, &learner, &world).unwrap();
+    let written = store.write(0, |part| snapshot.write(part)).unwrap();
+    (gradient_bytes, bytes_below(written.path()))
 }
 
 fn bytes_below(folder: &Path) -> u64 {

@@ -1,27 +1,26 @@
 //! What a checkpoint of a run holds, and going on from one.
 //!
-//! `weights/` is a hypernetwork in the released folder layout, `optimizer.safetensors` the moments of AdamW, and
-//! `state.json` the rest: [`SavedState`].
+//! `weights/` is a hypernetwork in the released folder layout, `optimizer*.safetensors` the [moments](super::moments) of AdamW,
+//! and `state.json` the rest: [`SavedState`].
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{FloatDType, TensorData};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, CheckpointStore};
+use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
+use crate::collective::Collective;
 use crate::error::{Error, Result};
-use crate::hypernet::{Stage, is_released};
-use crate::train::CHECKPOINTS;
+use crate::hypernet::{FolderFile, Stage, is_released};
 use crate::train::state::{TrainState, first_difference};
 use crate::train::step::Learner;
-use crate::weights::{self, TensorEntry, Weights};
+use crate::train::{CHECKPOINTS, moments};
+use crate::weights;
 
 /// Folder of the weights in a checkpoint.
 pub const WEIGHTS: &str = "weights";
-
-const OPTIMIZER: &str = "optimizer.safetensors";
 
 /// `state.json` of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,33 +35,46 @@ pub struct SavedState {
     pub settings: Value,
 }
 
-/// Saves the run; tells which folder. `moments` are those of all ranks.
-///
-/// # Errors
-/// Disk for a full or failing disk, Input for a place that cannot be written to; older checkpoints are then intact.
-pub fn save(
-    store: &CheckpointStore,
-    state: &SavedState,
-    learner: &Learner,
-    moments: &BTreeMap<String, Tensor<1>>,
-    keep: usize,
-) -> Result<PathBuf> {
-    let checkpoint = store.write(state.train.global_step, state, |folder| {
-        learner.hyper_lora.save(&folder.join(WEIGHTS), FloatDType::F32)?;
-        save_optimizer(&folder.join(OPTIMIZER), moments)
-    })?;
-    store.prune(keep)?;
-    Ok(checkpoint.path().into())
+/// What a rank writes of a checkpoint, copied to host memory.
+pub struct Snapshot {
+    /// On rank 0.
+    state: Option<SavedState>,
+    weights: Vec<FolderFile>,
+    /// Name of their file.
+    moments_file: String,
+    moments: Vec<(String, TensorData)>,
 }
 
-/// Writes the moments, the bytes of one in memory at a time.
-fn save_optimizer(path: &Path, moments: &BTreeMap<String, Tensor<1>>) -> Result<()> {
-    let entries = moments.iter().map(|(name, moment)| TensorEntry::new(name, moment.dtype(), moment.dims()));
-    weights::save_lazily(path, BTreeMap::new(), entries.collect::<Result<_>>()?, |entry| {
-        let name = &entry.name;
-        let moment = moments.get(name).ok_or_else(|| Error::Fault(format!("no moment is named {name}")))?;
-        weights::bytes_of(moment.clone(), name)
-    })
+impl Snapshot {
+    /// The part of this rank of the world: its moments, and its share of the files of the weights.
+    ///
+    /// # Errors
+    /// Fault when the device fails.
+    pub fn take(state: &SavedState, learner: &Learner, world: &dyn Collective) -> Result<Self> {
+        let (rank, ranks) = (world.rank(), world.world_size());
+        let moments = learner.optimizer.pieces(world).into_iter().map(|(name, piece)| {
+            let data = weights::data_of(piece, &name)?;
+            Ok((name, data))
+        });
+        Ok(Self {
+            state: world.leads().then(|| state.clone()),
+            weights: learner.hyper_lora.copy_files(FloatDType::F32, |place| place % ranks == rank)?,
+            moments_file: moments::file_name(rank, ranks),
+            moments: moments.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Writes it; the memory becomes free meanwhile.
+    ///
+    /// # Errors
+    /// Disk for a full or failing disk, Input for a place that cannot be written to.
+    pub fn write(self, part: &mut Part<'_>) -> Result<()> {
+        for file in self.weights {
+            part.file(&format!("{WEIGHTS}/{}", file.name), |path| file.write(path))?;
+        }
+        part.file(&self.moments_file, |path| weights::save(path, self.moments))?;
+        self.state.map_or(Ok(()), |state| part.state(&state))
+    }
 }
 
 /// The checkpoint that a run goes on from, verified; `None` for a run without one.
@@ -137,22 +149,4 @@ pub fn check_settings(place: &str, saved: &SavedState, settings: &Value) -> Resu
         format!("is {now}, the run's checkpoint was made with {then}"),
         "set it back to go on, or begin anew with --restart (the old run folder is kept aside)",
     ))
-}
-
-/// The tensors of the optimiser, by name.
-///
-/// # Errors
-/// Input for a file that is missing or damaged.
-pub fn optimizer_tensors(checkpoint: &Checkpoint) -> Result<(PathBuf, BTreeMap<String, TensorData>)> {
-    let path = checkpoint.path().join(OPTIMIZER);
-    let file = Weights::open(&path, &Device::flex())?;
-    let lengths: Vec<(String, usize)> =
-        file.shapes().into_iter().map(|(name, shape)| (name.to_owned(), shape.iter().product())).collect();
-    let tensors = lengths.into_iter().map(|(name, length)| {
-        let data = file.at("").tensor(&name, [length]).into_data();
-        (name, data)
-    });
-    let tensors = tensors.collect();
-    file.finish()?;
-    Ok((path, tensors))
 }

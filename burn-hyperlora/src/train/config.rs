@@ -90,11 +90,22 @@ pub struct CheckpointPolicy {
     pub every: u64,
     /// The newest that stay, at least 1.
     pub keep: usize,
+    /// Beside them the first checkpoint of every so many steps stays for good; `null` for none.
+    #[serde(default)]
+    pub keep_every: Option<u64>,
+}
+
+impl CheckpointPolicy {
+    /// The most checkpoints of `steps` steps that lie on the disk at once, the one that is being written among them.
+    pub fn most(&self, steps: u64) -> u64 {
+        let for_good = self.keep_every.and_then(|every| steps.checked_div(every)).unwrap_or(0);
+        (self.keep as u64 + 1).saturating_add(for_good)
+    }
 }
 
 impl Default for CheckpointPolicy {
     fn default() -> Self {
-        Self { every: 500, keep: 3 }
+        Self { every: 500, keep: 3, keep_every: None }
     }
 }
 
@@ -303,6 +314,7 @@ impl TrainConfig {
         let intervals = [
             ("checkpoints.every", self.checkpoints.every),
             ("checkpoints.keep", self.checkpoints.keep as u64),
+            ("checkpoints.keep_every", self.checkpoints.keep_every.unwrap_or(1)),
             ("log_every", self.log_every),
             ("collective_timeout_s", self.collective_timeout_s),
             ("samples.every", self.samples.as_ref().map_or(1, |samples| samples.every)),

@@ -6,6 +6,7 @@ pub mod curves;
 mod fingerprint;
 pub mod fixed_set;
 pub mod forward;
+pub mod moments;
 pub mod pictures;
 pub mod spikes;
 mod start;
@@ -132,8 +133,13 @@ pub fn run(setup: &TrainSetup<'_>, options: &TrainOptions) -> Result<Outcome> {
         write_whole(&setup.run.join(CONFIG_FILE), setup.resolved_yaml.as_bytes())?;
     }
     loop {
-        if let Some(outcome) = trainer.run_stage()? {
-            return Ok(outcome);
+        match trainer.run_stage() {
+            Ok(None) => {}
+            Ok(Some(outcome)) => return Ok(outcome),
+            Err(error) => {
+                trainer.fail();
+                return Err(error);
+            }
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::hypernet::{HyperLora, ParameterVisitor};
 use crate::optim::{OptimConfig, Optimizer, Share, Wire};
 use crate::train::checkpoints::{self, SavedState, Source, WEIGHTS};
 use crate::train::config::StageEntry;
+use crate::train::moments::MomentFiles;
 use crate::train::state::TrainState;
 use crate::train::step::Learner;
 use crate::train::{TrainOptions, TrainSetup};
@@ -111,8 +112,10 @@ fn resume(
         None => learner(setup, hyper_lora, &OptimConfig::default()),
     };
     if saved.train.stage_step > 0 {
-        let (path, tensors) = checkpoints::optimizer_tensors(checkpoint)?;
-        learner.optimizer.restore(&learner.hyper_lora, &saved.optimizer_steps, tensors, &path)?;
+        let moments = MomentFiles::open(checkpoint)?;
+        let read = |name: &str, range| moments.read(name, range);
+        let (hyper_lora, steps) = (&learner.hyper_lora, &saved.optimizer_steps);
+        learner.optimizer.restore(hyper_lora, steps, moments.lengths(), read, checkpoint.path())?;
     }
     tracing::info!("going on from {}", checkpoint.path().display());
     Ok((learner, saved.train))

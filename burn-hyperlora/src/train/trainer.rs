@@ -10,7 +10,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use serde_json::{Value, json};
 
-use crate::checkpoint::CheckpointStore;
+use crate::checkpoint::{CheckpointStore, CheckpointWriter, Part};
 use crate::conditioning::Base;
 use crate::data::batch::{DrawConfig, Draws};
 use crate::data::dataset::Dataset;
@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::hypernet::Stage;
 use crate::metrics::{Display, MetricsWriter, Progress, StageSummary, Summary, WaitClock};
 use crate::sdxl::scheduler::NoiseSampler;
-use crate::train::checkpoints::{self, SavedState};
+use crate::train::checkpoints::{self, SavedState, Snapshot};
 use crate::train::config::{SamplesConfig, StageEntry};
 use crate::train::curves::Curves;
 use crate::train::fixed_set::FixedSet;
@@ -45,6 +45,7 @@ pub struct Trainer<'a> {
     state: TrainState,
     learner: Learner,
     checkpoints: CheckpointStore,
+    writer: CheckpointWriter,
     /// On rank 0 alone.
     metrics: Option<MetricsWriter>,
     rank: Rank,
@@ -85,16 +86,19 @@ impl<'a> Trainer<'a> {
         check_wire(setup)?;
         let root = setup.run.join(CHECKPOINTS);
         lead_alone(world, "rank 0 to open the run folder", setup.train.long_timeout(), || {
-            CheckpointStore::open(&root).map(|_| String::new())
+            CheckpointStore::open(&root)?;
+            checkpoints::latest(setup.run).map(|_| String::new())
         })?;
         let checkpoints = CheckpointStore::at(&root);
-        let (learner, state) = begin_or_resume(setup, &base, checkpoints::latest(setup.run)?.as_ref(), &settings)?;
+        let writer = CheckpointWriter::new(checkpoints.clone(), setup.train.long_timeout());
+        let (learner, state) = begin_or_resume(setup, &base, checkpoints.latest()?.as_ref(), &settings)?;
         check_agreement(setup, options, &settings, &learner.hyper_lora, &state)?;
         let metrics = match world.leads() {
             true => Some(MetricsWriter::create(&setup.run.join(TENSORBOARD), state.global_step + 1)?),
             false => None,
         };
-        let mut trainer = Self { setup, options, base, dataset, settings, state, learner, checkpoints, metrics, rank };
+        let mut trainer =
+            Self { setup, options, base, dataset, settings, state, learner, checkpoints, writer, metrics, rank };
         trainer.record(|metrics, step| metrics.text(step, "config", &format!("```yaml\n{}```", setup.resolved_yaml)));
         Ok(trainer)
     }
@@ -107,8 +111,7 @@ impl<'a> Trainer<'a> {
         let setup = self.setup;
         let step = self.state.global_step;
         let Some(entry) = setup.train.stages.get(self.state.stage) else {
-            let checkpoint = self.checkpoints.latest()?.map(|last| last.path().to_owned()).unwrap_or_default();
-            return Ok(Some(Outcome::Finished { step, checkpoint }));
+            return Ok(Some(Outcome::Finished { step, checkpoint: self.finish_checkpoint()? }));
         };
         let maker = self.maker(entry.kind())?;
         let fixed_set = self.fixed_set(maker.clone(), entry)?;
@@ -117,13 +120,23 @@ impl<'a> Trainer<'a> {
         if let End::Done = end {
             self.end_stage(entry, fixed_set.as_ref())?;
         }
-        let checkpoint = self.save()?;
+        self.save()?;
         let step = self.state.global_step;
         Ok(match end {
             End::Done => None,
-            End::Paused => Some(Outcome::Paused { step, checkpoint }),
-            End::Stopped(signal) => Some(Outcome::Stopped { signal, step, checkpoint }),
+            End::Paused => Some(Outcome::Paused { step, checkpoint: self.finish_checkpoint()? }),
+            End::Stopped(signal) => Some(Outcome::Stopped { signal, step, checkpoint: self.finish_checkpoint()? }),
         })
+    }
+
+    /// After a failure: the checkpoint that was being written is still worth having. Several ranks cannot end it, as none
+    /// knows where the others stand.
+    pub fn fail(&mut self) {
+        if self.setup.world.world_size() == 1
+            && let Err(error) = self.writer.finish(self.setup.world)
+        {
+            tracing::error!("{error}");
+        }
     }
 
     /// The loop over the stage's steps.
@@ -155,6 +168,7 @@ impl<'a> Trainer<'a> {
         let mut progress = Progress::new(entry.name(), self.state.stage_step, config.steps, display);
         let mut waits = WaitClock::default();
         while self.state.stage_step < config.steps {
+            self.writer.advance(setup.world)?;
             if let Some(signal) = asked_to_stop(setup.world, self.options.stop.raised_by())? {
                 return Ok(End::Stopped(signal));
             }
@@ -334,8 +348,8 @@ impl<'a> Trainer<'a> {
         Ok(Some(set))
     }
 
-    /// Saves everything, and the summary; tells where. Rank 0 writes, the others hand it their part.
-    fn save(&mut self) -> Result<PathBuf> {
+    /// Begins to save everything. The training waits for the copy to host memory, and for the checkpoint before this one.
+    fn save(&mut self) -> Result<()> {
         let saved = SavedState {
             train: self.state.clone(),
             taught: self.state.taught(&self.setup.train.stages),
@@ -343,14 +357,27 @@ impl<'a> Trainer<'a> {
             settings: self.settings.clone(),
         };
         let TrainSetup { run, train, world, .. } = *self.setup;
-        let moments = self.learner.optimizer.tensors(world, world.leads())?;
-        let path = lead_alone(world, "rank 0 to save", train.long_timeout(), || {
-            let path = checkpoints::save(&self.checkpoints, &saved, &self.learner, &moments, train.checkpoints.keep)?;
-            Summary::update(run, |summary| summary.stages.clone_from(&saved.train.records))?;
-            Ok(path.display().to_string())
-        })?;
-        tracing::debug!("saved {path}");
-        Ok(path.into())
+        let clock = Instant::now();
+        let learner = &self.learner;
+        let copy = || {
+            let snapshot = Snapshot::take(&saved, learner, world)?;
+            Ok(move |part: &mut Part<'_>| snapshot.write(part))
+        };
+        let (run, store, policy) = (run.to_owned(), self.checkpoints.clone(), train.checkpoints);
+        let records = saved.train.records.clone();
+        let afterwards = move || {
+            store.prune(policy.keep, policy.keep_every)?;
+            Summary::update(&run, |summary| summary.stages = records)
+        };
+        self.writer.begin(world, self.state.global_step, copy, afterwards)?;
+        self.log(&[("speed/checkpoint_stall_s".into(), clock.elapsed().as_secs_f64())]);
+        Ok(())
+    }
+
+    /// Waits until all that was begun is saved; the latest checkpoint.
+    fn finish_checkpoint(&mut self) -> Result<PathBuf> {
+        self.writer.finish(self.setup.world)?;
+        Ok(self.checkpoints.latest()?.map(|last| last.path().to_owned()).unwrap_or_default())
     }
 }
 

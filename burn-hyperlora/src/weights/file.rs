@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -110,13 +111,29 @@ impl SafetensorsFile {
     /// # Errors
     /// Disk when reading fails, Fault for a name that [`entries`](Self::entries) does not tell.
     pub fn read_raw(&self, name: &str) -> Result<Vec<u8>> {
-        let info = self.tensors.get(name).ok_or_else(|| {
-            Error::Fault(format!("{} was asked for a tensor that it does not hold: {name}", self.path.display()))
-        })?;
-        let (start, end) = info.data_offsets;
-        let mut bytes = vec![0; end - start];
-        self.read_at(&mut bytes, start)?;
+        let (start, end) = self.info(name)?.data_offsets;
+        self.read_raw_range(name, 0..end - start)
+    }
+
+    /// The bytes `range` of a tensor.
+    ///
+    /// # Errors
+    /// As [`read_raw`](Self::read_raw); Fault for a range that the tensor does not have.
+    pub fn read_raw_range(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
+        let (start, end) = self.info(name)?.data_offsets;
+        if range.start > range.end || range.end > end - start {
+            let bytes = end - start;
+            return Err(Error::Fault(format!("{}: {name} has {bytes} bytes, not {range:?}", self.path.display())));
+        }
+        let mut bytes = vec![0; range.len()];
+        self.read_at(&mut bytes, start + range.start)?;
         Ok(bytes)
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensors.get(name).ok_or_else(|| {
+            Error::Fault(format!("{} was asked for a tensor that it does not hold: {name}", self.path.display()))
+        })
     }
 
     /// Everything before the tensors: the header and its length.

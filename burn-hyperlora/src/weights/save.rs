@@ -122,8 +122,16 @@ pub fn save_lazily<B: Deref<Target = [u8]>>(
 /// # Errors
 /// Fault when the device fails.
 pub fn bytes_of<const D: usize>(tensor: Tensor<D>, name: &str) -> Result<Bytes> {
+    data_of(tensor, name).map(TensorData::into_bytes)
+}
+
+/// A tensor copied to host memory; `name` is for the message.
+///
+/// # Errors
+/// Fault when the device fails.
+pub fn data_of<const D: usize>(tensor: Tensor<D>, name: &str) -> Result<TensorData> {
     let fault = |error| Error::Fault(format!("{name} cannot be read from its device: {error}"));
-    tensor.try_into_data().map(TensorData::into_bytes).map_err(fault)
+    tensor.try_into_data().map_err(fault)
 }
 
 /// Notes why the writing ends, and ends it.

@@ -7,12 +7,14 @@
 //! base_resampler.safetensors       where there is a Base-LoRA
 //! ```
 
+mod copy;
 mod modules;
 mod read;
 mod write;
 
 use std::path::{Path, PathBuf};
 
+pub use copy::FolderFile;
 pub use modules::read_sites;
 pub use write::convert;
 

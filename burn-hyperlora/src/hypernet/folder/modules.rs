@@ -53,14 +53,14 @@ pub fn read_sites(folder: &Path) -> Result<Vec<AttentionSite>> {
 }
 
 /// Writes the JSON of `sites`, in diffusers naming.
-pub(super) fn write_sites(folder: &Path, sites: &[AttentionSite]) -> Result<()> {
+pub(super) fn write_sites(path: &Path, sites: &[AttentionSite]) -> Result<()> {
     let fault = |problem: serde_json::Error| Error::Fault(format!("{MODULES_JSON}: {problem}"));
     let mut entries = Map::new();
     for site in sites {
         let entry = SiteEntry { hidden_size: site.hidden_size, cross_attention_dim: site.cross_attention_dim };
         entries.insert(site.lora_prefix(), serde_json::to_value(entry).map_err(fault)?);
     }
-    write_whole(&folder.join(MODULES_JSON), &serde_json::to_vec_pretty(&entries).map_err(fault)?)
+    write_whole(path, &serde_json::to_vec_pretty(&entries).map_err(fault)?)
 }
 
 /// For each attention module of the UNet, its place among the folder's.

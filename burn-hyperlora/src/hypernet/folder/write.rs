@@ -10,7 +10,7 @@ use safetensors::Dtype;
 
 use super::modules::{read_sites, write_sites};
 use super::read::{finish_all, open_all};
-use super::{file, stems};
+use super::{MODULES_JSON, file, stems};
 use crate::error::{Error, Result};
 use crate::hypernet::config::HyperLoraConfig;
 use crate::hypernet::groups::ParameterGroup;
@@ -35,7 +35,7 @@ impl HyperLora {
     /// # Errors
     /// As [`save`](Self::save).
     pub fn save_files(&self, folder: &Path, dtype: FloatDType) -> Result<()> {
-        write_sites(folder, &self.sites)?;
+        write_sites(&folder.join(MODULES_JSON), &self.sites)?;
         let mut parameters = Parameters { dtype, files: Files::new() };
         self.visit_parameters(&mut parameters);
         parameters.files.iter().try_for_each(|(stem, tensors)| save_file(&file(folder, stem), tensors, dtype))
@@ -60,7 +60,7 @@ pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: Fl
 
     // 2. Tensor by tensor.
     let staged = StagedFolder::new(target)?;
-    write_sites(staged.path(), &sites)?;
+    write_sites(&staged.path().join(MODULES_JSON), &sites)?;
     for stem in stems(base && blank.has_base()) {
         convert_file(&file(source, stem), &file(staged.path(), stem), dtype, |key| {
             base || ParameterGroup::of(&format!("{stem}.{key}")) != Some(ParameterGroup::BaseBases)
@@ -124,13 +124,16 @@ impl ParameterVisitor for Parameters {
     fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
         let Some((stem, key)) = name.split_once('.') else { return };
         let (tensor, dtype, name) = (parameter.val().inner(), self.dtype, name.to_owned());
-        let bytes = move || {
-            let tensor = tensor.clone().cast(dtype);
-            weights::bytes_of(if D == 2 { tensor.swap_dims(0, 1) } else { tensor }, &name)
-        };
+        let bytes = move || weights::bytes_of(in_file_layout(tensor.clone(), dtype), &name);
         let tensor = FileTensor { shape: file_shape(parameter).to_vec(), bytes: Box::new(bytes) };
         self.files.entry(stem.into()).or_default().insert(key.into(), tensor);
     }
+}
+
+/// As the files lay it out, see [`file_shape`].
+pub(super) fn in_file_layout<const D: usize>(tensor: Tensor<D>, dtype: FloatDType) -> Tensor<D> {
+    let tensor = tensor.cast(dtype);
+    if D == 2 { tensor.swap_dims(0, 1) } else { tensor }
 }
 
 fn save_file(path: &Path, tensors: &BTreeMap<String, FileTensor>, dtype: FloatDType) -> Result<()> {

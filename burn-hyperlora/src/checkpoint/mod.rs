@@ -2,18 +2,27 @@
 //!
 //! `checkpoints/step-NNNNNNNN/` holds the caller's files (plain safetensors), `state.json` (the run's state that is no
 //! tensor) and `checksums.json` (size and SHA-256 of every other file), which is read before anything else.
+//!
+//! Several ranks fill one folder beside its place, each with [its part](Part); rank 0 puts it there once it has the sums of
+//! all ([`CheckpointWriter`]).
 
-use std::collections::BTreeMap;
+mod part;
+mod task;
+mod writer;
+
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use data_prep::files::{StagedFolder, write_whole};
+use data_prep::files::StagedFolder;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+
+use part::{FileSums, sum, write_json};
+
+pub use part::Part;
+pub use writer::CheckpointWriter;
 
 const STATE: &str = "state.json";
 const CHECKSUMS: &str = "checksums.json";
@@ -31,15 +40,6 @@ pub struct Checkpoint {
     pub step: u64,
     path: PathBuf,
 }
-
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct FileSum {
-    bytes: u64,
-    sha256: String,
-}
-
-/// By path relative to the checkpoint, with `/` between folders.
-type FileSums = BTreeMap<String, FileSum>;
 
 impl CheckpointStore {
     /// Opens `root` (made if absent) for writing, and tidies up what a killed run left there.
@@ -84,36 +84,36 @@ impl CheckpointStore {
         Ok(self.list()?.pop())
     }
 
-    /// Writes the checkpoint of `step`: `fill` puts the caller's files into the folder it is given, `state` becomes
-    /// `state.json`. Whatever fails, no new folder appears and the older checkpoints are intact.
+    /// Writes the checkpoint of `step` at once, as one part: `fill` adds its files. Whatever fails, no new folder appears
+    /// and the older checkpoints are intact.
     ///
     /// # Errors
     /// Those of `fill`; Disk for a full or failing disk, Input for a place that cannot be written to.
-    pub fn write(
-        &self,
-        step: u64,
-        state: &impl Serialize,
-        fill: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<Checkpoint> {
-        let path = self.root.join(format!("step-{step:08}"));
+    pub fn write(&self, step: u64, fill: impl FnOnce(&mut Part<'_>) -> Result<()>) -> Result<Checkpoint> {
+        let path = self.place_of(step);
         let staged = StagedFolder::new(&path)?;
-        fill(staged.path())?;
-        write_json(&staged.path().join(STATE), state)?;
-        let mut sums = FileSums::new();
-        seal(staged.path(), staged.path(), &mut sums)?;
-        write_json(&staged.path().join(CHECKSUMS), &sums)?;
-        staged.commit()?;
+        let mut part = Part::new(staged.path());
+        fill(&mut part)?;
+        let sums = part.finish()?;
+        place(staged, &sums)?;
         Ok(Checkpoint { step, path })
     }
 
-    /// Removes all but the newest `keep` checkpoints; the newest one always stays.
+    /// Removes all but the newest `keep` checkpoints, of which one always stays, and the first that was written in each
+    /// span of `keep_every` (M) steps: M to 2 M - 1, 2 M to 3 M - 1, and so on.
     ///
     /// # Errors
     /// Those of [`list`](Self::list); Input or Disk when a folder cannot be removed.
-    pub fn prune(&self, keep: usize) -> Result<()> {
+    pub fn prune(&self, keep: usize, keep_every: Option<u64>) -> Result<()> {
         let mut old = self.list()?;
         old.truncate(old.len().saturating_sub(keep.max(1)));
+        let mut last_span = Some(0);
         for checkpoint in old {
+            let span = keep_every.and_then(|every| checkpoint.step.checked_div(every));
+            if span > last_span {
+                last_span = span;
+                continue;
+            }
             // Out of sight first: a kill in the middle of the removal must not leave half a checkpoint.
             let doomed = self.root.join(format!(".step-{:08}.partial", checkpoint.step));
             fs::rename(&checkpoint.path, &doomed)
@@ -121,6 +121,10 @@ impl CheckpointStore {
                 .map_err(|source| Error::write(&checkpoint.path, source))?;
         }
         Ok(())
+    }
+
+    fn place_of(&self, step: u64) -> PathBuf {
+        self.root.join(format!("step-{step:08}"))
     }
 
     /// Removes half-written folders, and puts back a whole one that was being replaced when the run was killed.
@@ -243,41 +247,8 @@ fn names(folder: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|source| Error::Fault(format!("{}: cannot be put as JSON: {source}", path.display())))?;
-    write_whole(path, text.as_bytes())
-}
-
-/// Syncs every file below `folder` and notes its checksum; folders are synced after what is in them.
-fn seal(root: &Path, folder: &Path, sums: &mut FileSums) -> Result<()> {
-    let failed = |source| Error::write(folder, source);
-    for name in names(folder).map_err(failed)? {
-        let path = folder.join(name);
-        if path.is_dir() {
-            seal(root, &path, sums)?;
-            continue;
-        }
-        let failed = |source| Error::write(&path, source);
-        let mut file = File::open(&path).map_err(failed)?;
-        file.sync_all().map_err(failed)?;
-        let relative = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();
-        sums.insert(relative, sum(&mut file).map_err(failed)?);
-    }
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
-}
-
-fn sum(file: &mut File) -> io::Result<FileSum> {
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    let mut bytes = 0;
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-            return Ok(FileSum { bytes, sha256 });
-        }
-        hasher.update(&buffer[..read]);
-        bytes += read as u64;
-    }
+/// Puts a folder that is filled in its place.
+fn place(staged: StagedFolder, sums: &FileSums) -> Result<()> {
+    write_json(&staged.path().join(CHECKSUMS), sums)?;
+    staged.commit()
 }

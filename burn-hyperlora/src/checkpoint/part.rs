@@ -1,0 +1,97 @@
+//! What one process writes of a checkpoint, and the sums that vouch for it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+use data_prep::files::write_whole;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::{STATE, names};
+use crate::error::{Error, Result};
+
+/// Size and SHA-256 of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct FileSum {
+    pub(super) bytes: u64,
+    pub(super) sha256: String,
+}
+
+/// By path relative to the checkpoint, with `/` between folders.
+pub(super) type FileSums = BTreeMap<String, FileSum>;
+
+/// The files that this process adds to a checkpoint; other ranks may add theirs to the same folder at the same time.
+#[derive(Debug)]
+pub struct Part<'a> {
+    folder: &'a Path,
+    sums: FileSums,
+}
+
+impl<'a> Part<'a> {
+    pub(super) fn new(folder: &'a Path) -> Self {
+        Self { folder, sums: FileSums::new() }
+    }
+
+    /// Adds the file `name`, relative to the checkpoint with `/` between folders: `write` makes it at the path it is given.
+    ///
+    /// # Errors
+    /// Those of `write`; Disk for a full or failing disk.
+    pub fn file(&mut self, name: &str, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let path = self.folder.join(name);
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).map_err(|source| Error::write(folder, source))?;
+        }
+        write(&path)?;
+        let written = File::open(&path).and_then(|mut file| file.sync_all().and_then(|()| sum(&mut file)));
+        self.sums.insert(name.into(), written.map_err(|source| Error::write(&path, source))?);
+        Ok(())
+    }
+
+    /// Adds `state.json`: what the run knows beside its tensors. Every checkpoint has one.
+    ///
+    /// # Errors
+    /// As [`file`](Self::file).
+    pub fn state(&mut self, state: &impl Serialize) -> Result<()> {
+        self.file(STATE, |path| write_json(path, state))
+    }
+
+    /// Syncs the folders; the sums of all that was added.
+    pub(super) fn finish(self) -> Result<FileSums> {
+        sync_folders(self.folder).map_err(|source| Error::write(self.folder, source))?;
+        Ok(self.sums)
+    }
+}
+
+/// Syncs `folder` after the folders in it.
+fn sync_folders(folder: &Path) -> io::Result<()> {
+    for name in names(folder)? {
+        let path = folder.join(name);
+        if path.is_dir() {
+            sync_folders(&path)?;
+        }
+    }
+    File::open(folder)?.sync_all()
+}
+
+pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|source| Error::Fault(format!("{}: cannot be put as JSON: {source}", path.display())))?;
+    write_whole(path, text.as_bytes())
+}
+
+pub(super) fn sum(file: &mut File) -> io::Result<FileSum> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+            return Ok(FileSum { bytes, sha256 });
+        }
+        hasher.update(&buffer[..read]);
+        bytes += read as u64;
+    }
+}

@@ -1,0 +1,242 @@
+//! Checkpoints that several ranks write in the background: there once all parts are, and never before.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Barrier, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use burn::tensor::Tensor;
+use burn_hyperlora::checkpoint::{Checkpoint, CheckpointStore, CheckpointWriter, Part};
+use burn_hyperlora::collective::{Collective, Pending};
+use burn_hyperlora::{Error, Result};
+
+/// Ranks that are threads of the test. They exchange notes; tensors they have none.
+struct Threads {
+    rank: usize,
+    notes: Arc<Mutex<Vec<Vec<u8>>>>,
+    gate: Arc<Barrier>,
+    hosts: Vec<String>,
+}
+
+impl Threads {
+    fn new(ranks: usize) -> Vec<Self> {
+        let (notes, gate) = (Arc::new(Mutex::new(vec![Vec::new(); ranks])), Arc::new(Barrier::new(ranks)));
+        let hosts = vec!["here".to_owned(); ranks];
+        (0..ranks).map(|rank| Self { rank, notes: notes.clone(), gate: gate.clone(), hosts: hosts.clone() }).collect()
+    }
+}
+
+impl Collective for Threads {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.hosts.len()
+    }
+
+    fn hosts(&self) -> &[String] {
+        &self.hosts
+    }
+
+    fn all_reduce_mean<'a>(&'a self, what: &'a str, _: Tensor<1>) -> Result<Pending<'a>> {
+        Err(Error::Fault(what.into()))
+    }
+
+    fn reduce_scatter_mean<'a>(&'a self, what: &'a str, _: Tensor<1>) -> Result<Pending<'a>> {
+        Err(Error::Fault(what.into()))
+    }
+
+    fn all_gather<'a>(&'a self, what: &'a str, _: Tensor<1>) -> Result<Pending<'a>> {
+        Err(Error::Fault(what.into()))
+    }
+
+    fn broadcast<'a>(&'a self, what: &'a str, _: Tensor<1>) -> Result<Pending<'a>> {
+        Err(Error::Fault(what.into()))
+    }
+
+    fn exchange(&self, _what: &str, note: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.notes.lock().unwrap()[self.rank] = note.to_vec();
+        self.gate.wait();
+        let all = self.notes.lock().unwrap().clone();
+        self.gate.wait();
+        Ok(all)
+    }
+
+    fn barrier(&self, _what: &str, _deadline: Duration) -> Result<()> {
+        self.gate.wait();
+        Ok(())
+    }
+}
+
+/// Runs `work` as each of `ranks` ranks, each with its writer into `root`; what they gave, by rank.
+fn together<R: Send>(ranks: usize, root: &Path, work: impl Fn(&Threads, &mut CheckpointWriter) -> R + Sync) -> Vec<R> {
+    CheckpointStore::open(root).unwrap();
+    thread::scope(|scope| {
+        let ranks: Vec<_> = Threads::new(ranks)
+            .into_iter()
+            .map(|world| {
+                let work = &work;
+                scope.spawn(move || {
+                    let mut writer = CheckpointWriter::new(CheckpointStore::at(root), Duration::from_secs(60));
+                    work(&world, &mut writer)
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// Writes this rank's file, and the state on rank 0.
+fn part(rank: usize) -> impl FnOnce(&mut Part<'_>) -> Result<()> + Send + 'static {
+    move |part| {
+        let write = |path: &Path| fs::write(path, vec![rank as u8; 1_000]).map_err(|source| Error::write(path, source));
+        part.file(&format!("weights/{rank}"), write)?;
+        if rank == 0 { part.state(&rank) } else { Ok(()) }
+    }
+}
+
+fn list(root: &Path) -> Vec<u64> {
+    CheckpointStore::at(root).list().unwrap().iter().map(|checkpoint| checkpoint.step).collect()
+}
+
+/// Lets a written part wait until it is told to go on.
+fn held(rank: usize) -> (Sender<()>, impl FnOnce(&mut Part<'_>) -> Result<()> + Send + 'static) {
+    let (go, wait): (Sender<()>, Receiver<()>) = channel();
+    let held = move |to: &mut Part<'_>| {
+        let _ = wait.recv();
+        part(rank)(to)
+    };
+    (go, held)
+}
+
+#[test]
+fn a_checkpoint_is_there_once_the_last_rank_has_written_and_no_step_waits_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let placed = together(3, root, |world, writer| {
+        let (go, held) = held(world.rank());
+        if world.rank() == 2 {
+            writer.begin(world, 7, || Ok(held), || Ok(())).unwrap();
+        } else {
+            writer.begin(world, 7, || Ok(part(world.rank())), || Ok(())).unwrap();
+        }
+        // Ten steps go by while rank 2 writes.
+        for _ in 0..10 {
+            assert_eq!(writer.advance(world).unwrap(), None);
+            assert!(list(root).is_empty());
+        }
+        go.send(()).ok();
+        writer.finish(world).unwrap()
+    });
+    let whole = CheckpointStore::at(root).latest().unwrap().unwrap();
+    assert_eq!(placed, vec![Some(whole.clone()); 3]);
+    whole.verify().unwrap();
+    for rank in 0..3 {
+        assert_eq!(fs::read(whole.path().join(format!("weights/{rank}"))).unwrap(), vec![rank; 1_000]);
+        fs::remove_file(whole.path().join(format!("weights/{rank}"))).unwrap();
+        let missing = whole.verify().unwrap_err();
+        assert!(missing.to_string().contains(&format!("weights/{rank}: is missing")), "{missing}");
+        fs::write(whole.path().join(format!("weights/{rank}")), vec![rank; 1_000]).unwrap();
+    }
+}
+
+#[test]
+fn the_next_one_waits_for_the_last_and_steps_alone_bring_it_home() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    together(2, root, |world, writer| {
+        for step in 1..=3 {
+            // What stands there when the copy is made: the one before is whole, and only one is on its way.
+            let copy = || {
+                assert_eq!(list(root), (1..step).collect::<Vec<_>>());
+                Ok(part(world.rank()))
+            };
+            writer.begin(world, step, copy, || Ok(())).unwrap();
+        }
+        let mut steps = 0;
+        while writer.advance(world).unwrap().is_none() {
+            steps += 1;
+            assert!(steps < 100_000);
+        }
+        assert_eq!(writer.advance(world).unwrap(), None);
+        assert_eq!(writer.finish(world).unwrap(), None);
+    });
+    assert_eq!(list(root), [1, 2, 3]);
+    let names = fs::read_dir(root).unwrap().count();
+    assert_eq!(names, 3);
+}
+
+#[test]
+fn one_rank_that_cannot_write_ends_it_for_all_and_leaves_the_older_ones() {
+    let full = |part: &mut Part<'_>| {
+        part.file("weights", |path| {
+            fs::write(path, "half").unwrap();
+            Err(Error::write(path, std::io::ErrorKind::StorageFull.into()))
+        })
+    };
+    for bad in 0..3 {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        let errors = together(3, root, |world, writer| {
+            writer.begin(world, 1, || Ok(part(world.rank())), || Ok(())).unwrap();
+            if world.rank() == bad {
+                writer.begin(world, 2, || Ok(full), || Ok(())).unwrap();
+            } else {
+                writer.begin(world, 2, || Ok(part(world.rank())), || Ok(())).unwrap();
+            }
+            writer.finish(world).unwrap_err()
+        });
+        for (rank, error) in errors.iter().enumerate() {
+            let message = error.to_string();
+            if rank == bad {
+                assert!(error.exit_code() == 1 && message.contains("weights") && message.contains("free some space"));
+            } else {
+                assert!(
+                    error.exit_code() == 75 && message.contains(&format!("rank {bad} (here) failed:")),
+                    "{message}"
+                );
+            }
+        }
+        assert_eq!(list(root), [1]);
+        CheckpointStore::at(root).latest().unwrap().unwrap().verify().unwrap();
+        CheckpointStore::open(root).unwrap();
+        assert_eq!(fs::read_dir(root).unwrap().count(), 1);
+    }
+}
+
+#[test]
+fn what_rank_0_does_afterwards_sees_it_in_its_place_and_its_failure_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let ends = together(2, root, |world, writer| {
+        let seen = root.to_owned();
+        let afterwards = move || {
+            assert_eq!(list(&seen), [4]);
+            Err(Error::input("keep", "the disk is gone", "mount it"))
+        };
+        writer.begin(world, 4, || Ok(part(world.rank())), afterwards).unwrap();
+        writer.finish(world).map_err(|error| error.exit_code())
+    });
+    assert_eq!(ends, [Err(2), Err(75)]);
+    assert_eq!(list(root), [4]);
+}
+
+#[test]
+fn a_copy_that_fails_is_told_like_a_disk_that_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let ends = together(2, root, |world, writer| {
+        let copy = || if world.rank() == 1 { Err(Error::Fault("the device is lost".into())) } else { Ok(part(0)) };
+        writer.begin(world, 4, copy, || Ok(())).unwrap();
+        writer.finish(world).map_err(|error| error.to_string())
+    });
+    assert_eq!(ends[1], Err("the device is lost".into()));
+    assert_eq!(ends[0], Err("rank 1 (here) failed: the device is lost".into()));
+    let found: Vec<Checkpoint> = CheckpointStore::open(root).unwrap().list().unwrap();
+    assert_eq!(found, []);
+}
