@@ -168,6 +168,15 @@ impl Checkpoint {
         &self.path
     }
 
+    /// Every file by its path in the folder (`/` between folders), with the bytes that it should have.
+    ///
+    /// # Errors
+    /// Input for a list of checksums that is missing or damaged, Disk for a failing disk.
+    pub fn files(&self) -> Result<Vec<(String, u64)>> {
+        let sums: FileSums = self.read_json(CHECKSUMS)?;
+        Ok(sums.into_iter().map(|(name, sum)| (name, sum.bytes)).collect())
+    }
+
     /// Compares every file with its checksum.
     ///
     /// # Errors

@@ -7,7 +7,8 @@
 //! The ranks tell each other between steps, in [`CheckpointWriter::advance`], never from the threads. A checkpoint whose writing
 //! was cut off in whatever moment stays a hidden folder, which the next start removes.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use data_prep::files::StagedFolder;
 use serde::{Deserialize, Serialize};
@@ -18,12 +19,15 @@ use super::{Checkpoint, CheckpointStore, place};
 use crate::collective::Collective;
 use crate::error::{Error, Result};
 
+/// Between two looks at a disk that is waited for.
+const PAUSE: Duration = Duration::from_millis(1);
+
 /// Writes checkpoints in the background, one at a time. All ranks call the same methods in the same order.
 ///
 /// Dropped, it waits for its thread, and what is not in its place by then is given up.
 pub struct CheckpointWriter {
     store: CheckpointStore,
-    /// The longest wait for the other ranks' disks.
+    /// The longest wait for the ranks' disks.
     deadline: Duration,
     writing: Option<Writing>,
 }
@@ -62,7 +66,7 @@ enum Note {
 }
 
 impl CheckpointWriter {
-    /// A writer into `store`; ranks wait for each other's disks for up to `deadline`.
+    /// A writer into `store`; a disk is waited for up to `deadline`.
     pub fn new(store: CheckpointStore, deadline: Duration) -> Self {
         Self { store, deadline, writing: None }
     }
@@ -134,17 +138,25 @@ impl CheckpointWriter {
         Ok(None)
     }
 
-    /// Waits until the checkpoint that was begun last is in its place, and gives it where it was not given before.
+    /// Waits until the checkpoint that was begun last is in its place, and gives it where it was not given before. The ranks
+    /// hear of each other all the while: one that hangs is noticed as in any step.
     ///
     /// # Errors
-    /// As [`advance`](Self::advance); Peer for ranks that do not come within the deadline.
+    /// As [`advance`](Self::advance); Fault for a disk that does not end its work within the deadline.
     pub fn finish(&mut self, world: &dyn Collective) -> Result<Option<Checkpoint>> {
-        while let Some(writing) = &mut self.writing {
-            writing.wait();
-            world.barrier(&format!("all ranks to write {}", writing.checkpoint.path.display()), self.deadline)?;
+        let begun = Instant::now();
+        while let Some(writing) = &self.writing {
+            let path = writing.checkpoint.path.clone();
             if let Some(checkpoint) = self.advance(world)? {
                 return Ok(Some(checkpoint));
             }
+            if begun.elapsed() > self.deadline {
+                let (path, seconds) = (path.display(), self.deadline.as_secs());
+                return Err(Error::Fault(format!(
+                    "{path}: not written after {seconds} s\n  remedy: see what keeps the disk, or give it more time with train.collective_timeout_s (a tenth of these seconds)"
+                )));
+            }
+            thread::sleep(PAUSE);
         }
         Ok(None)
     }
@@ -168,13 +180,6 @@ impl Writing {
                 Some(Ok(())) => Note::Done(FileSums::new()),
                 Some(Err(error)) => told(error),
             },
-        }
-    }
-
-    fn wait(&mut self) {
-        match &mut self.phase {
-            Phase::Parts(part) => part.sums.wait(),
-            Phase::Placing(placed) => placed.wait(),
         }
     }
 

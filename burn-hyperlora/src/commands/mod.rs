@@ -1,5 +1,6 @@
 //! The commands of `hyperlora`: parse, call the library, print.
 
+mod checkpoint;
 mod eval;
 mod export;
 mod fold;
@@ -51,6 +52,8 @@ enum Command {
     Sample(Box<sample::SampleArgs>),
     Merge(merge::MergeArgs),
     Plan(plan::PlanArgs),
+    #[command(subcommand)]
+    Checkpoint(checkpoint::CheckpointCommand),
     #[command(subcommand)]
     Eval(eval::EvalCommand),
 }
@@ -229,6 +232,7 @@ fn dispatch(cli: &Cli) -> ExitCode {
         Command::Sample(args) => sample::run(args, &cli.common, &device),
         Command::Merge(args) => merge::run(args, &cli.common),
         Command::Plan(args) => plan::run(args, &cli.common),
+        Command::Checkpoint(command) => checkpoint::run(command, &cli.common),
         Command::Eval(command) => eval::run(command, &cli.common, &device),
     });
     done.unwrap_or_else(|error| {

@@ -1,5 +1,6 @@
 //! Training: three stages, one step function, and a state from which a run goes on bit for bit.
 
+pub mod archive;
 pub mod checkpoints;
 pub mod config;
 pub mod curves;

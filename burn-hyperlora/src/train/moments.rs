@@ -34,7 +34,7 @@ pub fn file_name(part: usize, parts: usize) -> String {
 }
 
 /// Whether a checkpoint's file of this name holds moments.
-fn is_moments(name: &str) -> bool {
+pub(super) fn is_moments(name: &str) -> bool {
     name.starts_with("optimizer") && name.ends_with(".safetensors")
 }
 

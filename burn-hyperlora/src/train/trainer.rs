@@ -237,6 +237,9 @@ impl<'a> Trainer<'a> {
             written.map_err(|source| Error::write(&path, source))?;
         }
         let remedy = self.state.spikes.bad(&setup.train.spikes);
+        if remedy == Remedy::RollBack {
+            self.finish_checkpoint()?;
+        }
         let checkpoint = if remedy == Remedy::RollBack { checkpoints::latest(setup.run)? } else { None };
         match (remedy, checkpoint) {
             (Remedy::Skip, _) => {}

@@ -7,7 +7,12 @@ use crate::support::{World, hyperlora, quickstart_base, run};
 #[test]
 fn every_command_shows_an_example() {
     let commands = ["train", "generate", "sample", "export", "slider", "fold", "plan"].map(|command| vec![command]);
-    for command in commands.into_iter().chain([vec!["eval", "identity-gap"]]) {
+    for command in commands.into_iter().chain([
+        vec!["eval", "identity-gap"],
+        vec!["checkpoint", "list"],
+        vec!["checkpoint", "verify"],
+        vec!["checkpoint", "consolidate"],
+    ]) {
         let shown = run(hyperlora(command.iter().chain(&["--help"]))).with(0).stdout;
         let called = format!("  hyperlora {}", command.join(" "));
         assert!(shown.contains("Example") && shown.contains(&called), "{shown}");

@@ -24,7 +24,7 @@ const SAME: [(&str, &str); 6] = [
 const STEPS: u64 = 20;
 
 /// Trains into `run` as `ranks` processes; `more` are further arguments.
-fn train(world: &World, ranks: usize, run: &str, more: &[&str]) -> (Option<i32>, String) {
+pub(crate) fn train(world: &World, ranks: usize, run: &str, more: &[&str]) -> (Option<i32>, String) {
     let program = env!("CARGO_BIN_EXE_hyperlora");
     let mut command = if ranks == 1 { Command::new(program) } else { mpirun(ranks) };
     if ranks > 1 {
@@ -40,20 +40,23 @@ pub(crate) fn finished(world: &World, ranks: usize, run: &str) {
     assert_eq!(text.matches("finished after").count(), 1, "rank 0 alone reports: {text}");
 }
 
-/// All numbers of the checkpoint at `step`, by file and tensor.
-fn numbers(run: &Path, step: u64) -> BTreeMap<String, Vec<f32>> {
+/// All numbers of the checkpoint at `step`, by file and tensor; the moments of all ranks put together.
+pub(crate) fn numbers(run: &Path, step: u64) -> BTreeMap<String, Vec<f32>> {
     let checkpoint = run.join(CHECKPOINTS).join(format!("step-{step:08}"));
-    let mut numbers = BTreeMap::new();
+    let mut numbers: BTreeMap<String, Vec<f32>> = BTreeMap::new();
     for folder in [checkpoint.clone(), checkpoint.join("weights")] {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
+        let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        for path in paths {
             if path.extension().is_none_or(|extension| extension != "safetensors") {
                 continue;
             }
             let bytes = fs::read(&path).unwrap();
             for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
-                let values = view.data().as_chunks::<4>().0.iter().map(|number| f32::from_le_bytes(*number)).collect();
-                numbers.insert(format!("{}: {name}", path.file_name().unwrap().display()), values);
+                let values = view.data().as_chunks::<4>().0.iter().map(|number| f32::from_le_bytes(*number));
+                let file = path.file_name().unwrap().to_str().unwrap();
+                let file = if file.starts_with("optimizer") { "optimizer" } else { file };
+                numbers.entry(format!("{file}: {name}")).or_default().extend(values);
             }
         }
     }

@@ -1,0 +1,94 @@
+//! `hyperlora checkpoint`: look after the checkpoints of a run.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+
+use crate::commands::Common;
+use crate::error::{Error, Result};
+use crate::train::archive;
+
+/// Bytes of the unit in which sizes are shown, MB.
+const MEGA: f64 = 1e6;
+
+/// Look after the checkpoints of a run
+#[derive(Debug, Subcommand)]
+#[command(
+    after_help = "Examples:\n  hyperlora checkpoint list runs/quickstart\n  hyperlora checkpoint verify runs/quickstart/checkpoints/step-00000300"
+)]
+pub(super) enum CheckpointCommand {
+    List(ListArgs),
+    Verify(VerifyArgs),
+    Consolidate(ConsolidateArgs),
+}
+
+/// Show step, stage, size and ranks of every checkpoint, and whether its files are all there
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  hyperlora checkpoint list runs/quickstart")]
+pub(super) struct ListArgs {
+    /// The run folder, or one of its checkpoints
+    path: PathBuf,
+}
+
+/// Compare every file with its checksum
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  hyperlora checkpoint verify runs/quickstart")]
+pub(super) struct VerifyArgs {
+    /// The run folder, for all of its checkpoints, or one of them
+    path: PathBuf,
+}
+
+/// Bring the parts that several ranks wrote together, as one process would have written them
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  hyperlora checkpoint consolidate runs/quickstart\n  hyperlora checkpoint consolidate runs/quickstart -o hyperlora-released/"
+)]
+pub(super) struct ConsolidateArgs {
+    /// The run folder, for its latest checkpoint, or one of them; rewritten in its place
+    path: PathBuf,
+    /// Leave the checkpoint as it is and write its hypernetwork alone, in the released layout
+    #[arg(short, long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+pub(super) fn run(command: &CheckpointCommand, common: &Common) -> Result<ExitCode> {
+    common.start_log(None)?;
+    match command {
+        CheckpointCommand::List(args) => list(args),
+        CheckpointCommand::Verify(args) => verify(args),
+        CheckpointCommand::Consolidate(args) => consolidate(args),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list(args: &ListArgs) -> Result<()> {
+    println!("{:>8}  {:<12}  {:>10}  {:>5}  whole", "step", "stage", "MB", "ranks");
+    for checkpoint in archive::checkpoints(&args.path)? {
+        let found = archive::summary(&checkpoint);
+        let stage = found.stage.as_deref().unwrap_or("-");
+        let (megabytes, whole) = (found.bytes as f64 / MEGA, if found.whole { "yes" } else { "no" });
+        println!("{:>8}  {stage:<12}  {megabytes:>10.1}  {:>5}  {whole}", found.step, found.ranks);
+    }
+    Ok(())
+}
+
+fn verify(args: &VerifyArgs) -> Result<()> {
+    for checkpoint in archive::checkpoints(&args.path)? {
+        checkpoint.verify()?;
+        println!("{}: whole", checkpoint.path().display());
+    }
+    Ok(())
+}
+
+fn consolidate(args: &ConsolidateArgs) -> Result<()> {
+    let Some(checkpoint) = archive::checkpoints(&args.path)?.pop() else {
+        return Err(Error::file(&args.path, "holds no checkpoint", "give a run folder with checkpoints"));
+    };
+    let made = match &args.output {
+        Some(output) => archive::copy_weights(&checkpoint, output).map(|()| output.as_path()),
+        None => archive::consolidate(&checkpoint).map(|()| checkpoint.path()),
+    }?;
+    println!("{}", made.display());
+    Ok(())
+}
