@@ -174,7 +174,7 @@ fn the_next_one_waits_for_the_last_and_steps_alone_bring_it_home() {
 #[test]
 fn one_rank_that_cannot_write_ends_it_for_all_and_leaves_the_older_ones() {
     let full = |part: &mut Part<'_>| {
-        part.file("weights", |path| {
+        part.file("optimizer", |path| {
             fs::write(path, "half").unwrap();
             Err(Error::write(path, std::io::ErrorKind::StorageFull.into()))
         })
@@ -194,7 +194,7 @@ fn one_rank_that_cannot_write_ends_it_for_all_and_leaves_the_older_ones() {
         for (rank, error) in errors.iter().enumerate() {
             let message = error.to_string();
             if rank == bad {
-                assert!(error.exit_code() == 1 && message.contains("weights") && message.contains("free some space"));
+                assert!(error.exit_code() == 1 && message.contains("optimizer") && message.contains("free some space"));
             } else {
                 assert!(
                     error.exit_code() == 75 && message.contains(&format!("rank {bad} (here) failed:")),
