@@ -94,7 +94,8 @@ fn dd(path: &Path, bytes: u64) -> Result<f64, Box<dyn Error>> {
     let clock = Instant::now();
     let target = format!("of={}", path.display());
     let count = format!("count={}", bytes.div_ceil(1 << 20));
-    let ended = Command::new("dd").args(["if=/dev/zero", &target, "bs=1M", &count, "conv=fsync", "status=none"]).status()?;
+    let ended =
+        Command::new("dd").args(["if=/dev/zero", &target, "bs=1M", &count, "conv=fsync", "status=none"]).status()?;
     let seconds = clock.elapsed().as_secs_f64();
     fs::remove_file(path)?;
     if ended.success() { Ok(seconds) } else { Err("dd failed".into()) }

@@ -133,7 +133,12 @@ impl CheckpointWriter {
         self.writing = match (all, writing.phase) {
             (None, phase) => Some(Writing { phase, ..writing }),
             (Some(sums), Phase::Parts(part)) => Some(Writing { phase: Phase::Placing(part.place(sums)), ..writing }),
-            (Some(_), Phase::Placing(_)) => return Ok(Some(writing.checkpoint)),
+            (Some(_), Phase::Placing(_)) => {
+                if world.leads() {
+                    tracing::debug!("saved {}", writing.checkpoint.path.display());
+                }
+                return Ok(Some(writing.checkpoint));
+            }
         };
         Ok(None)
     }
