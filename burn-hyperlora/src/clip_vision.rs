@@ -235,6 +235,9 @@ impl ImageProcessor {
         if crop == 0 || crop > shortest_edge {
             return Err(refuse("crop_size", "must lie within 1 and the shortest edge"));
         }
+        if shortest_edge as usize > LARGEST_IMAGE {
+            return Err(refuse("size", &format!("shortest_edge {shortest_edge} is above {LARGEST_IMAGE}")));
+        }
         if !config.image_std.iter().all(|&std| std > 0.0) {
             return Err(refuse("image_std", "must be positive"));
         }

@@ -246,9 +246,9 @@ impl Weights {
         let values = match self.updates.get(name) {
             None => place.read(self.dtype, transpose),
             Some(changes) => place.read(FloatDType::F32, false).map(|values| {
-                values.map(|values| {
-                    update::changed(values, changes, first_row, transpose).convert_dtype(self.dtype.into())
-                })
+                let changed = update::changed(values?, changes, first_row, transpose).convert_dtype(self.dtype.into());
+                let finite = changed.iter::<f32>().all(f32::is_finite);
+                finite.then_some(changed).ok_or_else(|| "its changes lead to values that are not finite".into())
             }),
         };
         match values {
@@ -264,6 +264,8 @@ impl Weights {
         let options = (&self.device, DType::from(self.dtype));
         match values {
             Some(values) => Tensor::from_data(values, options),
+            // Nothing can be stretched to nothing.
+            None if shape.contains(&0) => Tensor::zeros(shape, options),
             None => Tensor::<D>::zeros([1; D], options).expand(shape),
         }
     }

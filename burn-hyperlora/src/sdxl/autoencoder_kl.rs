@@ -65,6 +65,9 @@ fn yes() -> bool {
 const WIDTH_LIMIT: usize = 1 << 16;
 const DEPTH_LIMIT: usize = 16;
 
+/// Colours of a picture.
+const RGB: usize = 3;
+
 impl AutoencoderKlConfig {
     /// Image pixels per latent, along each side.
     pub fn factor(&self) -> usize {
@@ -109,14 +112,17 @@ impl AutoencoderKlConfig {
             let widths = &self.block_out_channels;
             return refuse("block_out_channels", format!("{widths:?} must be multiples of norm_num_groups {groups}"));
         }
-        let mut widths = [self.in_channels, self.out_channels, self.latent_channels]
-            .into_iter()
-            .chain(self.block_out_channels.clone());
+        for (key, channels) in [("in_channels", self.in_channels), ("out_channels", self.out_channels)] {
+            if channels != RGB {
+                return refuse(key, format!("{channels} is not supported, only {RGB}"));
+            }
+        }
+        let mut widths = self.block_out_channels.iter().copied().chain([self.latent_channels]);
         if levels > DEPTH_LIMIT
             || self.layers_per_block > DEPTH_LIMIT
             || !widths.all(|width| (1..=WIDTH_LIMIT).contains(&width))
         {
-            return refuse("block_out_channels, layers_per_block, *_channels", "are out of range".into());
+            return refuse("block_out_channels, layers_per_block, latent_channels", "are out of range".into());
         }
         if !self.scaling_factor.is_finite() || self.scaling_factor <= 0.0 {
             return refuse("scaling_factor", format!("{} is not a positive number", self.scaling_factor));

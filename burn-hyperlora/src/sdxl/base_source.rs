@@ -11,7 +11,7 @@ use std::{fs, io};
 
 use burn::tensor::Device;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::sdxl::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
@@ -291,15 +291,15 @@ impl BaseSource {
     pub fn schedule(&self) -> Result<NoiseSchedule> {
         let config = self.text("scheduler/scheduler_config.json", configs::SCHEDULER)?;
         let Some(file) = self.single_file() else { return NoiseSchedule::parse(&config) };
-        let mut keys: Value = config.parse()?;
+        let mut keys: Map<String, Value> = config.parse()?;
         for (mark, key, value) in
             [("v_pred", "prediction_type", json!("v_prediction")), ("ztsnr", "rescale_betas_zero_snr", json!(true))]
         {
             if file.entries().any(|entry| entry.name == mark) {
-                keys[key] = value;
+                keys.insert(key.into(), value);
             }
         }
-        NoiseSchedule::parse(&config.with_text(keys.to_string()))
+        NoiseSchedule::parse(&config.with_text(Value::Object(keys).to_string()))
     }
 
     /// Both tokenizers.

@@ -44,6 +44,9 @@ fn layer_norm_eps() -> f64 {
 /// The largest size that a config may ask for: more is a typing error, and products of two still fit memory sizes.
 const LARGEST: usize = 1 << 16;
 
+/// The most layers that a config may ask for; CLIP's largest towers have 48.
+const MOST_LAYERS: usize = 256;
+
 impl ClipEncoderConfig {
     /// What makes these sizes impossible: the key and the problem.
     pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
@@ -51,10 +54,17 @@ impl ClipEncoderConfig {
         if width == 0 || heads == 0 || !width.is_multiple_of(heads) {
             return Some(("num_attention_heads", format!("{heads} does not divide hidden_size {width}")));
         }
-        let sizes =
-            [("hidden_size", width), ("intermediate_size", self.intermediate_size), ("num_hidden_layers", layers)];
-        if let Some((key, size)) = sizes.into_iter().find(|(_, size)| *size > LARGEST) {
-            return Some((key, format!("{size} is above {LARGEST}")));
+        for (key, size, most) in [
+            ("hidden_size", width, LARGEST),
+            ("intermediate_size", self.intermediate_size, LARGEST),
+            ("num_hidden_layers", layers, MOST_LAYERS),
+        ] {
+            if !(1..=most).contains(&size) {
+                return Some((key, format!("{size} is not within 1 and {most}")));
+            }
+        }
+        if self.layer_norm_eps < 0.0 {
+            return Some(("layer_norm_eps", format!("{} is negative", self.layer_norm_eps)));
         }
         // One layer has no penultimate states that any layer has touched.
         (layers < 2).then(|| ("num_hidden_layers", format!("{layers} is too few: the penultimate layer is needed")))

@@ -58,13 +58,21 @@ impl ClipTextConfig {
     }
 
     fn problem(&self) -> Option<(&'static str, String)> {
+        let least = usize::from(self.projects());
         let sizes = [
-            ("vocab_size", self.vocab_size),
-            ("max_position_embeddings", self.max_position_embeddings),
-            ("projection_dim", self.projection_dim),
+            ("vocab_size", self.vocab_size, 1),
+            ("max_position_embeddings", self.max_position_embeddings, 1),
+            ("projection_dim", self.projection_dim, least),
         ];
-        let misfit = sizes.into_iter().find(|(_, size)| *size > LARGEST);
-        misfit.map(|(key, size)| (key, format!("{size} is above {LARGEST}"))).or_else(|| self.encoder.problem())
+        let misfit = sizes.into_iter().find(|(_, size, least)| !(*least..=LARGEST).contains(size));
+        misfit
+            .map(|(key, size, least)| (key, format!("{size} is not within {least} and {LARGEST}")))
+            .or_else(|| self.encoder.problem())
+    }
+
+    /// Whether the pooled output is projected.
+    fn projects(&self) -> bool {
+        self.architectures.iter().any(|name| name == WITH_PROJECTION)
     }
 }
 
@@ -122,7 +130,7 @@ impl ClipTextModel {
         embeddings.ignore("position_ids");
 
         let last = text.at("encoder.layers").at(num_hidden_layers - 1);
-        let head = if config.architectures.iter().any(|name| name == WITH_PROJECTION) {
+        let head = if config.projects() {
             Some(PooledHead {
                 last_layer: ClipLayer::new(&last, &config.encoder),
                 final_layer_norm: text.at("final_layer_norm").layer_norm(hidden_size, layer_norm_eps),

@@ -25,6 +25,9 @@ pub use sampler::{NoiseSampler, SamplerKind};
 /// diffusers.
 const SMALLEST_SHARE: f64 = 1.0 / (1 << 24) as f64;
 
+/// The most training timesteps that a config may ask for; all bases have 1000.
+const MOST_TIMESTEPS: usize = 1 << 20;
+
 /// What the UNet predicts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -188,8 +191,11 @@ impl NoiseSchedule {
             let problem = "a schedule that ends in pure noise needs prediction_type v_prediction";
             return Err(format!("rescale_betas_zero_snr: {problem}: its noise tells nothing of the image"));
         }
-        if count < 2 {
-            return Err(format!("num_train_timesteps: {count} is too few"));
+        if !(2..=MOST_TIMESTEPS).contains(&count) {
+            return Err(format!("num_train_timesteps: {count} is not within 2 and {MOST_TIMESTEPS}"));
+        }
+        if config.steps_offset >= count {
+            return Err(format!("steps_offset: {} is beyond the last of {count} timesteps", config.steps_offset));
         }
         if !(start > 0.0 && start <= end && end < 1.0) {
             return Err(format!("beta_start, beta_end: {start} to {end} do not rise between 0 and 1"));
@@ -208,6 +214,9 @@ impl NoiseSchedule {
                 left
             })
             .collect();
+        if shares.first().is_none_or(|&share| share as f32 == 1.0) {
+            return Err(format!("beta_start: {start} adds no noise that f32 could tell"));
+        }
         if config.rescale_betas_zero_snr {
             end_in_noise(&mut shares);
         }

@@ -133,7 +133,8 @@ fn read_vocabulary(folder: &Path) -> Result<(Value, Value, PathBuf)> {
         ));
     }
     let mut whole = read_json(&path)?;
-    Ok((whole["model"]["vocab"].take(), whole["model"]["merges"].take(), path))
+    let mut part = |name| whole.pointer_mut(name).map(Value::take).unwrap_or_default();
+    Ok((part("/model/vocab"), part("/model/merges"), path))
 }
 
 fn pad_token(folder: &Path) -> Result<String> {

@@ -112,8 +112,17 @@ pub const TIME_IDS: usize = 6;
 /// The widest layer that a config may ask for: wider is a typing error, and products of two still fit memory sizes.
 const WIDTH_LIMIT: usize = 1 << 16;
 
-/// How many blocks and layers per block a config may ask for.
+/// How many blocks a config may ask for: each halves the resolution.
+const BLOCKS_LIMIT: usize = 16;
+
+/// How many resnets a block, and transformer layers a resnet, may have.
 const DEPTH_LIMIT: usize = 64;
+
+/// How many transformer layers there may be in all; SDXL has 70.
+const TRANSFORMERS_LIMIT: usize = 4096;
+
+/// The largest side of the latents that a UNet may be made for; SDXL has 128.
+const SIDE_LIMIT: usize = 4096;
 
 impl UNet2DConditionConfig {
     /// Reads and checks `config.json` in `folder`.
@@ -159,7 +168,7 @@ impl UNet2DConditionConfig {
         let depth = |value: usize| (1..=DEPTH_LIMIT).contains(&value);
         let require = |holds: bool, problem: &str| if holds { Ok(()) } else { Err(problem.to_string()) };
 
-        require(depth(blocks), "`block_out_channels` names no block or too many")?;
+        require((1..=BLOCKS_LIMIT).contains(&blocks), "`block_out_channels` names no block or too many")?;
         require(
             self.down_block_types.len() == blocks && self.up_block_types.len() == blocks,
             "`down_block_types`, `up_block_types` and `block_out_channels` differ in length",
@@ -175,7 +184,15 @@ impl UNet2DConditionConfig {
         )?;
         require(self.attention_head_dim.fits(blocks, width), "`attention_head_dim` does not fit the blocks")?;
         require(self.cross_attention_dim.fits(blocks, width), "`cross_attention_dim` does not fit the blocks")?;
+        let transformers =
+            |block| (2 * self.layers_per_block.get(block) + 1) * self.transformer_layers_per_block.get(block);
+        require(
+            (0..blocks).map(transformers).sum::<usize>() <= TRANSFORMERS_LIMIT,
+            "`layers_per_block` and `transformer_layers_per_block` make too many layers",
+        )?;
+        require((1..=SIDE_LIMIT).contains(&self.sample_size), "`sample_size` is out of range")?;
         require(self.norm_num_groups > 0, "`norm_num_groups` is 0")?;
+        require(self.norm_eps >= 0.0, "`norm_eps` is negative")?;
         for (block, &channels) in self.block_out_channels.iter().enumerate() {
             require(width(channels) && channels.is_multiple_of(2), "`block_out_channels` are odd or out of range")?;
             require(

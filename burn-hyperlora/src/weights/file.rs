@@ -17,6 +17,9 @@ const LENGTH_BYTES: u64 = 8;
 /// The format's own limit on the header, in bytes.
 const HEADER_LIMIT: u64 = 100_000_000;
 
+/// The most axes of a tensor, PyTorch's own limit.
+const AXES_LIMIT: usize = 64;
+
 /// How other kinds of file that people take for safetensors begin.
 const IMPOSTORS: [(&[u8], &str); 8] = [
     (b"PK\x03\x04", "a PyTorch pickle (.bin, .ckpt, .pt)"),
@@ -28,6 +31,9 @@ const IMPOSTORS: [(&[u8], &str); 8] = [
     (b"<h", "a web page"),
     (b"version ", "a Git LFS pointer, not the file it points to"),
 ];
+
+/// How many of a shape's axes an error spells out where there are too many.
+const SHOWN_AXES: usize = 8;
 
 /// A safetensors file whose header has been read and found consistent; for reading what a file holds as it is.
 /// [`Weights`](crate::weights::Weights) is for building models.
@@ -72,6 +78,11 @@ impl SafetensorsFile {
         file.read_exact_at(&mut header, LENGTH_BYTES).map_err(read)?;
         let header: Metadata = serde_json::from_slice(&header)
             .map_err(|problem| damaged(format!("has a header that does not hold: {problem}")))?;
+        if let Some((name, info)) = header.tensors().into_iter().find(|(_, info)| !can_be(&info.shape)) {
+            let axes = &info.shape[..info.shape.len().min(SHOWN_AXES)];
+            let count = info.shape.len();
+            return Err(damaged(format!("has a header that does not hold: {name} of {count} axes, {axes:?}...")));
+        }
         let data_start = LENGTH_BYTES + header_length;
         let expected = data_start.checked_add(header.data_len() as u64);
         if expected != Some(length) {
@@ -152,4 +163,10 @@ impl SafetensorsFile {
         let start = self.data_start + start as u64;
         self.file.read_exact_at(bytes, start).map_err(|source| Error::read(&self.path, source))
     }
+}
+
+/// Whether a tensor can have this shape: parts of one without elements are counted as well, and must not overflow.
+fn can_be(shape: &[usize]) -> bool {
+    let elements = shape.iter().filter(|&&axis| axis > 0).try_fold(1_usize, |count, &axis| count.checked_mul(axis));
+    shape.len() <= AXES_LIMIT && elements.is_some_and(|count| count <= isize::MAX as usize / size_of::<f64>())
 }

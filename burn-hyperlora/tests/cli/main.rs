@@ -3,6 +3,7 @@
 
 mod bad_checkpoint;
 mod bad_input;
+mod bad_weights;
 mod contract;
 mod disk;
 mod loras;

@@ -97,6 +97,24 @@ fn a_killed_run_goes_on_bit_for_bit() {
 }
 
 #[test]
+fn a_run_with_a_bf16_unet_goes_on_bit_for_bit() {
+    let world = World::new();
+    let full = world.experiment(&[]).unwrap();
+    world.train(&full, "full", Some(3)).unwrap();
+    let half = world.experiment(&[("encoders}", "encoders, dtype: bf16}")]).unwrap();
+    world.train(&half, "whole", Some(3)).unwrap();
+    // Step 2 ends the Base stage: the third starts another.
+    for stop in [1, 2] {
+        let name = format!("stopped-{stop}");
+        world.train(&half, &name, Some(stop)).unwrap();
+        world.train(&half, &name, Some(3)).unwrap();
+        assert!(tensors(&world.run(&name), 3) == tensors(&world.run("whole"), 3), "stopped after {stop}");
+    }
+    let apart = distance(&weights(&world.run("full"), 3), &weights(&world.run("whole"), 3));
+    assert!(apart > 0.0 && apart < 0.1, "relative distance {apart}");
+}
+
+#[test]
 fn every_stage_moves_its_own_groups_and_nothing_else() {
     let world = World::new();
     finished(world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap());
