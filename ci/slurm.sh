@@ -28,7 +28,7 @@ end() {
   local code=$?
   trap - EXIT INT TERM
   for ((i = ${#daemons[@]} - 1; i >= 0; i--)); do
-    kill "${daemons[i]}" 2>/dev/null && wait "${daemons[i]}" 2>/dev/null
+    kill "${daemons[i]}" 2>/dev/null && wait "${daemons[i]}" 2>/dev/null || true
   done
   if [ "$code" = 0 ] && [ -z "$given" ]; then rm -rf "$state"; else echo "logs and runs: $state"; fi
   exit "$code"

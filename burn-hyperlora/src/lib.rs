@@ -43,6 +43,8 @@ pub mod experiment;
 
 pub mod plan;
 
+pub mod status;
+
 pub mod export;
 
 pub mod eval;

@@ -9,6 +9,7 @@ mod loras;
 mod merge;
 mod plan;
 mod sample;
+mod status;
 mod slider;
 mod train;
 
@@ -52,6 +53,7 @@ enum Command {
     Sample(Box<sample::SampleArgs>),
     Merge(merge::MergeArgs),
     Plan(plan::PlanArgs),
+    Status(status::StatusArgs),
     #[command(subcommand)]
     Checkpoint(checkpoint::CheckpointCommand),
     #[command(subcommand)]
@@ -233,6 +235,7 @@ fn dispatch(cli: &Cli) -> ExitCode {
         Command::Merge(args) => merge::run(args, &cli.common),
         Command::Plan(args) => plan::run(args, &cli.common),
         Command::Checkpoint(command) => checkpoint::run(command, &cli.common),
+        Command::Status(args) => status::run(args, &cli.common),
         Command::Eval(command) => eval::run(command, &cli.common, &device),
     });
     done.unwrap_or_else(|error| {

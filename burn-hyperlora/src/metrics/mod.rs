@@ -1,12 +1,14 @@
 //! What a run tells about itself: TensorBoard events, progress, the log, `summary.json`, and what it uses of the machine.
 
 mod event;
+mod history;
 pub mod log;
 mod progress;
 mod summary;
 mod tensorboard;
 mod usage;
 
+pub use history::LastScalars;
 pub use progress::{Display, Progress};
 pub use summary::{GapStatistics, IdentityGap, StageSummary, Summary};
 pub use tensorboard::MetricsWriter;
