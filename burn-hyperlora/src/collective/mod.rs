@@ -14,6 +14,7 @@ mod mpi;
 #[cfg(feature = "cuda")]
 mod nccl;
 mod rendezvous;
+mod timed;
 mod world_of_one;
 
 use std::time::Duration;
@@ -25,6 +26,7 @@ use crate::error::{Error, Result};
 pub use agreement::agree;
 pub use environment::Placement;
 pub use rendezvous::{Meeting, Rendezvous};
+pub use timed::Timed;
 pub use world_of_one::WorldOfOne;
 
 /// Exit code of a rank that lost another one (`EX_TEMPFAIL`).

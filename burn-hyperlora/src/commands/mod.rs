@@ -9,8 +9,8 @@ mod loras;
 mod merge;
 mod plan;
 mod sample;
-mod status;
 mod slider;
+mod status;
 mod train;
 
 use std::fmt::Display;

@@ -10,6 +10,7 @@ use crate::collective::{self, JoinConfig, Placement};
 use crate::commands::Common;
 use crate::error::Result;
 use crate::experiment::Experiment;
+use crate::plan::{self, hardware::Gpu};
 use crate::signals::StopFlag;
 use crate::train::{self, Outcome, TrainOptions};
 
@@ -28,6 +29,9 @@ pub(super) struct TrainArgs {
     /// Begin anew; the old run folder is kept aside
     #[arg(long)]
     restart: bool,
+    /// The GPU of each rank, for the model FLOP utilisation in the curves: a name as `hyperlora plan` knows
+    #[arg(long, value_name = "NAME")]
+    gpu: Option<Gpu>,
 }
 
 pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<ExitCode> {
@@ -48,7 +52,12 @@ pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<
     let train = &experiment.train;
     let timeouts = JoinConfig { timeout: train.collective_timeout(), start_timeout: train.long_timeout() };
     let world = collective::join(placement.as_ref(), device, &timeouts)?;
-    let options = TrainOptions { max_steps: args.max_steps, stop, display: common.display() };
+    let options = TrainOptions {
+        max_steps: args.max_steps,
+        stop,
+        display: common.display(),
+        work: plan::work(&experiment, args.gpu),
+    };
     let outcome = experiment.train_together(&*world, &run, device, &options)?;
     world.barrier("all ranks to end", train.long_timeout())?;
     world.leave();

@@ -59,7 +59,8 @@ impl LastScalars {
                 break;
             }
             let length = u64::from_le_bytes(head[..8].try_into().unwrap_or_default());
-            let Some(next) = at.checked_add(16).and_then(|at| at.checked_add(length)).filter(|next| *next <= end) else {
+            let Some(next) = at.checked_add(16).and_then(|at| at.checked_add(length)).filter(|next| *next <= end)
+            else {
                 break;
             };
             if length <= LONGEST_OF_SCALARS {
@@ -118,7 +119,8 @@ mod tests {
         let mut writer = MetricsWriter::create(folder.path(), 1).unwrap();
         for step in 1..=3 {
             writer.scalars(step, &[("loss/base", 0.5 * step as f64), ("speed/images_per_second", 8.0)]);
-            let noise = RgbImage::from_fn(700, 700, |x, y| image::Rgb([(x * y) as u8, (x ^ y) as u8, (x * x + y) as u8]));
+            let noise =
+                RgbImage::from_fn(700, 700, |x, y| image::Rgb([(x * y) as u8, (x ^ y) as u8, (x * x + y) as u8]));
             writer.image(step, "samples/base", &noise);
         }
         // The writer is at work: half of a record is there.

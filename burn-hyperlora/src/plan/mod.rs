@@ -23,6 +23,7 @@ use crate::hypernet::{HyperLoraConfig, ParameterGroup};
 use crate::lora::AttentionSite;
 use crate::plan::architecture::Architecture;
 use crate::plan::hardware::{Gpu, Link};
+use crate::train::StageWork;
 use crate::train::config::TrainConfig;
 
 pub use crate::plan::memory::Memory;
@@ -112,6 +113,21 @@ pub struct Plan {
     pub fits: bool,
     /// What to turn where one does not fit.
     pub advice: Vec<String>,
+}
+
+/// What each stage of an experiment computes per image, and in what time at the peak of `gpu`; nothing for an experiment whose
+/// configs tell too little.
+pub fn work(experiment: &Experiment, gpu: Option<Gpu>) -> Vec<StageWork> {
+    let peak = gpu.unwrap_or(hardware::GPUS[0]);
+    let link = Link { name: "none".into(), bytes_per_second: 1.0 };
+    let cluster = Cluster { gpu: peak, gpus: 1, memory: peak.memory_mib << 20, link, utilisation: 1.0 };
+    match Setup::read(experiment, cluster, None) {
+        Ok(setup) => setup.work(gpu.is_some()),
+        Err(problem) => {
+            tracing::debug!("no operations per image in the curves: {problem}");
+            Vec::new()
+        }
+    }
 }
 
 /// The largest image side that a plan is made for.

@@ -6,6 +6,7 @@ use serde::Serialize;
 use crate::plan::memory::{F32, Memory, WORKSPACE};
 use crate::plan::{Setup, encoders, unet};
 use crate::sdxl::memory::activation_bytes;
+use crate::train::StageWork;
 use crate::train::config::StageEntry;
 
 /// One stage of a training.
@@ -72,6 +73,11 @@ impl Flops {
         self.unet_forward + self.unet_recompute + self.unet_backward
     }
 
+    /// What an ideal step needs: nothing twice.
+    fn of_the_model(self) -> Self {
+        Self { unet_recompute: 0.0, ..self }
+    }
+
     /// What runs in f32.
     pub fn in_f32(&self) -> f64 {
         self.unet_attention_backward + self.vae_encoder + self.text_encoders + self.image_encoder + self.hypernetwork
@@ -99,6 +105,18 @@ const SECONDS_PER_DAY: f64 = 86_400.0;
 impl Setup {
     pub(super) fn stages(&self) -> Vec<StagePlan> {
         self.train.stages.iter().map(|entry| self.stage(entry)).collect()
+    }
+
+    /// The model's operations per image, stage by stage; their time at the GPU's peak where it `is_known`.
+    pub(super) fn work(&self, is_known: bool) -> Vec<StageWork> {
+        let of = |entry: &StageEntry| {
+            let flops = self.flops(entry).of_the_model();
+            StageWork {
+                flops_per_image: flops.unet() + flops.in_f32(),
+                ideal_seconds_per_image: is_known.then(|| self.seconds_per_image(&flops)),
+            }
+        };
+        self.train.stages.iter().map(of).collect()
     }
 
     fn stage(&self, entry: &StageEntry) -> StagePlan {

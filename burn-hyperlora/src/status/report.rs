@@ -41,7 +41,10 @@ impl Display for Status {
         }
         for stage in &self.stages {
             if let (Some(before), Some(after)) = (stage.fixed_set_loss_before, stage.fixed_set_loss_after) {
-                row("learnt", format!("{before:.5} -> {after:.5} on the fixed set in {} steps of {}", stage.steps, stage.name))?;
+                row(
+                    "learnt",
+                    format!("{before:.5} -> {after:.5} on the fixed set in {} steps of {}", stage.steps, stage.name),
+                )?;
             }
         }
         match &self.checkpoint {

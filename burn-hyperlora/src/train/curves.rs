@@ -2,26 +2,56 @@
 
 use std::time::Duration;
 
+use crate::collective::Collective;
+use crate::error::Result;
 use crate::metrics::{Memory, RunningMeans};
-use crate::train::step::StepReport;
+use crate::train::StageWork;
+use crate::train::ranks::{self, RankFigures};
+use crate::train::step::{StepReport, StepTerms};
+
+/// Images per second of all ranks, in the curves.
+pub const IMAGES_PER_SECOND: &str = "speed/images_per_second";
+/// The number of ranks, in the curves.
+pub const RANKS: &str = ranks::COUNT;
 
 /// Gathers steps until they are written.
 pub struct Curves {
     stage: String,
     timesteps: u32,
+    clip_norm: Option<f64>,
     means: RunningMeans,
+    steps: usize,
     images: usize,
     elapsed: Duration,
+    communication: Duration,
+}
+
+/// How long a step took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StepTime {
+    /// In all.
+    pub elapsed: Duration,
+    /// In collectives, waiting for other ranks included.
+    pub communication: Duration,
 }
 
 impl Curves {
-    /// Of the stage named `stage`; quartiles are those of `timesteps`.
-    pub fn new(stage: &str, timesteps: u32) -> Self {
-        Self { stage: stage.into(), timesteps, means: RunningMeans::default(), images: 0, elapsed: Duration::ZERO }
+    /// Of the stage named `stage`, whose gradients are clipped to `clip_norm`; quartiles are those of `timesteps`.
+    pub fn new(stage: &str, timesteps: u32, clip_norm: Option<f64>) -> Self {
+        Self {
+            stage: stage.into(),
+            timesteps,
+            clip_norm,
+            means: RunningMeans::default(),
+            steps: 0,
+            images: 0,
+            elapsed: Duration::ZERO,
+            communication: Duration::ZERO,
+        }
     }
 
-    /// Adds a step that took `elapsed`.
-    pub fn add(&mut self, report: &StepReport, learning_rate: f64, elapsed: Duration) {
+    /// Adds a step.
+    pub fn add(&mut self, report: &StepReport, terms: &StepTerms, time: StepTime) {
         let stage = &self.stage;
         for sample in &report.losses {
             let loss = f64::from(sample.loss);
@@ -30,8 +60,10 @@ impl Curves {
             self.means.add(format!("loss_by_scenario/{stage}/{}", sample.scenario.name()), loss);
             self.means.add(format!("loss_by_timestep/{stage}/quartile_{quartile}"), loss);
         }
-        self.means.add("optim/learning_rate", learning_rate);
+        self.means.add("optim/learning_rate", terms.learning_rate);
         self.means.add("optim/gradient_norm", report.gradient_norm);
+        let clipped = self.clip_norm.map_or(report.gradient_norm, |limit| report.gradient_norm.min(limit));
+        self.means.add("optim/gradient_norm_clipped", clipped);
         if let Some(statistics) = report.coefficients {
             self.means.add("coefficients/mean_abs", statistics.mean_abs.into());
             self.means.add("coefficients/effective_bases", statistics.effective_bases.into());
@@ -40,31 +72,63 @@ impl Curves {
         for (name, time) in report.phases.named() {
             self.means.add(format!("seconds_per_step/{name}"), time.as_secs_f64());
         }
+        self.steps += 1;
         self.images += report.losses.len();
-        self.elapsed += elapsed;
+        self.elapsed += time.elapsed;
+        self.communication += time.communication;
     }
 
-    /// Names and values of everything gathered, which is then forgotten.
-    pub fn take(&mut self) -> Vec<(String, f64)> {
+    /// Names and values of everything gathered on all ranks, which is then forgotten. `data_wait_share` is this rank's;
+    /// `work` tells of the stage's operations where they are known.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn take(
+        &mut self,
+        world: &dyn Collective,
+        data_wait_share: f64,
+        work: Option<&StageWork>,
+    ) -> Result<Vec<(String, f64)>> {
         let seconds = std::mem::take(&mut self.elapsed).as_secs_f64();
+        let communication = std::mem::take(&mut self.communication).as_secs_f64();
         let images = std::mem::take(&mut self.images) as f64;
+        let steps = std::mem::take(&mut self.steps).max(1) as f64;
+        let memory = Memory::now();
+        let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let figures = RankFigures {
+            work: (seconds - communication) / steps,
+            communication_share: communication / seconds.max(f64::MIN_POSITIVE),
+            data_wait_share,
+            peak_mib: memory.map_or(0.0, |memory| mebibytes(memory.peak)),
+        };
         let mut values = self.means.take();
+        values.extend(ranks::share(world, figures)?);
         if seconds > 0.0 {
-            values.push(("speed/images_per_second".into(), images / seconds));
+            let (all, one) = (images / seconds, images / seconds / world.world_size() as f64);
+            values.push((IMAGES_PER_SECOND.into(), all));
+            values.push(("speed/images_per_second_per_rank".into(), one));
+            if let Some(work) = work {
+                values.push(("speed/tflops_per_rank".into(), work.flops_per_image * one / 1e12));
+                let utilisation = work.ideal_seconds_per_image.map(|ideal| ideal * one);
+                values.extend(utilisation.map(|share| ("speed/model_flop_utilisation".into(), share)));
+            }
         }
-        if let Some(memory) = Memory::now() {
-            values.push(("memory/resident_mib".into(), memory.resident as f64 / f64::from(1 << 20)));
-            values.push(("memory/peak_mib".into(), memory.peak as f64 / f64::from(1 << 20)));
+        if let Some(memory) = memory {
+            values.push(("memory/resident_mib".into(), mebibytes(memory.resident)));
+            values.push(("memory/peak_mib".into(), mebibytes(memory.peak)));
         }
-        values
+        Ok(values)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::collective::WorldOfOne;
     use crate::data::scenario::Scenario;
     use crate::train::step::SampleLoss;
 
@@ -76,9 +140,13 @@ mod tests {
             gradient_norm: 2.0,
             ..StepReport::default()
         };
-        let mut curves = Curves::new("id_clip", 1000);
-        curves.add(&report, 0.5, Duration::from_secs(2));
-        let values: BTreeMap<String, f64> = curves.take().into_iter().collect();
+        let mut curves = Curves::new("id_clip", 1000, Some(1.5));
+        let terms = StepTerms { learning_rate: 0.5, loss_limit: f64::INFINITY };
+        let time = StepTime { elapsed: Duration::from_secs(2), communication: Duration::from_millis(500) };
+        curves.add(&report, &terms, time);
+        let work = StageWork { flops_per_image: 3e12, ideal_seconds_per_image: Some(0.25) };
+        let world = WorldOfOne::new();
+        let values: BTreeMap<String, f64> = curves.take(&world, 0.125, Some(&work)).unwrap().into_iter().collect();
         for (name, value) in [
             ("loss/id_clip", 2.0),
             ("loss_by_scenario/id_clip/full", 1.0),
@@ -87,10 +155,19 @@ mod tests {
             ("loss_by_timestep/id_clip/quartile_4", 3.0),
             ("optim/learning_rate", 0.5),
             ("optim/gradient_norm", 2.0),
+            ("optim/gradient_norm_clipped", 1.5),
             ("speed/images_per_second", 1.0),
+            ("speed/images_per_second_per_rank", 1.0),
+            ("speed/tflops_per_rank", 3.0),
+            ("speed/model_flop_utilisation", 0.25),
+            ("speed/communication_share", 0.25),
+            ("speed/data_wait_share", 0.125),
+            ("ranks/seconds_of_work_max", 1.5),
+            ("ranks/slowest", 0.0),
         ] {
             assert_eq!(values.get(name), Some(&value), "{name}");
         }
-        assert!(curves.take().iter().all(|(name, _)| name.starts_with("memory/")));
+        let empty = curves.take(&world, 0.0, Some(&work)).unwrap();
+        assert!(empty.iter().all(|(name, value)| name.starts_with("memory/") || name == RANKS || *value == 0.0));
     }
 }

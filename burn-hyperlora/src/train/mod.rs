@@ -9,6 +9,7 @@ pub mod fixed_set;
 pub mod forward;
 pub mod moments;
 pub mod pictures;
+mod ranks;
 pub mod spikes;
 mod start;
 pub mod state;
@@ -85,6 +86,17 @@ pub struct TrainOptions {
     pub stop: StopFlag,
     /// How progress is shown.
     pub display: Display,
+    /// The work of each stage, in their order; empty where it is not known.
+    pub work: Vec<StageWork>,
+}
+
+/// What a stage has to compute per image: what the curves measure the speed by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StageWork {
+    /// Floating-point operations of the model, those that are repeated to save memory not counted.
+    pub flops_per_image: f64,
+    /// Seconds of them at the peak of the device, where it is known.
+    pub ideal_seconds_per_image: Option<f64>,
 }
 
 /// How a run ended in order.

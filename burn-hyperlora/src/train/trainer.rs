@@ -11,6 +11,7 @@ use burn::tensor::Device;
 use serde_json::{Value, json};
 
 use crate::checkpoint::{CheckpointStore, CheckpointWriter, Part};
+use crate::collective::Timed;
 use crate::conditioning::Base;
 use crate::data::batch::{DrawConfig, Draws};
 use crate::data::dataset::Dataset;
@@ -23,7 +24,7 @@ use crate::metrics::{Display, MetricsWriter, Progress, StageSummary, Summary, Wa
 use crate::sdxl::scheduler::NoiseSampler;
 use crate::train::checkpoints::{self, SavedState, Snapshot};
 use crate::train::config::{SamplesConfig, StageEntry};
-use crate::train::curves::Curves;
+use crate::train::curves::{Curves, StepTime};
 use crate::train::fixed_set::FixedSet;
 use crate::train::spikes::Remedy;
 use crate::train::start::{begin_learning, begin_or_resume, check_agreement, check_wire};
@@ -164,7 +165,9 @@ impl<'a> Trainer<'a> {
         };
         let scaling = train.lr_scaling.factor(setup.world.world_size());
         let display = if setup.world.leads() { self.options.display } else { Display::Hidden };
-        let mut curves = Curves::new(entry.name(), self.base.schedule.config().num_train_timesteps as u32);
+        let timesteps = self.base.schedule.config().num_train_timesteps as u32;
+        let mut curves = Curves::new(entry.name(), timesteps, config.optim.clip_norm);
+        let world = Timed::new(setup.world);
         let mut progress = Progress::new(entry.name(), self.state.stage_step, config.steps, display);
         let mut waits = WaitClock::default();
         while self.state.stage_step < config.steps {
@@ -180,27 +183,28 @@ impl<'a> Trainer<'a> {
                 learning_rate: scaling * config.optim.learning_rate_at(self.state.stage_step, config.steps),
                 loss_limit: self.state.spikes.loss_limit(&train.spikes),
             };
-            let report = step(&self.base, &mut self.learner, &step_config, setup.world, terms, || {
+            let report = step(&self.base, &mut self.learner, &step_config, &world, terms, || {
                 let batch = waits.waiting(|| loader.next_batch())?;
                 batch.ok_or_else(|| Error::Fault("the data ended before the stage".into()))
             })?;
-            let elapsed = start.elapsed();
+            let time = StepTime { elapsed: start.elapsed(), communication: world.take() };
 
             let draws = self.state.next_draw..report.next_draw;
-            self.state.count(&report, elapsed);
+            self.state.count(&report, time.elapsed);
             match &report.skipped {
                 Some(reason) => self.skip(entry, reason, draws)?,
                 None => {
                     self.state.spikes.good(&train.spikes, report.mean_loss());
-                    curves.add(&report, terms.learning_rate, elapsed);
+                    curves.add(&report, &terms, time);
                 }
             }
             progress.step(self.state.stage_step, report.mean_loss(), report.losses.len());
             let done = self.state.stage_step;
             let last = done == config.steps;
             if last || done.is_multiple_of(train.log_every) {
-                let mut values = curves.take();
-                values.push(("speed/data_wait_share".into(), waits.take_share()));
+                let work = self.options.work.get(self.state.stage);
+                let mut values = curves.take(setup.world, waits.take_share(), work)?;
+                values.push(("data/left_out_row_groups".into(), self.dataset.quarantined() as f64));
                 values.push(("optim/skipped_steps".into(), self.state.spikes.skipped as f64));
                 self.log(&values);
             }

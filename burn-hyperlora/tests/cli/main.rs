@@ -13,4 +13,5 @@ mod released;
 mod runs;
 #[path = "../common/stability.rs"]
 mod stability;
+mod status;
 mod support;

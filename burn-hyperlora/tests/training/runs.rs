@@ -195,7 +195,7 @@ fn a_signal_saves_and_tells() {
     let experiment = world.experiment(&[]).unwrap();
     let stop = StopFlag::install().unwrap();
     signal_hook::low_level::raise(signal_hook::consts::SIGTERM).unwrap();
-    let options = TrainOptions { max_steps: None, stop, display: Display::Hidden };
+    let options = TrainOptions { max_steps: None, stop, display: Display::Hidden, work: Vec::new() };
     let outcome = experiment.train(&world.run("run"), &Device::flex(), &options).unwrap();
     let Outcome::Stopped { signal: "SIGTERM", step: 0, checkpoint } = outcome else {
         unreachable!("{outcome:?}");

@@ -112,7 +112,7 @@ impl World {
 
     /// Trains into `run`, up to `max_steps`.
     pub(crate) fn train(&self, experiment: &Experiment, run: &str, max_steps: Option<u64>) -> Result<Outcome> {
-        let options = TrainOptions { max_steps, stop: StopFlag::default(), display: Display::Hidden };
+        let options = TrainOptions { max_steps, stop: StopFlag::default(), display: Display::Hidden, work: Vec::new() };
         experiment.train(&self.run(run), &Device::flex(), &options)
     }
 }

@@ -1,0 +1,72 @@
+//! `hyperlora status`: of a run at work, a killed one and a finished one, without a trace.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::{STEPS, World, contents, hyperlora, run};
+
+fn status(folder: &Path) -> Value {
+    let ended = run(hyperlora(["status", "--json"].map(Path::new).into_iter().chain([folder]))).with(0);
+    serde_json::from_str(&ended.stdout).unwrap()
+}
+
+fn told(folder: &Path) -> String {
+    run(hyperlora([Path::new("status"), folder])).with(0).stdout
+}
+
+#[test]
+fn a_run_tells_where_it_stands_at_work_killed_and_finished() {
+    let world = World::new();
+    let folder = world.path("run");
+    run(hyperlora([Path::new("status"), &folder])).refused(2, &["is no run folder"]);
+
+    // At work: its lock is held, its checkpoints come and go.
+    let mut child = world.train("run", &[]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    loop {
+        assert!(start.elapsed() < Duration::from_secs(300), "no checkpoint came");
+        if folder.join("config.yaml").exists() {
+            let at_work = status(&folder);
+            if at_work["checkpoint"].is_object() {
+                assert!(at_work["activity"] == "running" || child.try_wait().unwrap().is_some(), "{at_work}");
+                break;
+            }
+        }
+        sleep(Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+
+    let before = contents(&folder);
+    let killed = status(&folder);
+    let step = killed["step"].as_u64().unwrap();
+    assert!(killed["activity"] == "stopped" && (1..STEPS).contains(&step), "{killed}");
+    assert_eq!((&killed["checkpoint"]["step"], &killed["steps"]), (&step.into(), &STEPS.into()));
+    assert_eq!(killed["stage"]["step"].as_u64(), Some(step % 2));
+    assert!(!killed["last_lines"].as_array().unwrap().is_empty());
+    let text = told(&folder);
+    assert!(text.contains("not running") && text.contains("run.log     ends with"), "{text}");
+    assert!(contents(&folder) == before, "status writes nothing");
+
+    run(world.train("run", &[])).with(0);
+    fs::write(folder.join("skipped.jsonl"), "{}\n{}\n").unwrap();
+    fs::write(folder.join("quarantine.jsonl"), "{}\n").unwrap();
+    let finished = status(&folder);
+    assert_eq!(finished["activity"], "finished");
+    assert_eq!((&finished["stage"], &finished["step"]), (&Value::Null, &STEPS.into()));
+    assert_eq!((&finished["skipped_steps"], &finished["quarantined_row_groups"]), (&2.into(), &1.into()));
+    assert!(finished["images_per_second"].as_f64().unwrap() > 0.0 && finished["seconds_left"] == 0.0, "{finished}");
+    assert!(finished["losses"]["loss/id_embedding"].is_number() && finished["ranks"] == 1, "{finished}");
+    assert!(told(&folder).starts_with("small: finished\n"), "{}", told(&folder));
+
+    // A run folder that may only be read.
+    let read_only = Command::new("chmod").args(["-R", "a-w"]).arg(&folder).status().unwrap();
+    assert!(read_only.success());
+    assert_eq!(status(&folder)["activity"], "finished");
+    assert!(Command::new("chmod").args(["-R", "u+w"]).arg(&folder).status().unwrap().success());
+}
