@@ -8,6 +8,8 @@ use burn::tensor::{Device, Tensor};
 /// Numbers of a bucket, at least: 16 MiB in f32, long enough for the wire, short enough to have several under way.
 /// A single larger parameter is a bucket by itself.
 pub(super) const BUCKET_NUMBERS: usize = 4 << 20;
+/// Bytes of them.
+pub const BUCKET_BYTES: u64 = 4 * BUCKET_NUMBERS as u64;
 
 /// Whole parameters, one after the other, that are reduced, stepped and gathered as one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]

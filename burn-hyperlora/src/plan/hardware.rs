@@ -150,6 +150,22 @@ pub const BETWEEN_MACHINES: &str = "infiniband-hdr";
 /// GPUs in one machine.
 pub const PER_MACHINE: u64 = 8;
 
+/// Seconds that a message of a ring takes over NVLink, whatever its length: NCCL's tuner, ring, simple protocol.
+const HOP_NVLINK: f64 = 3.4e-6;
+/// The same over PCIe.
+const HOP_PCIE: f64 = 5.7e-6;
+/// The same from machine to machine.
+const HOP_BETWEEN_MACHINES: f64 = 14e-6;
+
+/// Seconds that a bucket's reduce-scatter and all-gather over `gpus` of this kind take for their hops alone: 2 (n - 1) of them,
+/// of which 2 (machines - 1) are from machine to machine.
+pub fn hop_seconds(gpu: &Gpu, gpus: u64) -> f64 {
+    let between = gpus.div_ceil(PER_MACHINE).saturating_sub(1);
+    let inside = gpus.saturating_sub(1).saturating_sub(between);
+    let hop = if gpu.link.starts_with("nvlink") { HOP_NVLINK } else { HOP_PCIE };
+    2.0 * (inside as f64 * hop + between as f64 * HOP_BETWEEN_MACHINES)
+}
+
 impl FromStr for Link {
     type Err = String;
 
@@ -212,6 +228,15 @@ mod tests {
         }
         assert!(BETWEEN_MACHINES.parse::<Link>().is_ok());
         assert!("gtx-970".parse::<Gpu>().is_err_and(|message| message.contains("rtx-4090")));
+    }
+
+    #[test]
+    fn hops_inside_and_between_machines_add_up() {
+        let seconds = |gpus| hop_seconds(&GPUS[1], gpus);
+        assert_eq!(seconds(1), 0.0);
+        assert!((seconds(8) - 14.0 * 3.4e-6).abs() < 1e-12);
+        assert!((seconds(16) - (28.0 * 3.4e-6 + 2.0 * 14e-6)).abs() < 1e-12);
+        assert!((hop_seconds(&GPUS[4], 2) - 2.0 * 5.7e-6).abs() < 1e-12);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use burn::tensor::FloatDType;
 use serde::Serialize;
 
+use crate::optim::BUCKET_BYTES;
+use crate::plan::hardware::hop_seconds;
 use crate::plan::memory::{F32, Memory, WORKSPACE};
 use crate::plan::{Setup, encoders, unet};
 use crate::sdxl::memory::activation_bytes;
@@ -26,7 +28,7 @@ pub struct StagePlan {
     pub gradient_bytes: u64,
     /// Bytes that each GPU sends for it in a ring: `2 (n - 1) / n` times the gradients.
     pub sent_bytes: f64,
-    /// Seconds of it, not overlapped with computing.
+    /// Seconds of it, hops and bytes, not overlapped with computing.
     pub all_reduce_seconds: f64,
     /// Operations per image.
     pub flops: Flops,
@@ -131,7 +133,9 @@ impl Setup {
 
         let gpus = self.cluster.gpus as f64;
         let sent_bytes = 2.0 * (gpus - 1.0) / gpus * gradient_bytes as f64;
-        let all_reduce_seconds = sent_bytes / self.cluster.link.bytes_per_second;
+        let buckets = gradient_bytes.div_ceil(BUCKET_BYTES) as f64;
+        let hops = buckets * hop_seconds(&self.cluster.gpu, self.cluster.gpus);
+        let all_reduce_seconds = hops + sent_bytes / self.cluster.link.bytes_per_second;
         let per_gpu = self.train.global_batch as f64 / gpus;
         let step_seconds = per_gpu * self.seconds_per_image(&flops) + all_reduce_seconds;
         let seconds = steps as f64 * step_seconds;

@@ -223,7 +223,8 @@ fn traffic_is_that_of_a_ring() {
     let stage = &setup("sdxl/id-clip.yaml", 16).plan().stages[0];
     assert_eq!(stage.gradient_bytes, 4 * stage.trainable);
     assert_eq!(stage.sent_bytes, 2.0 * 15.0 / 16.0 * stage.gradient_bytes as f64);
-    assert!((stage.all_reduce_seconds * 25e9 - stage.sent_bytes).abs() < 1.0);
+    let hops = stage.gradient_bytes.div_ceil(16 << 20) as f64 * (28.0 * 3.4e-6 + 2.0 * 14e-6);
+    assert!(((stage.all_reduce_seconds - hops) * 25e9 - stage.sent_bytes).abs() < 1e3);
     assert_eq!(stage.memory.moments_sharded, stage.memory.moments / 16);
     let alone = &setup("sdxl/id-clip.yaml", 1).plan().stages[0];
     assert_eq!((alone.sent_bytes, alone.all_reduce_seconds), (0.0, 0.0));

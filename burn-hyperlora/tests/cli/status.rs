@@ -25,20 +25,17 @@ fn a_run_tells_where_it_stands_at_work_killed_and_finished() {
     let folder = world.path("run");
     run(hyperlora([Path::new("status"), &folder])).refused(2, &["is no run folder"]);
 
-    // At work: its lock is held, its checkpoints come and go.
+    // At work, but made to hold still: it keeps its lock.
     let mut child = world.train("run", &[]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let start = Instant::now();
-    loop {
+    while !folder.join("checkpoints/step-00000001").exists() {
         assert!(start.elapsed() < Duration::from_secs(300), "no checkpoint came");
-        if folder.join("config.yaml").exists() {
-            let at_work = status(&folder);
-            if at_work["checkpoint"].is_object() {
-                assert!(at_work["activity"] == "running" || child.try_wait().unwrap().is_some(), "{at_work}");
-                break;
-            }
-        }
-        sleep(Duration::from_millis(20));
+        sleep(Duration::from_millis(5));
     }
+    assert!(Command::new("kill").args(["-s", "STOP"]).arg(child.id().to_string()).status().unwrap().success());
+    let at_work = status(&folder);
+    assert!(at_work["activity"] == "running" && at_work["last_lines"] == Value::Array(Vec::new()), "{at_work}");
+    assert!(told(&folder).starts_with("small: running\n"), "{}", told(&folder));
     child.kill().unwrap();
     child.wait().unwrap();
 

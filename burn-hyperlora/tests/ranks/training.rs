@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use burn_hyperlora::metrics::LastScalars;
 use burn_hyperlora::train::{CHECKPOINTS, TENSORBOARD};
 use prost::Message;
 use safetensors::SafeTensors;
@@ -122,6 +123,9 @@ fn four_ranks_take_the_steps_of_one() {
     world.experiment(&SAME).unwrap();
     finished(&world, 1, "one");
     finished(&world, 4, "four");
+    let last = LastScalars::read(&world.run("four").join(TENSORBOARD)).unwrap().values;
+    let share = last["speed/communication_share"];
+    assert!(last["ranks/count"] == 4.0 && last["ranks/slowest"] < 4.0 && 0.0 < share && share < 1.0, "{last:?}");
     let (one, four) = (numbers(&world.run("one"), STEPS), numbers(&world.run("four"), STEPS));
     let apart = distance(&one, &four);
     assert!(apart < 1e-4, "{apart}");

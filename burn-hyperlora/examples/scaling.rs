@@ -1,0 +1,82 @@
+//! What a step is made of on this many ranks: computing, packing a bucket, the wire. One JSON object a line, from rank 0.
+//!
+//!     mpirun -n 4 target/release/examples/scaling
+//!
+//! `ci/bench/scaling.sh` runs it on 1, 2 and 4 ranks and fits the alpha-beta model to what it tells.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use burn::tensor::{Device, Tensor};
+use burn_hyperlora::Result;
+use burn_hyperlora::collective::{Collective, JoinConfig, Placement, join};
+use serde_json::json;
+
+const MINUTE: Duration = Duration::from_secs(60);
+/// Repetitions, of which the fastest counts: the others were disturbed.
+const TIMES: usize = 20;
+/// Pieces that a bucket is packed from: parameters of a hypernetwork are of very different sizes.
+const PIECES: usize = 12;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let device = Device::flex();
+    let placement = Placement::of_process()?;
+    let world = join(placement.as_ref(), &device, &JoinConfig { timeout: MINUTE, start_timeout: MINUTE })?;
+    let computing = fastest(&*world, || {
+        let matrix = Tensor::<2>::ones([512, 512], &device);
+        Ok(matrix.clone().matmul(matrix).into_data())
+    })?;
+    tell(&*world, &json!({"ranks": world.world_size(), "compute_seconds": computing}));
+    for kibibytes in [4, 16, 64, 256, 1024, 4096, 16384] {
+        // A multiple of 12, so that pieces and the parts of 1, 2, 3 or 4 ranks are even.
+        let numbers = (kibibytes * 256_usize).next_multiple_of(PIECES);
+        let pieces: Vec<Tensor<1>> = (0..PIECES).map(|_| Tensor::ones([numbers / PIECES], &device)).collect();
+        let packing = fastest(&*world, || Ok(Tensor::cat(pieces.clone(), 0).into_data()))?;
+        let bucket = Tensor::<1>::ones([numbers], &device);
+        let wire = fastest(&*world, || {
+            let part = world.reduce_scatter_mean("a bucket", bucket.clone())?()?;
+            Ok(world.all_gather("a bucket", part)?()?.into_data())
+        })?;
+        let line = json!({
+            "ranks": world.world_size(),
+            "bytes": 4 * numbers,
+            "pack_seconds": packing,
+            "wire_seconds": wire,
+        });
+        tell(&*world, &line);
+    }
+    world.barrier("all ranks to end", MINUTE)?;
+    world.leave();
+    Ok(())
+}
+
+/// Seconds of `work` on the slowest rank, in the fastest of [`TIMES`] runs.
+fn fastest<T>(world: &dyn Collective, work: impl Fn() -> Result<T>) -> Result<f64> {
+    let mut best = f64::INFINITY;
+    for _ in 0..TIMES {
+        world.barrier("the clock", MINUTE)?;
+        let clock = Instant::now();
+        work()?;
+        let own = clock.elapsed().as_secs_f64();
+        let all = world.exchange("the clocks", &own.to_le_bytes())?;
+        let seconds = |note: &Vec<u8>| note[..].try_into().map_or(f64::INFINITY, f64::from_le_bytes);
+        best = best.min(all.iter().map(seconds).fold(0.0, f64::max));
+    }
+    Ok(best)
+}
+
+fn tell(world: &dyn Collective, line: &serde_json::Value) {
+    if world.leads() {
+        println!("{line}");
+    }
+}
