@@ -233,18 +233,20 @@ fn traffic_is_that_of_a_ring() {
 
 #[test]
 fn one_card_of_24_gb_holds_a_smaller_basis_alone() {
-    let mut setup = setup("sdxl/one-gpu-24g.yaml", 1);
-    for name in ["rtx-4090", "rtx-3090"] {
-        setup.cluster.gpu = name.parse().unwrap();
-        setup.cluster.memory = setup.cluster.gpu.memory_mib << 20;
+    for yaml in ["sdxl/one-gpu-24g.yaml", "sdxl/one-step-24g.yaml"] {
+        let mut setup = setup(yaml, 1);
+        for name in ["rtx-4090", "rtx-3090"] {
+            setup.cluster.gpu = name.parse().unwrap();
+            setup.cluster.memory = setup.cluster.gpu.memory_mib << 20;
+            let plan = setup.plan();
+            assert!(plan.fits && plan.advice.is_empty(), "{plan}");
+        }
+        setup.hyper_lora.basis = 128;
         let plan = setup.plan();
-        assert!(plan.fits && plan.advice.is_empty(), "{plan}");
+        assert!(!plan.fits);
+        assert!(plan.advice.iter().any(|line| line.starts_with("hyper_lora.basis: 32")), "{:?}", plan.advice);
+        assert!(plan.to_string().contains("DOES NOT FIT"));
     }
-    setup.hyper_lora.basis = 128;
-    let plan = setup.plan();
-    assert!(!plan.fits);
-    assert!(plan.advice.iter().any(|line| line.starts_with("hyper_lora.basis: 32")), "{:?}", plan.advice);
-    assert!(plan.to_string().contains("DOES NOT FIT"));
 }
 
 #[test]
