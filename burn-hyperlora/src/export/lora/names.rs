@@ -137,7 +137,14 @@ mod tests {
     #[derive(serde::Deserialize)]
     struct Lists {
         diffusers: BTreeMap<String, Shapes>,
-        stability: Shapes,
+        stability: BTreeMap<String, Single>,
+    }
+
+    /// A tensor of a single file, and what diffusers calls it.
+    #[derive(serde::Deserialize)]
+    struct Single {
+        shape: Vec<usize>,
+        from: Vec<String>,
     }
 
     #[test]
@@ -166,17 +173,17 @@ mod tests {
                 }
             }
         }
-        let unet = modules(&lists.diffusers["unet"]);
-        let stability: Vec<String> = modules(&lists.stability)
-            .iter()
-            .filter_map(|name| Some(name.strip_prefix("model.diffusion_model.")?.to_owned()))
-            .collect();
-        assert_eq!(stability.len(), unet.len());
-        for module in stability {
-            let path = found(Part::Unet, &module).unwrap();
-            assert!(unet.contains(&path), "{module}: {path}");
+        let in_unet = lists.stability.iter().filter(|(_, single)| matches!(single.shape.len(), 2 | 4));
+        let mut count = 0;
+        for (name, Single { from, .. }) in in_unet {
+            let module = name.strip_prefix("model.diffusion_model.").and_then(|name| name.strip_suffix(".weight"));
+            let Some(module) = module else { continue };
+            let path = found(Part::Unet, module).unwrap();
+            assert_eq!(*from, [format!("{path}.weight")], "{module}");
             assert_eq!(found(Part::Unet, &module.replace('.', "_")), Some(path));
+            count += 1;
         }
+        assert_eq!(count, modules(&lists.diffusers["unet"]).len());
         for wrong in ["", "core_to_q", "down_blocks__to_q", "down_blocks_1_foo"] {
             assert_eq!(found(Part::Unet, wrong).filter(|path| !path.is_empty()), None, "{wrong}");
         }
