@@ -1,6 +1,6 @@
 //! What a checkpoint of a run holds, and going on from one.
 //!
-//! `weights/` is a hypernetwork in the released folder layout, `optimizer*.safetensors` the [moments](super::moments) of AdamW,
+//! `weights/` is a hypernetwork in the released folder layout, `optimizer*.safetensors` the [moments] of AdamW,
 //! and `state.json` the rest: [`SavedState`].
 
 use std::collections::BTreeMap;
