@@ -11,8 +11,9 @@ use crate::sdxl::attention::QUERY_CHUNK;
 use crate::sdxl::unet_config::UNet2DConditionConfig;
 use crate::sdxl::unet_layout::{LayerKind, LayerPlan, Op, layout};
 
-/// How far the formula may be from a measured peak on a narrow SDXL, relative.
-pub const TOLERANCE: f64 = 0.15;
+/// How far the formula may be from a measured peak on a narrow SDXL, relative: at small sizes the peak moves with what the CPU
+/// backend's threads happen to hold at once.
+pub const TOLERANCE: f64 = 0.25;
 
 /// Tokens of a prompt.
 const PROMPT_TOKENS: u64 = 77;
