@@ -93,7 +93,9 @@ fn a_part_that_is_missing_or_damaged_is_named() {
     assert_eq!(summaries(), [true, false]);
     fs::remove_file(&part).unwrap();
     let (code, text) = train(&world, 2, "run", &[]);
-    assert!(code == Some(2) && text.contains("optimizer-00002-of-00002.safetensors: is missing"), "{code:?} {text}");
+    // mpirun gives the code of whichever rank ends first: 2 of rank 0, or 75 of the one that heard of it.
+    assert!(matches!(code, Some(2 | 75)), "{code:?} {text}");
+    assert!(text.contains("optimizer-00002-of-00002.safetensors: is missing"), "{text}");
 }
 
 #[test]
