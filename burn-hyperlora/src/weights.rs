@@ -25,7 +25,7 @@ mod save;
 mod update;
 
 pub use file::SafetensorsFile;
-pub use files::{has_variant, weights_in};
+pub use files::{ShardIndex, has_variant, index_name, shard_name, weights_in};
 pub use layers::WeightsAt;
 pub use place::Form;
 pub use rewrite::rewrite;

@@ -1,14 +1,14 @@
 //! Files of the hypernetwork: the released folder both ways, and LoRA files for other tools.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use burn_hyperlora::export::lora::Layout;
 use burn_hyperlora::export::save_lora;
-use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig, convert};
+use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig, convert, whole_files};
 use burn_hyperlora::lora::{AttentionSite, LoraWeights};
 use burn_hyperlora::weights::Weights;
 
@@ -81,6 +81,55 @@ fn a_released_folder_comes_back_bit_for_bit() {
         let json = |folder: &Path| fs::read_to_string(folder.join("hyper_lora_modules.json")).unwrap();
         assert_eq!(json(&saved).trim(), json(&fixtures()).trim());
     }
+}
+
+#[test]
+fn a_folder_that_several_parts_wrote_holds_the_same_and_goes_back_into_whole_files() {
+    let model = HyperLora::load(&fixtures(), &config(), &sites(), &Device::flex()).unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let folder = |name: &str| {
+        let folder = root.path().join(name);
+        fs::create_dir(&folder).unwrap();
+        folder
+    };
+    let (saved, joined) = (root.path().join("saved"), folder("joined"));
+    model.save(&saved, FloatDType::F32).unwrap();
+    let names = |folder: &Path| {
+        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        entries.collect::<BTreeSet<_>>()
+    };
+    for parts in [1, 2, 3] {
+        let divided = folder(&format!("of-{parts}"));
+        for part in 0..parts {
+            for file in model.copy_part(FloatDType::F32, part, parts).unwrap() {
+                let path = divided.join(&file.name);
+                file.write(&path).unwrap();
+            }
+        }
+        let shards: Vec<_> = names(&divided).into_iter().filter(|name| name.contains("-of-")).collect();
+        assert_eq!(shards.len(), if parts == 1 { 0 } else { parts }, "{shards:?}");
+        let bytes = shards.iter().map(|name| fs::metadata(divided.join(name)).unwrap().len());
+        let (least, most) = (bytes.clone().min().unwrap_or(0), bytes.max().unwrap_or(0));
+        assert!(most <= 2 * least, "shards of about the same size, not {least} to {most} bytes");
+
+        assert_eq!(HyperLoraConfig::of_folder(&divided, 5).unwrap(), config());
+        let again = HyperLora::load(&divided, &config(), &sites(), &Device::flex()).unwrap();
+        again.save(&joined, FloatDType::F32).unwrap();
+        let target = root.path().join(format!("converted-{parts}"));
+        convert(&divided, &config(), &target, FloatDType::F32, true).unwrap();
+        let whole = folder(&format!("whole-{parts}"));
+        whole_files(&divided).for_each(|file| file.write(&whole.join(&file.name)).unwrap());
+        for found in [&joined, &target, &whole] {
+            assert_eq!(names(found), names(&saved));
+            for name in names(&saved) {
+                assert!(fs::read(found.join(&name)).unwrap() == fs::read(saved.join(&name)).unwrap(), "{parts} {name}");
+            }
+        }
+    }
+
+    fs::remove_file(root.path().join("of-3/hyper_lora_modules-00002-of-00003.safetensors")).unwrap();
+    let error = HyperLora::load(&root.path().join("of-3"), &config(), &sites(), &Device::flex()).unwrap_err();
+    assert!(error.to_string().contains("names the shard hyper_lora_modules-00002-of-00003.safetensors"), "{error}");
 }
 
 /// The fixture's modules in Stability naming, in another order than the UNet's.

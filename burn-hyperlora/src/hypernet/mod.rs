@@ -19,7 +19,7 @@ mod resampler;
 mod statistics;
 
 pub use config::{HyperLoraConfig, ResamplerConfig};
-pub use folder::{FolderFile, convert, is_released, read_sites};
+pub use folder::{FolderFile, WholeFile, convert, is_released, read_sites, whole_files};
 pub use groups::{ParameterGroup, Stage};
 pub use hyper_lora::{HyperLora, LORA_SCALE, TOKENS_PER_SITE};
 pub use parameters::{ParameterMapper, ParameterVisitor};

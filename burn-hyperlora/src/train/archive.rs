@@ -7,6 +7,7 @@ use data_prep::files::StagedFolder;
 
 use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
 use crate::error::{Error, Result};
+use crate::hypernet::whole_files;
 use crate::train::checkpoints::{SavedState, WEIGHTS};
 use crate::train::moments::{self, MomentFiles, is_moments};
 use crate::train::{CHECKPOINTS, lock};
@@ -57,8 +58,8 @@ pub fn summary(checkpoint: &Checkpoint) -> Summary {
     }
 }
 
-/// Writes a checkpoint anew, in its place, as one process would have: the moments of all ranks in one file. Whatever fails,
-/// the checkpoint stays as it was.
+/// Writes a checkpoint anew, in its place, as one process would have: the bases and the moments of all ranks in one file
+/// each. Whatever fails, the checkpoint stays as it was.
 ///
 /// # Errors
 /// Input for a damaged checkpoint and for a run that is being trained; Input or Disk for a place or disk that cannot be
@@ -69,10 +70,14 @@ pub fn consolidate(checkpoint: &Checkpoint) -> Result<()> {
     let _lock = lock(root.parent().unwrap_or(root))?;
     checkpoint.verify()?;
     let whole = MomentFiles::open(checkpoint)?;
-    let others = checkpoint.files()?.into_iter().map(|(name, _)| name).filter(|name| !is_moments(name));
+    let is_other = |name: &String| !is_moments(name) && Path::new(name).parent() != Some(Path::new(WEIGHTS));
+    let others = checkpoint.files()?.into_iter().map(|(name, _)| name).filter(is_other);
     CheckpointStore::at(root).write(checkpoint.step, |part: &mut Part<'_>| {
         for name in others {
             part.file(&name, |path| copy(&checkpoint.path().join(&name), path))?;
+        }
+        for file in whole_files(&checkpoint.path().join(WEIGHTS)) {
+            part.file(&format!("{WEIGHTS}/{}", file.name), |path| file.write(path))?;
         }
         part.file(&moments::file_name(0, 1), |path| whole.write_whole(path))
     })?;
@@ -86,10 +91,8 @@ pub fn consolidate(checkpoint: &Checkpoint) -> Result<()> {
 pub fn copy_weights(checkpoint: &Checkpoint, target: &Path) -> Result<()> {
     checkpoint.verify()?;
     let staged = StagedFolder::new(target)?;
-    for (name, _) in checkpoint.files()? {
-        if let Some(file) = name.strip_prefix(WEIGHTS).and_then(|name| name.strip_prefix('/')) {
-            copy(&checkpoint.path().join(&name), &staged.path().join(file))?;
-        }
+    for file in whole_files(&checkpoint.path().join(WEIGHTS)) {
+        file.write(&staged.path().join(&file.name))?;
     }
     staged.commit()
 }

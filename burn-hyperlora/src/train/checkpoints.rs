@@ -1,6 +1,6 @@
 //! What a checkpoint of a run holds, and going on from one.
 //!
-//! `weights/` is a hypernetwork in the released folder layout, `optimizer*.safetensors` the [moments] of AdamW,
+//! `weights/` is a hypernetwork in the released folder layout, its bases in a shard per rank, `optimizer*.safetensors` the [moments] of AdamW,
 //! and `state.json` the rest: [`SavedState`].
 
 use std::collections::BTreeMap;
@@ -46,7 +46,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The part of this rank of the world: its moments, and its share of the files of the weights.
+    /// The part of this rank of the world: its moments, and its share of the weights.
     ///
     /// # Errors
     /// Fault when the device fails.
@@ -58,7 +58,7 @@ impl Snapshot {
         });
         Ok(Self {
             state: world.leads().then(|| state.clone()),
-            weights: learner.hyper_lora.copy_files(FloatDType::F32, |place| place % ranks == rank)?,
+            weights: learner.hyper_lora.copy_part(FloatDType::F32, rank, ranks)?,
             moments_file: moments::file_name(rank, ranks),
             moments: moments.collect::<Result<_>>()?,
         })

@@ -13,7 +13,7 @@ use safetensors::Dtype;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::weights::{self, SafetensorsFile, TensorEntry};
+use crate::weights::{self, SafetensorsFile, TensorEntry, shard_name};
 
 /// Bytes of an f32.
 const NUMBER: usize = 4;
@@ -27,10 +27,7 @@ pub struct MomentFiles {
 
 /// The file of rank `part` of `parts`.
 pub fn file_name(part: usize, parts: usize) -> String {
-    match parts {
-        1 => "optimizer.safetensors".into(),
-        _ => format!("optimizer-{:05}-of-{parts:05}.safetensors", part + 1),
-    }
+    shard_name("optimizer", part, parts)
 }
 
 /// Whether a checkpoint's file of this name holds moments.

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
+use data_prep::files::write_whole;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::weights::file::SafetensorsFile;
@@ -63,15 +64,55 @@ pub(super) fn places(path: &Path) -> Result<BTreeMap<String, Place>> {
     Ok(places_of(&Arc::new(SafetensorsFile::open(path)?)))
 }
 
+/// The file of shard `part` of `parts`, counted from 0, of weights whose file would be `{stem}.safetensors`.
+pub fn shard_name(stem: &str, part: usize, parts: usize) -> String {
+    match parts {
+        1 => format!("{stem}.safetensors"),
+        _ => format!("{stem}-{:05}-of-{parts:05}.safetensors", part + 1),
+    }
+}
+
+/// The file that tells which tensor is in which shard.
+pub fn index_name(stem: &str) -> String {
+    format!("{stem}.safetensors.index.json")
+}
+
 /// The `*.safetensors.index.json` of sharded weights.
-#[derive(Deserialize)]
-struct Index {
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ShardIndex {
+    #[serde(default)]
+    metadata: ShardMetadata,
+    /// Tensor -> file beside the index.
     weight_map: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct ShardMetadata {
+    /// Bytes of all tensors.
+    #[serde(default)]
+    total_size: u64,
+}
+
+impl ShardIndex {
+    /// The index of shards that hold `total_size` bytes: the file of each tensor.
+    pub fn new(total_size: u64, weight_map: BTreeMap<String, String>) -> Self {
+        Self { metadata: ShardMetadata { total_size }, weight_map }
+    }
+
+    /// Writes it, whole or not at all.
+    ///
+    /// # Errors
+    /// Input for a place that cannot be written to, Disk for a full or failing disk.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|problem| Error::Fault(format!("{}: cannot be put as JSON: {problem}", path.display())))?;
+        write_whole(path, text.as_bytes())
+    }
 }
 
 fn of_shards(path: &Path) -> Result<BTreeMap<String, Place>> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::read(path, source))?;
-    let index: Index = serde_json::from_str(&text).map_err(|problem| {
+    let index: ShardIndex = serde_json::from_str(&text).map_err(|problem| {
         Error::file(path, format!("is no index of shards: {problem}"), "fetch the file again from where the model came")
     })?;
     let mut shards = BTreeMap::new();

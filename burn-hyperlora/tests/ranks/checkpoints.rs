@@ -18,9 +18,14 @@ const SHARED: [(&str, &str); 2] = [("micro_batch: 2", "micro_batch: 1"), ("globa
 const STEP: u64 = 4;
 
 fn moment_files(run: &Path) -> Vec<String> {
-    let entries = fs::read_dir(run.join(CHECKPOINTS).join(format!("step-{STEP:08}"))).unwrap();
+    files_of(run, "", "optimizer")
+}
+
+/// The names in `folder` of the checkpoint that begin with `start`.
+fn files_of(run: &Path, folder: &str, start: &str) -> Vec<String> {
+    let entries = fs::read_dir(run.join(CHECKPOINTS).join(format!("step-{STEP:08}")).join(folder)).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let mut names: Vec<String> = names.filter(|name| name.starts_with("optimizer")).collect();
+    let mut names: Vec<String> = names.filter(|name| name.starts_with(start)).collect();
     names.sort();
     names
 }
@@ -48,6 +53,8 @@ fn moments_go_through_every_world_size_bit_for_bit() {
             _ => (1..=ranks).map(|rank| format!("optimizer-{rank:05}-of-{ranks:05}.safetensors")).collect(),
         };
         assert_eq!(moment_files(&run), files);
+        let shards = if ranks == 1 { 0 } else { ranks };
+        assert_eq!(files_of(&run, "weights", "hyper_lora_modules-").len(), shards, "every rank writes its share");
     }
 
     let path = run.to_str().unwrap();
@@ -59,6 +66,7 @@ fn moments_go_through_every_world_size_bit_for_bit() {
     let (code, text) = checkpoint(&["consolidate", path]);
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(moment_files(&run), ["optimizer.safetensors"]);
+    assert_eq!(files_of(&run, "weights", "hyper_lora"), ["hyper_lora_modules.json", "hyper_lora_modules.safetensors"]);
     assert!(written.unwrap() == numbers(&run, STEP));
     assert_eq!(checkpoint(&["verify", path]).0, Some(0));
     let (code, text) = train(&world, 1, "run", &[]);
@@ -75,7 +83,7 @@ fn a_part_that_is_missing_or_damaged_is_named() {
     let path = run.to_str().unwrap();
     let (code, text) = checkpoint(&["consolidate", path, "-o", released.to_str().unwrap()]);
     assert_eq!(code, Some(0), "{text}");
-    assert!(released.join("hyper_lora_modules.json").is_file() && moment_files(&run).len() == 2);
+    assert!(released.join("hyper_lora_modules.safetensors").is_file() && moment_files(&run).len() == 2);
 
     let part = run.join(CHECKPOINTS).join("step-00000004/optimizer-00002-of-00002.safetensors");
     let mut bytes = fs::read(&part).unwrap();

@@ -55,8 +55,9 @@ pub(crate) fn numbers(run: &Path, step: u64) -> BTreeMap<String, Vec<f32>> {
             let bytes = fs::read(&path).unwrap();
             for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
                 let values = view.data().as_chunks::<4>().0.iter().map(|number| f32::from_le_bytes(*number));
-                let file = path.file_name().unwrap().to_str().unwrap();
-                let file = if file.starts_with("optimizer") { "optimizer" } else { file };
+                let file = path.file_stem().unwrap().to_str().unwrap();
+                // Without `-00001-of-00004`.
+                let file = file.split('-').next().unwrap();
                 numbers.entry(format!("{file}: {name}")).or_default().extend(values);
             }
         }

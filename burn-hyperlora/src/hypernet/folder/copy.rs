@@ -1,18 +1,19 @@
 //! Files of a released folder in host memory, to be written later and elsewhere.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::module::Param;
-use burn::tensor::{FloatDType, Tensor, TensorData};
+use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 
 use super::modules::write_sites;
 use super::write::in_file_layout;
-use super::{MODULES_JSON, stems};
+use super::{BASES, MODULES_JSON, stems};
 use crate::error::Result;
 use crate::hypernet::hyper_lora::HyperLora;
 use crate::hypernet::parameters::ParameterVisitor;
 use crate::lora::AttentionSite;
-use crate::weights;
+use crate::weights::{self, ShardIndex, index_name, shard_name};
 
 /// A file of the released folder, copied to host memory.
 pub struct FolderFile {
@@ -23,51 +24,104 @@ pub struct FolderFile {
 
 enum Content {
     Sites(Vec<AttentionSite>),
+    Index(ShardIndex),
     Tensors(Vec<(String, TensorData)>),
 }
 
 impl FolderFile {
-    /// Writes it as `path`, whole or not at all, byte for byte as [`HyperLora::save`] does.
+    /// Writes it as `path`, whole or not at all.
     ///
     /// # Errors
     /// Input for a place that cannot be written to, Disk for a full or failing disk.
     pub fn write(self, path: &Path) -> Result<()> {
         match self.content {
             Content::Sites(sites) => write_sites(path, &sites),
+            Content::Index(index) => index.write(path),
             Content::Tensors(tensors) => weights::save(path, tensors),
         }
     }
 }
 
 impl HyperLora {
-    /// Copies the files of the released folder whose place among them `wanted` names: 0 is the JSON, the bases are 1.
+    /// Copies what part `part` of `parts`, counted from 0, writes of the released folder. A part alone writes the files of
+    /// [`save`](Self::save), byte for byte. Of several, each writes a shard of the bases, all of about the same size, and the
+    /// other files go round.
     ///
     /// # Errors
     /// Fault when the device fails.
-    pub fn copy_files(&self, dtype: FloatDType, wanted: impl Fn(usize) -> bool) -> Result<Vec<FolderFile>> {
+    pub fn copy_part(&self, dtype: FloatDType, part: usize, parts: usize) -> Result<Vec<FolderFile>> {
         let mut files = Vec::new();
-        if wanted(0) {
+        if part == 0 {
             files.push(FolderFile { name: MODULES_JSON.into(), content: Content::Sites(self.sites.clone()) });
         }
-        for (_, stem) in (1..).zip(stems(self.has_base())).filter(|(place, _)| wanted(*place)) {
-            let mut copier = Copier { stem, dtype, tensors: Ok(Vec::new()) };
-            self.visit_parameters(&mut copier);
-            files.push(FolderFile { name: format!("{stem}.safetensors"), content: Content::Tensors(copier.tensors?) });
+        for (place, stem) in stems(self.has_base()).enumerate() {
+            if stem == BASES && parts > 1 {
+                files.extend(self.copy_shard(dtype, part, parts)?);
+            } else if place % parts == part {
+                files.push(self.copy_file(dtype, stem, &shard_name(stem, 0, 1), &|_| true)?);
+            }
         }
         Ok(files)
     }
+
+    /// One shard of the bases; part 0 has the index as well.
+    fn copy_shard(&self, dtype: FloatDType, part: usize, parts: usize) -> Result<Vec<FolderFile>> {
+        let mut sizes = Sizes(Vec::new());
+        self.visit_parameters(&mut sizes);
+        let total: usize = sizes.0.iter().map(|(_, size)| size).sum();
+        let mut before = 0;
+        let shards = sizes.0.into_iter().map(|(key, size)| {
+            let shard = before * parts / total;
+            before += size;
+            (key, shard)
+        });
+        let shards: BTreeMap<String, usize> = shards.collect();
+        let name = |shard: usize| shard_name(BASES, shard, parts);
+        let mut files = vec![self.copy_file(dtype, BASES, &name(part), &|key| shards.get(key) == Some(&part))?];
+        if part == 0 {
+            let map = shards.iter().map(|(key, shard)| (key.clone(), name(*shard))).collect();
+            let index = ShardIndex::new((total * DType::from(dtype).size()) as u64, map);
+            files.push(FolderFile { name: index_name(BASES), content: Content::Index(index) });
+        }
+        Ok(files)
+    }
+
+    fn copy_file(
+        &self,
+        dtype: FloatDType,
+        stem: &'static str,
+        name: &str,
+        wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<FolderFile> {
+        let mut copier = Copier { stem, dtype, wanted, tensors: Ok(Vec::new()) };
+        self.visit_parameters(&mut copier);
+        Ok(FolderFile { name: name.into(), content: Content::Tensors(copier.tensors?) })
+    }
 }
 
-/// Copies the parameters of one file.
-struct Copier {
+/// Numbers of each tensor of the bases.
+struct Sizes(Vec<(String, usize)>);
+
+impl ParameterVisitor for Sizes {
+    fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
+        if let Some((BASES, key)) = name.split_once('.') {
+            self.0.push((key.into(), parameter.lazy_shape().num_elements()));
+        }
+    }
+}
+
+/// Copies parameters of one file.
+struct Copier<'a> {
     stem: &'static str,
     dtype: FloatDType,
+    wanted: &'a dyn Fn(&str) -> bool,
     tensors: Result<Vec<(String, TensorData)>>,
 }
 
-impl ParameterVisitor for Copier {
+impl ParameterVisitor for Copier<'_> {
     fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
-        let Some((_, key)) = name.split_once('.').filter(|(stem, _)| *stem == self.stem) else { return };
+        let wanted = |&(stem, key): &(&str, &str)| stem == self.stem && (self.wanted)(key);
+        let Some((_, key)) = name.split_once('.').filter(wanted) else { return };
         let Ok(tensors) = &mut self.tensors else { return };
         match weights::data_of(in_file_layout(parameter.val().inner(), self.dtype), name) {
             Ok(data) => tensors.push((key.into(), data)),

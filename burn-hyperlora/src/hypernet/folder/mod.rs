@@ -6,16 +6,23 @@
 //! resampler.safetensors            id_projector.safetensors
 //! base_resampler.safetensors       where there is a Base-LoRA
 //! ```
+//!
+//! Ranks that write it together divide `hyper_lora_modules.safetensors`, by far the largest, into shards under an index, as
+//! diffusers divides weights. Such a folder is read like any other, and [`whole_files`] are what the released nodes read.
 
 mod copy;
 mod modules;
 mod read;
+mod whole;
 mod write;
 
 use std::path::{Path, PathBuf};
 
+use crate::weights::index_name;
+
 pub use copy::FolderFile;
 pub use modules::read_sites;
+pub use whole::{WholeFile, whole_files};
 pub use write::convert;
 
 const MODULES_JSON: &str = "hyper_lora_modules.json";
@@ -36,4 +43,10 @@ fn stems(base: bool) -> impl Iterator<Item = &'static str> {
 
 fn file(folder: &Path, stem: &str) -> PathBuf {
     folder.join(format!("{stem}.safetensors"))
+}
+
+/// Where the tensors of a file are to be read: the file, or the index of its shards.
+fn weights_of(folder: &Path, stem: &str) -> PathBuf {
+    let index = folder.join(index_name(stem));
+    if index.is_file() { index } else { file(folder, stem) }
 }

@@ -7,7 +7,7 @@ use burn::module::Param;
 use burn::tensor::{Device, Tensor};
 
 use super::modules::{read_sites, unet_order};
-use super::{BASES, ID_PROJECTOR, RESAMPLER, file, stems};
+use super::{BASES, ID_PROJECTOR, RESAMPLER, stems, weights_of};
 use crate::error::{Error, Result};
 use crate::hypernet::config::{HyperLoraConfig, ResamplerConfig};
 use crate::hypernet::hyper_lora::HyperLora;
@@ -44,9 +44,9 @@ impl HyperLoraConfig {
     pub fn of_folder(folder: &Path, head_dim: usize) -> Result<Self> {
         // Only headers are read: where tensors would go does not matter.
         let device = Device::flex();
-        let bases = Weights::open(&file(folder, BASES), &device)?;
-        let resampler = Weights::open(&file(folder, RESAMPLER), &device)?;
-        let projector = Weights::open(&file(folder, ID_PROJECTOR), &device)?;
+        let bases = Weights::open(&weights_of(folder, BASES), &device)?;
+        let resampler = Weights::open(&weights_of(folder, RESAMPLER), &device)?;
+        let projector = Weights::open(&weights_of(folder, ID_PROJECTOR), &device)?;
 
         let dim = size(&resampler, "latents", 2)?;
         let inner = size(&resampler, "layers.0.attn1.to_q.weight", 0)?;
@@ -84,7 +84,7 @@ impl HyperLoraConfig {
 pub(super) type OpenFiles = BTreeMap<&'static str, Weights>;
 
 pub(super) fn open_all(folder: &Path, base: bool, device: &Device) -> Result<OpenFiles> {
-    stems(base).map(|stem| Ok((stem, Weights::open(&file(folder, stem), device)?))).collect()
+    stems(base).map(|stem| Ok((stem, Weights::open(&weights_of(folder, stem), device)?))).collect()
 }
 
 /// Ends the loading of all files.

@@ -4,19 +4,19 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::module::Param;
-use burn::tensor::{Bytes, DType, Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{Bytes, Device, FloatDType, Tensor};
 use data_prep::files::StagedFolder;
-use safetensors::Dtype;
 
 use super::modules::{read_sites, write_sites};
 use super::read::{finish_all, open_all};
+use super::whole::Stored;
 use super::{MODULES_JSON, file, stems};
 use crate::error::{Error, Result};
 use crate::hypernet::config::HyperLoraConfig;
 use crate::hypernet::groups::ParameterGroup;
 use crate::hypernet::hyper_lora::HyperLora;
 use crate::hypernet::parameters::ParameterVisitor;
-use crate::weights::{self, SafetensorsFile, TensorEntry, Weights};
+use crate::weights::{self, TensorEntry, Weights};
 
 impl HyperLora {
     /// Writes the folder `target`, whole or not at all, in the place of one that stood there.
@@ -62,7 +62,7 @@ pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: Fl
     let staged = StagedFolder::new(target)?;
     write_sites(&staged.path().join(MODULES_JSON), &sites)?;
     for stem in stems(base && blank.has_base()) {
-        convert_file(&file(source, stem), &file(staged.path(), stem), dtype, |key| {
+        convert_file(Stored::open(source, stem)?, &file(staged.path(), stem), dtype, |key| {
             base || ParameterGroup::of(&format!("{stem}.{key}")) != Some(ParameterGroup::BaseBases)
         })?;
     }
@@ -70,37 +70,20 @@ pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: Fl
 }
 
 /// Writes the tensors of `source` that `wanted` names as `target`, in `dtype`.
-fn convert_file(source: &Path, target: &Path, dtype: FloatDType, wanted: impl Fn(&str) -> bool) -> Result<()> {
-    let file = SafetensorsFile::open(source)?;
-    let stored: BTreeMap<String, TensorEntry> =
-        file.entries().filter(|entry| wanted(&entry.name)).map(|entry| (entry.name.clone(), entry)).collect();
-    let entries = stored.values().map(|entry| TensorEntry::new(&entry.name, dtype.into(), entry.shape.clone()));
+fn convert_file(mut source: Stored, target: &Path, dtype: FloatDType, wanted: impl Fn(&str) -> bool) -> Result<()> {
+    source.retain(wanted);
+    let entries = source.entries().map(|entry| TensorEntry::new(&entry.name, dtype.into(), entry.shape.clone()));
     weights::save_lazily(target, BTreeMap::new(), entries.collect::<Result<_>>()?, |entry| {
-        let stored = stored.get(&entry.name).ok_or_else(|| Error::Fault(format!("no tensor {}", entry.name)))?;
-        let data = floats(&file, stored)?.convert_dtype(dtype.into());
+        let data = source.floats(&entry.name)?.convert_dtype(dtype.into());
         if data.iter::<f32>().all(f32::is_finite) {
             return Ok(data.into_bytes());
         }
         Err(Error::input(
-            format!("{}: {}", source.display(), entry.name),
+            format!("{}: {}", source.path_of(&entry.name)?.display(), entry.name),
             format!("holds values that are not finite in {dtype:?}"),
             "write it as f32 or bf16, unless the file itself holds such values",
         ))
     })
-}
-
-/// A tensor as the file holds it.
-fn floats(file: &SafetensorsFile, entry: &TensorEntry) -> Result<TensorData> {
-    let dtype = match entry.dtype {
-        Dtype::F32 => DType::F32,
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        other => {
-            let place = format!("{}: {}", file.path().display(), entry.name);
-            return Err(Error::input(place, format!("has the type {other}"), "give a file of F32, F16 or BF16"));
-        }
-    };
-    Ok(TensorData::from_bytes_vec(file.read_raw(&entry.name)?, entry.shape.clone(), dtype))
 }
 
 /// Tensors to be written, by the file's stem and the key in it.

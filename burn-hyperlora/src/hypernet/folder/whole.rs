@@ -1,0 +1,103 @@
+//! The files of a folder in one piece each, whether several ranks wrote it or one.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, TensorData};
+use safetensors::Dtype;
+
+use super::{BASE_RESAMPLER, MODULES_JSON, file, stems, weights_of};
+use crate::error::{Error, Result};
+use crate::weights::{self, SafetensorsFile, TensorEntry, Weights};
+
+/// A file of a released folder, to be written in one piece.
+#[derive(Debug)]
+pub struct WholeFile {
+    /// Its name in the folder.
+    pub name: String,
+    folder: PathBuf,
+    /// Of a file in shards.
+    divided: Option<&'static str>,
+}
+
+/// The files of the released folder `folder`, as one process writes them.
+pub fn whole_files(folder: &Path) -> impl Iterator<Item = WholeFile> {
+    let of = |name: String, divided| WholeFile { name, folder: folder.into(), divided };
+    let modules = of(MODULES_JSON.into(), None);
+    let has_base = file(folder, BASE_RESAMPLER).is_file();
+    let tensors = stems(has_base).map(move |stem| {
+        let divided = weights_of(folder, stem) != file(folder, stem);
+        of(format!("{stem}.safetensors"), divided.then_some(stem))
+    });
+    [modules].into_iter().chain(tensors)
+}
+
+impl WholeFile {
+    /// Writes it as `path`, its tensors bit for bit. One tensor is in memory at a time.
+    ///
+    /// # Errors
+    /// Input for files that are missing or broken and a place that cannot be written to, Disk for a full or failing disk.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let Some(stem) = self.divided else {
+            let copied = fs::copy(self.folder.join(&self.name), path);
+            return copied.map(drop).map_err(|source| Error::write(path, source));
+        };
+        let stored = Stored::open(&self.folder, stem)?;
+        weights::save_lazily(path, BTreeMap::new(), stored.entries().cloned().collect(), |entry| {
+            stored.read_raw(&entry.name)
+        })
+    }
+}
+
+/// The tensors of a file of the folder, or of its shards, as they are stored.
+pub(super) struct Stored(BTreeMap<String, (Arc<SafetensorsFile>, TensorEntry)>);
+
+impl Stored {
+    /// Reads headers only.
+    pub(super) fn open(folder: &Path, stem: &str) -> Result<Self> {
+        let mut tensors = BTreeMap::new();
+        for path in Weights::open(&weights_of(folder, stem), &Device::flex())?.files() {
+            let file = Arc::new(SafetensorsFile::open(path)?);
+            tensors.extend(file.entries().map(|entry| (entry.name.clone(), (file.clone(), entry))));
+        }
+        Ok(Self(tensors))
+    }
+
+    pub(super) fn retain(&mut self, wanted: impl Fn(&str) -> bool) {
+        self.0.retain(|name, _| wanted(name));
+    }
+
+    pub(super) fn entries(&self) -> impl Iterator<Item = &TensorEntry> {
+        self.0.values().map(|(_, entry)| entry)
+    }
+
+    fn read_raw(&self, name: &str) -> Result<Vec<u8>> {
+        self.of(name)?.0.read_raw(name)
+    }
+
+    /// The file that a tensor lies in.
+    pub(super) fn path_of(&self, name: &str) -> Result<&Path> {
+        Ok(self.of(name)?.0.path())
+    }
+
+    /// A tensor in the type of its file.
+    pub(super) fn floats(&self, name: &str) -> Result<TensorData> {
+        let (file, entry) = self.of(name)?;
+        let dtype = match entry.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => {
+                let place = format!("{}: {name}", file.path().display());
+                return Err(Error::input(place, format!("has the type {other}"), "give a file of F32, F16 or BF16"));
+            }
+        };
+        Ok(TensorData::from_bytes_vec(file.read_raw(name)?, entry.shape.clone(), dtype))
+    }
+
+    fn of(&self, name: &str) -> Result<&(Arc<SafetensorsFile>, TensorEntry)> {
+        self.0.get(name).ok_or_else(|| Error::Fault(format!("no tensor is named {name}")))
+    }
+}
