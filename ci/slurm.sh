@@ -28,7 +28,9 @@ end() {
   local code=$?
   trap - EXIT INT TERM
   for ((i = ${#daemons[@]} - 1; i >= 0; i--)); do
-    kill "${daemons[i]}" 2>/dev/null && wait "${daemons[i]}" 2>/dev/null || true
+    kill "${daemons[i]}" 2>/dev/null || continue
+    # slurmctld writes its state once more before it ends.
+    for _ in {1..100}; do kill -0 "${daemons[i]}" 2>/dev/null && sleep 0.1 || break; done
   done
   if [ "$code" = 0 ] && [ -z "$given" ]; then rm -rf "$state"; else echo "logs and runs: $state"; fi
   exit "$code"
