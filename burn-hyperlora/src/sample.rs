@@ -1,7 +1,11 @@
 //! Drawing pictures with the base and a LoRA (diffusers `StableDiffusionXLPipeline`).
 
+use std::io::Cursor;
+use std::path::Path;
+
 use burn::tensor::{Device, Tensor, TensorData};
-use image::{RgbImage, imageops};
+use data_prep::files::write_whole;
+use image::{ImageFormat, RgbImage, imageops};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
@@ -235,6 +239,18 @@ pub fn tile<Row: AsRef<[RgbImage]>>(rows: &[Row]) -> RgbImage {
         }
     }
     grid
+}
+
+/// Writes a picture as a PNG file, whole or not at all.
+///
+/// # Errors
+/// Input for a place that cannot be written to, Disk for a full or failing disk.
+pub fn write_png(path: &Path, picture: &RgbImage) -> Result<()> {
+    let mut png = Cursor::new(Vec::new());
+    picture
+        .write_to(&mut png, ImageFormat::Png)
+        .map_err(|problem| Error::Fault(format!("the picture cannot be encoded: {problem}")))?;
+    write_whole(path, png.get_ref())
 }
 
 /// An RGB picture of `image`, `[1, 3, H, W]` in -1..1; what lies outside is clamped.

@@ -29,7 +29,7 @@ pub(super) struct GenerateArgs {
     images: Vec<PathBuf>,
     /// Ready features in place of photos: `clip_hidden_states` [N, 257, 1024], `id_embedding` [N, 512] and, for --base,
     /// `base_clip_hidden_states`; N images are averaged
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["image_encoder", "feature_extractor", "faces"])]
     features: Option<PathBuf>,
     #[command(flatten)]
     models: HyperLoraArgs,

@@ -182,16 +182,16 @@ impl From<LoraFormat> for Layout {
 #[derive(Debug, Args)]
 struct HyperLoraArgs {
     /// Width of an attention head of a released hypernetwork [default: 64]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "checkpoint")]
     head_dim: Option<usize>,
     /// Folder of the CLIP image encoder, instead of the run's own
-    #[arg(long, value_name = "DIR", conflicts_with = "features")]
+    #[arg(long, value_name = "DIR", requires = "checkpoint")]
     image_encoder: Option<PathBuf>,
     /// Folder of its preprocessing [default: that of --image-encoder, or `feature_extractor` beside it]
-    #[arg(long, value_name = "DIR", conflicts_with = "features")]
+    #[arg(long, value_name = "DIR", requires = "checkpoint")]
     feature_extractor: Option<PathBuf>,
     /// Folder of the face models' ONNX files, instead of the run's own
-    #[arg(long, value_name = "DIR", conflicts_with = "features")]
+    #[arg(long, value_name = "DIR", requires = "checkpoint")]
     faces: Option<PathBuf>,
 }
 

@@ -78,6 +78,16 @@ impl Generator {
         &self.sites
     }
 
+    /// Puts the LoRAs into the order of a UNet with the attention modules `sites`.
+    ///
+    /// # Errors
+    /// Input where the hypernetwork is for other attention modules.
+    pub fn order_for(&mut self, sites: &[AttentionSite]) -> Result<()> {
+        self.hyper_lora.order_for(&self.weights, sites)?;
+        self.sites = sites.to_vec();
+        Ok(())
+    }
+
     /// Whether there is a Base-LoRA to go with the ID-LoRA.
     pub fn has_base(&self) -> bool {
         self.hyper_lora.has_base()

@@ -149,7 +149,8 @@ fn face_models(models: &PhotoModels, experiment: Option<&Experiment>) -> Result<
     }
     let Some(experiment) = experiment else {
         let problem = "is missing: the ID embedding must be that of the model which the weights were trained with";
-        let remedy = "give the folder of the face models (antelopev2 for the released weights), or --features";
+        let remedy =
+            "give the folder of the face models (antelopev2 for the released weights), or --features to `generate`";
         return Err(Error::input("--faces", problem, remedy));
     };
     let faces = experiment.faces.clone().ok_or_else(|| {
@@ -167,7 +168,7 @@ fn image_encoder(models: &PhotoModels, experiment: Option<&Experiment>) -> Resul
         (None, None) => Err(Error::input(
             "--image-encoder",
             "is missing: a HyperLoRA folder does not say where its CLIP lies",
-            "give the folder of CLIP ViT-L/14 in transformers layout, or --features",
+            "give the folder of CLIP ViT-L/14 in transformers layout, or --features to `generate`",
         )),
     }
 }

@@ -1,19 +1,17 @@
 //! Pictures along the way: the person's photo | no LoRA | with LoRA, one row per person.
 
 use std::fs;
-use std::io::Cursor;
 use std::path::Path;
 
 use burn::module::Module;
-use data_prep::files::write_whole;
-use image::{ImageFormat, RgbImage};
+use image::RgbImage;
 
 use crate::conditioning::Base;
 use crate::data::sample::Sample;
 use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, Stage};
 use crate::lora::LoraWeights;
-use crate::sample::{SampleConfig, Sampler, tile};
+use crate::sample::{SampleConfig, Sampler, tile, write_png};
 use crate::train::SAMPLES;
 use crate::train::config::SamplesConfig;
 use crate::train::forward::make_lora;
@@ -46,10 +44,7 @@ pub fn grid(
 pub fn write(run: &Path, step: u64, grid: &RgbImage) -> Result<()> {
     let folder = run.join(SAMPLES);
     fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
-    let mut png = Cursor::new(Vec::new());
-    grid.write_to(&mut png, ImageFormat::Png)
-        .map_err(|error| Error::Fault(format!("the pictures cannot be encoded: {error}")))?;
-    write_whole(&folder.join(format!("step-{step:08}.png")), png.get_ref())
+    write_png(&folder.join(format!("step-{step:08}.png")), grid)
 }
 
 /// One picture for each of `people`, with its caption and from its own noise.

@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use burn::tensor::{Device, FloatDType, TensorData};
-use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig};
+use burn::tensor::{DType, Device, FloatDType, TensorData};
+use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig, TOKENS_PER_SITE};
 use burn_hyperlora::lora::AttentionSite;
-use burn_hyperlora::weights::save;
+use burn_hyperlora::weights::{SafetensorsFile, save};
+use image::{RgbImage, imageops};
 
 use crate::pictures::photo;
 use crate::support::{STEPS, World, contents, copy_folder, hyperlora, quickstart_base, run};
@@ -92,6 +93,95 @@ fn a_released_folder_generates_what_its_run_does() {
     // The run has its own sizes of mask and crop: what a released folder is given are the defaults.
     assert!(of_photo.len() == from_photo.len() && of_photo != from_photo);
     assert!(of_run(&named) == from_photo);
+}
+
+/// Lists the modules of a hypernetwork the other way round: in its JSON, its bases and its query tokens.
+fn turn_modules(folder: &Path) {
+    let json = folder.join("hyper_lora_modules.json");
+    let entries: serde_json::Map<_, _> = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    let last = entries.len() - 1;
+    let turned: serde_json::Map<_, _> = entries.into_iter().rev().collect();
+    fs::write(json, serde_json::to_string(&turned).unwrap()).unwrap();
+    for stem in ["hyper_lora_modules", "resampler", "base_resampler"] {
+        let path = folder.join(stem).with_extension("safetensors");
+        let file = SafetensorsFile::open(&path).unwrap();
+        let tensors = file.entries().map(|entry| {
+            let mut bytes = file.read_raw(&entry.name).unwrap();
+            if entry.name == "latents" {
+                let module = TOKENS_PER_SITE * entry.shape[2] * size_of::<f32>();
+                bytes = bytes.rchunks(module).flatten().copied().collect();
+            }
+            let number =
+                entry.name.split_once('.').and_then(|(first, rest)| Some((first.parse::<usize>().ok()?, rest)));
+            let name = match number {
+                Some((module, rest)) if stem == "hyper_lora_modules" => format!("{}.{rest}", last - module),
+                _ => entry.name,
+            };
+            (name, TensorData::from_bytes_vec(bytes, entry.shape, DType::F32))
+        });
+        save(&path, tensors.collect::<Vec<_>>()).unwrap();
+    }
+}
+
+/// The largest difference between two pictures of a size, in levels.
+fn difference(one: &RgbImage, other: &RgbImage) -> u8 {
+    one.iter().zip(other.iter()).map(|(one, other)| one.abs_diff(*other)).max().unwrap()
+}
+
+#[test]
+fn a_released_folder_draws_the_grid_of_its_run() {
+    let world = World::new();
+    // Mask and crop as they are where no run tells them.
+    world.write_yaml(&[("  crop: {smallest: 1.2, largest: 1.8}\n  mask: {size: 64}\n", "")]);
+    run(world.train("run", &[])).with(0);
+    let path = |name: &str| world.path(name).display().to_string();
+    let (of_checkpoint, released, turned) = (format!("run/checkpoints/step-{STEPS:08}"), "released", "turned");
+    copy_folder(&world.path(&of_checkpoint).join("weights"), &world.path(released));
+    copy_folder(&world.path(released), &world.path(turned));
+    turn_modules(&world.path(turned));
+
+    let (image, output) = (photo().display().to_string(), world.path("grid.png"));
+    let grid = |checkpoint: &str, more: &[&[&str]]| {
+        let mut command =
+            hyperlora(["sample", "-q", "--steps", "2", "--size", "32", "--image", &image, "--checkpoint"]);
+        command.arg(world.path(checkpoint)).arg("-o").arg(&output).args(more.concat());
+        run(command)
+    };
+    let drawn = |checkpoint: &str, more: &[&[&str]]| {
+        grid(checkpoint, more).with(0);
+        image::open(&output).unwrap().into_rgb8()
+    };
+    let faces = photo().ancestors().nth(4).unwrap().join("models").display().to_string();
+    let encoder = quickstart_base().join("image_encoder").display().to_string();
+    let base = quickstart_base().display().to_string();
+    let (models, heads, base) =
+        (["--faces", &faces, "--image-encoder", &encoder], ["--head-dim", "8"], ["--base", &base]);
+
+    let of_run = drawn("run", &[]);
+    assert_eq!(of_run.dimensions(), (4 * 32, 32));
+    let columns: Vec<_> = (0..4).map(|x| imageops::crop_imm(&of_run, x * 32, 0, 32, 32).to_image()).collect();
+    assert!((1..4).all(|i| !columns[..i].contains(&columns[i])), "every column is another picture");
+    assert!(drawn(&of_checkpoint, &[]) == of_run);
+    assert!(drawn(released, &[&models, &heads, &base]) == of_run);
+    // Attention sums over the query tokens in another order: rounding may differ.
+    assert!(difference(&drawn(turned, &[&models, &heads, &base]), &of_run) <= 1);
+    assert!(drawn(released, &[&models, &heads, &base, &["--prompt", "a hat"]]) != of_run);
+
+    fs::remove_file(&output).unwrap();
+    grid(released, &[&models, &heads]).refused(2, &["released", "which base", "--base"]);
+    grid(released, &[&heads, &base]).refused(2, &["--faces", "antelopev2"]);
+    grid(released, &[&models, &base]).refused(2, &["released", "head width 64", "--head-dim"]);
+    grid(released, &[&models, &heads, &["--base", &path("none")]]).refused(2, &["none"]);
+    grid("run", &[&["--dtype", "bf16"]]).with(2);
+
+    // The run's own base can be another one than that to draw with.
+    let settings = world.path("run/config.yaml");
+    let text = fs::read_to_string(&settings).unwrap();
+    fs::write(&settings, text.replace(base[1], "/no-base")).unwrap();
+    grid("run", &[&models]).refused(2, &["/no-base"]);
+    assert!(!output.exists());
+    assert!(drawn("run", &[&models, &base]) == of_run);
+    assert!(drawn("run", &[&models, &base, &["--dtype", "bf16"]]) != of_run);
 }
 
 #[test]

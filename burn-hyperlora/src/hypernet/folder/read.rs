@@ -33,6 +33,16 @@ impl HyperLora {
         finish_all(files)?;
         Ok(loaded)
     }
+
+    /// Puts the LoRAs into the order of a UNet with the attention modules `sites`; `folder` is named where they differ from
+    /// those that it was read for.
+    ///
+    /// # Errors
+    /// Input where the hypernetwork is for other attention modules.
+    pub fn order_for(&mut self, folder: &Path, sites: &[AttentionSite]) -> Result<()> {
+        self.unet_order = unet_order(folder, &self.sites, sites)?;
+        Ok(())
+    }
 }
 
 impl HyperLoraConfig {

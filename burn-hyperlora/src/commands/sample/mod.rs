@@ -1,6 +1,7 @@
 //! `hyperlora sample`: pictures, with and without LoRA.
 
-use std::io::Cursor;
+mod grid;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -8,18 +9,15 @@ use burn::tensor::{Device, Tensor};
 use clap::builder::RangedU64ValueParser;
 use clap::{ArgGroup, Args};
 use data_prep::config::ConfigPath;
-use data_prep::files::write_whole;
-use image::imageops::FilterType;
-use image::{ImageFormat, RgbImage, imageops};
+use image::RgbImage;
 
+use self::grid::GridArgs;
 use crate::commands::loras::LoraArgs;
 use crate::commands::{Common, finite};
 use crate::conditioning::{Base, BaseConfig, UnetDtype};
 use crate::error::{Error, Result};
-use crate::generate::Generator;
-use crate::generate::photos::{PhotoModels, PhotoReader, Portrait};
 use crate::metrics::Progress;
-use crate::sample::{PhotoSize, SampleConfig, Sampler, tile};
+use crate::sample::{PhotoSize, SampleConfig, Sampler, write_png};
 use crate::sdxl::scheduler::SamplerKind;
 use crate::sdxl::text::PromptStates;
 use crate::weights::{self, Weights};
@@ -33,12 +31,13 @@ const LARGEST: u64 = 4096;
 /// Draw pictures, with and without LoRA
 #[derive(Debug, Args)]
 #[command(
-    group(ArgGroup::new("what").required(true).args(["base", "checkpoint"])),
-    after_help = "Examples:\n  One picture, from a prompt:\n    hyperlora sample --base sdxl/ --prompt 'a photo of a person' --lora anna.safetensors --lora-weight 0.8 -o anna.png\n  A grid, one row per photo: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA:\n    hyperlora sample --checkpoint runs/quickstart --image a.png --image b.png -o grid.png"
+    group(ArgGroup::new("what").required(true).multiple(true).args(["base", "checkpoint"])),
+    after_help = "Examples:\n  One picture, from a prompt:\n    hyperlora sample --base sdxl/ --prompt 'a photo of a person' --lora anna.safetensors --lora-weight 0.8 -o anna.png\n  A grid, one row per photo: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA:\n    hyperlora sample --checkpoint runs/quickstart --image a.png --image b.png -o grid.png\n  The same with released weights:\n    hyperlora sample --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --base sdxl/ --image-encoder clip_vit_large_14/ --faces antelopev2/ --image a.png -o grid.png"
 )]
 pub(super) struct SampleArgs {
-    /// The base model: an SDXL pipeline folder in diffusers layout, or a single-file checkpoint
-    #[arg(long, value_name = "DIR|FILE", requires = "prompt")]
+    /// The base model: an SDXL pipeline folder in diffusers layout, or a single-file checkpoint; beside --checkpoint, in
+    /// place of the run's own
+    #[arg(long, value_name = "DIR|FILE")]
     base: Option<PathBuf>,
     /// Prefer these files of the pipeline folder, such as fp16
     #[arg(long, value_name = "NAME", requires = "base")]
@@ -47,10 +46,10 @@ pub(super) struct SampleArgs {
     #[arg(long, value_name = "DIR", requires = "base")]
     base_config: Option<PathBuf>,
     /// What the UNet is kept and computed in
-    #[arg(long, value_enum, default_value_t, conflicts_with = "checkpoint")]
+    #[arg(long, value_enum, default_value_t, requires = "base")]
     dtype: UnetDtype,
-    /// What to draw
-    #[arg(long)]
+    /// What to draw [default in a grid: a photo of a person]
+    #[arg(long, required_unless_present = "checkpoint")]
     prompt: Option<String>,
     /// What not to draw; the base's own empty condition where left out
     #[arg(long)]
@@ -63,18 +62,8 @@ pub(super) struct SampleArgs {
     /// Save the final latents in the same form
     #[arg(long, value_name = "FILE", conflicts_with = "checkpoint")]
     save_latents: Option<PathBuf>,
-    /// Draw a grid with the LoRAs of this checkpoint or run folder
-    #[arg(long, value_name = "DIR", requires = "images", conflicts_with_all = ["loras", "lora_weights"])]
-    checkpoint: Option<PathBuf>,
-    /// A photo for a row of the grid
-    #[arg(long = "image", value_name = "FILE", requires = "checkpoint")]
-    images: Vec<PathBuf>,
-    /// Weight of the ID-LoRA in the grid
-    #[arg(long, default_value_t = 1.0, conflicts_with = "base", value_parser = finite::<f32>, allow_negative_numbers = true)]
-    id_weight: f32,
-    /// Weight of the Base-LoRA in the grid's last column
-    #[arg(long, default_value_t = 0.4, conflicts_with = "base", value_parser = finite::<f32>, allow_negative_numbers = true)]
-    base_weight: f32,
+    #[command(flatten)]
+    grid: GridArgs,
     /// Steps from noise to picture
     #[arg(long, default_value_t = 30)]
     steps: usize,
@@ -112,21 +101,26 @@ pub(super) struct SampleArgs {
 
 pub(super) fn run(args: &SampleArgs, common: &Common, device: &Device) -> Result<ExitCode> {
     common.start_log(None)?;
-    let picture = match (&args.base, &args.checkpoint) {
-        (Some(base), _) => from_prompt(args, base, common, device)?,
-        (None, Some(checkpoint)) => grid(args, checkpoint, common, device)?,
+    let picture = match (&args.grid.checkpoint, &args.base) {
+        (Some(checkpoint), _) => grid::draw(args, checkpoint, common, device)?,
+        (None, Some(base)) => from_prompt(args, base, common, device)?,
         (None, None) => return Err(Error::input("hyperlora sample", "nothing to draw", "give --base or --checkpoint")),
     };
-    let mut png = Cursor::new(Vec::new());
-    picture
-        .write_to(&mut png, ImageFormat::Png)
-        .map_err(|problem| Error::Fault(format!("the picture cannot be encoded: {problem}")))?;
-    write_whole(&args.output, png.get_ref())?;
+    write_png(&args.output, &picture)?;
     tracing::info!("{}", args.output.display());
     Ok(ExitCode::SUCCESS)
 }
 
 impl SampleArgs {
+    fn base_config(&self, path: &Path) -> BaseConfig {
+        BaseConfig {
+            variant: self.variant.clone(),
+            config: self.base_config.clone().map(ConfigPath::new),
+            dtype: self.dtype,
+            ..BaseConfig::new(ConfigPath::new(path))
+        }
+    }
+
     fn config(&self, base: &Base) -> SampleConfig {
         let side = self.size.unwrap_or_else(|| base.image_size());
         SampleConfig {
@@ -163,13 +157,7 @@ fn sampler(base: &Base) -> Sampler<'_> {
 }
 
 fn from_prompt(args: &SampleArgs, path: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
-    let base_config = BaseConfig {
-        variant: args.variant.clone(),
-        config: args.base_config.clone().map(ConfigPath::new),
-        dtype: args.dtype,
-        ..BaseConfig::new(ConfigPath::new(path))
-    };
-    let source = base_config.source(Path::new(""))?;
+    let source = args.base_config(path).source(Path::new(""))?;
     let updates = args.loras.updates(&source)?;
     let base = Base::from_source(&source.with_updates(updates), args.dtype, device)?;
     let config = args.config(&base);
@@ -206,49 +194,4 @@ fn load_latents(path: &Path, base: &Base, config: &SampleConfig, device: &Device
     let latents = file.at("").tensor(LATENTS, shape);
     file.finish().map_err(|error| error.with_remedy("give latents of one picture, of the same height and width"))?;
     Ok(latents)
-}
-
-/// One row per photo, every column from the same noise: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA.
-fn grid(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
-    let generator = Generator::open(checkpoint, None, device)?;
-    let mut reader = PhotoReader::open(&generator, &PhotoModels::default())?;
-    let portraits = args.images.iter().map(|path| reader.portrait(path)).collect::<Result<Vec<Portrait>>>()?;
-    let experiment = generator.experiment().ok_or_else(|| {
-        Error::file(checkpoint, "is a HyperLoRA folder without a run around it", "give a run or one of its checkpoints")
-    })?;
-    let base = Base::load_for_drawing(&experiment.base, experiment.folder(), device)?;
-    let mut config = args.config(&base);
-    let text = args.prompt.as_deref().unwrap_or("a photo of a person");
-    let plain = base.text.encode(&[text])?;
-    let triggered = base.text.encode(&[format!("{}{text}", generator.trigger())])?;
-
-    let mut progress = Progress::new("grid", 0, portraits.len() as u64, common.display());
-    let mut rows = Vec::with_capacity(portraits.len());
-    for (row, portrait) in portraits.chunks(1).enumerate() {
-        config.seed = args.seed + row as u64;
-        let initial = sampler(&base).initial_latents(&config, 1, device)?;
-        let mut columns = vec![reference(&portrait[0], &reader, config.width as u32)];
-        let person = reader.person(portrait, generator.has_base());
-        let id = generator.lora(&person, args.id_weight, 0.0)?;
-        let mut loras = vec![(&plain, None), (&triggered, Some(id))];
-        if generator.has_base() {
-            loras.push((&triggered, Some(generator.lora(&person, args.id_weight, args.base_weight)?)));
-        }
-        for (prompt, lora) in loras {
-            let negative = negative(args, &base, prompt)?;
-            columns.extend(
-                sampler(&base).draw(&config, initial.clone(), prompt, &negative, lora.as_ref(), |_| ())?.images,
-            );
-        }
-        rows.push(columns);
-        progress.step(row as u64 + 1, None, 1);
-    }
-    progress.finish();
-    Ok(tile(&rows))
-}
-
-/// The part of the photo that training would look at, at the pictures' size.
-fn reference(portrait: &Portrait, reader: &PhotoReader, side: u32) -> RgbImage {
-    let square = reader.square(portrait);
-    imageops::resize(&square.cut(&portrait.photo, square.side), side, side, FilterType::CatmullRom)
 }
