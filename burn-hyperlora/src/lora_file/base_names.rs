@@ -5,10 +5,8 @@ use std::collections::HashMap;
 use burn::tensor::Device;
 
 use crate::error::Result;
+use crate::lora_file::names::TEXT_MODEL;
 use crate::sdxl::base_source::{BaseSource, Part};
-
-/// What published files put before the paths of text modules, and recent transformers leave out.
-const TEXT_MODEL: &str = "text_model.";
 
 /// The weights of a base that a LoRA can change, under every name that LoRA files have for their modules.
 #[derive(Debug, Default)]

@@ -8,6 +8,7 @@ mod base_names;
 mod keys;
 mod merge;
 mod merge_file;
+pub mod names;
 pub(crate) mod values;
 
 use std::collections::BTreeMap;

@@ -5,11 +5,14 @@
 //! kernel of one pixel, and OpenCLIP's queries, keys and values are one stack of rows.
 
 use std::collections::HashMap;
+use std::sync::OnceLock;
 
+use crate::error::Result;
 use crate::sdxl::autoencoder_kl::AutoencoderKlConfig;
 use crate::sdxl::clip_text::ClipTextConfig;
+use crate::sdxl::configs;
 use crate::sdxl::unet_config::{UNet2DConditionConfig, UpBlock};
-use crate::weights::Form;
+use crate::weights::{ConfigText, Form};
 
 /// UNet: outside the blocks.
 const UNET: [(&str, &str); 7] = [
@@ -134,6 +137,20 @@ impl KeyTable {
             pairs.add(format!("up_blocks.{step}.upsamplers.0.conv"), last);
         }
         pairs.table('.')
+    }
+
+    /// Of the UNet of SDXL-Base-1.0, for names whose dots are underscores: what LoRA files and hypernetworks go by where no
+    /// base is at hand.
+    ///
+    /// # Errors
+    /// Fault when the built-in config does not parse.
+    pub fn of_sdxl() -> Result<&'static Self> {
+        static TABLE: OnceLock<KeyTable> = OnceLock::new();
+        if let Some(table) = TABLE.get() {
+            return Ok(table);
+        }
+        let config = UNet2DConditionConfig::parse(&ConfigText::built_in("unet/config.json", configs::UNET))?;
+        Ok(TABLE.get_or_init(|| Self::unet(&config).underscored()))
     }
 
     /// Of the autoencoder.

@@ -1,7 +1,6 @@
 //! LoRAs as named matrices: what is written, converted from one layout to another, and combined.
 
 mod combine;
-mod names;
 mod reduce;
 mod write;
 
@@ -11,7 +10,7 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::error::{Error, Result};
-use crate::lora_file::{LoraFile, values};
+use crate::lora_file::{LoraFile, names, values};
 use crate::sdxl::base_source::Part;
 use crate::weights::TensorEntry;
 

@@ -6,9 +6,9 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::{LoraModule, LoraSet, names};
+use super::{LoraModule, LoraSet};
 use crate::error::{Error, Result};
-use crate::lora_file::ADAPTER_METADATA;
+use crate::lora_file::{ADAPTER_METADATA, names};
 use crate::sdxl::base_source::Part;
 use crate::weights::{self, TensorEntry};
 

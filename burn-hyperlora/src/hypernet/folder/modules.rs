@@ -10,6 +10,8 @@ use serde_json::{Map, Value};
 use super::MODULES_JSON;
 use crate::error::{Error, Result};
 use crate::lora::AttentionSite;
+use crate::lora_file::names::diffusers_path;
+use crate::sdxl::base_source::Part;
 
 /// Largest width of an attention module: a JSON that lies shall not exhaust the memory.
 const LARGEST: usize = 1 << 16;
@@ -35,7 +37,7 @@ pub fn read_sites(folder: &Path) -> Result<Vec<AttentionSite>> {
     }
     let mut seen = HashSet::new();
     let site = |(prefix, entry): (String, Value)| {
-        let path = unet_path(&prefix).ok_or_else(|| {
+        let path = unet_path(&prefix)?.ok_or_else(|| {
             wrong(format!("{prefix}: not an attention module of a UNet in diffusers or Stability naming"))
         })?;
         let entry: SiteEntry =
@@ -90,35 +92,17 @@ pub(super) fn unet_order(folder: &Path, own: &[AttentionSite], unet: &[Attention
     unet.iter().map(place).collect()
 }
 
-/// The diffusers path of a LoRA prefix in diffusers or Stability naming.
-///
-/// Stability counts the modules of all blocks through; SDXL has three to a block (two of them with attention going
-/// down, behind one input convolution).
-fn unet_path(prefix: &str) -> Option<String> {
-    let parts: Vec<&str> = prefix.strip_prefix("lora_unet_")?.split('_').collect();
-    let (module, rest) = match parts.as_slice() {
-        ["down", "blocks", block, "attentions", i, rest @ ..] => (format!("down_blocks.{block}.attentions.{i}"), rest),
-        ["up", "blocks", block, "attentions", i, rest @ ..] => (format!("up_blocks.{block}.attentions.{i}"), rest),
-        ["mid", "block", "attentions", i, rest @ ..] => (format!("mid_block.attentions.{i}"), rest),
-        ["input", "blocks", i, "1", rest @ ..] => {
-            let i = i.parse::<usize>().ok()?.checked_sub(1)?;
-            (format!("down_blocks.{}.attentions.{}", i / 3, i % 3), rest)
-        }
-        ["output", "blocks", i, "1", rest @ ..] => {
-            let i = i.parse::<usize>().ok()?;
-            (format!("up_blocks.{}.attentions.{}", i / 3, i % 3), rest)
-        }
-        ["middle", "block", "1", rest @ ..] => ("mid_block.attentions.0".into(), rest),
-        _ => return None,
-    };
-    match rest {
-        ["transformer", "blocks", i, attention] => Some(format!("{module}.transformer_blocks.{i}.{attention}")),
-        _ => None,
-    }
+/// The diffusers path of an attention module by its LoRA prefix in diffusers or Stability naming.
+fn unet_path(prefix: &str) -> Result<Option<String>> {
+    let Some(name) = prefix.strip_prefix("lora_unet_") else { return Ok(None) };
+    let path = diffusers_path(Part::Unet, name)?;
+    Ok(path.filter(|path| path.ends_with(".attn1") || path.ends_with(".attn2")))
 }
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
     use super::unet_path;
 
     #[test]
@@ -133,11 +117,18 @@ mod tests {
         for (stability, diffusers, path) in pairs {
             for module in [stability, diffusers] {
                 let prefix = format!("lora_unet_{module}_transformer_blocks_7_attn2");
-                assert_eq!(unet_path(&prefix), Some(format!("{path}.transformer_blocks.7.attn2")));
+                assert_eq!(unet_path(&prefix).unwrap(), Some(format!("{path}.transformer_blocks.7.attn2")));
             }
         }
-        for wrong in ["down_blocks_1", "lora_unet_input_blocks_0_1_transformer_blocks_0_attn1", "lora_unet_x", ""] {
-            assert_eq!(unet_path(wrong), None, "{wrong}");
+        for wrong in [
+            "down_blocks_1",
+            "lora_te1_down_blocks_1_attentions_0_transformer_blocks_7_attn2",
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_7_attn2_to_q",
+            "lora_unet_input_blocks_0_1_transformer_blocks_0_attn1",
+            "lora_unet_x",
+            "",
+        ] {
+            assert_eq!(unet_path(wrong).unwrap(), None, "{wrong}");
         }
     }
 }

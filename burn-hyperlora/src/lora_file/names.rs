@@ -1,13 +1,8 @@
 //! What the modules of a base are called in LoRA files, and what diffusers calls them.
 
-use std::sync::OnceLock;
-
 use crate::error::Result;
 use crate::sdxl::base_source::Part;
-use crate::sdxl::configs;
 use crate::sdxl::stability::KeyTable;
-use crate::sdxl::unet::UNet2DConditionConfig;
-use crate::weights::ConfigText;
 
 /// Names with an underscore in them: in paths whose dots are underscores, these are one name.
 const COMPOUNDS: [&str; 26] = [
@@ -62,17 +57,17 @@ const SIMPLE: [&str; 18] = [
 ];
 
 /// What published files put before the paths of text modules, and recent transformers leave out.
-const TEXT_MODEL: &str = "text_model.";
+pub(super) const TEXT_MODEL: &str = "text_model.";
 
 /// The path that diffusers gives a module which a file calls `path`: with dots or underscores, in diffusers or Stability
 /// naming. `None` for what is no module of an SDXL.
 ///
 /// # Errors
 /// Fault when the built-in config does not parse.
-pub(super) fn diffusers_path(part: Part, path: &str) -> Result<Option<String>> {
+pub fn diffusers_path(part: Part, path: &str) -> Result<Option<String>> {
     let flat = path.replace('.', "_");
     let flat = match part {
-        Part::Unet => stability_table()?.to_diffusers(&flat).into_iter().next().map_or(flat, |(name, _)| name),
+        Part::Unet => KeyTable::of_sdxl()?.to_diffusers(&flat).into_iter().next().map_or(flat, |(name, _)| name),
         Part::TextEncoder | Part::TextEncoder2 => flat,
         Part::Vae => return Ok(None),
     };
@@ -82,7 +77,7 @@ pub(super) fn diffusers_path(part: Part, path: &str) -> Result<Option<String>> {
 }
 
 /// A module's name in a file of kohya's sd-scripts.
-pub(super) fn kohya(part: Part, path: &str) -> String {
+pub fn kohya(part: Part, path: &str) -> String {
     let prefix = match part {
         Part::Unet => "lora_unet",
         Part::TextEncoder => "lora_te1",
@@ -110,16 +105,6 @@ fn dotted(path: &str) -> Option<String> {
         rest = rest[name.len()..].strip_prefix('_').unwrap_or("");
     }
     Some(names.join("."))
-}
-
-/// SDXL's UNet in both namings, dots as underscores.
-fn stability_table() -> Result<&'static KeyTable> {
-    static TABLE: OnceLock<KeyTable> = OnceLock::new();
-    if let Some(table) = TABLE.get() {
-        return Ok(table);
-    }
-    let config = UNet2DConditionConfig::parse(&ConfigText::built_in("unet/config.json", configs::UNET))?;
-    Ok(TABLE.get_or_init(|| KeyTable::unet(&config).underscored()))
 }
 
 #[cfg(test)]
