@@ -79,13 +79,13 @@ fn learner(sites: usize) -> Result<Learner, Box<dyn Error>> {
         })
         .collect();
     let hyper_lora = HyperLora::new(&HyperLoraConfig { basis: 16, ..HyperLoraConfig::default() }, &sites, 1, &device);
-    let hyper_lora = hyper_lora.trainable(&[ParameterGroup::IdBases]);
+    let mut hyper_lora = hyper_lora.trainable(&[ParameterGroup::IdBases]);
     let mut nothing = Tensor::<1>::ones([1], &device).require_grad().sum().backward();
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
     let world = WorldOfOne::new();
     let mut optimizer = Optimizer::new(&OptimConfig::default(), &hyper_lora, Share::WHOLE);
     let reduced = optimizer.reduce(gradients, &world)?;
-    let hyper_lora = optimizer.step(hyper_lora, reduced, 1e-4, &world)?;
+    optimizer.step(&mut hyper_lora, reduced, 1e-4, &world)?;
     Ok(Learner { hyper_lora, optimizer })
 }
 

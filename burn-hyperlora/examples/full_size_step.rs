@@ -42,7 +42,8 @@ fn main() -> Result<()> {
     let config = HyperLoraConfig { basis, ..HyperLoraConfig::default() };
     let is_base = |group: &ParameterGroup| matches!(group, ParameterGroup::BaseResampler | ParameterGroup::BaseBases);
     let groups: Vec<_> = ParameterGroup::ALL.into_iter().filter(|group| !is_base(group)).collect();
-    let hyper_lora = HyperLora::new(&config, unet.attention_sites(), 0, &device.clone().autodiff()).trainable(&groups);
+    let mut hyper_lora =
+        HyperLora::new(&config, unet.attention_sites(), 0, &device.clone().autodiff()).trainable(&groups);
     let optim = OptimConfig::default();
     let world = WorldOfOne::new();
     let mut optimizer = Optimizer::new(&optim, &hyper_lora, Share::WHOLE);
@@ -68,7 +69,7 @@ fn main() -> Result<()> {
     let reduced = optimizer.reduce(gradients, &world)?;
     let norm = reduced.norm;
     let reduced = reduced.clip(optim.clip_norm);
-    let hyper_lora = optimizer.step(hyper_lora, reduced, optim.learning_rate, &world)?;
+    optimizer.step(&mut hyper_lora, reduced, optim.learning_rate, &world)?;
     clock.lap("update");
     let loss: Vec<f32> = loss.into_data().iter().collect();
     println!("loss {loss:?}, gradient norm {norm:e}, {} parameters by name", hyper_lora.parameter_names().len());

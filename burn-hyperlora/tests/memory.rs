@@ -1,12 +1,18 @@
-//! The formula for the UNet's activations against an allocator that counts.
+//! What is in memory at once, by an allocator that counts: the UNet's activations, and the weights while they are moved.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
+use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn_hyperlora::Result;
+use burn_hyperlora::collective::{Collective, Pending};
 use burn_hyperlora::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
+use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Share, Wire};
 use burn_hyperlora::sdxl::memory::{TOLERANCE, activation_bytes};
 use burn_hyperlora::sdxl::unet::{UNet2DConditionModel, UnetInput};
 use burn_hyperlora::weights::save;
@@ -14,6 +20,9 @@ use peak_alloc::PeakAlloc;
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+/// Held by one test at a time: others would allocate meanwhile.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// SDXL's topology at a tenth of its width.
 fn unet(dtype: FloatDType) -> UNet2DConditionModel {
@@ -52,9 +61,9 @@ fn lora(sites: &[AttentionSite], batch: usize) -> LoraWeights {
     LoraWeights { modules: sites.iter().map(module).collect() }
 }
 
-/// One test alone in its process: others would allocate meanwhile.
 #[test]
 fn the_formula_tells_the_peak_of_the_activations() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     for dtype in [FloatDType::F32, FloatDType::BF16] {
         let unet = unet(dtype);
         for (batch, size) in [(1, [48, 48]), (2, [40, 24])] {
@@ -73,5 +82,72 @@ fn the_formula_tells_the_peak_of_the_activations() {
                 assert!((ratio - 1.0).abs() < TOLERANCE, "{ratio}");
             }
         }
+    }
+}
+
+/// Ranks that all do what this one does.
+struct Echo([String; 4]);
+
+impl Collective for Echo {
+    fn hosts(&self) -> &[String] {
+        &self.0
+    }
+
+    fn world_size(&self) -> usize {
+        self.0.len()
+    }
+
+    fn all_reduce_mean<'a>(&'a self, _what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
+        Ok(Box::new(|| Ok(bucket)))
+    }
+
+    fn reduce_scatter_mean<'a>(&'a self, _what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
+        let part = bucket.dims()[0] / self.world_size();
+        // Memory of its own: a view would keep the whole bucket.
+        let part = Tensor::from_data(bucket.narrow(0, 0, part).into_data(), &Device::flex());
+        Ok(Box::new(|| Ok(part)))
+    }
+
+    fn all_gather<'a>(&'a self, _what: &'a str, part: Tensor<1>) -> Result<Pending<'a>> {
+        Ok(Box::new(|| Ok(Tensor::cat(vec![part; self.world_size()], 0))))
+    }
+
+    fn broadcast<'a>(&'a self, _what: &'a str, tensor: Tensor<1>) -> Result<Pending<'a>> {
+        Ok(Box::new(|| Ok(tensor)))
+    }
+
+    fn exchange(&self, _what: &str, note: &[u8]) -> Result<Vec<Vec<u8>>> {
+        Ok(vec![note.to_vec(); self.world_size()])
+    }
+
+    fn barrier(&self, _what: &str, _deadline: Duration) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn new_weights_take_the_place_of_the_old_ones() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    const SIDE: usize = 2048;
+    const WEIGHTS: usize = 8 * SIDE * SIDE * size_of::<f32>();
+    let device = Device::flex().autodiff();
+    // Each is a bucket by itself.
+    let mut module: Vec<Linear> =
+        (0..8).map(|_| LinearConfig::new(SIDE, SIDE).with_bias(false).init(&device)).collect();
+    let world = Echo(["a", "b", "c", "d"].map(String::from));
+    let mut optimizer = Optimizer::new(&OptimConfig::default(), &module, Share::of(&world, true, Wire::F32));
+    // The first step makes the moments.
+    for first in [true, false] {
+        let mut gradients = GradientMap::default();
+        for index in 0..module.len() {
+            gradients.insert(format!("{index}.weight"), Tensor::ones([SIDE * SIDE], &Device::flex()));
+        }
+        let reduced = optimizer.reduce(gradients, &world).unwrap();
+        ALLOCATOR.reset_peak_usage();
+        let before = ALLOCATOR.current_usage();
+        optimizer.step(&mut module, reduced, 1e-3, &world).unwrap();
+        let more = ALLOCATOR.peak_usage() - before;
+        println!("{} MiB beside {} MiB of weights", more >> 20, WEIGHTS >> 20);
+        assert!(first || more < WEIGHTS / 2, "{more} bytes beside weights of {WEIGHTS}");
     }
 }

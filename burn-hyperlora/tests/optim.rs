@@ -111,7 +111,7 @@ fn run(
     for step in range {
         let learning_rate = config().learning_rate_at(step as u64, STEPS as u64);
         let gradients = reduced(optimizer, gradients(fixture, step)).clip(config().clip_norm);
-        linear = optimizer.step(linear, gradients, learning_rate, &WorldOfOne::new()).unwrap();
+        optimizer.step(&mut linear, gradients, learning_rate, &WorldOfOne::new()).unwrap();
     }
     linear
 }
@@ -166,7 +166,7 @@ fn frozen_parameters_keep_their_bits_and_have_no_state() {
     let mut backward = linear.forward(input).sum().backward();
     let taken = GradientMap::take(&linear, &mut backward);
     let reduced = reduced(&optimizer, taken);
-    let linear = optimizer.step(linear, reduced, 1e-2, &WorldOfOne::new()).unwrap();
+    optimizer.step(&mut linear, reduced, 1e-2, &WorldOfOne::new()).unwrap();
 
     let after = values(&linear);
     assert_ne!(before[0], after[0]);
@@ -231,7 +231,7 @@ fn clipping_scales_the_whole_vector_and_bad_numbers_show_in_the_norm() {
 /// The first moments after one step: a fixed fraction of the gradients that came through.
 fn optimizer_step(linear: &Linear, gradients: ReducedGradients) -> Vec<f32> {
     let mut optimizer = optimizer(linear);
-    optimizer.step(linear.clone(), gradients, 0.0, &WorldOfOne::new()).unwrap();
+    optimizer.step(&mut linear.clone(), gradients, 0.0, &WorldOfOne::new()).unwrap();
     let first = moments(&optimizer).into_iter().filter(|(name, _)| name.starts_with("exp_avg."));
     first.flat_map(|(_, moment)| moment.try_to_vec::<f32>().unwrap()).collect()
 }

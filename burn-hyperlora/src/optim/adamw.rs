@@ -131,33 +131,49 @@ impl Optimizer {
         Ok(numbers.sum::<f64>().sqrt())
     }
 
-    /// Moves every trainable parameter; frozen ones stay bit for bit. Each rank steps its own part, and all get all of it.
+    /// Moves every trainable parameter of `module`; frozen ones stay bit for bit. Each rank steps its own part, and all get
+    /// all of it. New weights take the place of the old ones bucket by bucket: unless somebody else holds the old ones, at
+    /// most a few buckets are in memory twice.
     ///
     /// # Errors
-    /// Those of the collective.
+    /// Those of the collective: some parameters and their state are then moved, others are not.
     pub fn step<M: Module>(
         &mut self,
-        module: M,
+        module: &mut M,
         gradients: ReducedGradients,
         learning_rate: f64,
         world: &dyn Collective,
-    ) -> Result<M> {
-        let values = trainable(&module);
-        let mut stepped = BTreeMap::new();
+    ) -> Result<()> {
+        let mut taker = Taker::default();
+        *module = module.clone().map(&mut taker);
+        let mut values = taker.values;
+        let stepped = self.step_values(&mut values, gradients, learning_rate, world);
+        *module = module.clone().map(&mut Setter { values, path: Vec::new() });
+        stepped
+    }
+
+    /// [`step`](Self::step) of the trainable parameters, flat.
+    fn step_values(
+        &mut self,
+        values: &mut BTreeMap<String, Tensor<1>>,
+        gradients: ReducedGradients,
+        learning_rate: f64,
+        world: &dyn Collective,
+    ) -> Result<()> {
         let mut on_the_wire: Option<(&Bucket, Pending<'_>)> = None;
         let Self { adamw, buckets, share, states } = self;
         for ((bucket, state), gradient) in buckets.iter().zip(states).zip(gradients.parts) {
-            let part = bucket.pack(share.own(bucket), &values);
+            let part = bucket.pack(share.own(bucket), values);
             let (part, moved) = adamw.step(learning_rate, part, gradient, state.take());
             *state = moved;
             if let Some((before, gathered)) = on_the_wire.replace((bucket, share.gather(part, world)?)) {
-                stepped.extend(before.unpack(0..before.len(), &gathered()?));
+                values.extend(before.unpack(0..before.len(), &gathered()?));
             }
         }
         if let Some((last, gathered)) = on_the_wire {
-            stepped.extend(last.unpack(0..last.len(), &gathered()?));
+            values.extend(last.unpack(0..last.len(), &gathered()?));
         }
-        Ok(module.map(&mut Setter { values: stepped, path: Vec::new() }))
+        Ok(())
     }
 
     /// How often each parameter was stepped: with the [`pieces`](Self::pieces) of all ranks, all that the next step depends on.
@@ -290,6 +306,35 @@ impl ModuleVisitor for Lister {
         if param.is_require_grad() {
             self.trainable.insert(self.path.join("."), param.val().inner().flatten(0, -1));
         }
+    }
+}
+
+/// Takes the values of trainable parameters out of a module; a zero, spread over the shape, stands in for each.
+#[derive(Default)]
+struct Taker {
+    path: Vec<String>,
+    values: BTreeMap<String, Tensor<1>>,
+}
+
+impl ModuleMapper for Taker {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !param.is_require_grad() {
+            return param;
+        }
+        param.map(|value| {
+            let value = value.inner();
+            let stand_in = Tensor::<D>::zeros([1; D], &value.device()).expand(value.dims());
+            self.values.insert(self.path.join("."), value.flatten(0, -1));
+            Tensor::from_inner(stand_in).require_grad()
+        })
     }
 }
 

@@ -169,7 +169,7 @@ fn the_quickstart_is_what_was_planned() {
 
 /// Bytes of a stage's gradients, and of the files of a checkpoint written after a step.
 fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, u64) {
-    let hyper_lora = hyper_lora.trainable(&entry.config().groups);
+    let mut hyper_lora = hyper_lora.trainable(&entry.config().groups);
     // Gradients of a loss that reaches nothing: zeros for all that trains.
     let mut nothing = Tensor::<1>::ones([1], device).require_grad().sum().backward();
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
@@ -177,7 +177,7 @@ fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, 
     let world = WorldOfOne::new();
     let mut optimizer = Optimizer::new(&entry.config().optim, &hyper_lora, Share::WHOLE);
     let reduced = optimizer.reduce(gradients, &world).unwrap();
-    let hyper_lora = optimizer.step(hyper_lora, reduced, 1e-4, &world).unwrap();
+    optimizer.step(&mut hyper_lora, reduced, 1e-4, &world).unwrap();
     let learner = Learner { hyper_lora, optimizer };
 
     let folder = tempfile::tempdir().unwrap();

@@ -125,7 +125,8 @@ impl Phases {
 /// not finite or the loss too high, see [`StepReport::skipped`].
 ///
 /// # Errors
-/// Those of the data, Peer where another rank fails; the learner is then unchanged.
+/// Those of the data, Peer where another rank fails. The learner is then unchanged; but where the rank failed while new
+/// weights were exchanged, it is partly moved, and only a checkpoint leads on.
 pub fn step(
     base: &Base,
     learner: &mut Learner,
@@ -149,8 +150,8 @@ pub fn step(
         return Ok(report);
     }
     // 9. Step.
-    let (hyper_lora, gradients) = (learner.hyper_lora.clone(), reduced.clip(config.optim.clip_norm));
-    learner.hyper_lora = learner.optimizer.step(hyper_lora, gradients, terms.learning_rate, world)?;
+    let gradients = reduced.clip(config.optim.clip_norm);
+    learner.optimizer.step(&mut learner.hyper_lora, gradients, terms.learning_rate, world)?;
     report.phases.update = clock.elapsed();
     Ok(report)
 }
@@ -170,7 +171,10 @@ fn window(
         let batches = (0..lanes).map(|_| next_batch()).collect::<Result<Vec<_>>>()?;
         // 1 to 5. Every pass by itself; their order in the sum is that of the batches, however they ran.
         let clock = Instant::now();
-        let passes = side_by_side(&batches, |batch| pass(base, hyper_lora, config, batch))?;
+        let passes = side_by_side(&batches, |index, batch| {
+            // Statistics are kept of the last pass alone.
+            pass(base, hyper_lora, config, batch, index + 1 == left)
+        })?;
         report.phases.add_share(&passes, clock.elapsed());
         // 6. Accumulate over the window.
         for (batch, pass) in batches.iter().zip(passes) {
@@ -186,11 +190,12 @@ fn window(
 struct Pass {
     gradients: GradientMap,
     losses: Vec<f32>,
-    coefficients: CoefficientStatistics,
+    /// Where they were asked for.
+    coefficients: Option<CoefficientStatistics>,
     phases: Phases,
 }
 
-fn pass(base: &Base, hyper_lora: &HyperLora, config: &StepConfig<'_>, batch: &Batch) -> Result<Pass> {
+fn pass(base: &Base, hyper_lora: &HyperLora, config: &StepConfig<'_>, batch: &Batch, statistics: bool) -> Result<Pass> {
     // Leaves of its own: passes that share them would share a graph, and wait for each other.
     let hyper_lora = hyper_lora.clone().fork(&base.device().clone().autodiff());
     let mut phases = Phases::default();
@@ -216,18 +221,21 @@ fn pass(base: &Base, hyper_lora: &HyperLora, config: &StepConfig<'_>, batch: &Ba
     let mut backward = seeded(made.lora, gradients).backward();
     let gradients = GradientMap::take(&hyper_lora, &mut backward);
     lap(&mut clock, &mut phases.backward);
-    Ok(Pass { gradients, losses, coefficients: CoefficientStatistics::of(&made.coefficients)?, phases })
+    let coefficients = statistics.then(|| CoefficientStatistics::of(&made.coefficients)).transpose()?;
+    Ok(Pass { gradients, losses, coefficients, phases })
 }
 
-/// `work` on every item, each on a thread of its own; the results in the order of the items.
+/// `work` on every item and its index, each on a thread of its own; the results in the order of the items.
 ///
 /// Threads outside of rayon's pool: a pool's thread that waits for a piece of one item could begin another item meanwhile.
-fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Result<R> + Sync) -> Result<Vec<R>> {
+fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(usize, &T) -> Result<R> + Sync) -> Result<Vec<R>> {
     if let [only] = items {
-        return Ok(vec![work(only)?]);
+        return Ok(vec![work(0, only)?]);
     }
+    let work = &work;
     std::thread::scope(|scope| {
-        let threads: Vec<_> = items.iter().map(|item| scope.spawn(|| work(item))).collect();
+        let threads: Vec<_> =
+            items.iter().enumerate().map(|(index, item)| scope.spawn(move || work(index, item))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
     })
 }
@@ -264,13 +272,13 @@ impl StepReport {
         sum / self.losses.len().max(1) as f64
     }
 
-    fn note(&mut self, batch: &Batch, losses: &[f32], coefficients: CoefficientStatistics) {
+    fn note(&mut self, batch: &Batch, losses: &[f32], coefficients: Option<CoefficientStatistics>) {
         self.losses.extend(batch.samples.iter().zip(losses).map(|(sample, &loss)| SampleLoss {
             loss,
             scenario: sample.request.scenario,
             timestep: sample.timestep,
         }));
-        self.coefficients = Some(coefficients);
+        self.coefficients = coefficients;
         self.next_draw = batch.next_draw;
     }
 }
