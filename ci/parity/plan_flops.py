@@ -136,6 +136,17 @@ def hypernetwork(unet_config: dict) -> dict[str, dict[str, int]]:
     }
 
 
+def base(config, latents: list[tuple[int, int]], side: int) -> dict[str, dict[str, int]]:
+    """The models of a base, whose `config(name)` is given, for these sizes of latents and images of `side` pixels."""
+    return {
+        **{f"unet {height}x{width}": unet(config("unet"), height, width) for height, width in latents},
+        f"vae {side}": vae(config("vae"), side),
+        "text_encoder": text(config("text_encoder"), False),
+        "text_encoder_2": text(config("text_encoder_2"), True),
+        "image_encoder": vision(config("image_encoder")),
+    }
+
+
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -147,22 +158,8 @@ def main() -> None:
     torch.set_default_device("meta")
     found = {
         "hypernetwork": hypernetwork(read(SDXL / "unet.json")),
-        "sdxl": {
-            "unet 128x128": unet(read(SDXL / "unet.json"), 128, 128),
-            "unet 64x64": unet(read(SDXL / "unet.json"), 64, 64),
-            "vae 1024": vae(read(SDXL / "vae.json"), 1024),
-            "text_encoder": text(read(SDXL / "text_encoder.json"), False),
-            "text_encoder_2": text(read(SDXL / "text_encoder_2.json"), True),
-            "image_encoder": vision(read(SDXL / "image_encoder.json")),
-        },
-        "small": {
-            "unet 8x8": unet(read(SMALL / "unet/config.json"), 8, 8),
-            "unet 9x7": unet(read(SMALL / "unet/config.json"), 9, 7),
-            "vae 64": vae(read(SMALL / "vae/config.json"), 64),
-            "text_encoder": text(read(SMALL / "text_encoder/config.json"), False),
-            "text_encoder_2": text(read(SMALL / "text_encoder_2/config.json"), True),
-            "image_encoder": vision(read(SMALL / "image_encoder/config.json")),
-        },
+        "sdxl": base(lambda name: read(SDXL / f"{name}.json"), [(128, 128), (64, 64)], 1024),
+        "small": base(lambda name: read(SMALL / name / "config.json"), [(8, 8), (9, 7)], 64),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

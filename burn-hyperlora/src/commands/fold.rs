@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use crate::commands::{Common, FileDType, LoraFormat, finite};
+use crate::commands::loras::CombinedArgs;
+use crate::commands::{Common, finite};
 use crate::error::Result;
 use crate::export::lora::{LoraSet, concat, reduce};
 
@@ -30,21 +31,14 @@ pub(super) struct FoldArgs {
     /// The closest LoRA of this rank, by singular values [default: exact, ranks add up]
     #[arg(long, value_name = "R")]
     rank: Option<usize>,
-    /// Number format of the file [default: the wider one of the two]
-    #[arg(long, value_enum)]
-    dtype: Option<FileDType>,
-    /// Layout of the file
-    #[arg(long, value_enum, default_value_t = LoraFormat::Kohya)]
-    format: LoraFormat,
-    /// The LoRA file
-    #[arg(short, long, value_name = "FILE")]
-    output: PathBuf,
+    #[command(flatten)]
+    combined: CombinedArgs,
 }
 
 pub(super) fn run(args: &FoldArgs, common: &Common) -> Result<ExitCode> {
     common.start_log(None)?;
     let (id, base) = (LoraSet::open(&args.id)?, LoraSet::open(&args.base)?);
-    let dtype = args.dtype.map_or_else(|| id.wider(&base), Into::into);
+    let dtype = args.combined.dtype(&id, &base);
     let mut folded = concat(&[(&id, args.id_weight), (&base, args.base_weight)], dtype)?;
     if let Some(rank) = args.rank {
         let lost = reduce(&mut folded, rank)?;
@@ -53,7 +47,6 @@ pub(super) fn run(args: &FoldArgs, common: &Common) -> Result<ExitCode> {
             lost.mean, lost.worst, lost.worst_module
         );
     }
-    folded.save(&args.output, args.format.into())?;
-    tracing::info!("{}: {} modules", args.output.display(), folded.modules.len());
+    args.combined.save(&folded)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,11 +1,13 @@
-//! The options `--lora` and `--lora-weight` of several commands.
+//! The options of commands that take LoRA files, and of those that make one of two.
 
 use std::path::PathBuf;
 
 use clap::Args;
+use safetensors::Dtype;
 
-use crate::commands::finite;
+use crate::commands::{FileDType, LoraFormat, finite};
 use crate::error::{Error, Result};
+use crate::export::lora::LoraSet;
 use crate::lora_file::{BaseNames, LoraFile, sum};
 use crate::sdxl::base_source::{BaseSource, PartUpdates};
 
@@ -40,5 +42,36 @@ impl LoraArgs {
             return Ok(PartUpdates::new());
         }
         sum(&loras, &BaseNames::of(base)?)
+    }
+}
+
+/// The file that is made of two LoRA files.
+#[derive(Debug, Args)]
+pub(super) struct CombinedArgs {
+    /// Number format of the file [default: the wider one of the two]
+    #[arg(long, value_enum)]
+    dtype: Option<FileDType>,
+    /// Layout of the file
+    #[arg(long, value_enum, default_value_t = LoraFormat::Kohya)]
+    format: LoraFormat,
+    /// The LoRA file
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+impl CombinedArgs {
+    /// The number format of what is made of `one` and `other`.
+    pub(super) fn dtype(&self, one: &LoraSet, other: &LoraSet) -> Dtype {
+        self.dtype.map_or_else(|| one.wider(other), Into::into)
+    }
+
+    /// Writes what was made.
+    ///
+    /// # Errors
+    /// As [`LoraSet::save`].
+    pub(super) fn save(&self, made: &LoraSet) -> Result<()> {
+        made.save(&self.output, self.format.into())?;
+        tracing::info!("{}: {} modules", self.output.display(), made.modules.len());
+        Ok(())
     }
 }

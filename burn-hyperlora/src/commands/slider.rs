@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use crate::commands::{Common, FileDType, LoraFormat};
+use crate::commands::Common;
+use crate::commands::loras::CombinedArgs;
 use crate::error::Result;
 use crate::export::lora::{LoraSet, concat};
 
@@ -21,23 +22,14 @@ pub(super) struct SliderArgs {
     /// What a negative weight leads to
     #[arg(long, value_name = "FILE")]
     negative: PathBuf,
-    /// Number format of the file [default: the wider one of the two]
-    #[arg(long, value_enum)]
-    dtype: Option<FileDType>,
-    /// Layout of the file
-    #[arg(long, value_enum, default_value_t = LoraFormat::Kohya)]
-    format: LoraFormat,
-    /// The LoRA file
-    #[arg(short, long, value_name = "FILE")]
-    output: PathBuf,
+    #[command(flatten)]
+    combined: CombinedArgs,
 }
 
 pub(super) fn run(args: &SliderArgs, common: &Common) -> Result<ExitCode> {
     common.start_log(None)?;
     let (positive, negative) = (LoraSet::open(&args.positive)?, LoraSet::open(&args.negative)?);
-    let dtype = args.dtype.map_or_else(|| positive.wider(&negative), Into::into);
-    let slider = concat(&[(&positive, 1.0), (&negative, -1.0)], dtype)?;
-    slider.save(&args.output, args.format.into())?;
-    tracing::info!("{}: {} modules", args.output.display(), slider.modules.len());
+    let dtype = args.combined.dtype(&positive, &negative);
+    args.combined.save(&concat(&[(&positive, 1.0), (&negative, -1.0)], dtype)?)?;
     Ok(ExitCode::SUCCESS)
 }
