@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -13,10 +13,14 @@ use burn_hyperlora::Result;
 use burn_hyperlora::collective::{Collective, Pending};
 use burn_hyperlora::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
 use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Share, Wire};
+use burn_hyperlora::sdxl::configs;
 use burn_hyperlora::sdxl::memory::{TOLERANCE, activation_bytes};
 use burn_hyperlora::sdxl::unet::{UNet2DConditionModel, UnetInput};
-use burn_hyperlora::weights::save;
+use burn_hyperlora::weights::{TensorEntry, save, save_lazily};
+use flate2::read::GzDecoder;
 use peak_alloc::PeakAlloc;
+use safetensors::Dtype;
+use serde::Deserialize;
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
@@ -61,6 +65,22 @@ fn lora(sites: &[AttentionSite], batch: usize) -> LoraWeights {
     LoraWeights { modules: sites.iter().map(module).collect() }
 }
 
+/// What the formula tells, over the bytes at the peak of a pass less those before it.
+fn measure(unet: &UNet2DConditionModel, batch: usize, size: [usize; 2], dtype: FloatDType, recompute: bool) -> f64 {
+    let (input, lora) = (input(unet, batch, size), lora(unet.attention_sites(), batch));
+    ALLOCATOR.reset_peak_usage();
+    let before = ALLOCATOR.current_usage();
+    let result = unet.loss_and_lora_gradients(&input, lora, recompute, |x| x.square().mean());
+    let measured = ALLOCATOR.peak_usage() - before;
+    drop(result);
+    let formula = activation_bytes(unet.config(), size, batch, dtype, recompute);
+    let ratio = formula as f64 / measured as f64;
+    println!(
+        "{dtype:?} {batch} x {size:?}, recompute {recompute}: {measured} measured, formula {formula} ({ratio:.3})"
+    );
+    ratio
+}
+
 #[test]
 fn the_formula_tells_the_peak_of_the_activations() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -68,17 +88,7 @@ fn the_formula_tells_the_peak_of_the_activations() {
         let unet = unet(dtype);
         for (batch, size) in [(1, [48, 48]), (2, [40, 24])] {
             for recompute in [false, true] {
-                let (input, lora) = (input(&unet, batch, size), lora(unet.attention_sites(), batch));
-                ALLOCATOR.reset_peak_usage();
-                let before = ALLOCATOR.current_usage();
-                let result = unet.loss_and_lora_gradients(&input, lora, recompute, |x| x.square().mean());
-                let measured = ALLOCATOR.peak_usage() - before;
-                drop(result);
-                let formula = activation_bytes(unet.config(), size, batch, dtype, recompute);
-                let ratio = formula as f64 / measured as f64;
-                println!(
-                    "{dtype:?} {batch} x {size:?}, recompute {recompute}: {measured} measured, formula {ratio:.3} of it"
-                );
+                let ratio = measure(&unet, batch, size, dtype, recompute);
                 assert!((ratio - 1.0).abs() < TOLERANCE, "{ratio}");
             }
         }
@@ -150,4 +160,42 @@ fn new_weights_take_the_place_of_the_old_ones() {
         println!("{} MiB beside {} MiB of weights", more >> 20, WEIGHTS >> 20);
         assert!(first || more < WEIGHTS / 2, "{more} bytes beside weights of {WEIGHTS}");
     }
+}
+
+#[derive(Deserialize)]
+struct Lists {
+    /// Part -> name -> shape.
+    diffusers: BTreeMap<String, BTreeMap<String, Vec<usize>>>,
+}
+
+/// The full SDXL, every weight zero.
+fn full_unet(dtype: FloatDType) -> UNet2DConditionModel {
+    let lists = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/key_lists.json.gz");
+    let lists: Lists = serde_json::from_reader(GzDecoder::new(File::open(lists).unwrap())).unwrap();
+    let entry = |(name, shape): (&String, &Vec<usize>)| TensorEntry {
+        name: name.clone(),
+        dtype: Dtype::BF16,
+        shape: shape.clone(),
+    };
+    let entries: Vec<_> = lists.diffusers["unet"].iter().map(entry).collect();
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.json"), configs::UNET).unwrap();
+    let file = folder.path().join("diffusion_pytorch_model.safetensors");
+    let zeros = |entry: &TensorEntry| Ok(vec![0; 2 * entry.shape.iter().product::<usize>()]);
+    save_lazily(&file, BTreeMap::new(), entries, zeros).unwrap();
+    UNet2DConditionModel::load_as(folder.path(), dtype, &Device::flex()).unwrap()
+}
+
+#[test]
+#[ignore = "takes 18 GB of memory and minutes, in a release build"]
+fn the_formula_tells_the_peak_of_the_full_sdxl() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut ratios = vec![];
+    for dtype in [FloatDType::BF16, FloatDType::F32] {
+        let unet = full_unet(dtype);
+        for side in [32, 64] {
+            ratios.extend([true, false].map(|recompute| measure(&unet, 1, [side; 2], dtype, recompute)));
+        }
+    }
+    assert!(ratios.iter().all(|ratio| (ratio - 1.0).abs() < TOLERANCE), "{ratios:?}");
 }

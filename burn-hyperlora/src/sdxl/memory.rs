@@ -47,6 +47,8 @@ struct Factors {
     /// Of the input.
     out: u64,
     out_kept: u64,
+    /// Copies in f32 of a convolution's weights.
+    kernels: u64,
 }
 
 const IN_F32: Factors = Factors {
@@ -61,6 +63,7 @@ const IN_F32: Factors = Factors {
     upsample: 4,
     out: 8,
     out_kept: 3,
+    kernels: 1,
 };
 
 /// More tensors of half the size: norms are f32 inside, and both types are there where one becomes the other.
@@ -76,6 +79,7 @@ const IN_BF16: Factors = Factors {
     upsample: 9,
     out: 14,
     out_kept: 4,
+    kernels: 2,
 };
 
 /// Peak bytes of activations for a micro-batch of latents of `latents` height and width, with a LoRA on every attention.
@@ -92,7 +96,8 @@ const IN_BF16: Factors = Factors {
 /// ```
 ///
 /// Without it everything is kept: `5 (c_in + c_out) pixels` of a resnet, `24 x + 3 scores` and the prompt's
-/// keys and values of a transformer layer, whose scores are those of all queries and both attentions at once. In bf16 the factors are 8, 58 and 20; 6 and 32.
+/// keys and values of a transformer layer, whose scores are those of all queries and both attentions at once. In bf16 the
+/// factors are 8, 58 and 20; 6 and 32; and `9 c_in c_out` counts twice.
 pub fn activation_bytes(
     config: &UNet2DConditionConfig,
     latents: [usize; 2],
@@ -207,9 +212,10 @@ impl Sizes {
         }
     }
 
-    /// What the CPU backend unfolds for a 3x3 convolution, and its copy of the weights.
+    /// What the CPU backend unfolds for a 3x3 convolution, and its copies of the weights: in the order that a product wants, and
+    /// of bf16 in f32 before.
     fn unfolded(&self, [input, output]: [usize; 2], pixels: u64) -> u64 {
-        F32 * 9 * input as u64 * (pixels.min(UNFOLDED_PIXELS) + output as u64)
+        F32 * 9 * input as u64 * (pixels.min(UNFOLDED_PIXELS) + self.factors.kernels * output as u64)
     }
 }
 
