@@ -9,9 +9,10 @@
 //! seconds by phase of so many steps from these weights. The step is stage 3 of the quickstart; pictures and weights are
 //! random, because what they hold does not change what is computed.
 
+mod common;
+
 use std::collections::BTreeMap;
-use std::io::{BufRead, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use burn::module::Param;
@@ -33,8 +34,9 @@ use data_prep::files::write_whole;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::common::{Sizes, arguments, serve};
+
 const EXPERIMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../experiments/quickstart/train.yaml");
-const STDIN: &str = "stdin";
 const CAPTION: &str = "a photo of a person";
 
 /// Steps to take, as a line on stdin.
@@ -45,34 +47,20 @@ struct Order {
 }
 
 fn main() -> Result<()> {
-    let Some(folder) = std::env::args().skip(1).find(|argument| !argument.starts_with("--")) else {
+    let [folder] = &arguments()[..] else {
         eprintln!("this bench is the Rust side of ci/bench/train_step.sh: run that");
         return Ok(());
     };
-    let folder = PathBuf::from(folder);
     let mut bench = Bench::new()?;
-    bench.write(&folder)?;
-    answer(&json!({ "ready": true }))?;
-    for line in std::io::stdin().lock().lines() {
-        let line = line.map_err(|source| Error::read(Path::new(STDIN), source))?;
-        let order: Order = serde_json::from_str(&line)
-            .map_err(|problem| Error::input(STDIN, problem, r#"give {"steps": 6, "recompute": false}"#))?;
-        answer(&bench.run(&order)?)?;
-    }
-    Ok(())
-}
-
-fn answer(line: &Value) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|source| Error::write(Path::new("stdout"), source))
+    bench.write(Path::new(folder))?;
+    serve(r#"{"steps": 6, "recompute": false}"#, |order| bench.run(order))
 }
 
 /// Everything that a step needs, at the same start every time.
 struct Bench {
     experiment: Experiment,
     base: Base,
-    /// Side of the condition images, in pixels.
-    condition_side: usize,
+    sizes: Sizes,
     start: HyperLora,
     batches: Vec<Batch>,
 }
@@ -85,8 +73,8 @@ impl Bench {
         let sites = base.unet.attention_sites();
         let start = HyperLora::new(&experiment.hyper_lora, sites, experiment.seed, &device.autodiff())
             .map_parameters(&mut RaiseUpBases(experiment.seed));
-        let condition_side = base.vision()?.processor.side() as usize;
-        let mut bench = Self { experiment, base, condition_side, start, batches: vec![] };
+        let sizes = Sizes::of(&experiment, &base)?;
+        let mut bench = Self { experiment, base, sizes, start, batches: vec![] };
         bench.start = bench.start.clone().trainable(&bench.stage()?.config().groups);
         bench.batches = bench.batches();
         Ok(bench)
@@ -113,23 +101,22 @@ impl Bench {
     /// A sample of noise in the sizes of the quickstart's.
     fn sample(&self, draw: u64) -> Sample {
         let (seed, stage) = (self.experiment.seed, 2);
-        let image_size = self.experiment.data.image_size;
-        let side = self.condition_side;
-        let latent_len = self.base.latent_shape(image_size).iter().product();
+        let &Sizes { image, condition, ref latent, id_embedding } = &self.sizes;
+        let latent_len = latent.iter().product();
         let rng = |purpose| for_sample(seed, stage, draw, purpose);
         let mut pictures = rng(Purpose::Augmentation);
         let mut picture = |side: usize| normal(&mut pictures, 3 * side * side);
-        let id_embedding = normal(&mut rng(Purpose::Reference), self.experiment.hyper_lora.id_embedding_dim);
+        let id_embedding = normal(&mut rng(Purpose::Reference), id_embedding);
         let length = id_embedding.iter().map(|value| value * value).sum::<f32>().sqrt();
-        let size = image_size as f32;
+        let size = image as f32;
         Sample {
             request: Request { target: 0, reference: 0, scenario: Scenarios::ID.draw(seed, stage, draw), stage, draw },
             key: draw.to_string(),
-            pixels: picture(image_size).into_iter().map(|value| value.clamp(-1.0, 1.0)).collect(),
+            pixels: picture(image).into_iter().map(|value| value.clamp(-1.0, 1.0)).collect(),
             time_ids: [size, size, 0.0, 0.0, size, size],
             caption: CAPTION.into(),
-            id_pixels: picture(side),
-            base_pixels: picture(side),
+            id_pixels: picture(condition),
+            base_pixels: picture(condition),
             id_embedding: id_embedding.into_iter().map(|value| value / length).collect(),
             posterior_noise: normal(&mut rng(Purpose::Posterior), latent_len),
             noise: normal(&mut rng(Purpose::Noise), latent_len),
@@ -158,40 +145,9 @@ impl Bench {
         });
         self.start.save(&folder.join("hyper_lora"), FloatDType::F32)?;
         for (index, batch) in self.batches.iter().enumerate() {
-            weights::save(&folder.join(format!("batch-{index}.safetensors")), self.tensors(&batch.samples))?;
+            weights::save(&folder.join(format!("batch-{index}.safetensors")), self.sizes.tensors(&batch.samples))?;
         }
         write_whole(&folder.join("plan.json"), plan.to_string().as_bytes())
-    }
-
-    /// A batch as its tensors by name.
-    fn tensors(&self, samples: &[Sample]) -> BTreeMap<String, TensorData> {
-        let image_size = self.experiment.data.image_size;
-        let side = self.condition_side;
-        let [channels, height, width] = self.base.latent_shape(image_size);
-        let embedding = self.experiment.hyper_lora.id_embedding_dim;
-        let count = samples.len();
-        let stack = |of: fn(&Sample) -> &[f32], shape: &[usize]| {
-            let values = samples.iter().map(of).collect::<Vec<_>>().concat();
-            TensorData::new(values, [&[count], shape].concat())
-        };
-        let weight = |of: fn(&Sample) -> bool| {
-            TensorData::new(samples.iter().map(|sample| f32::from(of(sample))).collect::<Vec<_>>(), [count])
-        };
-        let timesteps: Vec<i64> = samples.iter().map(|sample| sample.timestep.into()).collect();
-        [
-            ("pixels", stack(|sample| &sample.pixels, &[3, image_size, image_size])),
-            ("id_pixels", stack(|sample| &sample.id_pixels, &[3, side, side])),
-            ("base_pixels", stack(|sample| &sample.base_pixels, &[3, side, side])),
-            ("id_embedding", stack(|sample| &sample.id_embedding, &[embedding])),
-            ("posterior_noise", stack(|sample| &sample.posterior_noise, &[channels, height, width])),
-            ("noise", stack(|sample| &sample.noise, &[channels, height, width])),
-            ("time_ids", stack(|sample| &sample.time_ids, &[6])),
-            ("timesteps", TensorData::new(timesteps, [count])),
-            ("id_weight", weight(|sample| sample.request.scenario.id_lora())),
-            ("base_weight", weight(|sample| sample.request.scenario.base_lora())),
-        ]
-        .map(|(name, data)| (name.to_string(), data))
-        .into()
     }
 
     /// Takes steps from the start; losses and seconds by phase, one entry per step.

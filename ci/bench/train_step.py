@@ -7,14 +7,12 @@ the same weights. Fails where the two do not compute the same losses.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from rust_side import RustSide, cpu
 
 NAMES = {
     "encode": "encode (frozen)",
@@ -34,36 +32,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=1e-3, help="relative difference of the losses that passes")
     parser.add_argument("command", nargs="+", help="how to start the Rust side; it is given the exchange folder")
     return parser.parse_args()
-
-
-class RustSide:
-    """The bench as a child that takes steps on demand."""
-
-    def __init__(self, command, exchange, threads):
-        self.child = subprocess.Popen(
-            [*command, str(exchange)],
-            env={**os.environ, "RAYON_NUM_THREADS": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.answer()  # the files are written
-
-    def answer(self):
-        line = self.child.stdout.readline()
-        if not line:
-            sys.exit(f"error: the Rust side ended with {self.child.wait()}")
-        return json.loads(line)
-
-    def run(self, steps, recompute):
-        self.child.stdin.write(json.dumps({"steps": steps, "recompute": recompute}) + "\n")
-        self.child.stdin.flush()
-        return self.answer()
-
-    def close(self):
-        self.child.stdin.close()
-        if self.child.wait() != 0:
-            sys.exit(f"error: the Rust side ended with {self.child.returncode}")
 
 
 def check_losses(rust, torch, tolerance):
@@ -86,13 +54,6 @@ def print_table(title, rust, torch):
         print(f"| {name} | {a:.1f} | {b:.1f} | {a / b:.2f} |")
 
 
-def cpu():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
 def main():
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
@@ -108,7 +69,7 @@ def main():
         for _ in range(arguments.rounds):
             for recompute, sides in turns.items():
                 for side, taken in zip((rust, twin), sides):
-                    taken.append(side.run(arguments.steps, recompute))
+                    taken.append(side.run(steps=arguments.steps, recompute=recompute))
         rust.close()
     for recompute, (rust_turns, torch_turns) in turns.items():
         worst = max(
