@@ -1,47 +1,22 @@
 //! The hypernetwork against `ci/parity/hyper_reference.py`; `ci/parity/hyper_fixtures.py` made the numbers.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "common/hyper_fixture.rs"]
+mod hyper_fixture;
+
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use burn_hyperlora::hypernet::{
-    CoefficientStatistics, HyperLora, HyperLoraConfig, ParameterGroup, ParameterVisitor, ResamplerConfig, Stage,
+    CoefficientStatistics, HyperLora, HyperLoraConfig, ParameterGroup, ParameterVisitor, Stage,
 };
-use burn_hyperlora::lora::{AttentionSite, LoraWeights};
+use burn_hyperlora::lora::LoraWeights;
 use burn_hyperlora::weights::Weights;
 
+use crate::hyper_fixture::{config, fixtures, sites};
+
 const TOLERANCE: f32 = 1e-4;
-
-fn fixtures() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hypernet")
-}
-
-fn config() -> HyperLoraConfig {
-    HyperLoraConfig {
-        id_rank: 4,
-        base_rank: 2,
-        basis: 9,
-        id_tokens: 3,
-        id_embedding_dim: 11,
-        clip_dim: 10,
-        resampler: ResamplerConfig { dim: 14, depth: 2, heads: 3, head_dim: 5, ff_mult: 2 },
-    }
-}
-
-fn sites() -> Vec<AttentionSite> {
-    let site = |path: &str, hidden_size, cross_attention_dim| AttentionSite {
-        path: path.into(),
-        hidden_size,
-        cross_attention_dim,
-    };
-    vec![
-        site("down_blocks.1.attentions.0.transformer_blocks.0.attn1", 6, None),
-        site("down_blocks.1.attentions.0.transformer_blocks.0.attn2", 6, Some(7)),
-        site("mid_block.attentions.0.transformer_blocks.0.attn2", 8, Some(7)),
-    ]
-}
 
 fn model(device: &Device) -> HyperLora {
     HyperLora::load(&fixtures(), &config(), &sites(), device).unwrap()

@@ -1,39 +1,23 @@
 //! Files of the hypernetwork: the released folder both ways, and LoRA files for other tools.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "common/hyper_fixture.rs"]
+mod hyper_fixture;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use burn_hyperlora::export::lora::Layout;
 use burn_hyperlora::export::save_lora;
-use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig, convert, whole_files};
+use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, convert, whole_files};
 use burn_hyperlora::lora::{AttentionSite, LoraWeights};
 use burn_hyperlora::weights::Weights;
 
+use crate::hyper_fixture::{config, fixtures, sites};
+
 const FILES: [&str; 4] = ["hyper_lora_modules", "resampler", "id_projector", "base_resampler"];
-
-fn fixtures() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hypernet")
-}
-
-fn sites() -> Vec<AttentionSite> {
-    let site = |path: &str, hidden_size, cross_attention_dim: Option<usize>| AttentionSite {
-        path: format!("{path}.transformer_blocks.0.{}", if cross_attention_dim.is_some() { "attn2" } else { "attn1" }),
-        hidden_size,
-        cross_attention_dim,
-    };
-    vec![
-        site("down_blocks.1.attentions.0", 6, None),
-        site("down_blocks.1.attentions.0", 6, Some(7)),
-        site("mid_block.attentions.0", 8, Some(7)),
-    ]
-}
-
-fn config() -> HyperLoraConfig {
-    HyperLoraConfig::of_folder(&fixtures(), 5).unwrap()
-}
 
 /// Every tensor of a safetensors file, by its raw bytes.
 fn tensors(path: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -55,16 +39,7 @@ fn values(lora: &LoraWeights) -> Vec<f32> {
 
 #[test]
 fn the_sizes_are_read_from_the_files() {
-    let expected = HyperLoraConfig {
-        id_rank: 4,
-        base_rank: 2,
-        basis: 9,
-        id_tokens: 3,
-        id_embedding_dim: 11,
-        clip_dim: 10,
-        resampler: ResamplerConfig { dim: 14, depth: 2, heads: 3, head_dim: 5, ff_mult: 2 },
-    };
-    assert_eq!(config(), expected);
+    assert_eq!(HyperLoraConfig::of_folder(&fixtures(), 5).unwrap(), config());
 }
 
 #[test]
