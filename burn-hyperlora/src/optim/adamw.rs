@@ -144,11 +144,10 @@ impl Optimizer {
         learning_rate: f64,
         world: &dyn Collective,
     ) -> Result<()> {
-        let mut taker = Taker::default();
-        *module = module.clone().map(&mut taker);
-        let mut values = taker.values;
-        let stepped = self.step_values(&mut values, gradients, learning_rate, world);
-        *module = module.clone().map(&mut Setter { values, path: Vec::new() });
+        let mut swap = Swap::default();
+        *module = module.clone().map(&mut swap);
+        let stepped = self.step_values(&mut swap.values, gradients, learning_rate, world);
+        *module = module.clone().map(&mut swap);
         stepped
     }
 
@@ -309,14 +308,16 @@ impl ModuleVisitor for Lister {
     }
 }
 
-/// Takes the values of trainable parameters out of a module; a zero, spread over the shape, stands in for each.
+/// Puts values into trainable parameters, and takes out those of the parameters that it has none for; a single zero, spread
+/// over the shape, stands in for what is taken.
 #[derive(Default)]
-struct Taker {
+struct Swap {
     path: Vec<String>,
+    /// Flat, on the plain device.
     values: BTreeMap<String, Tensor<1>>,
 }
 
-impl ModuleMapper for Taker {
+impl ModuleMapper for Swap {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.into());
     }
@@ -329,32 +330,17 @@ impl ModuleMapper for Taker {
         if !param.is_require_grad() {
             return param;
         }
-        param.map(|value| {
-            let value = value.inner();
-            let stand_in = Tensor::<D>::zeros([1; D], &value.device()).expand(value.dims());
-            self.values.insert(self.path.join("."), value.flatten(0, -1));
-            Tensor::from_inner(stand_in).require_grad()
+        let path = self.path.join(".");
+        param.map(|old| {
+            let value = match self.values.remove(&path) {
+                Some(value) => value.reshape(old.dims()),
+                None => {
+                    let stand_in = Tensor::<D>::zeros([1; D], &old.clone().inner().device()).expand(old.dims());
+                    self.values.insert(path, old.inner().flatten(0, -1));
+                    stand_in
+                }
+            };
+            Tensor::from_inner(value).require_grad()
         })
-    }
-}
-
-/// Puts flat values in the place of parameters.
-struct Setter {
-    values: BTreeMap<String, Tensor<1>>,
-    path: Vec<String>,
-}
-
-impl ModuleMapper for Setter {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(value) = self.values.remove(&self.path.join(".")) else { return param };
-        param.map(|old| Tensor::from_inner(value.reshape(old.shape())).set_require_grad(old.is_require_grad()))
     }
 }
