@@ -6,7 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn_hyperlora::export::lora::{Layout, LoraModule, LoraSet, Matrix, concat, reduce};
+use burn_hyperlora::lora_file::ADAPTER_METADATA;
 use burn_hyperlora::sdxl::base_source::Part;
+use burn_hyperlora::weights::SafetensorsFile;
 use safetensors::Dtype;
 
 fn fixture(name: &str) -> PathBuf {
@@ -98,6 +100,17 @@ fn ranks_and_alphas_of_their_own_survive_in_both_layouts() {
         assert_eq!(read.modules, set.modules, "{layout:?}");
         assert_eq!(read.notes.get("ss_training_comment"), set.notes.get("ss_training_comment"));
     }
+    // PEFT takes what differs from the first module by these patterns.
+    let file = SafetensorsFile::open(&path).unwrap();
+    let metadata: serde_json::Value = serde_json::from_str(&file.metadata()[ADAPTER_METADATA]).unwrap();
+    let patterns = serde_json::json!({
+        "unet.r": 2,
+        "unet.lora_alpha": 7,
+        "unet.rank_pattern": {names[1]: 3},
+        "unet.alpha_pattern": {names[0]: 1, names[1]: 0.7_f32},
+        "unet.target_modules": [names[2], names[0], names[1]],
+    });
+    assert_eq!(metadata, patterns);
 }
 
 #[test]

@@ -127,17 +127,18 @@ mod tests {
     fn parts_side_by_side_are_the_whole_and_come_apart_again() {
         let device = Device::flex();
         let all = lengths(&[3, 4, 1]);
-        let values: BTreeMap<String, Tensor<1>> = (1..)
-            .zip(&all)
-            .map(|(number, (path, length))| (path.clone(), Tensor::full([*length], number, &device)))
-            .collect();
+        let mut numbers = 1..;
+        let mut value =
+            |length| Tensor::from_data(numbers.by_ref().take(length).collect::<Vec<i32>>().as_slice(), &device);
+        let values: BTreeMap<String, Tensor<1>> =
+            all.iter().map(|(path, length)| (path.clone(), value(*length))).collect();
         for parts in 1..=6 {
             let bucket = &cut(all.clone(), 100, parts)[0];
             let part = bucket.len() / parts;
             let packed = (0..parts).map(|rank| bucket.pack(rank * part..(rank + 1) * part, &values)).collect();
             let whole = Tensor::cat(packed, 0);
             let numbers: Vec<f32> = whole.to_data().iter().collect();
-            assert_eq!(numbers[..8], [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 3.0]);
+            assert_eq!(numbers[..8], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
             assert!(numbers[8..].iter().all(|number| *number == 0.0) && numbers.len() == bucket.len());
             assert_eq!(bucket.take(|path| values.get(path).cloned()).map(Tensor::into_data), Some(whole.to_data()));
             for (path, value) in bucket.unpack(0..bucket.len(), &whole) {
