@@ -20,11 +20,15 @@ command -v mpirun >/dev/null && command -v mpicc >/dev/null && compgen -G '/usr/
 say "lints"
 cargo clippy --workspace --all-targets -- -D warnings
 cargo clippy -p burn-hyperlora --features mpi --all-targets -- -D warnings
+cloud=(-p data-prep -p burn-hyperlora --features burn-hyperlora/cloud)
+cargo clippy "${cloud[@]}" --test remote -- -D warnings
 
 say "tests"
 cargo test --workspace
 say "tests of 2, 3 and 4 ranks"
 cargo test -p burn-hyperlora --features mpi --test ranks
+say "shards behind a URL"
+cargo test "${cloud[@]}" --test remote
 
 say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

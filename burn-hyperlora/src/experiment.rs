@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use data_prep::config::{self, ConfigPath};
+use data_prep::config::{self, ConfigPath, is_url};
 use data_prep::face::{FaceConfig, FaceModels};
 use data_prep::shard::{EMBEDDING_DIM, MANIFEST_FILE, Manifest};
 use serde::{Deserialize, Serialize};
@@ -137,6 +137,9 @@ impl Experiment {
         let mut resolved = self.clone();
         absolute(&mut resolved.base.path)?;
         absolute(&mut resolved.data.shards)?;
+        if is_url(&resolved.data.shards.resolve(&folder)?.to_string_lossy()) {
+            absolute(&mut resolved.data.remote.cache)?;
+        }
         let base = &mut resolved.base;
         let beside_base = [&mut base.config, &mut base.image_encoder, &mut base.feature_extractor];
         let optional = beside_base.into_iter().chain([&mut resolved.train.init_from]);
@@ -149,7 +152,7 @@ impl Experiment {
     }
 
     /// Checks that `faces`, whose paths start at `base_dir`, finds the embedder that made the shards; warns of another
-    /// detector or landmark model. Shards that are not there any more are not asked.
+    /// detector or landmark model. Shards that are not there any more are not asked, nor are those behind a URL.
     ///
     /// # Errors
     /// Input for another embedder, and for a folder without usable models.
@@ -158,11 +161,7 @@ impl Experiment {
         if !shards.join(MANIFEST_FILE).is_file() {
             return Ok(());
         }
-        let found = FaceModels::find(faces, base_dir)?.fingerprints()?;
-        for difference in Manifest::read(&shards)?.compare_models(&shards, &found)? {
-            tracing::warn!("{difference}");
-        }
-        Ok(())
+        compare_models(faces, base_dir, &Manifest::read(&shards)?, &shards)
     }
 
     /// Trains, or goes on where a checkpoint in `run` stands.
@@ -189,7 +188,8 @@ impl Experiment {
         if let Some(faces) = &self.faces
             && faces.models.resolve(self.folder())?.is_dir()
         {
-            self.check_faces(faces, self.folder())?;
+            let shards = self.data.open_shards(self.folder())?;
+            compare_models(faces, self.folder(), shards.manifest(), &self.data.shards.resolve(self.folder())?)?;
         }
         train::run(
             &TrainSetup {
@@ -252,4 +252,13 @@ impl Experiment {
             None => Ok(()),
         }
     }
+}
+
+/// Checks the models of `faces` against those that made the shards at `place`.
+fn compare_models(faces: &FaceConfig, base_dir: &Path, manifest: &Manifest, place: &Path) -> Result<()> {
+    let found = FaceModels::find(faces, base_dir)?.fingerprints()?;
+    for difference in manifest.compare_models(place, &found)? {
+        tracing::warn!("{difference}");
+    }
+    Ok(())
 }

@@ -62,7 +62,7 @@ impl ConfigPath {
     }
 
     /// The path with `${VAR}`, `${VAR:-default}` and a leading `~` expanded; a relative one starts at `base_dir`, the
-    /// folder of the YAML file.
+    /// folder of the YAML file. A URL stays one.
     ///
     /// # Errors
     /// Input: a variable that is not set and has no default, or `${` without `}`.
@@ -80,8 +80,13 @@ impl ConfigPath {
             }
             _ => expanded,
         };
-        Ok(base_dir.join(expanded))
+        Ok(if is_url(&expanded) { expanded.into() } else { base_dir.join(expanded) })
     }
+}
+
+/// Whether a resolved path is a URL, which only some keys take.
+pub fn is_url(path: &str) -> bool {
+    path.split_once("://").is_some_and(|(scheme, _)| scheme.chars().all(|letter| letter.is_ascii_alphanumeric()))
 }
 
 fn options() -> Options {

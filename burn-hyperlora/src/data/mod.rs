@@ -16,8 +16,12 @@ pub mod rank;
 pub mod sample;
 pub mod scenario;
 
-use data_prep::config::ConfigPath;
+use std::path::Path;
+use std::time::Duration;
+
+use data_prep::config::{ConfigPath, is_url};
 use data_prep::face::mask::MaskConfig;
+use data_prep::shard::{RemoteConfig, ShardFolder};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -26,8 +30,11 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Folder that `data-prep build` wrote.
+    /// Folder that `data-prep build` wrote, or its URL: `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `https://HOST/PATH`.
     pub shards: ConfigPath,
+    /// How shards behind a URL are read.
+    #[serde(default)]
+    pub remote: RemoteShards,
     /// The split to learn from: rows with this label; unlabelled sets use `all`.
     #[serde(default = "default_split")]
     pub split: String,
@@ -93,6 +100,26 @@ fn default_prefetch_mib() -> usize {
     512
 }
 
+/// How shards behind a URL are read: `data.remote`. No part of what binds a checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RemoteShards {
+    /// Folder that keeps what was read, shared by the processes of a machine.
+    pub cache: ConfigPath,
+    /// Its size in GiB; what was not used for longest makes room.
+    pub cache_gib: usize,
+    /// Seconds after which a read that still fails ends the run. Below the time that ranks wait for each other, so that
+    /// the message names the cause.
+    pub deadline_seconds: usize,
+}
+
+impl Default for RemoteShards {
+    fn default() -> Self {
+        let cache = ConfigPath::new("${HYPERLORA_CACHE:-~/.cache/hyperlora}/shards");
+        Self { cache, cache_gib: 64, deadline_seconds: 45 }
+    }
+}
+
 /// The random square around a face; it always holds the whole face where the photo is large enough.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -156,6 +183,8 @@ impl DataConfig {
             ("streams", self.streams),
             ("shuffle_window", self.shuffle_window),
             ("workers", self.workers),
+            ("remote.cache_gib", self.remote.cache_gib),
+            ("remote.deadline_seconds", self.remote.deadline_seconds),
         ] {
             if !(1..=LARGEST).contains(&value) {
                 let remedy = format!("give 1 to {LARGEST}");
@@ -163,5 +192,21 @@ impl DataConfig {
             }
         }
         Ok(())
+    }
+
+    /// Opens the shards; relative paths start at `yaml_folder`.
+    ///
+    /// # Errors
+    /// As [`ShardFolder::open`] and [`ShardFolder::open_remote`].
+    pub fn open_shards(&self, yaml_folder: &Path) -> Result<ShardFolder> {
+        let place = self.shards.resolve(yaml_folder)?;
+        let Some(url) = place.to_str().filter(|place| is_url(place)) else { return ShardFolder::open(&place) };
+        let RemoteShards { cache, cache_gib, deadline_seconds } = &self.remote;
+        let remote = RemoteConfig {
+            cache: cache.resolve(yaml_folder)?,
+            cache_bytes: (*cache_gib as u64) << 30,
+            deadline: Duration::from_secs(*deadline_seconds as u64),
+        };
+        ShardFolder::open_remote(url, &remote)
     }
 }

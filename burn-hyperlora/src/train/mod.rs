@@ -24,7 +24,6 @@ use std::sync::Arc;
 
 use burn::tensor::Device;
 use data_prep::files::write_whole;
-use data_prep::shard::ShardFolder;
 
 use crate::collective::Collective;
 use crate::conditioning::BaseConfig;
@@ -197,7 +196,7 @@ fn lock(run: &Path) -> Result<File> {
 /// # Errors
 /// Input for a missing, foreign or corrupt shard folder.
 pub fn open_dataset(config: &DataConfig, yaml_folder: &Path, run: &Path) -> Result<Arc<Dataset>> {
-    let shards = ShardFolder::open(&config.shards.resolve(yaml_folder)?)?;
+    let shards = config.open_shards(yaml_folder)?;
     let quarantine = Quarantine::open(run, config.bad_row_groups, shards.checksum())?;
     Ok(Arc::new(Dataset::open(shards, config.cache_mib)?.with_quarantine(quarantine)))
 }

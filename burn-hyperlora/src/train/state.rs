@@ -85,8 +85,10 @@ pub fn binding_settings(
         }
         value
     };
-    let mut data =
-        without(tree(serde_json::to_value(data))?, &["cache_mib", "workers", "prefetch_mib", "bad_row_groups"]);
+    let mut data = without(
+        tree(serde_json::to_value(data))?,
+        &["cache_mib", "workers", "prefetch_mib", "bad_row_groups", "remote"],
+    );
     data["shards"] = shards.into();
     let train = tree(serde_json::to_value(train))?;
     let train = without(

@@ -8,6 +8,7 @@ use crate::support::{Damage, World, contents, flip_a_bit, hyperlora, quickstart_
 #[test]
 fn a_wrong_yaml_is_named_by_file_line_and_key() {
     let world = World::new();
+    let no_such_url = if cfg!(feature = "cloud") { "give s3://" } else { "--features burn-hyperlora/cloud" };
     let cases = [
         ("seed: 5", "sed: 5", &["train.yaml:3:1", "`sed`", "did you mean `seed`?"][..]),
         ("micro_batch: 1", "mikro_batch: 1", &["train.yaml:19:3", "did you mean `micro_batch`?"]),
@@ -28,6 +29,9 @@ fn a_wrong_yaml_is_named_by_file_line_and_key() {
         ("name: small", "name: ../small", &["train.yaml: name"]),
         ("shards: shards", "shards: ${NOWHERE_SET}/shards", &["NOWHERE_SET", "is not set"]),
         ("shards: shards", "shards: nowhere", &["nowhere", "holds no manifest.json"]),
+        ("shards: shards", "shards: ftp://host/faces", &["ftp://host/faces", no_such_url]),
+        ("shards: shards", "shards: shards\n  remote: {cache_gib: 0}", &["train.yaml: data.remote.cache_gib", "1 to"]),
+        ("shards: shards", "shards: shards\n  remote: {cach: there}", &["train.yaml:8:12", "did you mean `cache`?"]),
         ("shards: shards", "shards: shards\n  split: validation", &["shards", "`validation`", "held_out", "train"]),
         ("train:\n", "train: [\n", &["train.yaml:"]),
     ];

@@ -4,7 +4,11 @@
 
 pub mod index;
 pub mod manifest;
+#[cfg(feature = "cloud")]
+mod piece_cache;
 pub mod reader;
+#[cfg(feature = "cloud")]
+mod remote;
 pub mod schema;
 pub mod store;
 pub mod writer;
@@ -13,7 +17,7 @@ pub use index::{INDEX_FILE, RowLabel};
 pub use manifest::{IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, ShardFile};
 pub use reader::{RowGroup, ShardFolder};
 pub use schema::{EMBEDDING_DIM, SCHEMA_VERSION};
-pub use store::Damage;
+pub use store::{Damage, RemoteConfig};
 pub use writer::{ShardConfig, ShardWriter, Written};
 
 /// One kept face: a row of a shard.

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::shard::FaceRecord;
 use crate::shard::manifest::{MANIFEST_FILE, Manifest, ShardFile, no_manifest, sha256_of};
 use crate::shard::schema::{difference, from_batch};
-use crate::shard::store::{Damage, Store};
+use crate::shard::store::{Damage, RemoteConfig, Store};
 
 pub(super) const REMEDY: &str = "restore the file, or prepare the data again with `data-prep build`";
 
@@ -48,7 +48,7 @@ impl ShardFolder {
         if !dir.join(MANIFEST_FILE).exists() {
             return Err(no_manifest(dir));
         }
-        let folder = Self::of_store(Store::new(dir))?;
+        let folder = Self::of_store(Store::Folder(dir.into()))?;
         for shard in &folder.manifest.shards {
             let path = dir.join(&shard.file);
             let bytes = std::fs::metadata(&path).map_err(|source| Error::read(&path, source))?.len();
@@ -60,8 +60,17 @@ impl ShardFolder {
         Ok(folder)
     }
 
+    /// Opens the shard folder behind `url`: `s3://`, `gs://`, `http://` or `https://`.
+    ///
+    /// # Errors
+    /// Input: as [`open`](Self::open), a URL that is not understood, missing credentials, or a build without the feature
+    /// `cloud`; Disk where the provider cannot be reached.
+    pub fn open_remote(url: &str, config: &RemoteConfig) -> Result<Self> {
+        Self::of_store(Store::remote(url, config)?)
+    }
+
     fn of_store(store: Store) -> Result<Self> {
-        let text = store.read(MANIFEST_FILE)?;
+        let text = store.read_manifest()?;
         let manifest = Manifest::parse(&text, &store.place(MANIFEST_FILE))?;
         let mut row_groups = Vec::new();
         let mut first_row = 0;

@@ -4,11 +4,14 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
 
 use crate::error::{Error, Result};
-use crate::shard::manifest::{Piece, sha256_of};
+use crate::shard::manifest::{MANIFEST_FILE, Piece, sha256_of};
+#[cfg(feature = "cloud")]
+use crate::shard::remote::Remote;
 
 /// What is wrong with the content of a part of a shard, in words: the medium could be read, but gave something else than
 /// what was written.
@@ -16,26 +19,76 @@ use crate::shard::manifest::{Piece, sha256_of};
 #[error("{0}")]
 pub struct Damage(pub String);
 
-/// The folder that the files lie in.
+impl Damage {
+    pub(super) fn of_checksum() -> Self {
+        Self("its SHA-256 is not the one in manifest.json".into())
+    }
+
+    pub(super) fn of_end() -> Self {
+        Self("the file ends within it".into())
+    }
+}
+
+/// How a shard folder behind a URL is read.
+#[derive(Debug, Clone)]
+pub struct RemoteConfig {
+    /// Folder for what was read, shared by the processes of a machine.
+    pub cache: PathBuf,
+    /// Its size; a little more while it is written to.
+    pub cache_bytes: u64,
+    /// Time after which a read that still fails is given up; tries again fall within it.
+    pub deadline: Duration,
+}
+
+/// The place of a shard folder.
 #[derive(Debug)]
-pub(super) struct Store {
-    dir: PathBuf,
+pub(super) enum Store {
+    /// A folder of this machine.
+    Folder(PathBuf),
+    /// A folder behind a URL.
+    #[cfg(feature = "cloud")]
+    Remote(Box<Remote>),
 }
 
 impl Store {
-    pub(super) fn new(dir: &Path) -> Self {
-        Self { dir: dir.into() }
+    /// The folder behind a URL.
+    ///
+    /// # Errors
+    /// Input for a URL that is not understood, or that this build does not read.
+    #[cfg(feature = "cloud")]
+    pub(super) fn remote(url: &str, config: &RemoteConfig) -> Result<Self> {
+        Ok(Self::Remote(Box::new(Remote::open(url, config)?)))
+    }
+
+    /// As above: this build reads none.
+    #[cfg(not(feature = "cloud"))]
+    pub(super) fn remote(url: &str, _config: &RemoteConfig) -> Result<Self> {
+        Err(Error::file(
+            Path::new(url),
+            "this program was built without reading from S3, Google Cloud Storage and HTTP",
+            "build it with `--features burn-hyperlora/cloud`, or copy the folder to a disk",
+        ))
     }
 
     /// The place of one file, for messages.
     pub(super) fn place(&self, file: &str) -> PathBuf {
-        self.dir.join(file)
+        match self {
+            Self::Folder(dir) => dir.join(file),
+            #[cfg(feature = "cloud")]
+            Self::Remote(remote) => remote.place(file),
+        }
     }
 
-    /// A whole file.
-    pub(super) fn read(&self, file: &str) -> Result<Bytes> {
-        let path = self.place(file);
-        std::fs::read(&path).map(Bytes::from).map_err(|source| Error::read(&path, source))
+    /// The whole manifest.
+    pub(super) fn read_manifest(&self) -> Result<Bytes> {
+        match self {
+            Self::Folder(dir) => {
+                let path = dir.join(MANIFEST_FILE);
+                std::fs::read(&path).map(Bytes::from).map_err(|source| Error::read(&path, source))
+            }
+            #[cfg(feature = "cloud")]
+            Self::Remote(remote) => remote.read_manifest(),
+        }
     }
 
     /// A part of a file, its checksum compared.
@@ -43,13 +96,20 @@ impl Store {
     /// # Errors
     /// Input or Disk where it cannot be read; what could be read but is not what was written is the inner error.
     pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
-        let path = self.place(file);
-        let mut bytes = vec![0; piece.bytes as usize];
-        match File::open(&path).and_then(|file| file.read_exact_at(&mut bytes, piece.offset)) {
-            Ok(()) if sha256_of(&bytes) == piece.sha256 => Ok(Ok(bytes.into())),
-            Ok(()) => Ok(Err(Damage("its SHA-256 is not the one in manifest.json".into()))),
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(Err(Damage("the file ends within it".into()))),
-            Err(source) => Err(Error::read(&path, source)),
+        match self {
+            Self::Folder(dir) => read_local(&dir.join(file), piece),
+            #[cfg(feature = "cloud")]
+            Self::Remote(remote) => remote.read_piece(file, piece),
         }
+    }
+}
+
+fn read_local(path: &Path, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
+    let mut bytes = vec![0; piece.bytes as usize];
+    match File::open(path).and_then(|file| file.read_exact_at(&mut bytes, piece.offset)) {
+        Ok(()) if sha256_of(&bytes) == piece.sha256 => Ok(Ok(bytes.into())),
+        Ok(()) => Ok(Err(Damage::of_checksum())),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(Err(Damage::of_end())),
+        Err(source) => Err(Error::read(path, source)),
     }
 }

@@ -1,0 +1,221 @@
+//! A shard folder in S3, Google Cloud Storage or behind HTTP, through a cache on this machine's disk.
+
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
+use object_store::http::HttpBuilder;
+use object_store::path::Path as ObjectPath;
+use object_store::{
+    BackoffConfig, ClientConfigKey, Error as StoreError, GetOptions, GetRange, ObjectStore, ObjectStoreScheme,
+    RetryConfig,
+};
+use tokio::runtime::{Builder, Runtime};
+use tokio::time::{sleep, timeout_at};
+use url::{Position, Url};
+
+use crate::error::{Error, Result};
+use crate::shard::manifest::{MANIFEST_FILE, Piece, sha256_of};
+use crate::shard::piece_cache::PieceCache;
+use crate::shard::store::{Damage, RemoteConfig};
+
+/// Before an object is asked for again whose content stopped to come.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// The most characters of a provider's answer that an error shows: some answer with a page.
+const CAUSE_CHARACTERS: usize = 300;
+
+/// How every provider says that an object ends before the part that was asked for; `object_store` has no kind for it.
+const BEYOND_THE_END: &str = "416 Range Not Satisfiable";
+
+/// A folder behind a URL.
+#[derive(Debug)]
+pub(super) struct Remote {
+    url: String,
+    store: Box<dyn ObjectStore>,
+    folder: ObjectPath,
+    runtime: Runtime,
+    cache: PieceCache,
+    deadline: Duration,
+}
+
+impl Remote {
+    /// # Errors
+    /// Input for a URL or setting that is not understood, Input or Disk for a cache folder that cannot be used.
+    pub(super) fn open(url: &str, config: &RemoteConfig) -> Result<Self> {
+        let refused = |problem: String| {
+            Error::input(url, problem, "give s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or https://HOST/PATH")
+        };
+        let parsed = Url::parse(url).map_err(|error| refused(format!("is no URL: {error}")))?;
+        // A query would not reach the server, and a password would stand in the run folder.
+        if parsed[Position::AfterPath..] != *"" || !parsed.username().is_empty() || parsed.password().is_some() {
+            return Err(refused("has a user, a `?` or a `#` part, which is not understood".into()));
+        }
+        let (store, folder) =
+            open_store(&parsed, config.deadline).map_err(|error| refused(format!("cannot be opened: {error}")))?;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("data-net")
+            .enable_all()
+            .build()
+            .map_err(|error| Error::Fault(format!("cannot start the network threads: {error}")))?;
+        let cache = PieceCache::open(&config.cache, config.cache_bytes)?;
+        let url = url.trim_end_matches('/').to_owned();
+        Ok(Self { url, store, folder, runtime, cache, deadline: config.deadline })
+    }
+
+    pub(super) fn place(&self, file: &str) -> PathBuf {
+        Path::new(&self.url).join(file)
+    }
+
+    /// The manifest as it is now; where nobody answers, as it came last.
+    pub(super) fn read_manifest(&self) -> Result<Bytes> {
+        let place = self.place(MANIFEST_FILE);
+        match self.get(MANIFEST_FILE, GetOptions::default(), Instant::now() + self.deadline) {
+            Ok(text) if text.starts_with(b"{") => {
+                self.cache.put_latest(&place, &text);
+                Ok(text)
+            }
+            Ok(text) => {
+                let begin: String = String::from_utf8_lossy(&text).chars().take(20).collect();
+                let remedy = "check that the URL is the folder's own and needs no sign-in page";
+                Err(Error::file(&place, format!("is no manifest: it begins with {begin:?}"), remedy))
+            }
+            Err(error) => match (self.failure(MANIFEST_FILE, &error), self.cache.latest(&place)) {
+                (Error::Disk { .. }, Some(text)) => {
+                    let cause = cause(&error);
+                    tracing::warn!("{}: cannot be reached ({cause}): read as it was last time", place.display());
+                    Ok(text)
+                }
+                (failure, _) => Err(failure),
+            },
+        }
+    }
+
+    /// A part of an object, from the cache where it is there. What arrives with another checksum is asked for once more.
+    pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
+        if let Some(bytes) = self.cache.get(&piece.sha256) {
+            return Ok(Ok(bytes));
+        }
+        let until = Instant::now() + self.deadline;
+        // One process of this machine asks; the others wait and take what it kept.
+        let _turn = self.cache.turn(&piece.sha256, until);
+        if let Some(bytes) = self.cache.get(&piece.sha256) {
+            return Ok(Ok(bytes));
+        }
+        let range = GetRange::Bounded(piece.offset..piece.offset + piece.bytes);
+        for _ in 0..2 {
+            match self.get(file, GetOptions { range: Some(range.clone()), ..GetOptions::default() }, until) {
+                Ok(bytes) if sha256_of(&bytes) == piece.sha256 => {
+                    self.cache.put(&piece.sha256, &bytes);
+                    return Ok(Ok(bytes));
+                }
+                Ok(_) => {}
+                Err(error) if cause(&error).contains(BEYOND_THE_END) => return Ok(Err(Damage::of_end())),
+                Err(error) => return Err(self.failure(file, &error)),
+            }
+        }
+        Ok(Err(Damage::of_checksum()))
+    }
+
+    /// Asks until the deadline. The client tries failed requests again, but not every content that stops to come.
+    fn get(&self, file: &str, options: GetOptions, until: Instant) -> object_store::Result<Bytes> {
+        let path = self.folder.clone().join(file);
+        let mut stopped = None;
+        let answer = self.runtime.block_on(async {
+            let asking = async {
+                loop {
+                    match self.store.get_opts(&path, options.clone()).await?.bytes().await {
+                        Ok(content) => return Ok(content),
+                        Err(error) => stopped = Some(error),
+                    }
+                    sleep(PAUSE).await;
+                }
+            };
+            timeout_at(until.into(), asking).await
+        });
+        answer.unwrap_or_else(|_| {
+            let silence = io::Error::new(ErrorKind::TimedOut, format!("nothing came in {} s", self.deadline.as_secs()));
+            Err(stopped.unwrap_or(StoreError::Generic { store: "network", source: silence.into() }))
+        })
+    }
+
+    fn failure(&self, file: &str, error: &StoreError) -> Error {
+        let place = self.place(file);
+        match error {
+            StoreError::NotFound { .. } => {
+                Error::file(&place, "does not exist", "check the URL, and that the folder was copied there whole")
+            }
+            StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => {
+                let remedy = "set the provider's credentials in the environment (AWS_ACCESS_KEY_ID and \
+                    AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT), or let them read it";
+                Error::file(&place, format!("may not be read: {}", cause(error)), remedy)
+            }
+            StoreError::NotSupported { .. } => {
+                let problem = "the server sent something else than the part that was asked for";
+                let remedy = "let a server that answers range requests serve the folder, without a page in place of it";
+                Error::file(&place, problem, remedy)
+            }
+            other => Error::Disk {
+                path: place,
+                problem: "reading failed".into(),
+                source: io::Error::other(cause(other)),
+                remedy: "check the network, the provider and its credentials, then run the same command again".into(),
+            },
+        }
+    }
+}
+
+/// The provider's client, with credentials and settings from the environment, and the folder's place in it. All that the
+/// client tries ends before the deadline, so that its error tells what was wrong.
+fn open_store(url: &Url, deadline: Duration) -> object_store::Result<(Box<dyn ObjectStore>, ObjectPath)> {
+    let (scheme, folder) = ObjectStoreScheme::parse(url)?;
+    let retry = RetryConfig {
+        backoff: BackoffConfig { max_backoff: deadline / 8, ..BackoffConfig::default() },
+        max_retries: usize::MAX,
+        retry_timeout: deadline / 2,
+    };
+    let silence = format!("{}ms", (deadline / 4).as_millis());
+    // The whole request has the deadline; the client's own limit of 30 s would cut slow ones off.
+    let limits = [
+        (ClientConfigKey::Timeout, format!("{}ms", deadline.as_millis())),
+        (ClientConfigKey::ConnectTimeout, silence.clone()),
+        (ClientConfigKey::ReadTimeout, silence),
+    ];
+    let store: Box<dyn ObjectStore> = match scheme {
+        ObjectStoreScheme::AmazonS3 => {
+            let builder = AmazonS3Builder::from_env().with_url(url.as_str()).with_retry(retry);
+            let with =
+                |builder: AmazonS3Builder, (key, value)| builder.with_config(AmazonS3ConfigKey::Client(key), value);
+            Box::new(limits.into_iter().fold(builder, with).build()?)
+        }
+        ObjectStoreScheme::GoogleCloudStorage => {
+            let builder = GoogleCloudStorageBuilder::from_env().with_url(url.as_str()).with_retry(retry);
+            let with = |builder: GoogleCloudStorageBuilder, (key, value)| {
+                builder.with_config(GoogleConfigKey::Client(key), value)
+            };
+            Box::new(limits.into_iter().fold(builder, with).build()?)
+        }
+        ObjectStoreScheme::Http => {
+            let builder = HttpBuilder::new().with_url(&url[..Position::BeforePath]).with_retry(retry);
+            let builder = limits.into_iter().fold(builder, |builder, (key, value)| builder.with_config(key, value));
+            // Who writes http:// wants it; what arrives is held to its checksum.
+            Box::new(builder.with_config(ClientConfigKey::AllowHttp, "true").build()?)
+        }
+        other => return Err(StoreError::NotSupported { source: format!("{other:?} is not read").into() }),
+    };
+    Ok((store, folder))
+}
+
+/// The innermost reason of an error, in one line: the outer ones only wrap it.
+fn cause(error: &StoreError) -> String {
+    let mut innermost: &dyn std::error::Error = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    let words: Vec<String> = innermost.to_string().split_whitespace().map(str::to_owned).collect();
+    words.join(" ").chars().take(CAUSE_CHARACTERS).collect()
+}
