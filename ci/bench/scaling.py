@@ -6,9 +6,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-# GPU, and what connects machines.
-CLUSTERS = [("a100-80g", "infiniband-hdr"), ("a100-80g", "infiniband-ndr"), ("h100-80g", "infiniband-ndr")]
-BYTES_PER_SECOND = {"infiniband-hdr": 25e9, "infiniband-ndr": 50e9}
+# GPU, and the ports of a machine of eight to the others.
+CLUSTERS = [
+    ("a100-80g", 8, "infiniband-hdr"),
+    ("a100-80g", 4, "infiniband-hdr"),
+    ("a100-80g", 1, "infiniband-hdr"),
+    ("h100-80g", 8, "infiniband-ndr"),
+    ("h100-80g", 1, "infiniband-ndr"),
+]
 GPUS = [8, 16, 64, 256]
 # Name, accumulation, replaced settings, share of the bytes that is left on the wire.
 KNOBS = [
@@ -54,7 +59,7 @@ def measured(path):
     print(f"fitted: alpha {1e6 * alpha:.1f} us per hop, beta {beta / 1e9:.2f} GB/s; median error {100 * error:.0f} %")
 
 
-def plan(program, config, gpu, link, gpus, accumulation, settings):
+def plan(program, config, cluster, gpus, accumulation, settings):
     text = Path(config).read_text().splitlines()
     micro_batch = next(int(line.split(":")[1].split("#")[0]) for line in text if "micro_batch:" in line)
     settings = settings | {"global_batch": gpus * micro_batch * accumulation}
@@ -65,27 +70,30 @@ def plan(program, config, gpu, link, gpus, accumulation, settings):
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=Path(config).parent) as file:
         file.write("\n".join(text))
         file.flush()
+        gpu, ports, link = cluster
         command = [program, "plan", file.name, "--gpus", str(gpus), "--gpu", gpu, "--json", "--quiet"]
         if gpus > 8:
-            command += ["--link", link]
+            command += ["--link", link, "--ports", str(ports)]
         done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout:
         sys.exit(done.stderr)
-    return json.loads(done.stdout)["stages"][-1]
+    plan = json.loads(done.stdout)
+    return plan["stages"][-1], plan["cluster"]["link"]["bytes_per_second"]
 
 
 def predicted(program, config):
     print(f"\npredicted by `hyperlora plan` for {config}: step = computing + hops + bytes / link, nothing overlapped")
-    for gpu, link in CLUSTERS:
-        print(f"\n{gpu}, {link} between machines\n  {'':40} {'step of 8, s':>12} " + " ".join(f"{n:>7}" for n in GPUS[1:]))
+    for cluster in CLUSTERS:
+        gpu, ports, link = cluster
+        head = f"{gpu}, {ports} x {link}"
+        print(f"\n{head:40} {'step of 8, s':>12} " + " ".join(f"{gpus:>7}" for gpus in GPUS[1:]))
         for name, accumulation, settings, share in KNOBS:
             steps = []
             for gpus in GPUS:
-                stage = plan(program, config, gpu, link, gpus, accumulation, settings)
-                less = (1 - share) * stage["sent_bytes"] / BYTES_PER_SECOND[link] if gpus > 8 else 0.0
-                steps.append(stage["step_seconds"] - less)
+                stage, bytes_per_second = plan(program, config, cluster, gpus, accumulation, settings)
+                steps.append(stage["step_seconds"] - (1 - share) * stage["sent_bytes"] / bytes_per_second)
             # Each GPU does the same work at any number: the ratio of the step times is the scaling.
-            print(f"  {name:40} {steps[0]:12.2f} " + " ".join(f"{100 * steps[0] / step:6.1f}%" for step in steps[1:]))
+            print(f"  {name:38} {steps[0]:12.2f} " + " ".join(f"{100 * steps[0] / step:6.2f}%" for step in steps[1:]))
 
 
 if __name__ == "__main__":

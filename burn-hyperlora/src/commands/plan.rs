@@ -11,7 +11,7 @@ use crate::commands::Common;
 use crate::data::dataset::ALL_SPLITS;
 use crate::error::{Error, Result};
 use crate::experiment::Experiment;
-use crate::plan::hardware::{BETWEEN_MACHINES, Gpu, Link, PER_MACHINE, parse_memory};
+use crate::plan::hardware::{BETWEEN_MACHINES, Gpu, Link, PER_MACHINE, PORTS, between_machines, parse_memory};
 use crate::plan::{Cluster, Setup};
 
 /// Tell memory, traffic, speed and days of a training from its configs alone
@@ -28,10 +28,14 @@ pub(super) struct PlanArgs {
     /// Their kind: a100-40g, a100-80g, h100-80g, h200, l40s, rtx-a6000, a10g, rtx-4090 or rtx-3090
     #[arg(long, value_name = "NAME")]
     gpu: Gpu,
-    /// What connects them: a speed per GPU and direction (300GB/s, 200Gb/s), nvlink3..5, pcie3..5, infiniband-edr, -hdr
-    /// or -ndr, ethernet-10g, -25g or -100g; where left out the GPU's own link, above eight GPUs infiniband-hdr
+    /// What connects them: a speed per direction (300GB/s, 200Gb/s), nvlink3..5, pcie3..5, infiniband-edr, -hdr or -ndr,
+    /// ethernet-10g, -25g or -100g. Of a GPU; above eight GPUs, which stand in machines of eight, of a machine's port
+    /// [default: the GPU's own link, above eight infiniband-hdr]
     #[arg(long, value_name = "SPEED")]
     link: Option<Link>,
+    /// Ports of a machine to the others, where there are several machines
+    #[arg(long, value_name = "N", default_value_t = PORTS, value_parser = RangedU64ValueParser::<u64>::new().range(1..=64))]
+    ports: u64,
     /// Images of an epoch; those of the shards where left out
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
     images: Option<u64>,
@@ -70,13 +74,13 @@ pub(super) fn run(args: &PlanArgs, common: &Common) -> Result<ExitCode> {
 
 impl PlanArgs {
     fn cluster(&self) -> Result<Cluster> {
+        let several = self.gpus > PER_MACHINE;
+        let fault = |problem| Error::Fault(format!("{}: {problem}", self.gpu.name));
         let link = match &self.link {
             Some(link) => link.clone(),
-            None => {
-                let name = if self.gpus > PER_MACHINE { BETWEEN_MACHINES } else { self.gpu.link };
-                name.parse().map_err(|problem| Error::Fault(format!("{name}: {problem}")))?
-            }
+            None => if several { BETWEEN_MACHINES } else { self.gpu.link }.parse().map_err(fault)?,
         };
+        let link = if several { between_machines(&self.gpu, &link, self.ports).map_err(fault)? } else { link };
         Ok(Cluster {
             gpu: self.gpu,
             gpus: self.gpus,

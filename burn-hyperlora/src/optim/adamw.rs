@@ -11,7 +11,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer as _};
 use burn::tensor::{FloatDType, Tensor, TensorData};
 
-use super::buckets::{BUCKET_NUMBERS, Bucket, cut};
+use super::buckets::{Bucket, bucket_numbers, cut};
 use crate::collective::{Collective, Pending};
 use crate::error::{Error, Result};
 use crate::optim::{GradientMap, OptimConfig, Wire};
@@ -79,7 +79,7 @@ impl Optimizer {
             .with_weight_decay(config.weight_decay)
             .build();
         let parameters = trainable(module).into_iter().map(|(path, value)| (path, value.dims()[0]));
-        let buckets = cut(parameters, BUCKET_NUMBERS, share.parts);
+        let buckets = cut(parameters, bucket_numbers(share.parts), share.parts);
         let states = vec![None; buckets.len()];
         Self { adamw, buckets, share, states }
     }

@@ -6,10 +6,22 @@ use std::ops::Range;
 use burn::tensor::{Device, Tensor};
 
 /// Numbers of a bucket, at least: 16 MiB in f32, long enough for the wire, short enough to have several under way.
-/// A single larger parameter is a bucket by itself.
-pub(super) const BUCKET_NUMBERS: usize = 4 << 20;
-/// Bytes of them.
-pub const BUCKET_BYTES: u64 = 4 * BUCKET_NUMBERS as u64;
+const LEAST_NUMBERS: usize = 4 << 20;
+
+/// Numbers of each rank's part of a bucket, at least: 1 MiB in f32. A bucket takes a hop per rank whatever its length; from 16
+/// ranks on the hops of shorter buckets would soon take longer than their bytes.
+const PART_NUMBERS: usize = 256 << 10;
+
+/// Numbers of a bucket that falls into `parts`, at least. A single larger parameter is a bucket by itself.
+pub(super) fn bucket_numbers(parts: usize) -> usize {
+    LEAST_NUMBERS.max(parts.saturating_mul(PART_NUMBERS))
+}
+
+/// Bytes of a bucket that `ranks` share, at least.
+pub fn bucket_bytes(ranks: u64) -> u64 {
+    let parts = usize::try_from(ranks).unwrap_or(usize::MAX);
+    4 * bucket_numbers(parts) as u64
+}
 
 /// Whole parameters, one after the other, that are reduced, stepped and gathered as one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]

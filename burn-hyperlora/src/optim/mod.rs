@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 pub use adamw::{Optimizer, ReducedGradients, Share};
-pub use buckets::BUCKET_BYTES;
+pub use buckets::bucket_bytes;
 pub use gradients::{GradientAccumulator, GradientMap};
 pub use schedule::{Decay, Schedule};
 

@@ -119,7 +119,7 @@ impl FromStr for Gpu {
     }
 }
 
-/// What connects the GPUs, seen by one of them, in one direction.
+/// What a GPU, or a machine's port, sends in one direction.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Link {
     /// As it was asked for.
@@ -128,7 +128,7 @@ pub struct Link {
     pub bytes_per_second: f64,
 }
 
-/// Links by name: GB/s per GPU and direction. A port of 200 Gb/s carries 25 GB/s.
+/// Links by name: GB/s in one direction, of a GPU or of a port. A port of 200 Gb/s carries 25 GB/s.
 pub const LINKS: [(&str, f64); 12] = [
     ("nvlink3", 300.0),
     ("nvlink4", 450.0),
@@ -144,11 +144,25 @@ pub const LINKS: [(&str, f64); 12] = [
     ("ethernet-100g", 12.5),
 ];
 
-/// What connects machines of eight GPUs where nothing else is said: one HDR port per GPU.
+/// What a port to other machines is where nothing else is said.
 pub const BETWEEN_MACHINES: &str = "infiniband-hdr";
 
 /// GPUs in one machine.
 pub const PER_MACHINE: u64 = 8;
+
+/// Ports of a machine to the others where nothing else is said: one per GPU.
+pub const PORTS: u64 = PER_MACHINE;
+
+/// What a GPU passes on around the rings through several machines. NCCL lays a ring through every port, each with its part of
+/// the bytes: together they are as wide as all ports of a machine, but no wider than the GPUs' own link.
+///
+/// # Errors
+/// What was expected, for a GPU with an unknown link.
+pub fn between_machines(gpu: &Gpu, port: &Link, ports: u64) -> Result<Link, String> {
+    let own: Link = gpu.link.parse()?;
+    let all_ports = ports as f64 * port.bytes_per_second;
+    Ok(Link { name: format!("{ports} x {}", port.name), bytes_per_second: all_ports.min(own.bytes_per_second) })
+}
 
 /// Seconds that a message of a ring takes over NVLink, whatever its length: NCCL's tuner, ring, simple protocol.
 const HOP_NVLINK: f64 = 3.4e-6;
@@ -237,6 +251,18 @@ mod tests {
         assert!((seconds(8) - 14.0 * 3.4e-6).abs() < 1e-12);
         assert!((seconds(16) - (28.0 * 3.4e-6 + 2.0 * 14e-6)).abs() < 1e-12);
         assert!((hop_seconds(&GPUS[4], 2) - 2.0 * 5.7e-6).abs() < 1e-12);
+    }
+
+    #[test]
+    fn rings_are_as_wide_as_all_ports_or_the_gpus_own_link() {
+        let speed = |gpu: &str, port: &str, ports| {
+            let ring = gpu.parse().and_then(|gpu| between_machines(&gpu, &port.parse()?, ports));
+            ring.map(|ring| (ring.name, ring.bytes_per_second))
+        };
+        assert_eq!(speed("a100-80g", "infiniband-hdr", 8), Ok(("8 x infiniband-hdr".into(), 200e9)));
+        assert_eq!(speed("a100-80g", "infiniband-hdr", 4), Ok(("4 x infiniband-hdr".into(), 100e9)));
+        assert_eq!(speed("a100-80g", "infiniband-ndr", 8), Ok(("8 x infiniband-ndr".into(), 300e9)));
+        assert_eq!(speed("l40s", "50GB/s", 1), Ok(("1 x 50GB/s".into(), 32e9)));
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub struct Cluster {
     pub gpus: u64,
     /// Memory of each in bytes.
     pub memory: u64,
-    /// The narrowest link on the ring through all of them.
+    /// What each passes on around the rings through all of them.
     pub link: Link,
     /// The share of the peak that a step is assumed to reach, above 0, at most 1.
     pub utilisation: f64,

@@ -3,7 +3,7 @@
 use burn::tensor::FloatDType;
 use serde::Serialize;
 
-use crate::optim::BUCKET_BYTES;
+use crate::optim::bucket_bytes;
 use crate::plan::hardware::hop_seconds;
 use crate::plan::memory::{F32, Memory, WORKSPACE};
 use crate::plan::{Setup, encoders, unet};
@@ -133,7 +133,7 @@ impl Setup {
 
         let gpus = self.cluster.gpus as f64;
         let sent_bytes = 2.0 * (gpus - 1.0) / gpus * gradient_bytes as f64;
-        let buckets = gradient_bytes.div_ceil(BUCKET_BYTES) as f64;
+        let buckets = gradient_bytes.div_ceil(bucket_bytes(self.cluster.gpus)) as f64;
         let hops = buckets * hop_seconds(&self.cluster.gpu, self.cluster.gpus);
         let all_reduce_seconds = hops + sent_bytes / self.cluster.link.bytes_per_second;
         let per_gpu = self.train.global_batch as f64 / gpus;
