@@ -6,6 +6,8 @@ mod bad_input;
 mod bad_weights;
 mod contract;
 mod disk;
+#[path = "../../../data-prep/tests/file_server/mod.rs"]
+mod file_server;
 mod loras;
 mod pictures;
 mod plan;
@@ -15,3 +17,4 @@ mod runs;
 mod stability;
 mod status;
 mod support;
+mod urls;
