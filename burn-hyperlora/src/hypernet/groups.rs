@@ -113,6 +113,15 @@ impl ParameterGroup {
         }
     }
 
+    /// Whether its parameters have a part in the loss of `stage`; `base_lora` tells whether the Base-LoRA is ever on there.
+    pub fn is_used(self, stage: Stage, base_lora: bool) -> bool {
+        match self {
+            Self::BaseResampler | Self::BaseBases => base_lora,
+            Self::IdProjector | Self::ProjIn | Self::Attn2 => stage == Stage::IdEmbed,
+            _ => stage != Stage::Base,
+        }
+    }
+
     /// The group of a parameter, by the name of [`HyperLora::parameter_names`]; `None` for a name of something else.
     pub fn of(parameter: &str) -> Option<Self> {
         let (file, key) = parameter.split_once('.')?;

@@ -264,7 +264,26 @@ impl StageEntry {
                 "give `id_only: 1` alone, or a base_rank of at least 1",
             );
         }
-        Ok(())
+        self.validate_groups(place, has_base)
+    }
+
+    /// A group without a part in the loss would get no gradient, and shrink by weight decay alone.
+    fn validate_groups(&self, place: &str, has_base: bool) -> Result<()> {
+        let scenarios = self.scenarios();
+        let base_lora = has_base && (scenarios.has(Scenario::Full) || scenarios.has(Scenario::BaseOnly));
+        let is_used = |group: &ParameterGroup| group.is_used(self.kind(), base_lora);
+        let Some(unused) = self.config().groups.iter().find(|group| !is_used(group)) else { return Ok(()) };
+        let why = match unused {
+            ParameterGroup::BaseResampler | ParameterGroup::BaseBases if !has_base => "hyper_lora.base_rank is 0",
+            ParameterGroup::BaseResampler | ParameterGroup::BaseBases => "none of its scenarios has the Base-LoRA",
+            _ => "it would get no gradient",
+        };
+        let fitting: Vec<&str> = ParameterGroup::ALL.into_iter().filter(is_used).map(ParameterGroup::name).collect();
+        Err(Error::input(
+            format!("{place}.groups"),
+            format!("this stage does not use `{}`: {why}", unused.name()),
+            format!("use some of: {}; or leave `groups` out", fitting.join(", ")),
+        ))
     }
 }
 
@@ -401,6 +420,48 @@ mod tests {
         ] {
             let message = parse(&text).unwrap_err().to_string();
             assert!(message.contains(key), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_group_that_the_stage_does_not_use_is_refused_with_those_that_fit() {
+        let parse = |stage: &str, has_base| {
+            let text = format!("micro_batch: 1\nglobal_batch: 1\nstages: [{{{stage}}}]");
+            let mut config: TrainConfig = data_prep::config::parse(&text, Path::new("train.yaml")).unwrap();
+            config.resolve();
+            config.validate("train.yaml", has_base).map_err(|error| error.to_string())
+        };
+        for (stage, has_base, named) in [
+            (
+                "base: {steps: 1, groups: [id_bases]}",
+                true,
+                ["base.groups", "`id_bases`", "base_resampler, base_bases;"],
+            ),
+            (
+                "id_clip: {steps: 1, groups: [id_projector, id_bases]}",
+                true,
+                ["id_clip.groups", "`id_projector`", "attn3"],
+            ),
+            (
+                "id_clip: {steps: 1, groups: [id_bases, base_bases], scenarios: {id_only: 1}}",
+                true,
+                ["id_clip.groups", "`base_bases`", "none of its scenarios"],
+            ),
+            (
+                "id_embedding: {steps: 1, groups: [base_resampler], scenarios: {id_only: 1}}",
+                false,
+                ["id_embedding.groups", "`base_resampler`", "base_rank is 0"],
+            ),
+        ] {
+            let message = parse(stage, has_base).unwrap_err();
+            assert!(named.iter().all(|words| message.contains(words)), "{message}");
+        }
+        for stage in [
+            "base: {steps: 1, groups: [base_bases]}",
+            "id_clip: {steps: 1, groups: [id_bases, base_bases]}",
+            "id_embedding: {steps: 1, groups: [id_projector, proj_in, attn2, attn3, proj_in_2, latents]}",
+        ] {
+            assert_eq!(parse(stage, true), Ok(()));
         }
     }
 
