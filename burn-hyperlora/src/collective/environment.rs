@@ -50,6 +50,18 @@ const LAUNCHERS: [Launcher; 3] = [
     },
 ];
 
+/// Present and not 0 in a process whose launcher has started this run before: Slurm's requeued job, torchrun's next try, a
+/// JobSet's next attempt (named by launch/k8s-jobset.yaml).
+const EARLIER_LIVES: [&str; 3] = ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT"];
+
+/// Tells by which variable, with its value, the launcher says that it has started this run before: with the same command,
+/// which then goes on.
+pub fn earlier_lives() -> Option<String> {
+    let told = EARLIER_LIVES.map(|name| (name, std::env::var(name).unwrap_or_default()));
+    let (name, count) = told.into_iter().find(|(_, count)| !["", "0"].contains(&count.trim()))?;
+    Some(format!("{name}={count}"))
+}
+
 const START_AGAIN: &str =
     "start every process by torchrun, srun or mpirun, or unset the variables for a single process";
 

@@ -24,7 +24,7 @@ use burn::tensor::{Device, Tensor};
 use crate::error::{Error, Result};
 
 pub use agreement::agree;
-pub use environment::Placement;
+pub use environment::{Placement, earlier_lives};
 pub use rendezvous::{Meeting, Rendezvous};
 pub use timed::Timed;
 pub use world_of_one::WorldOfOne;

@@ -26,7 +26,7 @@ pub(super) struct TrainArgs {
     /// Stop, with a checkpoint, once this many optimiser steps are done in all
     #[arg(long, value_name = "N")]
     max_steps: Option<u64>,
-    /// Begin anew; the old run folder is kept aside
+    /// Begin anew; the old run folder is kept aside. Where the launcher starts the run again, it goes on
     #[arg(long)]
     restart: bool,
     /// The GPU of each rank, for the model FLOP utilisation in the curves: a name as `hyperlora plan` knows
@@ -40,8 +40,13 @@ pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<
     let placement = Placement::of_process()?;
     match placement.as_ref().map_or(0, |placement| placement.rank) {
         0 => {
-            let aside = if args.restart { train::move_aside(&run)? } else { None };
+            // Launchers repeat the whole command: only their first start begins anew.
+            let earlier = collective::earlier_lives().filter(|_| args.restart);
+            let aside = if args.restart && earlier.is_none() { train::move_aside(&run)? } else { None };
             common.start_log(Some(&run))?;
+            if let Some(told) = earlier {
+                tracing::warn!("--restart is passed over: the launcher has started this run before ({told})");
+            }
             if let Some(aside) = aside {
                 tracing::info!("the old run is kept in {}", aside.display());
             }

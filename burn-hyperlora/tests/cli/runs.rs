@@ -113,8 +113,19 @@ fn max_steps_pauses_and_restart_keeps_the_old_run_aside() {
     let before = contents(&first.join("checkpoints"));
     assert_eq!(checkpoints(&first), ["step-00000001"]);
 
-    let ended = run(world.train("run", &["--max-steps", "0", "--restart"])).with(0);
+    // A launcher's next start repeats the command: the run goes on.
     let aside = world.path("run.1");
+    for name in ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT"] {
+        let mut again = world.train("run", &["--max-steps", "1", "--restart"]);
+        again.env(name, "2");
+        let ended = run(again).with(0);
+        assert!(ended.stderr.contains("--restart is passed over") && ended.stderr.contains(name), "{}", ended.stderr);
+        assert!(!aside.exists() && contents(&first.join("checkpoints")) == before);
+    }
+
+    let mut anew = world.train("run", &["--max-steps", "0", "--restart"]);
+    anew.env("TORCHELASTIC_RESTART_COUNT", "0");
+    let ended = run(anew).with(0);
     assert!(ended.stderr.contains(&aside.display().to_string()), "{}", ended.stderr);
     assert_eq!(contents(&aside.join("checkpoints")), before);
     assert_eq!(checkpoints(&first), ["step-00000000"]);
