@@ -2,7 +2,7 @@
 # One run on GPUs, one rank per GPU, started by torchrun. Call it on every machine. When a rank ends in failure, torchrun stops
 # the others and starts all of them again; they go on from the last whole checkpoint.
 #
-#   NNODES=2 MASTER=node-0:29500 ./launch/torchrun.sh CONFIG [further arguments of hyperlora train]
+#   HYPERLORA_TOKEN=SECRET NNODES=2 MASTER=node-0:29500 ./launch/torchrun.sh CONFIG [further arguments of hyperlora train]
 #
 # torchrun comes with PyTorch (pip install torch); nothing else of it is used.
 #
@@ -10,6 +10,8 @@
 #   NPROC_PER_NODE  GPUs of this machine                                                [what nvidia-smi lists]
 #   MASTER          HOST:PORT of the first machine; its ports PORT and the one that torchrun gives the ranks,
 #                   with its successor, must be reachable from the others                  [localhost:29500]
+#   HYPERLORA_TOKEN a secret by which the ranks know each other, the same on all machines; one machine
+#                   needs none                                                              [none]
 #   RUN_ID          the same on all machines, another for every run that goes on at once                [hyperlora]
 #   MAX_RESTARTS    how often to start again                                                              [20]
 #   GRACE_S         how long the ranks may take to save after SIGTERM, seconds                           [110]
@@ -31,6 +33,9 @@ shift
 program=${HYPERLORA:-${CARGO_TARGET_DIR:-target}/release/hyperlora}
 [ -x "$program" ] || fail "$program is missing" "cargo build --release --features burn-hyperlora/cuda"
 command -v "${TORCHRUN:=torchrun}" >/dev/null || fail "torchrun is missing" "pip install torch, or TORCHRUN=/path/to/torchrun"
+
+[ "${NNODES:-1}" = 1 ] || [ -n "${HYPERLORA_TOKEN:-}" ] || fail "HYPERLORA_TOKEN is not set, and there are several machines" \
+  "export the same one on all of them, such as openssl rand -hex 16 makes"
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
   command -v nvidia-smi >/dev/null || fail "nvidia-smi is missing, so nobody says how many GPUs there are" \

@@ -3,6 +3,8 @@
 //! Three launchers are known. The innermost one counts, because an outer one only started it: torchrun, then mpirun, then
 //! srun, whose variables an mpirun or a torchrun inside a Slurm job inherits.
 
+use std::net::IpAddr;
+
 use crate::error::{Error, Result};
 
 /// The place of this process in its world, as its launcher says.
@@ -16,6 +18,8 @@ pub struct Placement {
     pub world_size: usize,
     /// The rank among the processes of this machine: the GPU to use.
     pub local_rank: usize,
+    /// Whether all ranks are on this machine, as far as the launcher says.
+    pub one_machine: bool,
     /// Where rank 0 waits for the others, from `MASTER_ADDR` and `MASTER_PORT`; `None` where neither is set.
     pub master: Option<(String, u16)>,
 }
@@ -28,17 +32,27 @@ struct Launcher {
     rank: &'static str,
     world_size: &'static str,
     local_rank: &'static str,
+    /// Processes of this machine; no plain number where Slurm tells of several machines, as `8(x2)`.
+    local_size: &'static str,
 }
 
 /// From the innermost to the outermost.
 const LAUNCHERS: [Launcher; 3] = [
-    Launcher { name: "torchrun", mark: "RANK", rank: "RANK", world_size: "WORLD_SIZE", local_rank: "LOCAL_RANK" },
+    Launcher {
+        name: "torchrun",
+        mark: "RANK",
+        rank: "RANK",
+        world_size: "WORLD_SIZE",
+        local_rank: "LOCAL_RANK",
+        local_size: "LOCAL_WORLD_SIZE",
+    },
     Launcher {
         name: "mpirun",
         mark: "OMPI_COMM_WORLD_RANK",
         rank: "OMPI_COMM_WORLD_RANK",
         world_size: "OMPI_COMM_WORLD_SIZE",
         local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
+        local_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
     },
     // A batch script has SLURM_PROCID too, and is no rank of anything: only srun sets the number of a step.
     Launcher {
@@ -47,6 +61,7 @@ const LAUNCHERS: [Launcher; 3] = [
         rank: "SLURM_PROCID",
         world_size: "SLURM_NTASKS",
         local_rank: "SLURM_LOCALID",
+        local_size: "SLURM_STEP_TASKS_PER_NODE",
     },
 ];
 
@@ -105,6 +120,25 @@ impl Placement {
         }
         Ok(found)
     }
+
+    /// What keeps strangers and the ranks of other runs from the port where the ranks meet: the secret `HYPERLORA_TOKEN`
+    /// and the run's id of torchrun. Ranks on one machine do without a secret.
+    ///
+    /// # Errors
+    /// Input for ranks on several machines without a secret.
+    pub fn token(&self, variable: impl Fn(&str) -> Option<String>) -> Result<String> {
+        let secret = variable("HYPERLORA_TOKEN").filter(|secret| !secret.trim().is_empty());
+        if secret.is_none() && !self.one_machine {
+            return Err(Error::input(
+                "environment: HYPERLORA_TOKEN",
+                "is not set: over the network the ranks know each other by it",
+                "export the same one on all machines, such as `openssl rand -hex 16` makes",
+            ));
+        }
+        // torchrun's id is another one for every beginning of a JobSet: latecomers of the one before stay out.
+        let run = variable("TORCHELASTIC_RUN_ID").or_else(|| variable("SLURM_JOB_ID").filter(|_| secret.is_none()));
+        Ok([secret, run].into_iter().flatten().collect::<Vec<_>>().join("\n"))
+    }
 }
 
 impl Launcher {
@@ -129,7 +163,13 @@ impl Launcher {
                 START_AGAIN,
             ));
         }
-        Ok(Placement { launcher: self.name, rank, world_size, local_rank, master: master(variable)? })
+        let master = master(variable)?;
+        let local_size = variable(self.local_size).and_then(|size| size.parse::<usize>().ok());
+        let at_home = |(host, _): &(String, u16)| {
+            host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+        };
+        let one_machine = local_size == Some(world_size) || master.as_ref().is_some_and(at_home);
+        Ok(Placement { launcher: self.name, rank, world_size, local_rank, one_machine, master })
     }
 
     /// The variable that gave the launcher away.
@@ -182,6 +222,32 @@ mod tests {
         assert_eq!((placement.launcher, placement.rank, placement.world_size), ("mpirun", 1, 2));
         let placement = detect(&SRUN).unwrap().unwrap();
         assert_eq!((placement.launcher, placement.rank, placement.world_size), ("srun", 3, 4));
+    }
+
+    #[test]
+    fn ranks_on_several_machines_need_a_secret() {
+        let token = |set: &[(&str, &str)], more: &[(&str, &str)]| {
+            let set = [set, more].concat();
+            let of = |name: &str| set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+            detect(&set).unwrap().unwrap().token(of)
+        };
+        let at_home = [("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"), ("SLURM_JOB_ID", "7")];
+        for (set, more) in [
+            (&TORCHRUN[..], &[("LOCAL_WORLD_SIZE", "4")][..]),
+            (&TORCHRUN, &[("TORCHELASTIC_RUN_ID", "hyperlora"), ("HYPERLORA_TOKEN", " ")]),
+            (&MPIRUN, &[("MASTER_ADDR", "node-0"), ("MASTER_PORT", "29500")]),
+            (&SRUN, &[("SLURM_STEP_TASKS_PER_NODE", "2(x2)"), ("SLURM_JOB_ID", "7")]),
+        ] {
+            let error = token(set, more).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains("openssl rand -hex 16"), "{error}");
+            let whole = token(set, &[&[("HYPERLORA_TOKEN", "secret")], more].concat()).unwrap();
+            assert!(whole.starts_with("secret"), "{whole}");
+        }
+        assert_eq!(token(&TORCHRUN, &[("LOCAL_WORLD_SIZE", "8"), ("TORCHELASTIC_RUN_ID", "a")]).unwrap(), "a");
+        assert_eq!(token(&SRUN, &[("SLURM_STEP_TASKS_PER_NODE", "4"), ("SLURM_JOB_ID", "7")]).unwrap(), "7");
+        assert_eq!(token(&MPIRUN, &at_home).unwrap(), "7");
+        let both = [("HYPERLORA_TOKEN", "secret"), ("TORCHELASTIC_RUN_ID", "a")];
+        assert_eq!(token(&TORCHRUN, &both).unwrap(), "secret\na");
     }
 
     #[test]

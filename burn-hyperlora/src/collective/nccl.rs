@@ -67,7 +67,7 @@ impl Nccl {
     /// Meets the other ranks at `MASTER_ADDR`, one port above `MASTER_PORT`, and opens the communicator on `device`.
     ///
     /// # Errors
-    /// Input without an address to meet at, without NCCL, or for two ranks on one GPU; Peer when not all ranks come.
+    /// Input without an address to meet at, a token across machines, or NCCL, and for two ranks on one GPU; Peer when not all ranks come.
     pub(super) fn start(placement: &Placement, device: &Device, config: &JoinConfig) -> Result<Self> {
         let Some((host, port)) = &placement.master else {
             return Err(Error::input(
@@ -86,8 +86,7 @@ impl Nccl {
                 "install NCCL 2.30 or later and put the folder of libnccl.so into LD_LIBRARY_PATH (a plain libnccl.so.2 wants a link of that name)",
             ));
         }
-        let token = ["HYPERLORA_TOKEN", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"].map(|name| std::env::var(name).ok());
-        let token = token.into_iter().flatten().next().unwrap_or_default();
+        let token = placement.token(|name| std::env::var(name).ok())?;
         let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let (rank, world_size) = (placement.rank, placement.world_size);
         let meeting = Meeting { rank, world_size, address: (host, port + 1), token: &token, host: name.trim() };
