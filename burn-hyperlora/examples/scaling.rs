@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
 use burn_hyperlora::Result;
-use burn_hyperlora::collective::{Collective, JoinConfig, Placement, join};
+use burn_hyperlora::collective::{Collective, run_as_rank};
 use serde_json::json;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -19,31 +19,23 @@ const TIMES: usize = 20;
 const PIECES: usize = 12;
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(error.exit_code())
-        }
-    }
+    run_as_rank(MINUTE, measure)
 }
 
-fn run() -> Result<()> {
+fn measure(world: &dyn Collective) -> Result<()> {
     let device = Device::flex();
-    let placement = Placement::of_process()?;
-    let world = join(placement.as_ref(), &device, &JoinConfig { timeout: MINUTE, start_timeout: MINUTE })?;
-    let computing = fastest(&*world, || {
+    let computing = fastest(world, || {
         let matrix = Tensor::<2>::ones([512, 512], &device);
         Ok(matrix.clone().matmul(matrix).into_data())
     })?;
-    tell(&*world, &json!({"ranks": world.world_size(), "compute_seconds": computing}));
+    tell(world, &json!({"ranks": world.world_size(), "compute_seconds": computing}));
     for kibibytes in [4, 16, 64, 256, 1024, 4096, 16384] {
         // A multiple of 12, so that pieces and the parts of 1, 2, 3 or 4 ranks are even.
         let numbers = (kibibytes * 256_usize).next_multiple_of(PIECES);
         let pieces: Vec<Tensor<1>> = (0..PIECES).map(|_| Tensor::ones([numbers / PIECES], &device)).collect();
-        let packing = fastest(&*world, || Ok(Tensor::cat(pieces.clone(), 0).into_data()))?;
+        let packing = fastest(world, || Ok(Tensor::cat(pieces.clone(), 0).into_data()))?;
         let bucket = Tensor::<1>::ones([numbers], &device);
-        let wire = fastest(&*world, || {
+        let wire = fastest(world, || {
             let part = world.reduce_scatter_mean("a bucket", bucket.clone())?()?;
             Ok(world.all_gather("a bucket", part)?()?.into_data())
         })?;
@@ -53,10 +45,8 @@ fn run() -> Result<()> {
             "pack_seconds": packing,
             "wire_seconds": wire,
         });
-        tell(&*world, &line);
+        tell(world, &line);
     }
-    world.barrier("all ranks to end", MINUTE)?;
-    world.leave();
     Ok(())
 }
 

@@ -10,20 +10,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
-use burn_hyperlora::collective::{Collective, JoinConfig, Placement, agree, join};
+use burn_hyperlora::collective::{Collective, agree, run_as_rank};
 use burn_hyperlora::{Error, Result};
 
 /// Numbers of the timed bucket: 10 MiB.
 const BUCKET: usize = 10 << 18;
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(error.exit_code())
-        }
-    }
+    let logging = burn_hyperlora::metrics::log::init(0, None);
+    run_as_rank(Duration::from_secs(option("--timeout").unwrap_or(60)), |world| logging.and_then(|()| run(world)))
 }
 
 /// The number after `name` on the command line.
@@ -31,25 +26,19 @@ fn option(name: &str) -> Option<u64> {
     std::env::args().skip_while(|argument| argument != name).nth(1)?.parse().ok()
 }
 
-fn run() -> Result<()> {
-    burn_hyperlora::metrics::log::init(0, None)?;
+fn run(world: &dyn Collective) -> Result<()> {
     let device = Device::flex();
-    let placement = Placement::of_process()?;
-    let timeout = Duration::from_secs(option("--timeout").unwrap_or(60));
-    let world = join(placement.as_ref(), &device, &JoinConfig { timeout, start_timeout: Duration::from_secs(60) })?;
     let here = |name: &str| option(name) == Some(world.rank() as u64);
-    agree(&*world, &[("version", "1".into()), ("configuration", here("--differ").to_string())])?;
+    agree(world, &[("version", "1".into()), ("configuration", here("--differ").to_string())])?;
     if here("--silent") {
         thread::sleep(Duration::from_secs(600));
     }
-    check(&*world, &device)?;
-    let took = time(&*world, &device)?;
+    check(world, &device)?;
+    let took = time(world, &device)?;
     if world.leads() {
         let hosts = world.hosts().join(" ");
         println!("{} ranks on {hosts}: all right; all-reduce of 10 MiB in {:.1} ms", world.world_size(), took * 1e3);
     }
-    world.barrier("all ranks to end", timeout)?;
-    world.leave();
     Ok(())
 }
 

@@ -17,6 +17,7 @@ mod rendezvous;
 mod timed;
 mod world_of_one;
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use burn::tensor::{Device, Tensor};
@@ -128,6 +129,27 @@ pub fn join(placement: Option<&Placement>, device: &Device, config: &JoinConfig)
         Some(placement) if placement.world_size > 1 => on_gpus(placement, device, config),
         _ => Ok(Box::new(WorldOfOne::new())),
     }
+}
+
+/// A small program's main: `work` as one of the ranks that the launcher made on CPUs, who leave together. Whoever is not there
+/// within `timeout` is given up. What went wrong is said on stderr; the exit code is the error's.
+pub fn run_as_rank(timeout: Duration, work: impl FnOnce(&dyn Collective) -> Result<()>) -> ExitCode {
+    let run = || {
+        let placement = Placement::of_process()?;
+        let config = JoinConfig { timeout, start_timeout: Duration::from_secs(60) };
+        let world = join(placement.as_ref(), &Device::flex(), &config)?;
+        work(&*world)?;
+        world.barrier("all ranks to end", timeout)?;
+        world.leave();
+        Ok(())
+    };
+    run().map_or_else(
+        |error: Error| {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        },
+        |()| ExitCode::SUCCESS,
+    )
 }
 
 #[cfg(feature = "mpi")]

@@ -277,7 +277,7 @@ fn read_until(stream: &mut TcpStream, buffer: &mut [u8], until: Instant) -> io::
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use std::sync::Barrier;
+    use std::sync::{Mutex, mpsc};
 
     use super::*;
 
@@ -335,7 +335,8 @@ mod tests {
     #[test]
     fn strangers_are_turned_away_and_do_not_disturb() {
         // Rank 1 comes after them: once all ranks have met, nobody listens any more.
-        let strangers_came = Barrier::new(2);
+        let (strangers, told) = mpsc::channel();
+        let told = Mutex::new(told);
         let met = world(3, |rank, port| {
             if rank == 2 {
                 // A rank of another run, and something that is no rank at all.
@@ -344,11 +345,11 @@ mod tests {
                 reach(&stranger, Instant::now() + Duration::from_secs(20)).unwrap();
                 let mut scanner = TcpStream::connect(("127.0.0.1", port)).unwrap();
                 let asked = scanner.write_all(b"GET / HTTP/1.0\r\n\r\nis anybody there?                ").is_ok();
-                strangers_came.wait();
+                strangers.send(()).unwrap();
                 return asked;
             }
             if rank == 1 {
-                strangers_came.wait();
+                told.lock().unwrap().recv_timeout(Duration::from_secs(20)).unwrap();
             }
             meet(rank, 2, port, "ours", 20_000).unwrap().exchange("a word", b"word").is_ok()
         });
