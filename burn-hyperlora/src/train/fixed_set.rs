@@ -13,6 +13,7 @@ use crate::hypernet::{HyperLora, Stage};
 use crate::random::{Purpose, for_sample};
 use crate::train::config::FixedSetConfig;
 use crate::train::forward::{denoising_loss, make_lora};
+use crate::train::together::share;
 
 /// Counts the draws of fixed sets: no training stage has this number.
 const DRAWS: u64 = 1 << 32;
@@ -93,8 +94,30 @@ impl FixedSet {
         trigger: &str,
         world: &dyn Collective,
     ) -> Result<f64> {
+        let own = self.own_losses(base, hyper_lora, kind, trigger, world);
+        let shares = share(world, "the losses on the fixed set", own.as_ref())?;
+        own?;
+        let (sum, count) = shares
+            .into_iter()
+            .fold((0.0, 0), |(sum, count), (bits, photos)| (sum + f64::from_bits(bits), count + photos));
+        if count == 0 {
+            let remedy = "restore the files that quarantine.jsonl names, or prepare the data again";
+            return Err(Error::file(self.maker.dataset.path(), "not one photo of the fixed set can be read", remedy));
+        }
+        Ok(sum / f64::from(count))
+    }
+
+    /// The sum (its bits: they must not be rounded on their way) of this rank's losses, and their number.
+    fn own_losses(
+        &self,
+        base: &Base,
+        hyper_lora: &HyperLora,
+        kind: Stage,
+        trigger: &str,
+        world: &dyn Collective,
+    ) -> Result<(u64, u32)> {
         let hyper_lora = hyper_lora.valid();
-        let (mut sum, mut count) = (0.0_f64, 0.0_f64);
+        let (mut sum, mut count) = (0.0_f64, 0);
         for chunk in self.requests.chunks(self.micro_batch).skip(world.rank()).step_by(world.world_size()) {
             let chunk = self.readable(chunk)?;
             if chunk.is_empty() {
@@ -107,21 +130,10 @@ impl FixedSet {
             let conditions = base.encode(&samples, trigger)?;
             let made = make_lora(&hyper_lora, kind, conditions.portraits)?;
             let losses = denoising_loss(base, &conditions.input, conditions.target, Some(&made.lora))?;
-            count += losses.len() as f64;
+            count += losses.len() as u32;
             sum += losses.into_iter().map(f64::from).sum::<f64>();
         }
-        let own = [sum, count].map(f64::to_le_bytes).concat();
-        let shares = world.exchange("the losses on the fixed set", &own)?;
-        let numbers = shares.iter().flat_map(|share| share.as_chunks().0.iter().copied().map(f64::from_le_bytes));
-        let (sum, count) = numbers.enumerate().fold((0.0, 0.0), |(sum, count), (place, number)| match place % 2 {
-            0 => (sum + number, count),
-            _ => (sum, count + number),
-        });
-        if count == 0.0 {
-            let remedy = "restore the files that quarantine.jsonl names, or prepare the data again";
-            return Err(Error::file(self.maker.dataset.path(), "not one photo of the fixed set can be read", remedy));
-        }
-        Ok(sum / count)
+        Ok((sum.to_bits(), count))
     }
 }
 

@@ -70,6 +70,9 @@ pub struct TrainSetup<'a> {
     pub train: &'a TrainConfig,
     /// The whole configuration with its defaults written out.
     pub resolved_yaml: String,
+    /// The same with its paths as they were written: what all ranks must have in common. Where a rank's files lie is its own
+    /// affair, what is in them is compared by itself.
+    pub written_yaml: String,
     /// The plain device to train on.
     pub device: Device,
     /// The ranks of the run, this process among them.

@@ -70,7 +70,7 @@ pub(super) fn check_agreement(
         setup.world,
         &[
             ("version", env!("CARGO_PKG_VERSION").into()),
-            ("configuration", short(Sha256::new_with_prefix(&setup.resolved_yaml))),
+            ("configuration", short(Sha256::new_with_prefix(&setup.written_yaml))),
             ("data", settings["data"]["shards"].to_string()),
             ("base", short(Sha256::new_with_prefix(settings["base"].to_string()))),
             ("parameters", short(shapes.0)),

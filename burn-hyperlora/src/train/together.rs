@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::collective::Collective;
@@ -13,34 +14,28 @@ use crate::error::{Error, Result};
 use crate::train::step::SampleLoss;
 
 #[derive(Serialize, Deserialize)]
-enum Note {
-    /// Loss (its bits: JSON has no NaN), scenario and timestep of each sample.
-    Losses(Vec<(u32, Scenario, u32)>),
+enum Note<T> {
+    Made(T),
     Failure(String),
 }
 
-/// The losses of all ranks, by rank. A rank that failed (`own` is its error) says so, and gets none.
+/// What every rank made of its work, by rank: `what` is waited for. A rank that failed (`own` is its error) says so, and gets
+/// nothing.
 ///
 /// # Errors
 /// Peer that names the first other rank that failed, and why; those of the collective.
-pub(super) fn share_losses(
+pub(super) fn share<T: Serialize + DeserializeOwned>(
     world: &dyn Collective,
-    own: std::result::Result<&[SampleLoss], &Error>,
-) -> Result<Vec<SampleLoss>> {
-    let note = match own {
-        Ok(losses) => Note::Losses(losses.iter().map(|s| (s.loss.to_bits(), s.scenario, s.timestep)).collect()),
-        Err(error) => Note::Failure(error.to_string()),
-    };
+    what: &str,
+    own: std::result::Result<&T, &Error>,
+) -> Result<Vec<T>> {
+    let note = own.map_or_else(|error| Note::Failure(error.to_string()), Note::Made);
     let broken = |error: serde_json::Error| Error::Fault(format!("a note between ranks cannot be read: {error}"));
-    let notes = world.exchange("all ranks to end their passes", &serde_json::to_vec(&note).map_err(broken)?)?;
-    let mut all = Vec::new();
+    let notes = world.exchange(what, &serde_json::to_vec(&note).map_err(broken)?)?;
+    let mut all = Vec::with_capacity(notes.len());
     for (rank, note) in notes.iter().enumerate().take_while(|_| own.is_ok()) {
         match serde_json::from_slice(note).map_err(broken)? {
-            Note::Losses(losses) => all.extend(losses.into_iter().map(|(loss, scenario, timestep)| SampleLoss {
-                loss: f32::from_bits(loss),
-                scenario,
-                timestep,
-            })),
+            Note::Made(made) => all.push(made),
             Note::Failure(problem) => {
                 let problem = problem.lines().next().unwrap_or_default();
                 return Err(Error::Peer(format!("{} failed: {problem}", world.name_of(rank))));
@@ -48,6 +43,23 @@ pub(super) fn share_losses(
         }
     }
     Ok(all)
+}
+
+/// The losses of all ranks, by rank.
+///
+/// # Errors
+/// As [`share`].
+pub(super) fn share_losses(
+    world: &dyn Collective,
+    own: std::result::Result<&[SampleLoss], &Error>,
+) -> Result<Vec<SampleLoss>> {
+    // A loss travels as its bits: JSON has no NaN.
+    let own = own.map(|losses| -> Vec<(u32, Scenario, u32)> {
+        losses.iter().map(|sample| (sample.loss.to_bits(), sample.scenario, sample.timestep)).collect()
+    });
+    let all = share(world, "all ranks to end their passes", own.as_ref().map_err(|error| *error))?;
+    let sample = |(bits, scenario, timestep)| SampleLoss { loss: f32::from_bits(bits), scenario, timestep };
+    Ok(all.into_iter().flatten().map(sample).collect())
 }
 
 /// Whether any rank was asked to stop, by the name of the signal: all ranks stop at the same step.
