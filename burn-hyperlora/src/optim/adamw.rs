@@ -182,6 +182,13 @@ impl Optimizer {
         stepped.flat_map(|(bucket, state)| bucket.paths().map(|path| (path.into(), state.momentum.time))).collect()
     }
 
+    /// Bytes of the moments that lie on this rank; 0 before the first step.
+    pub fn state_bytes(&self) -> u64 {
+        let moments =
+            self.states.iter().flatten().flat_map(|AdamWState { momentum }| [&momentum.moment_1, &momentum.moment_2]);
+        moments.map(|moment| (moment.dims()[0] * moment.dtype().size()) as u64).sum()
+    }
+
     /// The moments that this rank of the world saves, by parameter, flat, as `exp_avg.{path}` and `exp_avg_sq.{path}`: of
     /// every parameter a piece, all of it, or nothing. The pieces of all ranks, in the order of the ranks, are the whole, the
     /// same at any world size.

@@ -78,8 +78,8 @@ impl Curves {
         self.communication += time.communication;
     }
 
-    /// Names and values of everything gathered on all ranks, which is then forgotten. `data_wait_share` is this rank's;
-    /// `work` tells of the stage's operations where they are known.
+    /// Names and values of everything gathered on all ranks, which is then forgotten. `data_wait_share` and `moment_bytes`,
+    /// the memory of the optimiser's moments, are this rank's; `work` tells of the stage's operations where they are known.
     ///
     /// # Errors
     /// Those of the collective.
@@ -87,6 +87,7 @@ impl Curves {
         &mut self,
         world: &dyn Collective,
         data_wait_share: f64,
+        moment_bytes: u64,
         work: Option<&StageWork>,
     ) -> Result<Vec<(String, f64)>> {
         let seconds = std::mem::take(&mut self.elapsed).as_secs_f64();
@@ -100,6 +101,7 @@ impl Curves {
             communication_share: communication / seconds.max(f64::MIN_POSITIVE),
             data_wait_share,
             peak_mib: memory.map_or(0.0, |memory| mebibytes(memory.peak)),
+            moments_mib: mebibytes(moment_bytes),
         };
         let mut values = self.means.take();
         values.extend(ranks::share(world, figures)?);
@@ -146,7 +148,8 @@ mod tests {
         curves.add(&report, &terms, time);
         let work = StageWork { flops_per_image: 3e12, ideal_seconds_per_image: Some(0.25) };
         let world = WorldOfOne::new();
-        let values: BTreeMap<String, f64> = curves.take(&world, 0.125, Some(&work)).unwrap().into_iter().collect();
+        let values: BTreeMap<String, f64> =
+            curves.take(&world, 0.125, 1 << 20, Some(&work)).unwrap().into_iter().collect();
         for (name, value) in [
             ("loss/id_clip", 2.0),
             ("loss_by_scenario/id_clip/full", 1.0),
@@ -167,7 +170,7 @@ mod tests {
         ] {
             assert_eq!(values.get(name), Some(&value), "{name}");
         }
-        let empty = curves.take(&world, 0.0, Some(&work)).unwrap();
+        let empty = curves.take(&world, 0.0, 0, Some(&work)).unwrap();
         assert!(empty.iter().all(|(name, value)| name.starts_with("memory/") || name == RANKS || *value == 0.0));
     }
 }

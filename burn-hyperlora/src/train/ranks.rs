@@ -14,11 +14,13 @@ pub(super) struct RankFigures {
     pub(super) data_wait_share: f64,
     /// The most memory that the process has had, MiB.
     pub(super) peak_mib: f64,
+    /// The optimiser's moments that lie on this rank, MiB.
+    pub(super) moments_mib: f64,
 }
 
 impl RankFigures {
-    fn numbers(self) -> [f64; 4] {
-        [self.work, self.communication_share, self.data_wait_share, self.peak_mib]
+    fn numbers(self) -> [f64; 5] {
+        [self.work, self.communication_share, self.data_wait_share, self.peak_mib, self.moments_mib]
     }
 
     fn to_note(self) -> Vec<u8> {
@@ -27,9 +29,9 @@ impl RankFigures {
 
     fn of_note(note: &[u8]) -> Option<Self> {
         let (numbers, rest) = note.as_chunks::<8>();
-        let [work, communication_share, data_wait_share, peak_mib] =
-            <[[u8; 8]; 4]>::try_from(numbers).ok().filter(|_| rest.is_empty())?.map(f64::from_le_bytes);
-        Some(Self { work, communication_share, data_wait_share, peak_mib })
+        let [work, communication_share, data_wait_share, peak_mib, moments_mib] =
+            <[[u8; 8]; 5]>::try_from(numbers).ok().filter(|_| rest.is_empty())?.map(f64::from_le_bytes);
+        Some(Self { work, communication_share, data_wait_share, peak_mib, moments_mib })
     }
 }
 
@@ -60,6 +62,7 @@ fn curves(figures: &[RankFigures]) -> Vec<(&'static str, f64)> {
         ("speed/data_wait_share", mean(|of| of.data_wait_share)),
         ("ranks/data_wait_share_max", most(|of| of.data_wait_share)),
         ("memory/peak_mib_max", most(|of| of.peak_mib)),
+        ("memory/moments_mib_max", most(|of| of.moments_mib)),
     ];
     if let (Some(&(min, _)), Some(&(max, slowest))) = (work.first(), work.last()) {
         curves.extend([
@@ -78,11 +81,17 @@ mod tests {
 
     #[test]
     fn the_slowest_rank_is_named_and_shares_are_means() {
-        let of = |work, wait| RankFigures { work, data_wait_share: wait, communication_share: 0.5, peak_mib: 9.0 };
+        let of = |work, data_wait_share| RankFigures {
+            work,
+            data_wait_share,
+            communication_share: 0.5,
+            peak_mib: 9.0,
+            moments_mib: work,
+        };
         let figures = [of(2.0, 0.0), of(5.0, 0.75), of(3.0, 0.0)];
         let read: Vec<_> = figures.iter().filter_map(|own| RankFigures::of_note(&own.to_note())).collect();
         assert_eq!(read, figures);
-        assert_eq!(RankFigures::of_note(&[0; 31]), None);
+        assert_eq!(RankFigures::of_note(&[0; 39]), None);
         let curves = curves(&figures);
         for (name, value) in [
             ("ranks/count", 3.0),
@@ -93,6 +102,7 @@ mod tests {
             ("speed/data_wait_share", 0.25),
             ("ranks/data_wait_share_max", 0.75),
             ("speed/communication_share", 0.5),
+            ("memory/moments_mib_max", 5.0),
         ] {
             assert!(curves.contains(&(name, value)), "{name}: {curves:?}");
         }

@@ -203,7 +203,8 @@ impl<'a> Trainer<'a> {
             let last = done == config.steps;
             if last || done.is_multiple_of(train.log_every) {
                 let work = self.options.work.get(self.state.stage);
-                let mut values = curves.take(setup.world, waits.take_share(), work)?;
+                let moment_bytes = self.learner.optimizer.state_bytes();
+                let mut values = curves.take(setup.world, waits.take_share(), moment_bytes, work)?;
                 values.push(("data/left_out_row_groups".into(), self.dataset.quarantined() as f64));
                 values.push(("optim/skipped_steps".into(), self.state.spikes.skipped as f64));
                 self.log(&values);
