@@ -112,7 +112,13 @@ impl<'a> Trainer<'a> {
         let setup = self.setup;
         let step = self.state.global_step;
         let Some(entry) = setup.train.stages.get(self.state.stage) else {
-            return Ok(Some(Outcome::Finished { step, checkpoint: self.finish_checkpoint()? }));
+            let checkpoint = self.finish_checkpoint()?;
+            // A run that was killed right after its last checkpoint was not tidied.
+            let tidy = self.tidying();
+            lead_alone(setup.world, "rank 0 to tidy the run folder", setup.train.long_timeout(), || {
+                tidy().map(|()| String::new())
+            })?;
+            return Ok(Some(Outcome::Finished { step, checkpoint }));
         };
         let maker = self.maker(entry.kind())?;
         let fixed_set = self.fixed_set(maker.clone(), entry)?;
@@ -364,22 +370,26 @@ impl<'a> Trainer<'a> {
             optimizer_steps: self.learner.optimizer.steps(),
             settings: self.settings.clone(),
         };
-        let TrainSetup { run, train, world, .. } = *self.setup;
+        let world = self.setup.world;
         let clock = Instant::now();
         let learner = &self.learner;
         let copy = || {
             let snapshot = Snapshot::take(&saved, learner, world)?;
             Ok(move |part: &mut Part<'_>| snapshot.write(part))
         };
-        let (run, store, policy) = (run.to_owned(), self.checkpoints.clone(), train.checkpoints);
-        let records = saved.train.records.clone();
-        let afterwards = move || {
-            store.prune(policy.keep, policy.keep_every)?;
-            Summary::update(&run, |summary| summary.stages = records)
-        };
-        self.writer.begin(world, self.state.global_step, copy, afterwards)?;
+        self.writer.begin(world, self.state.global_step, copy, self.tidying())?;
         self.log(&[("speed/checkpoint_stall_s".into(), clock.elapsed().as_secs_f64())]);
         Ok(())
+    }
+
+    /// What follows a checkpoint: older ones give way, and the summary tells what the run has reached.
+    fn tidying(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
+        let (run, store, policy) = (self.setup.run.to_owned(), self.checkpoints.clone(), self.setup.train.checkpoints);
+        let records = self.state.records.clone();
+        move || {
+            store.prune(policy.keep, policy.keep_every)?;
+            Summary::update(&run, |summary| summary.stages = records)
+        }
     }
 
     /// Waits until all that was begun is saved; the latest checkpoint.
