@@ -18,3 +18,5 @@ mod stability;
 mod status;
 mod support;
 mod urls;
+#[path = "../common/world.rs"]
+mod world;

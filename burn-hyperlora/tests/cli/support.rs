@@ -3,15 +3,12 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use data_prep::shard::{EMBEDDING_DIM, FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter};
-use image::{ImageFormat, Rgb, RgbImage};
+use data_prep::shard::ShardConfig;
 
-const PEOPLE: usize = 4;
-const PHOTOS: usize = 4;
+use crate::world::Recipe;
 
 /// Two steps of each stage.
 const YAML: &str = "
@@ -47,6 +44,7 @@ train:
 pub(crate) const STEPS: u64 = 6;
 
 pub(crate) use crate::stability::quickstart_base;
+pub(crate) use crate::world::World;
 
 /// `hyperlora` with arguments, on one thread: tests run beside each other.
 pub(crate) fn hyperlora(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
@@ -102,33 +100,17 @@ pub(crate) fn run(mut command: Command) -> Ended {
     Ended::of(command.output().unwrap())
 }
 
-/// A folder with shards and the YAML of [`YAML`].
-pub(crate) struct World {
-    root: tempfile::TempDir,
-}
-
 impl World {
-    /// Shards and YAML, no run yet.
+    /// Shards of four people with four photos each, the last of them held out, and the YAML of [`YAML`]; no run yet.
     pub(crate) fn new() -> Self {
-        let world = Self { root: tempfile::tempdir().unwrap() };
-        world.write_shards();
-        world.write_yaml(&[]);
-        world
-    }
-
-    /// A path in the folder.
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.root.path().join(name)
-    }
-
-    /// Writes the YAML with some of its text replaced.
-    pub(crate) fn write_yaml(&self, changes: &[(&str, &str)]) {
-        let mut yaml = YAML.replace("BASE", &quickstart_base().display().to_string());
-        for (from, to) in changes {
-            assert!(yaml.contains(from), "nothing to replace: {from}");
-            yaml = yaml.replace(from, to);
-        }
-        fs::write(self.path("train.yaml"), yaml).unwrap();
+        Self::of(Recipe {
+            yaml: YAML,
+            base: quickstart_base(),
+            people: 4,
+            photos: 4,
+            split: |_, photo| if photo == 3 { "held_out" } else { "train" },
+            shards: ShardConfig { rows_per_group: 8, rows_per_shard: 16 },
+        })
     }
 
     /// `hyperlora train` of the YAML into the folder `name`.
@@ -143,28 +125,6 @@ impl World {
         let copy = self.path(name);
         copy_folder(&quickstart_base(), &copy);
         copy
-    }
-
-    fn write_shards(&self) {
-        let shards = self.path("shards");
-        fs::create_dir(&shards).unwrap();
-        let mut writer = ShardWriter::new(&shards, &ShardConfig { rows_per_group: 8, rows_per_shard: 16 }, []);
-        for (person, photo) in (0..PEOPLE).flat_map(|person| (0..PHOTOS).map(move |photo| (person, photo))) {
-            writer.push(record(person, photo)).unwrap();
-        }
-        let written = writer.finish().unwrap();
-        let manifest = Manifest {
-            schema_version: SCHEMA_VERSION,
-            photos: PEOPLE * PHOTOS,
-            kept: PEOPLE * PHOTOS,
-            splits: BTreeMap::new(),
-            rejected: BTreeMap::new(),
-            models: BTreeMap::new(),
-            shards: written.shards,
-            index: written.index,
-            config: serde_json::json!({}),
-        };
-        manifest.write(&shards).unwrap();
     }
 }
 
@@ -215,39 +175,4 @@ pub(crate) fn flip_a_bit(path: &Path) {
 pub(crate) fn truncate(path: &Path) {
     let bytes = fs::read(path).unwrap();
     fs::write(path, &bytes[..bytes.len() * 2 / 3]).unwrap();
-}
-
-/// One synthetic face: a disc in the person's colour, placed by the photo's number. The last photo is held out.
-fn record(person: usize, photo: usize) -> FaceRecord {
-    let (width, height) = (44, 48);
-    let centre = [20.0 + photo as f32, 22.0 + (photo % 3) as f32];
-    let colour = [50 * person as u8 + 20, 230 - 40 * person as u8, (photo * 40) as u8];
-    let image = RgbImage::from_fn(width, height, |x, y| {
-        let inside = (x as f32 - centre[0]).hypot(y as f32 - centre[1]) < 11.0;
-        Rgb(if inside { colour } else { [(x * 5) as u8, (y * 5) as u8, 90] })
-    });
-    let mut png = Cursor::new(Vec::new());
-    image.write_to(&mut png, ImageFormat::Png).unwrap();
-    let around = |part: usize, of: usize, radius: f32| {
-        let angle = std::f32::consts::TAU * part as f32 / of as f32;
-        [centre[0] + radius * angle.cos(), centre[1] + radius * angle.sin()]
-    };
-    let embedding: Vec<f32> =
-        (0..EMBEDDING_DIM).map(|i| ((i * (person + 3)) as f32).sin() + 0.1 * ((i + photo) as f32).cos()).collect();
-    let length = embedding.iter().map(|x| x * x).sum::<f32>().sqrt();
-    FaceRecord {
-        key: format!("p{person}/{photo}.png"),
-        image: png.into_inner(),
-        width,
-        height,
-        face_box: [centre[0] - 11.0, centre[1] - 11.0, centre[0] + 11.0, centre[1] + 11.0],
-        points: std::array::from_fn(|i| around(i, 5, 5.0)),
-        landmarks: (0..68).map(|i| around(i, 68, 10.0)).collect(),
-        score: 0.9,
-        id_embedding: embedding.iter().map(|x| x / length).collect(),
-        caption: "a photo of a person".into(),
-        sha256: format!("{:064x}", person * PHOTOS + photo),
-        identity: Some(format!("p{person}")),
-        split: Some(if photo + 1 == PHOTOS { "held_out" } else { "train" }.into()),
-    }
 }

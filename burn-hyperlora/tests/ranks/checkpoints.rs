@@ -8,7 +8,8 @@ use burn_hyperlora::checkpoint::CheckpointStore;
 use burn_hyperlora::train::{CHECKPOINTS, archive};
 
 use crate::mpirun::{end_of, mpirun};
-use crate::training::{numbers, train};
+use crate::state::numbers;
+use crate::training::train;
 use crate::world::World;
 
 /// A batch that 4, 3, 2 and 1 ranks can share.
@@ -38,7 +39,7 @@ fn checkpoint(arguments: &[&str]) -> (Option<i32>, String) {
 fn moments_go_through_every_world_size_bit_for_bit() {
     let world = World::new();
     world.experiment(&SHARED).unwrap();
-    let run = world.run("run");
+    let run = world.path("run");
     let mut written = None;
     // Whoever goes on from step 4 and pauses there writes it anew.
     for ranks in [4, 2, 1, 3] {
@@ -78,8 +79,8 @@ fn a_part_that_is_missing_or_damaged_is_named() {
     let world = World::new();
     world.experiment(&SHARED).unwrap();
     assert_eq!(train(&world, 2, "run", &["--max-steps", "4"]).0, Some(0));
-    let run = world.run("run");
-    let released = world.run("released");
+    let run = world.path("run");
+    let released = world.path("released");
     let path = run.to_str().unwrap();
     let (code, text) = checkpoint(&["consolidate", path, "-o", released.to_str().unwrap()]);
     assert_eq!(code, Some(0), "{text}");
@@ -114,10 +115,10 @@ fn a_full_disk_ends_all_ranks_with_its_name_and_leaves_the_older_ones() {
     // No file may be longer than 16 KiB: as a full disk answers.
     let mut command = mpirun(2);
     command.args(["bash", "-c", "trap '' XFSZ; ulimit -f 16; exec \"$@\"", "limited"]);
-    command.arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path().join("train.yaml"));
-    let (code, text) = end_of(&command.arg("--out").arg(world.run("run")).output().unwrap());
+    command.arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path("train.yaml"));
+    let (code, text) = end_of(&command.arg("--out").arg(world.path("run")).output().unwrap());
     assert!(code.is_some_and(|code| code != 0) && text.contains("free some space"), "{code:?} {text}");
-    let store = CheckpointStore::open(&world.run("run").join(CHECKPOINTS)).unwrap();
+    let store = CheckpointStore::open(&world.path("run").join(CHECKPOINTS)).unwrap();
     assert_eq!(store.list().unwrap().iter().map(|checkpoint| checkpoint.step).collect::<Vec<_>>(), [2]);
     let (code, text) = train(&world, 2, "run", &["--max-steps", "4"]);
     assert_eq!(code, Some(0), "{text}");

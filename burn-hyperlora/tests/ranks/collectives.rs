@@ -19,7 +19,7 @@ fn every_collective_gives_what_a_rank_can_work_out_alone() {
 #[test]
 fn the_rank_that_falls_silent_is_named_within_the_deadline() {
     let clock = Instant::now();
-    let (code, text) = check(3, &["--silent", "1", "--timeout", "2"]);
+    let (code, text) = check(3, &["--silent", "1", "--timeout", "10"]);
     assert_eq!(code, Some(75), "{text}");
     for rank in [0, 2] {
         let said = |line: &str| {
@@ -28,7 +28,7 @@ fn the_rank_that_falls_silent_is_named_within_the_deadline() {
         };
         assert!(text.lines().any(said), "rank {rank}: {text}");
     }
-    assert!(clock.elapsed() < Duration::from_secs(60));
+    assert!(clock.elapsed() < Duration::from_secs(240));
 }
 
 #[test]

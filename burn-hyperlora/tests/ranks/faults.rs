@@ -25,13 +25,13 @@ fn under_way(world: &World) -> Run<'_> {
     let changes = [
         ("global_batch: 4", "global_batch: 12"),
         ("{every: 2, keep: 9}", "{every: 1, keep: 2}"),
-        ("recompute: false", "recompute: false\n  collective_timeout_s: 8"),
+        ("recompute: false", "recompute: false\n  collective_timeout_s: 20"),
         ("base: {steps: 2", "base: {steps: 100000"),
     ];
     world.experiment(&changes).unwrap();
     let mut command = mpirun(RANKS);
-    command.arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path().join("train.yaml"));
-    command.arg("--out").arg(world.run("run")).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path("train.yaml"));
+    command.arg("--out").arg(world.path("run")).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut run = Run { world, mpirun: command.spawn().unwrap() };
     let begun = Instant::now();
     while run.last_step().unwrap_or(0) < 2 {
@@ -44,7 +44,7 @@ fn under_way(world: &World) -> Run<'_> {
 impl Run<'_> {
     /// Steps of the last whole checkpoint.
     fn last_step(&self) -> Option<u64> {
-        let store = CheckpointStore::at(&self.world.run("run").join(CHECKPOINTS));
+        let store = CheckpointStore::at(&self.world.path("run").join(CHECKPOINTS));
         store.latest().unwrap().map(|checkpoint| checkpoint.step)
     }
 
@@ -72,13 +72,13 @@ impl Run<'_> {
 
 /// The last checkpoint is whole, and the run goes on from it, by however many ranks.
 fn goes_on(world: &World) {
-    let store = CheckpointStore::at(&world.run("run").join(CHECKPOINTS));
+    let store = CheckpointStore::at(&world.path("run").join(CHECKPOINTS));
     let latest = store.latest().unwrap().unwrap();
     latest.verify().unwrap();
     let target = latest.step + 2;
     let mut command = mpirun(2);
-    command.arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path().join("train.yaml"));
-    command.arg("--out").arg(world.run("run")).args(["--max-steps", &target.to_string()]);
+    command.arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path("train.yaml"));
+    command.arg("--out").arg(world.path("run")).args(["--max-steps", &target.to_string()]);
     let (code, text) = end_of(&command.output().unwrap());
     assert!(code == Some(0) && text.contains(&format!("paused after {target} steps")), "{text}");
 }
@@ -90,7 +90,7 @@ fn a_killed_rank_ends_the_others_and_leaves_a_whole_checkpoint() {
     run.signal(1, "-KILL");
     let clock = Instant::now();
     let (code, text) = run.end();
-    assert!(code != Some(0) && clock.elapsed() < Duration::from_secs(60), "{text}");
+    assert!(code != Some(0) && clock.elapsed() < Duration::from_secs(240), "{text}");
     assert!(text.contains("rank 1") && text.contains("signal 9"), "mpirun names the rank: {text}");
     goes_on(&world);
 }
@@ -103,7 +103,7 @@ fn a_hung_rank_is_named_within_the_deadline() {
     let clock = Instant::now();
     let (code, text) = run.end();
     assert_eq!(code, Some(75), "{text}");
-    assert!(clock.elapsed() < Duration::from_secs(60));
+    assert!(clock.elapsed() < Duration::from_secs(240));
     assert!(text.contains("no word from rank 1 ("), "{text}");
     goes_on(&world);
 }
@@ -122,20 +122,14 @@ fn a_signal_to_one_rank_stops_all_at_the_same_step_with_everything_saved() {
 fn ranks_with_different_configurations_do_not_begin() {
     let world = World::new();
     world.experiment(&[]).unwrap();
-    fs::copy(world.path().join("train.yaml"), world.path().join("other.yaml")).unwrap();
+    fs::copy(world.path("train.yaml"), world.path("other.yaml")).unwrap();
     let experiment = world.experiment(&[("seed: 5", "seed: 6")]).unwrap();
     drop(experiment);
     // mpirun's colon starts other arguments for some of the ranks.
     let program = env!("CARGO_BIN_EXE_hyperlora");
     let mut command = mpirun(1);
     for (separator, yaml) in [(&[][..], "train.yaml"), (&[":", "-n", "1"][..], "other.yaml")] {
-        command
-            .args(separator)
-            .arg(program)
-            .arg("train")
-            .arg(world.path().join(yaml))
-            .arg("--out")
-            .arg(world.run("run"));
+        command.args(separator).arg(program).arg("train").arg(world.path(yaml)).arg("--out").arg(world.path("run"));
     }
     let (code, text) = end_of(&command.output().unwrap());
     assert_eq!(code, Some(2), "{text}");

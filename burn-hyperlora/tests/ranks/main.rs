@@ -4,8 +4,16 @@
 
 mod checkpoints;
 mod collectives;
+#[path = "../common/experiment.rs"]
+mod experiment;
 mod faults;
+mod killed;
+#[path = "../common/kills.rs"]
+mod kills;
 mod mpirun;
+#[path = "../common/state.rs"]
+mod state;
 mod training;
-#[path = "../training/world.rs"]
+mod vanished;
+#[path = "../common/world.rs"]
 mod world;

@@ -12,6 +12,8 @@ pub(crate) fn mpirun(ranks: usize) -> Command {
         ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
         ("OMPI_MCA_mpi_yield_when_idle", "1"),
         ("OMPI_MCA_hwloc_base_binding_policy", "none"),
+        // Seconds between mpirun's SIGTERM and its SIGKILL, when it ends all ranks because of one: time for their last words.
+        ("OMPI_MCA_odls_base_sigkill_timeout", "10"),
         // The ranks share the machine: one thread each.
         ("RAYON_NUM_THREADS", "1"),
     ] {

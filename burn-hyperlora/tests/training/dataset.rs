@@ -16,7 +16,7 @@ use data_prep::shard::ShardFolder;
 use crate::world::World;
 
 fn dataset(world: &World, cache_mib: usize) -> Arc<Dataset> {
-    Arc::new(Dataset::open(ShardFolder::open(&world.path().join("shards")).unwrap(), cache_mib).unwrap())
+    Arc::new(Dataset::open(ShardFolder::open(&world.path("shards")).unwrap(), cache_mib).unwrap())
 }
 
 fn draws(dataset: &Dataset, reference: Reference) -> Draws {

@@ -3,22 +3,24 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::Duration;
 
 use burn_hyperlora::checkpoint::CheckpointStore;
+use burn_hyperlora::metrics::Summary;
+use burn_hyperlora::random::below;
 use burn_hyperlora::train::CHECKPOINTS;
 
-use crate::runs::{STEPS, tensors};
+use crate::experiment::STEPS;
+use crate::kills::{Blow, Kills};
+use crate::state::tensors;
 use crate::world::World;
 
 /// Starts `hyperlora train` on the world's YAML.
 fn start(world: &World, run: &str) -> Child {
     Command::new(env!("CARGO_BIN_EXE_hyperlora"))
         .args(["train", "-q"])
-        .arg(world.path().join("train.yaml"))
+        .arg(world.path("train.yaml"))
         .arg("--out")
-        .arg(world.run(run))
+        .arg(world.path(run))
         .stderr(Stdio::null())
         .spawn()
         .unwrap()
@@ -37,7 +39,7 @@ fn killed_while_a_checkpoint_is_written_the_one_before_is_gone_on_from() {
     let world = World::new();
     world.experiment(&[("{every: 2", "{every: 1")]).unwrap();
     assert!(start(&world, "whole").wait().unwrap().success());
-    let checkpoints = world.run("killed").join(CHECKPOINTS);
+    let checkpoints = world.path("killed").join(CHECKPOINTS);
     let store = CheckpointStore::at(&checkpoints);
     let mut hits = 0;
     for life in 0..4 {
@@ -60,27 +62,41 @@ fn killed_while_a_checkpoint_is_written_the_one_before_is_gone_on_from() {
     assert!(hits > 0, "no life ended while a checkpoint was written");
     assert!(start(&world, "killed").wait().unwrap().success());
     assert_eq!(half_written(&checkpoints), None);
-    let (whole, killed) = (tensors(&world.run("whole"), STEPS), tensors(&world.run("killed"), STEPS));
+    let (whole, killed) = (tensors(&world.path("whole"), STEPS), tensors(&world.path("killed"), STEPS));
     assert!(whole == killed);
 }
 
 #[test]
-fn killed_again_and_again_the_same_command_ends_with_the_same_bits() {
+fn killed_right_after_the_last_checkpoint_the_same_command_tidies_the_run() {
     let world = World::new();
-    world.experiment(&[("{every: 2", "{every: 1")]).unwrap();
-    assert!(start(&world, "whole").wait().unwrap().success());
+    world.write_yaml(&[("keep: 9", "keep: 2")]);
+    let finishes = || assert!(start(&world, "run").wait().unwrap().success());
+    finishes();
+    let steps = || -> Vec<u64> {
+        let kept = CheckpointStore::at(&world.path("run").join(CHECKPOINTS)).list().unwrap();
+        kept.iter().map(|checkpoint| checkpoint.step).collect()
+    };
+    let summary = Summary::read(&world.path("run")).unwrap();
+    assert!(steps() == [8, 9] && summary.stages[2].fixed_set_loss_after.is_some(), "{summary:?}");
+    // As it stands when the last checkpoint is in its place, and nothing more was done.
+    let checkpoints = world.path("run").join(CHECKPOINTS);
+    fs::create_dir(checkpoints.join("step-00000007")).unwrap();
+    Summary::update(&world.path("run"), |summary| summary.stages.truncate(2)).unwrap();
+    finishes();
+    assert_eq!(steps(), [8, 9]);
+    assert_eq!(Summary::read(&world.path("run")).unwrap(), summary);
+}
 
-    // Moments in start-up, between steps, and within the writing of checkpoints, which comes after every step.
-    for pause in [90, 400, 650, 900, 1200, 1600, 2100] {
-        let mut child = start(&world, "killed");
-        thread::sleep(Duration::from_millis(pause));
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-    assert!(start(&world, "killed").wait().unwrap().success());
-    let (whole, killed) = (tensors(&world.run("whole"), STEPS), tensors(&world.run("killed"), STEPS));
-    assert!(whole.keys().eq(killed.keys()));
-    for (file, bytes) in whole {
-        assert!(killed[&file] == bytes, "{file} differs");
-    }
+#[test]
+fn killed_at_random_moments_the_same_command_ends_with_the_same_bits() {
+    let kills = Kills {
+        command: || Command::new(env!("CARGO_BIN_EXE_hyperlora")),
+        blow: |generator, processes| match below(generator, 5) {
+            // Before the program listens for it, SIGTERM ends it as it does any.
+            0 => Blow { signal: "TERM", processes: processes.into(), codes: &[Some(3), None] },
+            _ => Blow { signal: "KILL", processes: processes.into(), codes: &[None] },
+        },
+        routine: 10,
+    };
+    kills.at_random();
 }

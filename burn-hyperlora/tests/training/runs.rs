@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::Device;
+use burn_hyperlora::Result;
 use burn_hyperlora::checkpoint::CheckpointStore;
 use burn_hyperlora::eval::identity_gap;
 use burn_hyperlora::experiment::Experiment;
@@ -12,48 +13,23 @@ use burn_hyperlora::metrics::{Display, StageSummary, Summary};
 use burn_hyperlora::signals::StopFlag;
 use burn_hyperlora::train::{CHECKPOINTS, Outcome, SKIPPED, TrainOptions};
 
-use crate::world::{World, YAML};
-
-pub(crate) const STEPS: u64 = 9;
-
-/// Every safetensors file of the checkpoint at `step`, by its path in the checkpoint.
-pub(crate) fn tensors(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
-    let checkpoint = run.join(CHECKPOINTS).join(format!("step-{step:08}"));
-    let mut found = BTreeMap::new();
-    for folder in [checkpoint.clone(), checkpoint.join("weights")] {
-        for entry in fs::read_dir(&folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.extension().is_some_and(|extension| extension == "safetensors") {
-                let name = path.strip_prefix(&checkpoint).unwrap().display().to_string();
-                found.insert(name, fs::read(&path).unwrap());
-            }
-        }
-    }
-    assert!(found.len() > 3, "{found:?}");
-    found
-}
+use crate::experiment::{STEPS, YAML};
+use crate::state::{distance, numbers, tensors};
+use crate::world::World;
 
 /// All numbers of a checkpoint's weights, by tensor.
 fn weights(run: &Path, step: u64) -> BTreeMap<String, Vec<f32>> {
-    let mut numbers = BTreeMap::new();
-    for (file, bytes) in tensors(run, step).iter().filter(|(file, _)| file.starts_with("weights/")) {
-        let parsed = safetensors::SafeTensors::deserialize(bytes).unwrap();
-        for (name, view) in parsed.tensors() {
-            let values = view.data().as_chunks::<4>().0.iter().map(|number| f32::from_le_bytes(*number)).collect();
-            numbers.insert(format!("{file}: {name}"), values);
-        }
-    }
+    let mut numbers = numbers(run, step);
+    numbers.retain(|name, _| name.starts_with("weights/"));
     numbers
 }
 
-/// Relative distance of all weights together.
-fn distance(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>) -> f64 {
-    assert!(a.keys().eq(b.keys()));
-    let pairs = a.values().flatten().zip(b.values().flatten());
-    let (difference, size) = pairs.fold((0.0, 0.0), |(difference, size), (a, b)| {
-        (difference + f64::from(a - b).powi(2), size + f64::from(*a).powi(2))
-    });
-    (difference / size).sqrt()
+impl World {
+    /// Trains into `run`, up to `max_steps`.
+    pub(crate) fn train(&self, experiment: &Experiment, run: &str, max_steps: Option<u64>) -> Result<Outcome> {
+        let options = TrainOptions { max_steps, stop: StopFlag::default(), display: Display::Hidden, work: Vec::new() };
+        experiment.train(&self.path(run), &Device::flex(), &options)
+    }
 }
 
 fn finished(outcome: Outcome) {
@@ -65,12 +41,12 @@ fn a_killed_run_goes_on_bit_for_bit() {
     let world = World::new();
     let experiment = world.experiment(&[]).unwrap();
     finished(world.train(&experiment, "whole", None).unwrap());
-    let whole = tensors(&world.run("whole"), STEPS);
+    let whole = tensors(&world.path("whole"), STEPS);
 
     // A kill leaves the checkpoints before it: of a run stopped after `stop` steps, those after `left` are taken away.
     for (stop, left) in [(5, 5), (5, 4), (2, 2), (3, 2), (6, 6), (8, 8), (7, 6)] {
         let name = format!("killed-{stop}-{left}");
-        let run = world.run(&name);
+        let run = world.path(&name);
         let outcome = world.train(&experiment, &name, Some(stop)).unwrap();
         assert!(matches!(outcome, Outcome::Paused { step, .. } if step == stop), "{outcome:?}");
         for checkpoint in CheckpointStore::at(&run.join(CHECKPOINTS)).list().unwrap() {
@@ -85,7 +61,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
             assert!(resumed.get(file) == Some(bytes), "{name}: {file} differs");
         }
         let losses = |run: &str| -> Vec<f64> {
-            let stages = Summary::read(&world.run(run)).unwrap().stages;
+            let stages = Summary::read(&world.path(run)).unwrap().stages;
             assert_eq!(stages.iter().map(|stage| stage.steps).collect::<Vec<_>>(), [2, 4, 3]);
             let both = |stage: StageSummary| [stage.fixed_set_loss_before, stage.fixed_set_loss_after];
             stages.into_iter().flat_map(both).map(Option::unwrap).collect()
@@ -108,9 +84,9 @@ fn a_run_with_a_bf16_unet_goes_on_bit_for_bit() {
         let name = format!("stopped-{stop}");
         world.train(&half, &name, Some(stop)).unwrap();
         world.train(&half, &name, Some(3)).unwrap();
-        assert!(tensors(&world.run(&name), 3) == tensors(&world.run("whole"), 3), "stopped after {stop}");
+        assert!(tensors(&world.path(&name), 3) == tensors(&world.path("whole"), 3), "stopped after {stop}");
     }
-    let apart = distance(&weights(&world.run("full"), 3), &weights(&world.run("whole"), 3));
+    let apart = distance(&weights(&world.path("full"), 3), &weights(&world.path("whole"), 3));
     assert!(apart > 0.0 && apart < 0.1, "relative distance {apart}");
 }
 
@@ -118,11 +94,11 @@ fn a_run_with_a_bf16_unet_goes_on_bit_for_bit() {
 fn every_stage_moves_its_own_groups_and_nothing_else() {
     let world = World::new();
     finished(world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap());
-    let run = world.run("run");
+    let run = world.path("run");
     let start = {
         // The weights before the first step: a run that is stopped at once.
         world.train(&world.experiment(&[]).unwrap(), "start", Some(0)).unwrap();
-        weights(&world.run("start"), 0)
+        weights(&world.path("start"), 0)
     };
     let [base, id_clip, id_embedding] = [2, 6, 9].map(|step| weights(&run, step));
     let moved = |a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>| -> Vec<String> {
@@ -140,7 +116,7 @@ fn every_stage_moves_its_own_groups_and_nothing_else() {
 
     let names = moved(&id_clip, &id_embedding);
     assert!(names.iter().any(|name| name.contains("id_projector")), "{names:?}");
-    assert!(all(&names, &["id_projector", "attn2", "weights/resampler.safetensors: proj_in."]), "{names:?}");
+    assert!(all(&names, &["id_projector", "attn2", "weights/resampler: proj_in."]), "{names:?}");
 }
 
 #[test]
@@ -148,19 +124,19 @@ fn the_batch_may_be_cut_as_one_likes_and_blocks_recomputed() {
     let world = World::new();
     let reference = world.experiment(&[]).unwrap();
     finished(world.train(&reference, "reference", None).unwrap());
-    let expected = weights(&world.run("reference"), STEPS);
+    let expected = weights(&world.path("reference"), STEPS);
     for (name, from, to) in [
         ("one-by-one", "micro_batch: 2", "micro_batch: 1"),
         ("at-once", "micro_batch: 2", "micro_batch: 4"),
         ("recomputed", "recompute: false", "recompute: true"),
     ] {
         finished(world.train(&world.experiment(&[(from, to)]).unwrap(), name, None).unwrap());
-        let distance = distance(&expected, &weights(&world.run(name), STEPS));
+        let distance = distance(&expected, &weights(&world.path(name), STEPS));
         assert!(distance < 1e-4, "{name}: {distance}");
     }
     // The measure itself tells another run apart.
     finished(world.train(&world.experiment(&[("seed: 5", "seed: 6")]).unwrap(), "other", None).unwrap());
-    assert!(distance(&expected, &weights(&world.run("other"), STEPS)) > 0.1);
+    assert!(distance(&expected, &weights(&world.path("other"), STEPS)) > 0.1);
 }
 
 #[test]
@@ -173,7 +149,7 @@ fn passes_side_by_side_give_the_bits_of_passes_in_turn() {
         let name = format!("threads-{threads}");
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         finished(pool.install(|| world.train(&experiment, &name, None)).unwrap());
-        tensors(&world.run(&name), STEPS)
+        tensors(&world.path(&name), STEPS)
     });
     assert!(runs[0] == runs[1] && runs[0] == runs[2]);
 }
@@ -184,7 +160,7 @@ fn training_lowers_the_loss_on_photos_it_does_not_see() {
     let changes = [("- base: {steps: 2", "- base: {steps: 25"), ("{triples: 6}", "{triples: 16}")];
     let experiment = world.experiment(&changes).unwrap();
     world.train(&experiment, "run", Some(25)).unwrap();
-    let summary = Summary::read(&world.run("run")).unwrap();
+    let summary = Summary::read(&world.path("run")).unwrap();
     let (before, after) = (summary.stages[0].fixed_set_loss_before, summary.stages[0].fixed_set_loss_after);
     assert!(after.unwrap() < 0.98 * before.unwrap(), "{before:?} -> {after:?}");
 }
@@ -196,11 +172,11 @@ fn a_signal_saves_and_tells() {
     let stop = StopFlag::install().unwrap();
     signal_hook::low_level::raise(signal_hook::consts::SIGTERM).unwrap();
     let options = TrainOptions { max_steps: None, stop, display: Display::Hidden, work: Vec::new() };
-    let outcome = experiment.train(&world.run("run"), &Device::flex(), &options).unwrap();
+    let outcome = experiment.train(&world.path("run"), &Device::flex(), &options).unwrap();
     let Outcome::Stopped { signal: "SIGTERM", step: 0, checkpoint } = outcome else {
         unreachable!("{outcome:?}");
     };
-    let latest = CheckpointStore::at(&world.run("run").join(CHECKPOINTS)).latest().unwrap().unwrap();
+    let latest = CheckpointStore::at(&world.path("run").join(CHECKPOINTS)).latest().unwrap().unwrap();
     assert_eq!(latest.path(), checkpoint);
     latest.verify().unwrap();
     finished(world.train(&experiment, "run", None).unwrap());
@@ -271,7 +247,7 @@ fn base_copy(folder: &Path) {
 #[test]
 fn models_that_do_not_go_together_are_refused() {
     let world = World::new();
-    let base = world.path().join("base");
+    let base = world.path("base");
     let edit = |file: &str, from: &str, to: &str| {
         let text = fs::read_to_string(base.join(file)).unwrap();
         assert!(text.contains(from), "{text}");
@@ -301,7 +277,7 @@ fn models_that_do_not_go_together_are_refused() {
 #[test]
 fn a_run_goes_on_with_its_base_elsewhere_and_never_with_another() {
     let world = World::new();
-    let base = world.path().join("base");
+    let base = world.path("base");
     base_copy(&base);
     world.train(&world.experiment(&[]).unwrap(), "run", Some(1)).unwrap();
     let elsewhere = format!("base: {{path: {}}} #", base.display());
@@ -320,7 +296,7 @@ fn a_run_goes_on_with_its_base_elsewhere_and_never_with_another() {
 fn a_run_without_an_id_stage_so_far_has_no_identity_gap() {
     let world = World::new();
     world.train(&world.experiment(&[]).unwrap(), "run", Some(2)).unwrap();
-    let error = identity_gap::run(&world.run("run"), &Device::flex()).unwrap_err();
+    let error = identity_gap::run(&world.path("run"), &Device::flex()).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("no ID-LoRA"), "{error}");
 }
 
@@ -329,7 +305,7 @@ fn a_run_folder_tells_its_story() {
     let world = World::new();
     let pictures = ("log_every: 2", "log_every: 2\n  samples: {every: 2, count: 2, steps: 2}");
     finished(world.train(&world.experiment(&[pictures]).unwrap(), "run", None).unwrap());
-    let run = world.run("run");
+    let run = world.path("run");
 
     let events = fs::read_dir(run.join("tensorboard")).unwrap().next().unwrap().unwrap().path();
     let events = fs::read(events).unwrap();
@@ -372,14 +348,14 @@ fn stages_may_run_one_by_one() {
     let world = World::new();
     let experiment = world.experiment(&[]).unwrap();
     world.train(&experiment, "first", Some(2)).unwrap();
-    let from = world.run("first").join("checkpoints/step-00000002/weights");
+    let from = world.path("first").join("checkpoints/step-00000002/weights");
     let yaml = YAML;
     let base_stage = yaml.lines().find(|line| line.contains("- base:")).unwrap();
     let changes =
         [(base_stage, ""), ("recompute: false", &format!("recompute: false\n  init_from: {}", from.display()))];
     let experiment = world.experiment(&changes).unwrap();
     world.train(&experiment, "second", Some(0)).unwrap();
-    assert_eq!(weights(&world.run("second"), 0), weights(&world.run("first"), 2));
+    assert_eq!(weights(&world.path("second"), 0), weights(&world.path("first"), 2));
     let outcome = world.train(&experiment, "second", None).unwrap();
     assert!(matches!(outcome, Outcome::Finished { step: 7, .. }), "{outcome:?}");
 }
@@ -399,13 +375,13 @@ fn a_training_that_diverges_stops_and_keeps_its_last_checkpoint() {
     let error = world.train(&experiment, "run", None).unwrap_err();
     assert!(error.exit_code() == 1 && error.to_string().contains("diverged"), "{error}");
     // Step 3 ruins the weights, step 4 finds them bad and goes back to step 2's; then the same again.
-    let skipped = fs::read_to_string(world.run("run").join(SKIPPED)).unwrap();
+    let skipped = fs::read_to_string(world.path("run").join(SKIPPED)).unwrap();
     let skipped: Vec<serde_json::Value> = skipped.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(skipped.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 6]);
     assert!(skipped.iter().all(|line| line["photos"].as_array().unwrap().len() == 4), "{skipped:?}");
-    let latest = CheckpointStore::at(&world.run("run").join(CHECKPOINTS)).latest().unwrap().unwrap();
+    let latest = CheckpointStore::at(&world.path("run").join(CHECKPOINTS)).latest().unwrap().unwrap();
     assert_eq!(latest.step, 4);
-    let two = weights(&world.run("run"), 2);
-    assert_eq!(two, weights(&world.run("run"), 4), "step 4 has the weights that it went back to");
+    let two = weights(&world.path("run"), 2);
+    assert_eq!(two, weights(&world.path("run"), 4), "step 4 has the weights that it went back to");
     latest.verify().unwrap();
 }

@@ -73,8 +73,8 @@ fn steps_of(
 fn steps(world: &World, ranks: usize, from: u64, steps: u64) -> Vec<Vec<Sample>> {
     let mut by_step: Vec<Vec<Sample>> = (0..steps).map(|_| Vec::new()).collect();
     for number in 0..ranks {
-        let shards = ShardFolder::open(&world.path().join("shards")).unwrap();
-        let quarantine = Quarantine::open(world.path(), 1, shards.checksum()).unwrap();
+        let shards = ShardFolder::open(&world.path("shards")).unwrap();
+        let quarantine = Quarantine::open(&world.path(""), 1, shards.checksum()).unwrap();
         let dataset = Dataset::open(shards, 64).unwrap().with_quarantine(quarantine);
         let rank = Rank::new(number, ranks).unwrap();
         let own = steps_of(world, dataset, rank, ranks, from, steps).unwrap();
@@ -90,7 +90,7 @@ fn spelled(steps: &[Vec<Sample>]) -> Vec<String> {
 
 /// Damages some row groups of five photos, as a bad disk would: a bit of each.
 fn damage(world: &World, groups: &[usize]) {
-    let shards = world.path().join("shards");
+    let shards = world.path("shards");
     let manifest = Manifest::read(&shards).unwrap();
     for group in groups {
         let shard = &manifest.shards[group / 4];
@@ -141,7 +141,7 @@ fn a_rank_serves_whole_streams() {
 fn a_row_group_is_read_once_where_memory_allows() {
     let world = World::new();
     let read = |cache_mib| {
-        let dataset = Dataset::open(ShardFolder::open(&world.path().join("shards")).unwrap(), cache_mib).unwrap();
+        let dataset = Dataset::open(ShardFolder::open(&world.path("shards")).unwrap(), cache_mib).unwrap();
         let config = DrawConfig {
             seed: 3,
             stage: 1,
@@ -170,14 +170,14 @@ fn a_damaged_row_group_is_left_out_and_its_places_are_filled_alike_at_any_world_
     for (world, ranks) in &worlds {
         damage(world, &[1]);
         filled.push(spelled(&steps(world, *ranks, 0, 10)));
-        let text = fs::read_to_string(world.path().join(QUARANTINE_FILE)).unwrap();
+        let text = fs::read_to_string(world.path(QUARANTINE_FILE)).unwrap();
         let bad: serde_json::Value = serde_json::from_str(text.trim()).unwrap();
         assert_eq!((&bad["file"], &bad["row_group"]), (&"shard-00000.parquet".into(), &1.into()));
         assert_eq!((&bad["first_row"], bad["ids"].as_array().unwrap().len()), (&5.into(), 5));
     }
     assert!(filled[0] == filled[1] && filled[1] == filled[2]);
 
-    let folder = ShardFolder::open(&worlds[0].0.path().join("shards")).unwrap();
+    let folder = ShardFolder::open(&worlds[0].0.path("shards")).unwrap();
     let lost: BTreeSet<String> = folder.keys(5..10).unwrap().into_iter().collect();
     // All other training photos of the next one's person are lost: there is no reference for it.
     let lonely = folder.keys(10..11).unwrap().remove(0);
@@ -195,8 +195,8 @@ fn a_damaged_row_group_is_left_out_and_its_places_are_filled_alike_at_any_world_
 fn more_damage_than_the_budget_stops_the_run() {
     let world = World::new();
     damage(&world, &[0, 2]);
-    let shards = ShardFolder::open(&world.path().join("shards")).unwrap();
-    let quarantine = Quarantine::open(world.path(), 1, shards.checksum()).unwrap();
+    let shards = ShardFolder::open(&world.path("shards")).unwrap();
+    let quarantine = Quarantine::open(&world.path(""), 1, shards.checksum()).unwrap();
     let dataset = Dataset::open(shards, 64).unwrap().with_quarantine(quarantine);
     let error = steps_of(&world, dataset, Rank::ALONE, 1, 0, 10).unwrap_err();
     let message = error.to_string();
@@ -210,7 +210,7 @@ fn a_training_goes_on_without_a_damaged_row_group_and_the_gap_is_measured() {
     damage(&world, &[1]);
     let outcome = world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap();
     assert!(matches!(outcome, Outcome::Finished { step: 9, .. }), "{outcome:?}");
-    let gap = identity_gap::run(&world.run("run"), &Device::flex()).unwrap();
+    let gap = identity_gap::run(&world.path("run"), &Device::flex()).unwrap();
     assert!(gap.known.n > 0 && gap.known.n < 4, "{} photos", gap.known.n);
     let strict = world.experiment(&[("shuffle_window: 2", "bad_row_groups: 0")]).unwrap();
     let error = world.train(&strict, "strict", None).unwrap_err();

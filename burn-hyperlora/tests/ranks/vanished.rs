@@ -1,0 +1,88 @@
+//! A rank whose data folder vanishes in the middle of a training.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use burn_hyperlora::checkpoint::CheckpointStore;
+use burn_hyperlora::data::quarantine::QUARANTINE_FILE;
+use burn_hyperlora::train::CHECKPOINTS;
+
+use crate::mpirun::{end_of, mpirun};
+use crate::state::tensors;
+use crate::world::World;
+
+/// Each rank has a data folder of its own, and keeps next to nothing of it in memory.
+const OWN_FOLDERS: [(&str, &str); 3] = [
+    ("shards: shards", "shards: ${SHARDS_OF_THE_RANK}\n  cache_mib: 0\n  prefetch_mib: 0"),
+    ("{every: 2, keep: 9}", "{every: 1, keep: 3}"),
+    ("base: {steps: 2", "base: {steps: 30"),
+];
+const STEPS: u64 = 37;
+
+/// Tells the exit code of a rank, which mpirun tells of one rank alone.
+const TELL_THE_CODE: &str =
+    r#"trap : TERM; "$@"; code=$?; echo "rank $OMPI_COMM_WORLD_RANK: exit code $code"; exit $code"#;
+
+/// The training as two ranks.
+fn command(world: &World, run: &str) -> Command {
+    let mut command = mpirun(1);
+    for rank in 0..2 {
+        if rank > 0 {
+            command.args([":", "-n", "1"]);
+        }
+        let shards = format!("SHARDS_OF_THE_RANK={}", world.path(&format!("shards-{rank}")).display());
+        command.args(["-x", &shards, "bash", "-c", TELL_THE_CODE, "rank", env!("CARGO_BIN_EXE_hyperlora"), "train"]);
+        command.arg(world.path("train.yaml")).arg("--out").arg(world.path(run));
+    }
+    command
+}
+
+#[test]
+fn a_vanished_data_folder_ends_all_ranks_and_once_it_is_back_the_run_goes_on() {
+    let world = World::new();
+    world.write_yaml(&OWN_FOLDERS);
+    for rank in 0..2 {
+        let folder = world.path(&format!("shards-{rank}"));
+        fs::create_dir(&folder).unwrap();
+        for file in fs::read_dir(world.path("shards")).unwrap().map(Result::unwrap) {
+            fs::copy(file.path(), folder.join(file.file_name())).unwrap();
+        }
+    }
+    let (code, text) = end_of(&command(&world, "undisturbed").output().unwrap());
+    assert_eq!(code, Some(0), "{text}");
+
+    let run = world.path("run");
+    let store = CheckpointStore::at(&run.join(CHECKPOINTS));
+    for victim in [1, 0] {
+        let begun = Instant::now();
+        let before = store.latest().unwrap().map_or(0, |latest| latest.step);
+        let mut launched = command(&world, "run").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        while store.latest().unwrap().is_none_or(|latest| latest.step < before + 2) {
+            assert!(begun.elapsed() < Duration::from_secs(240) && launched.try_wait().unwrap().is_none());
+            thread::sleep(Duration::from_millis(5));
+        }
+        let (folder, away) = (world.path(&format!("shards-{victim}")), world.path("away"));
+        fs::rename(&folder, &away).unwrap();
+        let clock = Instant::now();
+        let (code, text) = end_of(&launched.wait_with_output().unwrap());
+        assert!(matches!(code, Some(2 | 75)) && clock.elapsed() < Duration::from_secs(240), "{code:?} {text}");
+        let other = 1 - victim;
+        for exit in [format!("rank {victim}: exit code 2"), format!("rank {other}: exit code 75")] {
+            assert!(text.contains(&exit), "not `{exit}`: {text}");
+        }
+        let missing = format!("error: {}/shard-0000", folder.display());
+        let named = format!("error: rank {victim} (");
+        let says = |words: &str| text.lines().filter(|line| line.contains(words)).collect::<Vec<_>>();
+        assert!(matches!(says(&missing)[..], [line] if line.contains("cannot be read: No such file")), "{text}");
+        assert!(matches!(says(&named)[..], [line] if line.contains(") failed: ")), "{text}");
+        // What is not there is not damaged.
+        assert!(!run.join(QUARANTINE_FILE).exists());
+        store.latest().unwrap().unwrap().verify().unwrap();
+        fs::rename(&away, &folder).unwrap();
+    }
+    let (code, text) = end_of(&command(&world, "run").output().unwrap());
+    assert_eq!(code, Some(0), "{text}");
+    assert!(tensors(&run, STEPS) == tensors(&world.path("undisturbed"), STEPS));
+}
