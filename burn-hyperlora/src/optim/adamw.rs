@@ -34,17 +34,24 @@ pub struct Share {
     part: usize,
     parts: usize,
     wire: Wire,
+    /// In a world of one.
+    alone: bool,
 }
 
 impl Share {
-    /// All of it.
-    pub const WHOLE: Self = Self { part: 0, parts: 1, wire: Wire::F32 };
+    /// All of it, in a world of one.
+    pub const WHOLE: Self = Self { part: 0, parts: 1, wire: Wire::F32, alone: true };
 
     /// This rank's part where the state is divided (`sharded`), else all of it. Gradients travel as `wire`, where they travel.
     pub fn of(world: &dyn Collective, sharded: bool, wire: Wire) -> Self {
         let (part, parts) = if sharded { (world.rank(), world.world_size()) } else { (0, 1) };
-        let wire = if world.world_size() > 1 { wire } else { Wire::F32 };
-        Self { part, parts, wire }
+        let alone = world.world_size() == 1;
+        Self { part, parts, wire: if alone { Wire::F32 } else { wire }, alone }
+    }
+
+    /// Numbers of a bucket, at least. Alone, every parameter is a bucket by itself: packing would only copy.
+    fn bucket_numbers(self) -> usize {
+        if self.alone { 1 } else { bucket_numbers(self.parts) }
     }
 }
 
@@ -79,7 +86,7 @@ impl Optimizer {
             .with_weight_decay(config.weight_decay)
             .build();
         let parameters = trainable(module).into_iter().map(|(path, value)| (path, value.dims()[0]));
-        let buckets = cut(parameters, bucket_numbers(share.parts), share.parts);
+        let buckets = cut(parameters, share.bucket_numbers(), share.parts);
         let states = vec![None; buckets.len()];
         Self { adamw, buckets, share, states }
     }

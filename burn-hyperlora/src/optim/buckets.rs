@@ -104,7 +104,8 @@ impl Bucket {
     pub(super) fn unpack(&self, range: Range<usize>, part: &Tensor<1>) -> BTreeMap<String, Tensor<1>> {
         let mut start = 0;
         let pieces = self.pieces(range).map(|(path, piece)| {
-            let value = part.clone().narrow(0, start, piece.len());
+            let whole = piece.len() == part.dims()[0];
+            let value = if whole { part.clone() } else { part.clone().narrow(0, start, piece.len()) };
             start += piece.len();
             (path.to_owned(), value)
         });
