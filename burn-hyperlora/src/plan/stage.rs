@@ -3,7 +3,7 @@
 use burn::tensor::FloatDType;
 use serde::Serialize;
 
-use crate::optim::bucket_bytes;
+use crate::optim::{Wire, bucket_bytes};
 use crate::plan::hardware::hop_seconds;
 use crate::plan::memory::{F32, Memory, WORKSPACE};
 use crate::plan::{Setup, encoders, unet};
@@ -26,7 +26,8 @@ pub struct StagePlan {
     pub fits: bool,
     /// Bytes of the gradients: what is all-reduced per optimiser step.
     pub gradient_bytes: u64,
-    /// Bytes that each GPU sends for it in a ring: `2 (n - 1) / n` times the gradients.
+    /// Bytes that each GPU sends for it in a ring: `(n - 1) / n` times the gradients, as `train.wire` has them, and the
+    /// parameters in f32.
     pub sent_bytes: f64,
     /// Seconds of it, hops and bytes, not overlapped with computing.
     pub all_reduce_seconds: f64,
@@ -132,7 +133,11 @@ impl Setup {
         let flops = self.flops(entry);
 
         let gpus = self.cluster.gpus as f64;
-        let sent_bytes = 2.0 * (gpus - 1.0) / gpus * gradient_bytes as f64;
+        let wire_bytes = match self.train.wire {
+            Wire::F32 => gradient_bytes,
+            Wire::Bf16 => gradient_bytes / 2,
+        };
+        let sent_bytes = (gpus - 1.0) / gpus * (wire_bytes + gradient_bytes) as f64;
         let buckets = gradient_bytes.div_ceil(bucket_bytes(self.cluster.gpus)) as f64;
         let hops = buckets * hop_seconds(&self.cluster.gpu, self.cluster.gpus);
         let all_reduce_seconds = hops + sent_bytes / self.cluster.link.bytes_per_second;

@@ -14,7 +14,7 @@ use crate::checkpoint::CheckpointStore;
 use crate::collective::WorldOfOne;
 use crate::conditioning::{Base, BaseConfig};
 use crate::hypernet::{HyperLora, ParameterVisitor, Stage};
-use crate::optim::{GradientMap, Optimizer, Share};
+use crate::optim::{GradientMap, Optimizer, Share, Wire};
 use crate::plan::hardware::between_machines;
 use crate::sdxl::configs;
 use crate::train::checkpoints::{SavedState, Snapshot};
@@ -227,6 +227,9 @@ fn traffic_is_that_of_a_ring() {
     let hops = stage.gradient_bytes.div_ceil(16 << 20) as f64 * (28.0 * 3.4e-6 + 2.0 * 14e-6);
     assert!(((stage.all_reduce_seconds - hops) * 200e9 - stage.sent_bytes).abs() < 1e3);
     assert_eq!(stage.memory.moments_sharded, stage.memory.moments / 16);
+    let mut halved = setup("sdxl/id-clip.yaml", 16);
+    halved.train.wire = Wire::Bf16;
+    assert_eq!(halved.plan().stages[0].sent_bytes, 0.75 * stage.sent_bytes);
     let alone = &setup("sdxl/id-clip.yaml", 1).plan().stages[0];
     assert_eq!((alone.sent_bytes, alone.all_reduce_seconds), (0.0, 0.0));
     assert_eq!(alone.memory.peak_sharded(), alone.memory.peak());
