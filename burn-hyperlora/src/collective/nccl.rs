@@ -112,13 +112,25 @@ impl Nccl {
         let (from, to) = (DeviceMemory::of(input)?, DeviceMemory::of(output.clone())?);
         // What fills the input runs on a stream of the tensor library: NCCL's own stream must not begin before it is done.
         device.sync().map_err(|problem| broken("the GPU failed", &problem))?;
+        // NCCL may connect GPUs only when they are first used, within this call.
+        let watch = self.watch(what);
         launch(&from, &to).map_err(|problem| broken("NCCL failed", &problem.0))?;
+        drop(watch);
         let done = self.stream.record_event(None).map_err(|problem| broken("the GPU failed", &problem))?;
         let in_flight = InFlight { done, memory: Some([from, to]) };
         Ok(Box::new(move || {
             self.wait(what, &in_flight)?;
             Ok(output)
         }))
+    }
+
+    /// Guards a call of NCCL that other ranks can hold up: it has no deadline of its own, and cannot be given up.
+    fn watch(&self, what: &str) -> Watchdog {
+        let (waiter, seconds) = (self.name_of(self.rank), self.timeout.as_secs());
+        Watchdog::new(
+            self.timeout,
+            format!("{waiter} waited {seconds} s for NCCL to begin {what}: a rank is dead or hangs"),
+        )
     }
 
     fn wait(&self, what: &str, in_flight: &InFlight) -> Result<()> {
@@ -317,6 +329,7 @@ impl Collective for Nccl {
     }
 
     fn leave(&self) {
+        let _watch = self.watch("the end of the run");
         #[expect(unsafe_code, reason = "NCCL frees its communicator")]
         // SAFETY: the last use of the communicator; every collective on it was waited for.
         let left = unsafe { result::comm_destroy(self.communicator) };
