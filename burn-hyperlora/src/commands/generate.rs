@@ -39,8 +39,8 @@ pub(super) struct GenerateArgs {
     /// Weight of the ID-LoRA, folded into the file
     #[arg(long, default_value_t = 1.0, value_parser = finite::<f32>, allow_negative_numbers = true)]
     id_weight: f32,
-    /// Weight of the Base-LoRA where --base is given
-    #[arg(long, default_value_t = 0.4, value_parser = finite::<f32>, allow_negative_numbers = true)]
+    /// Weight of the Base-LoRA that --base adds
+    #[arg(long, default_value_t = 0.4, requires = "base", value_parser = finite::<f32>, allow_negative_numbers = true)]
     base_weight: f32,
     /// Number format of the file
     #[arg(long, value_enum, default_value_t = FileDType::F16)]

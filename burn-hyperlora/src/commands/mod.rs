@@ -13,7 +13,7 @@ mod slider;
 mod status;
 mod train;
 
-use std::fmt::Display;
+use std::fmt::{self, Display, Formatter};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,7 +23,7 @@ use burn::tensor::{Device, FloatDType};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use safetensors::Dtype;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::export::lora::Layout;
 use crate::generate::photos::PhotoModels;
 use crate::metrics::{self, log};
@@ -60,10 +60,18 @@ enum Command {
     Eval(eval::EvalCommand),
 }
 
+impl Command {
+    /// Whether it runs models, which a GPU can do.
+    fn uses_device(&self) -> bool {
+        matches!(self, Self::Train(_) | Self::Generate(_) | Self::Sample(_) | Self::Eval(_))
+    }
+}
+
 /// Options of every command.
 #[derive(Debug, Args)]
 struct Common {
-    /// Where to compute: `cpu`, `cuda:N`, or `cuda` for the GPU of this rank (the first where there is one rank).
+    /// Where to compute: `cpu`, `cuda:N`, or `cuda` for the GPU of this rank (the first where there is one rank). Commands
+    /// that run no model take `cpu` alone.
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     device: DeviceChoice,
     /// Say more (-vv: everything).
@@ -78,7 +86,7 @@ struct Common {
 #[derive(Debug, Clone, Copy)]
 enum DeviceChoice {
     Cpu,
-    #[cfg(feature = "cuda")]
+    /// The GPU of this rank where the number is left out.
     Cuda(Option<usize>),
 }
 
@@ -88,31 +96,47 @@ impl FromStr for DeviceChoice {
     fn from_str(name: &str) -> std::result::Result<Self, String> {
         match name.strip_prefix("cuda:").map(str::parse::<usize>) {
             None if name == "cpu" => Ok(Self::Cpu),
-            #[cfg(feature = "cuda")]
             None if name == "cuda" => Ok(Self::Cuda(None)),
-            #[cfg(feature = "cuda")]
             Some(Ok(index)) => Ok(Self::Cuda(Some(index))),
-            #[cfg(not(feature = "cuda"))]
-            found if name == "cuda" || matches!(found, Some(Ok(_))) => {
-                Err("this binary was built without CUDA: cargo build --release --features burn-hyperlora/cuda".into())
-            }
             _ => Err("expected `cpu`, `cuda` or `cuda:N`, for example cuda:0".into()),
         }
     }
 }
 
+impl Display for DeviceChoice {
+    fn fmt(&self, out: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => out.write_str("cpu"),
+            Self::Cuda(None) => out.write_str("cuda"),
+            Self::Cuda(Some(index)) => write!(out, "cuda:{index}"),
+        }
+    }
+}
+
 impl DeviceChoice {
-    fn open(self) -> Result<Device> {
-        Ok(match self {
-            Self::Cpu => Device::flex(),
+    /// Opens the device for `command`.
+    fn open_for(self, command: &Command) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::flex()),
+            Self::Cuda(_) if !command.uses_device() => Err(Error::input(
+                format!("--device {self}"),
+                "this command has no use for a GPU: it works on the CPU alone",
+                "leave --device out",
+            )),
             #[cfg(feature = "cuda")]
-            Self::Cuda(Some(index)) => Device::cuda(index),
+            Self::Cuda(Some(index)) => Ok(Device::cuda(index)),
             #[cfg(feature = "cuda")]
             Self::Cuda(None) => {
                 let placement = crate::collective::Placement::of_process()?;
-                Device::cuda(placement.map_or(0, |placement| placement.local_rank))
+                Ok(Device::cuda(placement.map_or(0, |placement| placement.local_rank)))
             }
-        })
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda(_) => Err(Error::input(
+                format!("--device {self}"),
+                "this binary was built without CUDA",
+                "cargo build --release --features burn-hyperlora/cuda",
+            )),
+        }
     }
 }
 
@@ -225,7 +249,7 @@ pub fn run() -> ExitCode {
 }
 
 fn dispatch(cli: &Cli) -> ExitCode {
-    let done = cli.common.device.open().and_then(|device| match &cli.command {
+    let done = cli.common.device.open_for(&cli.command).and_then(|device| match &cli.command {
         Command::Train(args) => train::run(args, &cli.common, &device),
         Command::Generate(args) => generate::run(args, &cli.common, &device),
         Command::Export(args) => export::run(args, &cli.common),

@@ -28,7 +28,7 @@ fn every_command_shows_an_example() {
 
 #[test]
 fn what_the_command_line_cannot_mean_is_refused() {
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 9] = [
         (&[], "Usage"),
         (&["trian"], "train"),
         (&["train"], "CONFIG"),
@@ -36,11 +36,27 @@ fn what_the_command_line_cannot_mean_is_refused() {
         (&["train", "a.yaml", "--max-steps", "-1"], "-1"),
         (&["train", "a.yaml", "--device", "gpu"], "cuda:N"),
         (&["sample", "-o", "a.png"], "--checkpoint"),
+        (&["generate", "--checkpoint", "c", "--image", "a.png", "--base-weight", "1", "-o", "a"], "  --base\n"),
         (&["sample", "--base", "b", "--prompt", "p", "--guidance", "nan", "-o", "a.png"], "finite"),
     ];
     for (arguments, part) in cases {
         let stderr = run(hyperlora(arguments)).with(2).stderr;
         assert!(stderr.contains(part), "{arguments:?}: {stderr}");
+    }
+}
+
+#[test]
+fn a_gpu_is_refused_by_commands_that_run_no_model() {
+    for command in [
+        &["fold", "--id", "a", "--base", "b", "--base-weight", "1", "-o", "c"][..],
+        &["plan", "a.yaml", "--gpu", "a100-80g"],
+        &["status", "run"],
+        &["checkpoint", "list", "run"],
+    ] {
+        let asked = |device: &str| run(hyperlora(command.iter().chain(&["--device", device])));
+        asked("cuda:0").refused(2, &["--device cuda:0", "the CPU alone", "leave --device out"]);
+        let stderr = asked("cpu").with(2).stderr;
+        assert!(!stderr.contains("--device"), "{stderr}");
     }
 }
 
