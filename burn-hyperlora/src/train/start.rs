@@ -111,7 +111,8 @@ fn resume(
         Some(entry) => begin_learning(setup, hyper_lora, entry),
         None => learner(setup, hyper_lora, &OptimConfig::default()),
     };
-    if saved.train.stage_step > 0 {
+    // The moments of the stage before lie in the checkpoint at its end; a stage whose steps were all skipped has none yet.
+    if saved.train.stage_step > 0 && !saved.optimizer_steps.is_empty() {
         let moments = MomentFiles::open(checkpoint)?;
         let read = |name: &str, range| moments.read(name, range);
         let (hyper_lora, steps) = (&learner.hyper_lora, &saved.optimizer_steps);
