@@ -46,15 +46,16 @@ impl Quarantine {
     /// What `run` has left out so far of the shards with this checksum; up to `budget` row groups may be.
     ///
     /// # Errors
-    /// Input or Disk for a file that cannot be read.
+    /// Input where more are; Input or Disk for a file that cannot be read.
     pub fn open(run: &Path, budget: usize, shards: &str) -> Result<Self> {
         let file = run.join(QUARANTINE_FILE);
         let text = match std::fs::read_to_string(&file) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             read => read.map_err(|source| Error::read(&file, source))?,
         };
-        let known = Mutex::new(entries(&text, shards).map(|bad| (bad.group, bad)).collect());
-        Ok(Self { file, budget, known })
+        let known: BTreeMap<u32, BadRowGroup> = entries(&text, shards).map(|bad| (bad.group, bad)).collect();
+        within_budget(&file, budget, &known)?;
+        Ok(Self { file, budget, known: Mutex::new(known) })
     }
 
     /// Whether a row group is left out.
@@ -84,20 +85,7 @@ impl Quarantine {
         let of_all = self.write_down(&bad).map_err(|source| Error::write(&self.file, source))?;
         tracing::warn!("{}: row group {} is left out: {}", bad.file, bad.row_group, bad.reason);
         known.extend(of_all.into_iter().map(|bad| (bad.group, bad)));
-        if known.len() <= self.budget {
-            return Ok(());
-        }
-        let files: Vec<String> = known.values().map(|bad| format!("{} ({})", bad.file, bad.row_group)).collect();
-        Err(Error::file(
-            &self.file,
-            format!(
-                "{} row groups are damaged: {}; data.bad_row_groups allows {}",
-                files.len(),
-                files.join(", "),
-                self.budget
-            ),
-            "restore these files and remove the lines from quarantine.jsonl, or allow more",
-        ))
+        within_budget(&self.file, self.budget, &known)
     }
 
     /// Appends a line under a lock; tells what all ranks have written down.
@@ -122,6 +110,20 @@ impl Quarantine {
     fn known(&self) -> MutexGuard<'_, BTreeMap<u32, BadRowGroup>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Checks that no more row groups are left out than may be: for a run that goes on as for one at work.
+fn within_budget(file: &Path, budget: usize, known: &BTreeMap<u32, BadRowGroup>) -> Result<()> {
+    if known.len() <= budget {
+        return Ok(());
+    }
+    let files: Vec<String> = known.values().map(|bad| format!("{} ({})", bad.file, bad.row_group)).collect();
+    let (count, files) = (files.len(), files.join(", "));
+    Err(Error::file(
+        file,
+        format!("{count} row groups are damaged: {files}; data.bad_row_groups allows {budget}"),
+        "restore these files and remove the lines from quarantine.jsonl, or allow more",
+    ))
 }
 
 /// The entries about these shards. A line that a dying process left half-written tells nothing: the row group is found again.
@@ -153,8 +155,13 @@ mod tests {
         assert_eq!((one.len(), two.len(), open().len()), (1, 2, 2));
         assert!(open().holds(8) && !open().holds(9));
         assert!(Quarantine::open(run.path(), 2, "other shards").unwrap().is_empty());
-        let error = one.add(bad(9)).unwrap_err().to_string();
-        assert!(error.contains("3 row groups are damaged") && error.contains("allows 2"), "{error}");
+        let too_many = one.add(bad(9)).unwrap_err();
+        // The next start meets the same lines.
+        for error in [too_many, Quarantine::open(run.path(), 2, "abc").unwrap_err()] {
+            let error = error.to_string();
+            assert!(error.contains("3 row groups are damaged") && error.contains("allows 2"), "{error}");
+        }
+        assert_eq!(Quarantine::open(run.path(), 3, "abc").unwrap().len(), 3);
     }
 
     #[test]
