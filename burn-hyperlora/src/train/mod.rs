@@ -10,6 +10,7 @@ pub mod forward;
 pub mod moments;
 pub mod pictures;
 mod ranks;
+pub mod skipped;
 pub mod spikes;
 mod start;
 pub mod state;

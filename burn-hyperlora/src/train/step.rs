@@ -56,6 +56,8 @@ pub struct StepTerms {
 pub struct StepReport {
     /// One entry per sample, those of all ranks.
     pub losses: Vec<SampleLoss>,
+    /// Draw and photo of each of this rank's samples: the key of what came in the place of a damaged one.
+    pub photos: Vec<(u64, String)>,
     /// Global gradient norm before clipping.
     pub gradient_norm: f64,
     /// Why the weights were not moved, where they were not.
@@ -278,6 +280,7 @@ impl StepReport {
             scenario: sample.request.scenario,
             timestep: sample.timestep,
         }));
+        self.photos.extend(batch.samples.iter().map(|sample| (sample.request.draw, sample.key.clone())));
         self.coefficients = coefficients;
         self.next_draw = batch.next_draw;
     }

@@ -72,27 +72,31 @@ pub(super) fn asked_to_stop(world: &dyn Collective, own: Option<&'static str>) -
     Ok(asked.map(|name| if name == b"SIGINT" { "SIGINT" } else { "SIGTERM" }))
 }
 
-/// Lets rank 0 do `work` alone while the others wait for up to `deadline`; all ranks get what it made of it.
+/// Lets every rank do `work` by itself, for up to `deadline`: no rank goes on where one failed.
 ///
 /// # Errors
-/// Those of `work` on rank 0; on the others Peer that tells what it met.
+/// Those of `work` on the rank itself; where another failed, as [`share`].
+pub(super) fn all_or_none<T>(
+    world: &dyn Collective,
+    what: &str,
+    deadline: Duration,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let own = work();
+    let heard = world.barrier(what, deadline).and_then(|()| share(world, what, own.as_ref().map(|_| &())));
+    let own = own?;
+    heard.map(|_| own)
+}
+
+/// Lets rank 0 do `work` alone while the others wait for up to `deadline`.
+///
+/// # Errors
+/// As [`all_or_none`].
 pub(super) fn lead_alone(
     world: &dyn Collective,
     what: &str,
     deadline: Duration,
-    work: impl FnOnce() -> Result<String>,
-) -> Result<String> {
-    let own = if world.leads() { work() } else { Ok(String::new()) };
-    world.barrier(what, deadline)?;
-    let note = own.as_ref().map_or_else(|error| format!("!{error}"), |made| format!(".{made}"));
-    let notes = world.exchange(what, note.as_bytes())?;
-    own?;
-    let first = String::from_utf8_lossy(notes.first().map_or(&[][..], Vec::as_slice)).into_owned();
-    match first.strip_prefix('!') {
-        Some(problem) => {
-            let problem = problem.lines().next().unwrap_or_default();
-            Err(Error::Peer(format!("{} failed: {problem}", world.name_of(0))))
-        }
-        None => Ok(first.get(1..).unwrap_or_default().to_owned()),
-    }
+    work: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    all_or_none(world, what, deadline, || if world.leads() { work() } else { Ok(()) })
 }

@@ -1,14 +1,11 @@
 //! The run: stages one after the other, each a loop of steps with its checkpoints, curves and pictures.
 
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::Device;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::checkpoint::{CheckpointStore, CheckpointWriter, Part};
 use crate::collective::Timed;
@@ -32,7 +29,7 @@ use crate::train::state::{TrainState, binding_settings};
 use crate::train::step::{Learner, StepConfig, StepTerms, step};
 use crate::train::together::{asked_to_stop, lead_alone};
 use crate::train::{
-    CHECKPOINTS, Outcome, SKIPPED, TENSORBOARD, TrainOptions, TrainSetup, fingerprint, open_dataset, pictures,
+    CHECKPOINTS, Outcome, SKIPPED, TENSORBOARD, TrainOptions, TrainSetup, fingerprint, open_dataset, pictures, skipped,
 };
 
 /// A run in progress.
@@ -88,7 +85,7 @@ impl<'a> Trainer<'a> {
         let root = setup.run.join(CHECKPOINTS);
         lead_alone(world, "rank 0 to open the run folder", setup.train.long_timeout(), || {
             CheckpointStore::open(&root)?;
-            checkpoints::latest(setup.run).map(|_| String::new())
+            checkpoints::latest(setup.run).map(drop)
         })?;
         let checkpoints = CheckpointStore::at(&root);
         let writer = CheckpointWriter::new(checkpoints.clone(), setup.train.long_timeout());
@@ -115,9 +112,7 @@ impl<'a> Trainer<'a> {
             let checkpoint = self.finish_checkpoint()?;
             // A run that was killed right after its last checkpoint was not tidied.
             let tidy = self.tidying();
-            lead_alone(setup.world, "rank 0 to tidy the run folder", setup.train.long_timeout(), || {
-                tidy().map(|()| String::new())
-            })?;
+            lead_alone(setup.world, "rank 0 to tidy the run folder", setup.train.long_timeout(), tidy)?;
             return Ok(Some(Outcome::Finished { step, checkpoint }));
         };
         let maker = self.maker(entry.kind())?;
@@ -195,10 +190,9 @@ impl<'a> Trainer<'a> {
             })?;
             let time = StepTime { elapsed: start.elapsed(), communication: world.take() };
 
-            let draws = self.state.next_draw..report.next_draw;
             self.state.count(&report, time.elapsed);
             match &report.skipped {
-                Some(reason) => self.skip(entry, reason, draws)?,
+                Some(reason) => self.skip(entry, reason, &report.photos)?,
                 None => {
                     self.state.spikes.good(&train.spikes, report.mean_loss());
                     curves.add(&report, &terms, time);
@@ -233,20 +227,11 @@ impl<'a> Trainer<'a> {
 
     /// Notes a step that was not taken, with the photos of its batch; takes the last checkpoint's weights, or stops, where
     /// there were too many.
-    fn skip(&mut self, entry: &StageEntry, reason: &str, draws: Range<u64>) -> Result<()> {
+    fn skip(&mut self, entry: &StageEntry, reason: &str, photos: &[(u64, String)]) -> Result<()> {
         let setup = self.setup;
         let step = self.state.global_step;
         tracing::warn!("step {step} is skipped: {reason}; its photos are in {SKIPPED}");
-        if setup.world.leads() {
-            let mut source = self.draws(entry)?;
-            let keys = draws.map(|draw| Ok(self.dataset.record(source.request(draw).target)?.key.clone()));
-            let keys: Vec<String> = keys.collect::<Result<_>>()?;
-            let line = json!({"step": step, "stage": entry.name(), "reason": reason, "photos": keys});
-            let path = setup.run.join(SKIPPED);
-            let file = OpenOptions::new().create(true).append(true).open(&path);
-            let written = file.and_then(|mut file| writeln!(file, "{line}"));
-            written.map_err(|source| Error::write(&path, source))?;
-        }
+        skipped::note(setup, step, entry.name(), reason, photos)?;
         let remedy = self.state.spikes.bad(&setup.train.spikes);
         if remedy == Remedy::RollBack {
             self.finish_checkpoint()?;
@@ -326,9 +311,8 @@ impl<'a> Trainer<'a> {
             if let Err(error) = pictures::write(setup.run, step, &grid) {
                 tracing::warn!("the pictures of step {step} are not written: {error}");
             }
-            Ok(String::new())
-        })?;
-        Ok(())
+            Ok(())
+        })
     }
 
     fn maker(&self, kind: Stage) -> Result<SampleMaker> {

@@ -33,7 +33,7 @@ impl World {
 }
 
 /// The lines of the run's skipped steps.
-fn skipped(run: &Path) -> Vec<serde_json::Value> {
+pub(crate) fn skipped(run: &Path) -> Vec<serde_json::Value> {
     let text = fs::read_to_string(run.join(SKIPPED)).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }

@@ -20,6 +20,7 @@ use burn_hyperlora::train::Outcome;
 use data_prep::shard::{Manifest, ShardFolder};
 use image::RgbImage;
 
+use crate::runs::skipped;
 use crate::world::World;
 
 const STREAMS: usize = 12;
@@ -202,6 +203,25 @@ fn more_damage_than_the_budget_stops_the_run() {
     let message = error.to_string();
     assert!(message.contains("2 row groups are damaged") && message.contains("bad_row_groups allows 1"), "{message}");
     assert_eq!(error.exit_code(), 2);
+}
+
+#[test]
+fn skipped_steps_name_the_photos_that_stood_in_for_damaged_ones() {
+    let world = World::new();
+    damage(&world, &[1]);
+    // The first step of the second stage ruins the weights: its other three are skipped.
+    let too_far = (
+        "same_identity, optim: {learning_rate: 0.01, schedule: {warm",
+        "same_identity, optim: {learning_rate: 1.0e+30, schedule: {warm",
+    );
+    let outcome = world.train(&world.experiment(&[too_far]).unwrap(), "run", None).unwrap();
+    assert!(matches!(outcome, Outcome::Finished { step: 9, .. }), "{outcome:?}");
+    let lines = skipped(&world.path("run"));
+    assert_eq!(lines.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 5, 6]);
+    let named: Vec<&str> =
+        lines.iter().flat_map(|line| line["photos"].as_array().unwrap()).map(|key| key.as_str().unwrap()).collect();
+    let lost = ShardFolder::open(&world.path("shards")).unwrap().keys(5..10).unwrap();
+    assert!(named.len() == 12 && named.iter().all(|key| !lost.iter().any(|lost| lost == key)), "{named:?}");
 }
 
 #[test]
