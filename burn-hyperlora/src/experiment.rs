@@ -176,7 +176,7 @@ impl Experiment {
     /// As [`train`](Self::train), as one of the ranks of `world`.
     ///
     /// # Errors
-    /// As there; Peer where another rank fails.
+    /// As there; Peer where another rank is lost, PeerFailed where it fails.
     pub fn train_together(
         &self,
         world: &dyn Collective,

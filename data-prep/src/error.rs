@@ -33,9 +33,19 @@ pub enum Error {
     /// A fault of the program itself.
     #[error("{0}")]
     Fault(String),
-    /// Another process of the same run failed or fell silent: named by rank and machine where they are known.
+    /// Another process of the same run was lost or fell silent: named by rank and machine where they are known.
     #[error("{0}")]
     Peer(String),
+    /// Another process of the same run failed, and said why before it ended.
+    #[error("{rank} failed: {problem}")]
+    PeerFailed {
+        /// Its rank and machine.
+        rank: String,
+        /// Its error, on one line.
+        problem: String,
+        /// The code that it ends with.
+        exit_code: u8,
+    },
 }
 
 impl Error {
@@ -95,13 +105,14 @@ impl Error {
         }
     }
 
-    /// The process exit code: 2 the user's input, 1 a fault of the machine or the program, 75 (`EX_TEMPFAIL`) another
-    /// process of the run: start again.
+    /// The process exit code: 2 the user's input, 1 a fault of the machine or the program, 75 (`EX_TEMPFAIL`) the loss of
+    /// another process of the run: start again. Where another process told its error, the code that belongs to that.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Input { .. } => 2,
             Self::Disk { .. } | Self::Fault(_) => 1,
             Self::Peer(_) => 75,
+            Self::PeerFailed { exit_code, .. } => *exit_code,
         }
     }
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::part::{FileSums, Part};
 use super::task::Task;
 use super::{Checkpoint, CheckpointStore, place};
-use crate::collective::Collective;
+use crate::collective::{Collective, Failure};
 use crate::error::{Error, Result};
 
 /// Between two looks at a disk that is waited for.
@@ -62,7 +62,7 @@ type Afterwards = Box<dyn FnOnce() -> Result<()> + Send>;
 enum Note {
     Working,
     Done(FileSums),
-    Failed(String),
+    Failed(Failure),
 }
 
 impl CheckpointWriter {
@@ -111,7 +111,7 @@ impl CheckpointWriter {
     ///
     /// # Errors
     /// What kept this rank from writing its part: Disk for a full or failing disk, Input for a place that cannot be written
-    /// to. Where another rank failed, Peer that names it. Older checkpoints are intact.
+    /// to. Where another rank failed, PeerFailed that names it. Older checkpoints are intact.
     pub fn advance(&mut self, world: &dyn Collective) -> Result<Option<Checkpoint>> {
         let Some(mut writing) = self.writing.take() else { return Ok(None) };
         let what = format!("all ranks to write {}", writing.checkpoint.path.display());
@@ -124,10 +124,7 @@ impl CheckpointWriter {
                 Note::Done(sums) => all.iter_mut().for_each(|all| all.extend(sums.clone())),
                 Note::Working => all = None,
                 Note::Failed(_) if rank == world.rank() => writing.fail()?,
-                Note::Failed(problem) => {
-                    let problem = problem.lines().next().unwrap_or_default();
-                    return Err(Error::Peer(format!("{} failed: {problem}", world.name_of(rank))));
-                }
+                Note::Failed(failure) => return Err(failure.heard_from(rank, world)),
             }
         }
         self.writing = match (all, writing.phase) {
@@ -169,7 +166,7 @@ impl CheckpointWriter {
 
 impl Writing {
     fn note(&mut self) -> Note {
-        let told = |error: &Error| Note::Failed(error.to_string());
+        let told = |error: &Error| Note::Failed(Failure::of(error));
         match &mut self.phase {
             Phase::Parts(part) => {
                 let note = match part.sums.result() {

@@ -9,6 +9,7 @@
 
 mod agreement;
 mod environment;
+mod failure;
 #[cfg(feature = "mpi")]
 mod mpi;
 #[cfg(feature = "cuda")]
@@ -26,6 +27,7 @@ use crate::error::{Error, Result};
 
 pub use agreement::agree;
 pub use environment::{Placement, earlier_lives};
+pub use failure::Failure;
 pub use rendezvous::{Meeting, Rendezvous};
 pub use timed::Timed;
 pub use world_of_one::WorldOfOne;
@@ -36,7 +38,7 @@ const PEER_LOST: i32 = 75;
 
 /// The ranks of a run.
 ///
-/// A method fails with [`Error::Peer`] when another rank failed or did not come in time; the world is then of no more use,
+/// A method fails with [`Error::Peer`] when another rank was lost or did not come in time; the world is then of no more use,
 /// and the process is expected to end. Where the library underneath cannot give up a wait, it ends the process itself.
 pub trait Collective {
     /// This process, from 0.

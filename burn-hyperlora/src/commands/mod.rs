@@ -238,7 +238,7 @@ fn finite<T: FromStr + Into<f64> + Copy>(text: &str) -> std::result::Result<T, S
 }
 
 /// Parses the command line and runs it. The exit code: 0 done, 2 the user's input, 3 stopped by a signal with everything
-/// saved, 1 a fault, 75 another rank of the run failed or fell silent.
+/// saved, 1 a fault, 75 another rank of the run was lost or fell silent.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     // The tensor library panics where memory runs out or shapes disagree: one clear end for whatever got past the checks.

@@ -127,7 +127,7 @@ impl Phases {
 /// not finite or the loss too high, see [`StepReport::skipped`].
 ///
 /// # Errors
-/// Those of the data, Peer where another rank fails. The learner is then unchanged; but where the rank failed while new
+/// Those of the data, PeerFailed where another rank fails. The learner is then unchanged; but where the rank failed while new
 /// weights were exchanged, it is partly moved, and only a checkpoint leads on.
 pub fn step(
     base: &Base,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::collective::Collective;
+use crate::collective::{Collective, Failure};
 use crate::data::scenario::Scenario;
 use crate::error::{Error, Result};
 use crate::train::step::SampleLoss;
@@ -16,30 +16,27 @@ use crate::train::step::SampleLoss;
 #[derive(Serialize, Deserialize)]
 enum Note<T> {
     Made(T),
-    Failure(String),
+    Failed(Failure),
 }
 
 /// What every rank made of its work, by rank: `what` is waited for. A rank that failed (`own` is its error) says so, and gets
 /// nothing.
 ///
 /// # Errors
-/// Peer that names the first other rank that failed, and why; those of the collective.
+/// PeerFailed that names the first other rank that failed, and why; those of the collective.
 pub(super) fn share<T: Serialize + DeserializeOwned>(
     world: &dyn Collective,
     what: &str,
     own: std::result::Result<&T, &Error>,
 ) -> Result<Vec<T>> {
-    let note = own.map_or_else(|error| Note::Failure(error.to_string()), Note::Made);
+    let note = own.map_or_else(|error| Note::Failed(Failure::of(error)), Note::Made);
     let broken = |error: serde_json::Error| Error::Fault(format!("a note between ranks cannot be read: {error}"));
     let notes = world.exchange(what, &serde_json::to_vec(&note).map_err(broken)?)?;
     let mut all = Vec::with_capacity(notes.len());
     for (rank, note) in notes.iter().enumerate().take_while(|_| own.is_ok()) {
         match serde_json::from_slice(note).map_err(broken)? {
             Note::Made(made) => all.push(made),
-            Note::Failure(problem) => {
-                let problem = problem.lines().next().unwrap_or_default();
-                return Err(Error::Peer(format!("{} failed: {problem}", world.name_of(rank))));
-            }
+            Note::Failed(failure) => return Err(failure.heard_from(rank, world)),
         }
     }
     Ok(all)

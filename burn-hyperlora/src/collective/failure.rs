@@ -1,0 +1,28 @@
+//! How a rank tells the others that it failed.
+
+use serde::{Deserialize, Serialize};
+
+use super::Collective;
+use crate::error::Error;
+
+/// A rank's error, in a note to the others: they end with the same exit code, so that a launcher which asks any of them learns
+/// whether starting again would help.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Failure {
+    exit_code: u8,
+    /// What is wrong, on one line.
+    problem: String,
+}
+
+impl Failure {
+    /// What the others are told of `error`.
+    pub fn of(error: &Error) -> Self {
+        let problem = error.to_string().lines().next().unwrap_or_default().to_owned();
+        Self { exit_code: error.exit_code(), problem }
+    }
+
+    /// The error of a rank that hears this from `rank`.
+    pub fn heard_from(self, rank: usize, world: &dyn Collective) -> Error {
+        Error::PeerFailed { rank: world.name_of(rank), problem: self.problem, exit_code: self.exit_code }
+    }
+}
