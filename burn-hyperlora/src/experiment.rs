@@ -203,7 +203,6 @@ impl Experiment {
                 hyper_lora: &self.hyper_lora,
                 train: &self.train,
                 resolved_yaml: self.resolved_yaml()?,
-                written_yaml: config::to_yaml(self)?,
                 device: device.clone(),
                 world,
             },

@@ -1,9 +1,9 @@
 //! What tells one base model from another, wherever it lies.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use serde_json::{Map, Value};
@@ -39,13 +39,35 @@ pub(super) fn of_base(config: &BaseConfig, yaml_folder: &Path) -> Result<Value> 
     Ok(parts.into())
 }
 
+/// A checksum of a hypernetwork in the released layout, over the names, lengths and both ends of its files.
+///
+/// # Errors
+/// As [`Error::read`].
+pub(super) fn of_released(folder: &Path) -> Result<String> {
+    let failed = |source| Error::read(folder, source);
+    let entries = fs::read_dir(folder).map_err(failed)?.collect::<io::Result<Vec<_>>>().map_err(failed)?;
+    let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors" || extension == "json"));
+    paths.sort();
+    let mut hasher = Sha256::new();
+    for path in paths {
+        hasher.update(path.file_name().unwrap_or_default().as_encoded_bytes());
+        add_ends(&mut hasher, &path).map_err(|source| Error::read(&path, source))?;
+    }
+    Ok(in_hex(hasher))
+}
+
+fn in_hex(hasher: Sha256) -> String {
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn of_model(config: &ConfigText, weights: &Weights) -> Result<String> {
     let mut hasher = Sha256::new();
     for path in weights.files() {
         add_ends(&mut hasher, path).map_err(|source| Error::read(path, source))?;
     }
     hasher.update(config.text());
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(in_hex(hasher))
 }
 
 /// A file's length, and what stands at its ends.

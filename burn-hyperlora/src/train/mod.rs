@@ -36,6 +36,7 @@ use crate::hypernet::HyperLoraConfig;
 use crate::metrics::Display;
 use crate::signals::StopFlag;
 use crate::train::config::TrainConfig;
+use crate::train::together::{all_or_none, lead_alone};
 use crate::train::trainer::Trainer;
 
 /// Name of the resolved configuration in a run folder.
@@ -71,9 +72,6 @@ pub struct TrainSetup<'a> {
     pub train: &'a TrainConfig,
     /// The whole configuration with its defaults written out.
     pub resolved_yaml: String,
-    /// The same with its paths as they were written: what all ranks must have in common. Where a rank's files lie is its own
-    /// affair, what is in them is compared by itself.
-    pub written_yaml: String,
     /// The plain device to train on.
     pub device: Device,
     /// The ranks of the run, this process among them.
@@ -136,18 +134,19 @@ pub enum Outcome {
 /// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
 /// that diverged; Input too where another process trains into the run folder.
 pub fn run(setup: &TrainSetup<'_>, options: &TrainOptions) -> Result<Outcome> {
+    let (world, patience) = (setup.world, setup.train.long_timeout());
     // One rank writes; the others only read.
-    let _lock = match setup.world.leads() {
-        true => {
+    let _lock = all_or_none(world, "rank 0 to claim the run folder", patience, || {
+        let claim = || {
             fs::create_dir_all(setup.run).map_err(|source| Error::write(setup.run, source))?;
-            Some(lock(setup.run)?)
-        }
-        false => None,
-    };
+            lock(setup.run)
+        };
+        world.leads().then(claim).transpose()
+    })?;
     let mut trainer = Trainer::prepare(setup, options)?;
-    if setup.world.leads() {
-        write_whole(&setup.run.join(CONFIG_FILE), setup.resolved_yaml.as_bytes())?;
-    }
+    lead_alone(world, "rank 0 to write the configuration", patience, || {
+        write_whole(&setup.run.join(CONFIG_FILE), setup.resolved_yaml.as_bytes()).map(drop)
+    })?;
     loop {
         match trainer.run_stage() {
             Ok(None) => {}

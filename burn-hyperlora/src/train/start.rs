@@ -1,5 +1,7 @@
 //! How a run begins or goes on: the learner and the state, the same on all ranks.
 
+use std::sync::Arc;
+
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
 use serde_json::Value;
@@ -8,15 +10,17 @@ use sha2::{Digest, Sha256};
 use crate::checkpoint::Checkpoint;
 use crate::collective::agree;
 use crate::conditioning::Base;
+use crate::data::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, ParameterVisitor};
 use crate::optim::{OptimConfig, Optimizer, Share, Wire};
+use crate::sdxl::scheduler::NoiseSampler;
 use crate::train::checkpoints::{self, SavedState, Source, WEIGHTS};
 use crate::train::config::StageEntry;
 use crate::train::moments::MomentFiles;
-use crate::train::state::TrainState;
+use crate::train::state::{TrainState, binding_settings};
 use crate::train::step::Learner;
-use crate::train::{TrainOptions, TrainSetup};
+use crate::train::{TrainOptions, TrainSetup, fingerprint, open_dataset};
 
 /// The learner and the state to go on with: those of `checkpoint`, or of a run's first step.
 ///
@@ -53,31 +57,103 @@ pub(super) fn begin_learning(setup: &TrainSetup<'_>, hyper_lora: HyperLora, entr
     learner(setup, hyper_lora.trainable(&config.groups), &config.optim)
 }
 
-/// Checks that all ranks run the same program on the same settings, data and parameters, from the same checkpoint.
+/// Checks that all ranks run the same program on the same settings: before anything is opened, so that what differs is named
+/// whatever it would lead to.
 ///
 /// # Errors
 /// Input, the same on all ranks, that names the first rank that differs.
-pub(super) fn check_agreement(
+pub(super) fn check_same_settings(setup: &TrainSetup<'_>, options: &TrainOptions, common: &Value) -> Result<()> {
+    agree(
+        setup.world,
+        &[
+            ("version", env!("CARGO_PKG_VERSION").into()),
+            ("configuration", short(Sha256::new_with_prefix(common.to_string()))),
+            ("--max-steps", format!("{:?}", options.max_steps)),
+        ],
+    )
+}
+
+/// Checks that all ranks have the same data and base, wherever these lie.
+///
+/// # Errors
+/// As [`check_same_settings`].
+pub(super) fn check_same_files(setup: &TrainSetup<'_>, settings: &Value) -> Result<()> {
+    agree(
+        setup.world,
+        &[
+            ("data", settings["data"]["shards"].to_string()),
+            ("base", short(Sha256::new_with_prefix(settings["base"].to_string()))),
+        ],
+    )
+}
+
+/// Checks that all ranks begin at the same step with the same parameters; `origin` tells the weights that these came from.
+///
+/// # Errors
+/// As [`check_same_settings`].
+pub(super) fn check_same_start(
     setup: &TrainSetup<'_>,
-    options: &TrainOptions,
-    settings: &Value,
     hyper_lora: &HyperLora,
     state: &TrainState,
+    origin: &str,
 ) -> Result<()> {
     let mut shapes = Shapes(Sha256::new());
     hyper_lora.visit_parameters(&mut shapes);
     agree(
         setup.world,
         &[
-            ("version", env!("CARGO_PKG_VERSION").into()),
-            ("configuration", short(Sha256::new_with_prefix(&setup.written_yaml))),
-            ("data", settings["data"]["shards"].to_string()),
-            ("base", short(Sha256::new_with_prefix(settings["base"].to_string()))),
-            ("parameters", short(shapes.0)),
             ("checkpoint", format!("step {}", state.global_step)),
-            ("--max-steps", format!("{:?}", options.max_steps)),
+            ("parameters", short(shapes.0)),
+            ("weights to begin with", origin.into()),
         ],
     )
+}
+
+/// Base and data of this rank's files: the rows, and the settings that a resume must match.
+///
+/// # Errors
+/// Input for what is missing or damaged, Disk for a failing disk.
+pub(super) fn open(setup: &TrainSetup<'_>, common: Value) -> Result<(Arc<Dataset>, Value)> {
+    let dataset = open_dataset(setup.data, setup.folder, setup.run)?;
+    if let Some(set) = &setup.train.fixed_set {
+        let place = format!("{}: train.fixed_set.split", setup.place);
+        dataset.check_apart(&setup.data.split, &set.split, &place)?;
+    }
+    let settings = binding_settings(common, fingerprint::of_base(setup.base, setup.folder)?, dataset.checksum());
+    Ok((dataset, settings))
+}
+
+/// The base's models, checked against each other and against the YAML.
+///
+/// # Errors
+/// Input for models that are missing, broken or do not go together, Disk for a failing disk.
+pub(super) fn load_base(setup: &TrainSetup<'_>) -> Result<Base> {
+    let base = Base::load(setup.base, setup.folder, &setup.device)?;
+    base.check(&setup.place, setup.data.image_size, setup.hyper_lora.clip_dim)?;
+    // What would otherwise end the run at its first pictures.
+    match &setup.train.samples {
+        Some(samples) if NoiseSampler::new(&base.schedule, samples.sampler, samples.steps).is_err() => {
+            let timesteps = base.schedule.config().num_train_timesteps;
+            Err(Error::input(
+                format!("{}: train.samples.steps", setup.place),
+                format!("is {}, the base's noise schedule has {timesteps} steps", samples.steps),
+                format!("give 1 to {timesteps}; 12 shows enough"),
+            ))
+        }
+        _ => Ok(base),
+    }
+}
+
+/// What tells the weights apart that a new run begins with; a run that goes on has those of its checkpoint.
+///
+/// # Errors
+/// Input for weights that are missing, Disk for a failing disk.
+pub(super) fn origin(setup: &TrainSetup<'_>, checkpoint: Option<&Checkpoint>) -> Result<String> {
+    match (&setup.train.init_from, checkpoint) {
+        (Some(path), None) => fingerprint::of_released(&Source::find(&path.resolve(setup.folder)?)?.weights()),
+        (_, Some(_)) => Ok("the checkpoint's".into()),
+        (None, None) => Ok("random".into()),
+    }
 }
 
 /// A hypernetwork at its beginning.

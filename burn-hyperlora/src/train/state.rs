@@ -60,16 +60,15 @@ impl TrainState {
     }
 }
 
-/// The settings that decide what the next step computes, as a tree that can be compared key by key.
+/// The settings that all ranks of a run must have in common: those that decide what a step computes, and those that decide
+/// when the ranks meet.
 ///
-/// What only decides where files lie, how fast things go, or what is looked at along the way is left out.
+/// Where a rank's files lie is its own affair, as are its threads and its memory: what is in the files is compared by itself.
 ///
 /// # Errors
 /// Fault when a setting cannot be written as JSON.
-pub fn binding_settings(
+pub fn common_settings(
     seed: u64,
-    base: Value,
-    shards: &str,
     data: &DataConfig,
     hyper_lora: &HyperLoraConfig,
     train: &TrainConfig,
@@ -77,31 +76,33 @@ pub fn binding_settings(
     let tree = |value: serde_json::Result<Value>| {
         value.map_err(|error| Error::Fault(format!("the settings cannot be written as JSON: {error}")))
     };
-    let without = |mut value: Value, keys: &[&str]| {
-        if let Some(object) = value.as_object_mut() {
-            keys.iter().for_each(|key| {
-                object.shift_remove(*key);
-            });
-        }
-        value
-    };
-    let mut data = without(
-        tree(serde_json::to_value(data))?,
-        &["cache_mib", "workers", "prefetch_mib", "bad_row_groups", "remote"],
-    );
-    data["shards"] = shards.into();
-    let train = tree(serde_json::to_value(train))?;
-    let train = without(
-        train,
-        &["checkpoints", "samples", "log_every", "fixed_set", "init_from", "collective_timeout_s", "shard_optimizer"],
-    );
-    Ok(spelled(json!({
-        "seed": seed,
-        "base": base,
-        "data": data,
-        "hyper_lora": tree(serde_json::to_value(hyper_lora))?,
-        "train": train,
-    })))
+    let mut data = tree(serde_json::to_value(data))?;
+    remove(&mut data, &["shards", "remote", "cache_mib", "workers", "prefetch_mib"]);
+    let mut train = tree(serde_json::to_value(train))?;
+    remove(&mut train, &["init_from"]);
+    let hyper_lora = tree(serde_json::to_value(hyper_lora))?;
+    Ok(spelled(json!({"seed": seed, "data": data, "hyper_lora": hyper_lora, "train": train})))
+}
+
+/// The settings that decide what the next step computes, as a tree that can be compared key by key: of the common ones those
+/// that a run may not change on its way, with the checksums of base and shards.
+///
+/// What only decides how things go on several ranks, or what is looked at along the way, is left out.
+pub fn binding_settings(mut common: Value, base: Value, shards: &str) -> Value {
+    remove(&mut common["data"], &["bad_row_groups"]);
+    common["data"]["shards"] = shards.into();
+    let along_the_way = ["checkpoints", "samples", "log_every", "fixed_set", "collective_timeout_s", "shard_optimizer"];
+    remove(&mut common["train"], &along_the_way);
+    common["base"] = spelled(base);
+    common
+}
+
+fn remove(tree: &mut Value, keys: &[&str]) {
+    if let Some(object) = tree.as_object_mut() {
+        keys.iter().for_each(|key| {
+            object.shift_remove(*key);
+        });
+    }
 }
 
 /// The tree with its numbers as text: written to a file and read back, a float may differ in its last bit.
@@ -142,7 +143,36 @@ fn within(key: &str, then: &Value, now: &Value) -> Option<(String, String, Strin
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::path::Path;
+
+    use data_prep::config::parse;
+
     use super::*;
+
+    #[test]
+    fn ranks_share_what_orders_their_steps_and_a_resume_less_but_never_paths() {
+        let settings = |data: &str, train: &str| {
+            let place = Path::new("train.yaml");
+            let data: DataConfig = parse(&format!("image_size: 64\n{data}"), place).unwrap();
+            let stages = "micro_batch: 1\nglobal_batch: 4\nstages: [{base: {steps: 2}}]";
+            let train: TrainConfig = parse(&format!("{stages}\n{train}"), place).unwrap();
+            let hyper_lora: HyperLoraConfig = parse("{}", place).unwrap();
+            let common = common_settings(5, &data, &hyper_lora, &train).unwrap();
+            (common.clone(), binding_settings(common, json!({"unet": "abc"}), "def"))
+        };
+        let here = settings("shards: here", "init_from: here");
+        let there = settings("shards: there\nremote: {cache: there}\nworkers: 7", "init_from: there");
+        assert_eq!(here, there);
+        for (data, train) in [("", "log_every: 3"), ("", "fixed_set: {}"), ("bad_row_groups: 1", "")] {
+            let other = settings(&format!("shards: here\n{data}"), train);
+            assert!(here.0 != other.0 && here.1 == other.1, "{data}{train}");
+        }
+        let other = settings("shards: here\nflip: true", "");
+        assert!(here.0 != other.0 && here.1 != other.1);
+        assert_eq!((&here.1["data"]["shards"], &here.1["base"]["unet"]), (&"def".into(), &"abc".into()));
+    }
 
     #[test]
     fn the_first_differing_key_is_named_by_its_path() {

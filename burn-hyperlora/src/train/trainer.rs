@@ -18,19 +18,19 @@ use crate::data::sample::SampleMaker;
 use crate::error::{Error, Result};
 use crate::hypernet::Stage;
 use crate::metrics::{Display, MetricsWriter, Progress, StageSummary, Summary, WaitClock};
-use crate::sdxl::scheduler::NoiseSampler;
 use crate::train::checkpoints::{self, SavedState, Snapshot};
 use crate::train::config::{SamplesConfig, StageEntry};
 use crate::train::curves::{Curves, StepTime};
 use crate::train::fixed_set::FixedSet;
 use crate::train::spikes::Remedy;
-use crate::train::start::{begin_learning, begin_or_resume, check_agreement, check_wire};
-use crate::train::state::{TrainState, binding_settings};
-use crate::train::step::{Learner, StepConfig, StepTerms, step};
-use crate::train::together::{asked_to_stop, lead_alone};
-use crate::train::{
-    CHECKPOINTS, Outcome, SKIPPED, TENSORBOARD, TrainOptions, TrainSetup, fingerprint, open_dataset, pictures, skipped,
+use crate::train::start::{
+    begin_learning, begin_or_resume, check_same_files, check_same_settings, check_same_start, check_wire, load_base,
+    open, origin,
 };
+use crate::train::state::{TrainState, common_settings};
+use crate::train::step::{Learner, StepConfig, StepTerms, step};
+use crate::train::together::{all_or_none, asked_to_stop, lead_alone};
+use crate::train::{CHECKPOINTS, Outcome, SKIPPED, TENSORBOARD, TrainOptions, TrainSetup, pictures, skipped};
 
 /// A run in progress.
 pub struct Trainer<'a> {
@@ -62,39 +62,33 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// See [`crate::train::run`].
     pub fn prepare(setup: &'a TrainSetup<'a>, options: &'a TrainOptions) -> Result<Self> {
-        let base = Base::load(setup.base, setup.folder, &setup.device)?;
-        base.check(&setup.place, setup.data.image_size, setup.hyper_lora.clip_dim)?;
-        check_samples(setup, &base)?;
-        let dataset = open_dataset(setup.data, setup.folder, setup.run)?;
-        if let Some(set) = &setup.train.fixed_set {
-            let place = format!("{}: train.fixed_set.split", setup.place);
-            dataset.check_apart(&setup.data.split, &set.split, &place)?;
-        }
-        let settings = binding_settings(
-            setup.seed,
-            fingerprint::of_base(setup.base, setup.folder)?,
-            dataset.checksum(),
-            setup.data,
-            setup.hyper_lora,
-            setup.train,
-        )?;
-        let world = setup.world;
+        let (world, patience) = (setup.world, setup.train.long_timeout());
+        // Compared in this order, and before anything can fail for it, what differs is named.
+        let common = common_settings(setup.seed, setup.data, setup.hyper_lora, setup.train)?;
+        check_same_settings(setup, options, &common)?;
         let rank = Rank::new(world.rank(), world.world_size())?;
         rank.check(&setup.place, setup.data.streams, setup.train.micro_batch, setup.train.global_batch)?;
         check_wire(setup)?;
+        let (dataset, settings) =
+            all_or_none(world, "all ranks to open base and data", patience, || open(setup, common))?;
+        check_same_files(setup, &settings)?;
         let root = setup.run.join(CHECKPOINTS);
-        lead_alone(world, "rank 0 to open the run folder", setup.train.long_timeout(), || {
+        lead_alone(world, "rank 0 to open the run folder", patience, || {
             CheckpointStore::open(&root)?;
             checkpoints::latest(setup.run).map(drop)
         })?;
         let checkpoints = CheckpointStore::at(&root);
-        let writer = CheckpointWriter::new(checkpoints.clone(), setup.train.long_timeout());
-        let (learner, state) = begin_or_resume(setup, &base, checkpoints.latest()?.as_ref(), &settings)?;
-        check_agreement(setup, options, &settings, &learner.hyper_lora, &state)?;
-        let metrics = match world.leads() {
-            true => Some(MetricsWriter::create(&setup.run.join(TENSORBOARD), state.global_step + 1)?),
-            false => None,
-        };
+        let writer = CheckpointWriter::new(checkpoints.clone(), patience);
+        let (base, (learner, state), origin) = all_or_none(world, "all ranks to load their models", patience, || {
+            let (base, checkpoint) = (load_base(setup)?, checkpoints.latest()?);
+            let start = begin_or_resume(setup, &base, checkpoint.as_ref(), &settings)?;
+            Ok((base, start, origin(setup, checkpoint.as_ref())?))
+        })?;
+        check_same_start(setup, &learner.hyper_lora, &state, &origin)?;
+        let metrics = all_or_none(world, "rank 0 to begin its curves", patience, || {
+            let create = || MetricsWriter::create(&setup.run.join(TENSORBOARD), state.global_step + 1);
+            world.leads().then(create).transpose()
+        })?;
         let mut trainer =
             Self { setup, options, base, dataset, settings, state, learner, checkpoints, writer, metrics, rank };
         trainer.record(|metrics, step| metrics.text(step, "config", &format!("```yaml\n{}```", setup.resolved_yaml)));
@@ -380,21 +374,6 @@ impl<'a> Trainer<'a> {
     fn finish_checkpoint(&mut self) -> Result<PathBuf> {
         self.writer.finish(self.setup.world)?;
         Ok(self.checkpoints.latest()?.map(|last| last.path().to_owned()).unwrap_or_default())
-    }
-}
-
-/// Checks now what would otherwise end the run at its first pictures.
-fn check_samples(setup: &TrainSetup<'_>, base: &Base) -> Result<()> {
-    let timesteps = base.schedule.config().num_train_timesteps;
-    match &setup.train.samples {
-        Some(samples) if NoiseSampler::new(&base.schedule, samples.sampler, samples.steps).is_err() => {
-            Err(Error::input(
-                format!("{}: train.samples.steps", setup.place),
-                format!("is {}, the base's noise schedule has {timesteps} steps", samples.steps),
-                format!("give 1 to {timesteps}; 12 shows enough"),
-            ))
-        }
-        _ => Ok(()),
     }
 }
 

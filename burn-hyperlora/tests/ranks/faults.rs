@@ -118,22 +118,39 @@ fn a_signal_to_one_rank_stops_all_at_the_same_step_with_everything_saved() {
     goes_on(&world);
 }
 
-#[test]
-fn ranks_with_different_configurations_do_not_begin() {
-    let world = World::new();
+/// Two ranks, of which rank 1 has a YAML of its own; `changes` are what is different in it.
+fn at_odds(world: &World, changes: &[(&str, &str)], more: &[&str]) -> (Option<i32>, String) {
+    world.experiment(changes).unwrap();
+    fs::rename(world.path("train.yaml"), world.path("other.yaml")).unwrap();
     world.experiment(&[]).unwrap();
-    fs::copy(world.path("train.yaml"), world.path("other.yaml")).unwrap();
-    let experiment = world.experiment(&[("seed: 5", "seed: 6")]).unwrap();
-    drop(experiment);
     // mpirun's colon starts other arguments for some of the ranks.
     let program = env!("CARGO_BIN_EXE_hyperlora");
     let mut command = mpirun(1);
     for (separator, yaml) in [(&[][..], "train.yaml"), (&[":", "-n", "1"][..], "other.yaml")] {
         command.args(separator).arg(program).arg("train").arg(world.path(yaml)).arg("--out").arg(world.path("run"));
+        command.args(more);
     }
-    let (code, text) = end_of(&command.output().unwrap());
-    assert_eq!(code, Some(2), "{text}");
-    assert!(text.contains("rank 1 (") && text.contains("its configuration is "), "{text}");
-    // Alike they begin.
+    end_of(&command.output().unwrap())
+}
+
+#[test]
+fn ranks_with_different_settings_do_not_begin_and_do_not_go_on() {
+    let world = World::new();
+    let refused = || {
+        let (code, text) = at_odds(&world, &[("seed: 5", "seed: 6")], &[]);
+        assert_eq!(code, Some(2), "{text}");
+        assert!(text.contains("rank 1 (") && text.contains("its configuration is "), "{text}");
+    };
+    refused();
+    // Where a rank's files lie is its own affair, and how many threads it has.
+    let elsewhere = [("shards: shards", "shards: ./also-here\n  workers: 1")];
+    std::os::unix::fs::symlink(world.path("shards"), world.path("also-here")).unwrap();
+    let (code, text) = at_odds(&world, &elsewhere, &["--max-steps", "2"]);
+    assert_eq!(code, Some(0), "{text}");
+    refused();
+    // What one rank alone misses, it tells the others.
+    let (code, text) = at_odds(&world, &[("shards: shards", "shards: nowhere")], &[]);
+    let told = |text: &str| text.lines().any(|line| line.contains("rank 1 (") && line.contains(") failed: "));
+    assert!(code == Some(2) && told(&text) && text.contains("/nowhere"), "{code:?} {text}");
     finished(&world, 2, "run");
 }
