@@ -58,7 +58,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         };
         let written = clock.elapsed().as_secs_f64() - stall;
         let bytes: u64 = checkpoint.files()?.iter().map(|(_, bytes)| bytes).sum();
-        store.prune(1, None)?;
+        store.prune(1, None, None)?;
         let dd = dd(&folder.join("dd"), bytes)?;
         let rate = |seconds: f64| format!("{:.0} MB/s", bytes as f64 / MEGA / seconds);
         let (megabytes, own, plain) = (bytes as f64 / MEGA, rate(written), rate(dd));

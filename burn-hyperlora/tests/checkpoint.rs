@@ -156,9 +156,9 @@ fn only_the_newest_are_kept() {
     for step in 1..=5 {
         store.write(step * 10, fill(step * 10)).unwrap();
     }
-    store.prune(2, None).unwrap();
-    assert_eq!(steps(&store), [40, 50]);
-    store.prune(0, None).unwrap();
+    store.prune(2, None, Some(20)).unwrap();
+    assert_eq!(steps(&store), [20, 40, 50], "that of step 20 is needed");
+    store.prune(0, None, None).unwrap();
     assert_eq!(steps(&store), [50]);
     assert_eq!(names(folder.path()), ["step-00000050"]);
 }
@@ -171,7 +171,7 @@ fn the_first_of_every_span_stays_for_good() {
     let mut left = Vec::new();
     for step in [0, 30, 60, 90, 115, 145, 175, 205, 235, 265, 295, 325] {
         store.write(step, fill(step)).unwrap();
-        store.prune(2, Some(100)).unwrap();
+        store.prune(2, Some(100), None).unwrap();
         left = steps(&store);
     }
     assert_eq!(left, [115, 205, 295, 325]);

@@ -84,6 +84,11 @@ impl CheckpointStore {
         Ok(self.list()?.pop())
     }
 
+    /// The checkpoint of `step`, whether it is there or not: [`Checkpoint::verify`] tells.
+    pub fn of_step(&self, step: u64) -> Checkpoint {
+        Checkpoint { step, path: self.place_of(step) }
+    }
+
     /// Writes the checkpoint of `step` at once, as one part: `fill` adds its files. Whatever fails, no new folder appears
     /// and the older checkpoints are intact.
     ///
@@ -100,11 +105,11 @@ impl CheckpointStore {
     }
 
     /// Removes all but the newest `keep` checkpoints, of which one always stays, and the first that was written in each
-    /// span of `keep_every` (M) steps: M to 2 M - 1, 2 M to 3 M - 1, and so on.
+    /// span of `keep_every` (M) steps: M to 2 M - 1, 2 M to 3 M - 1, and so on. That of step `needed` stays too.
     ///
     /// # Errors
     /// Those of [`list`](Self::list); Input or Disk when a folder cannot be removed.
-    pub fn prune(&self, keep: usize, keep_every: Option<u64>) -> Result<()> {
+    pub fn prune(&self, keep: usize, keep_every: Option<u64>, needed: Option<u64>) -> Result<()> {
         let mut old = self.list()?;
         old.truncate(old.len().saturating_sub(keep.max(1)));
         let mut last_span = Some(0);
@@ -112,6 +117,9 @@ impl CheckpointStore {
             let span = keep_every.and_then(|every| checkpoint.step.checked_div(every));
             if span > last_span {
                 last_span = span;
+                continue;
+            }
+            if needed == Some(checkpoint.step) {
                 continue;
             }
             // Out of sight first: a kill in the middle of the removal must not leave half a checkpoint.

@@ -87,7 +87,7 @@ impl CheckpointWriter {
         afterwards: impl FnOnce() -> Result<()> + Send + 'static,
     ) -> Result<()> {
         self.finish(world)?;
-        let checkpoint = Checkpoint { step, path: self.store.place_of(step) };
+        let checkpoint = self.store.of_step(step);
         let (folder, sums) = match StagedFolder::shared(&checkpoint.path).and_then(|folder| Ok((folder, copy()?))) {
             Ok((folder, write)) => {
                 let path = folder.path().to_owned();

@@ -96,7 +96,8 @@ pub struct CheckpointPolicy {
 }
 
 impl CheckpointPolicy {
-    /// The most checkpoints of `steps` steps that lie on the disk at once, the one that is being written among them.
+    /// The most checkpoints of `steps` steps that lie on the disk at once, the one that is being written among them. A run
+    /// that is interrupted time and again may keep one more, to go back to.
     pub fn most(&self, steps: u64) -> u64 {
         let for_good = self.keep_every.and_then(|every| steps.checked_div(every)).unwrap_or(0);
         (self.keep as u64 + 1).saturating_add(for_good)

@@ -1,8 +1,8 @@
 //! Steps that would do harm: a gradient that is not finite, or a loss far outside of what it was.
 //!
 //! Such a step is skipped, on all ranks alike: what decides, the loss and the gradient norm of all ranks, is the same on each.
-//! Several in a row mean that the weights themselves are bad: then they go back to the last checkpoint, once, while step and data
-//! go on, so that the same batches do not come again. The next such row ends the run.
+//! Several in a row mean that the weights themselves are bad: then they go back to the last checkpoint that was due, once in a
+//! stage, while step and data go on, so that the same batches do not come again. The next such row ends the run.
 
 use std::collections::VecDeque;
 
@@ -18,7 +18,7 @@ pub struct SpikeConfig {
     pub sigma: Option<f64>,
     /// Steps that are looked back at; fewer do not judge.
     pub window: usize,
-    /// Skipped steps in a row that send the weights back to the last checkpoint.
+    /// Skipped steps in a row that send the weights back to the last checkpoint that was due.
     pub most: u32,
 }
 
@@ -65,7 +65,7 @@ pub struct SpikeWatch {
 pub enum Remedy {
     /// Nothing more.
     Skip,
-    /// Take the weights of the last checkpoint.
+    /// Take the weights of the last checkpoint that was due.
     RollBack,
     /// End the run: going back did not help.
     Stop,

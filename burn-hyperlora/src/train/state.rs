@@ -29,6 +29,10 @@ pub struct TrainState {
     /// What the last steps of the stage were like.
     #[serde(default)]
     pub spikes: SpikeWatch,
+    /// Step of the last checkpoint that was due, by its interval or at the end of a stage. Weights go back to that one: where
+    /// a run was interrupted, and saved something in between, has no say.
+    #[serde(default)]
+    pub last_due: Option<u64>,
 }
 
 impl TrainState {
@@ -57,6 +61,7 @@ impl TrainState {
         self.stage_step = 0;
         self.next_draw = 0;
         self.spikes = SpikeWatch::default();
+        self.last_due = Some(self.global_step);
     }
 }
 

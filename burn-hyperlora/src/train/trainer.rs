@@ -212,6 +212,7 @@ impl<'a> Trainer<'a> {
             // Among bad steps the weights may be bad themselves: no checkpoint to go back to.
             let good = self.state.spikes.in_a_row == 0;
             if !last && good && done.is_multiple_of(train.checkpoints.every) {
+                self.state.last_due = Some(self.state.global_step);
                 self.save()?;
             }
         }
@@ -226,23 +227,27 @@ impl<'a> Trainer<'a> {
         let step = self.state.global_step;
         tracing::warn!("step {step} is skipped: {reason}; its photos are in {SKIPPED}");
         skipped::note(setup, step, entry.name(), reason, photos)?;
-        let remedy = self.state.spikes.bad(&setup.train.spikes);
-        if remedy == Remedy::RollBack {
-            self.finish_checkpoint()?;
+        match (self.state.spikes.bad(&setup.train.spikes), self.state.last_due) {
+            (Remedy::Skip, _) => Ok(()),
+            (Remedy::RollBack, Some(step)) => self.go_back_to(step),
+            (Remedy::RollBack | Remedy::Stop, _) => Err(Error::Fault(format!(
+                "the training diverged: {reason}; the photos of the skipped steps are in {SKIPPED}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart"
+            ))),
         }
-        let checkpoint = if remedy == Remedy::RollBack { checkpoints::latest(setup.run)? } else { None };
-        match (remedy, checkpoint) {
-            (Remedy::Skip, _) => {}
-            (Remedy::RollBack, Some(checkpoint)) => {
-                tracing::warn!("too many in a row: back to the weights of {}", checkpoint.path().display());
-                self.learner = begin_or_resume(setup, &self.base, Some(&checkpoint), &self.settings)?.0;
-            }
-            (Remedy::RollBack | Remedy::Stop, _) => {
-                return Err(Error::Fault(format!(
-                    "the training diverged: {reason}; the photos of the skipped steps are in {SKIPPED}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart"
-                )));
-            }
-        }
+    }
+
+    /// Takes the weights and moments of the checkpoint of `step`; step and data go on.
+    fn go_back_to(&mut self, step: u64) -> Result<()> {
+        self.finish_checkpoint()?;
+        let (setup, patience) = (self.setup, self.setup.train.long_timeout());
+        let checkpoint = self.checkpoints.of_step(step);
+        tracing::warn!("too many in a row: back to the weights of {}", checkpoint.path().display());
+        lead_alone(setup.world, "rank 0 to verify a checkpoint", patience, || {
+            checkpoint.verify().map_err(|error| error.with_remedy("restore it, or begin anew with --restart"))
+        })?;
+        (self.learner, _) = all_or_none(setup.world, "all ranks to go back to a checkpoint", patience, || {
+            begin_or_resume(setup, &self.base, Some(&checkpoint), &self.settings)
+        })?;
         Ok(())
     }
 
@@ -363,9 +368,9 @@ impl<'a> Trainer<'a> {
     /// What follows a checkpoint: older ones give way, and the summary tells what the run has reached.
     fn tidying(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
         let (run, store, policy) = (self.setup.run.to_owned(), self.checkpoints.clone(), self.setup.train.checkpoints);
-        let records = self.state.records.clone();
+        let (records, last_due) = (self.state.records.clone(), self.state.last_due);
         move || {
-            store.prune(policy.keep, policy.keep_every)?;
+            store.prune(policy.keep, policy.keep_every, last_due)?;
             Summary::update(&run, |summary| summary.stages = records)
         }
     }

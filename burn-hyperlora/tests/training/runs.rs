@@ -32,6 +32,12 @@ impl World {
     }
 }
 
+/// Makes the first step of the second stage ruin the weights.
+pub(crate) const RUINOUS: (&str, &str) = (
+    "steps: 4, reference: same_identity, optim: {learning_rate: 0.01",
+    "steps: 4, reference: same_identity, optim: {learning_rate: 1.0e+30",
+);
+
 /// The lines of the run's skipped steps.
 pub(crate) fn skipped(run: &Path) -> Vec<serde_json::Value> {
     let text = fs::read_to_string(run.join(SKIPPED)).unwrap();
@@ -369,15 +375,8 @@ fn stages_may_run_one_by_one() {
 #[test]
 fn a_training_that_diverges_stops_and_keeps_its_last_checkpoint() {
     let world = World::new();
-    let experiment = world
-        .experiment(&[
-            (
-                "steps: 4, reference: same_identity, optim: {learning_rate: 0.01",
-                "steps: 4, reference: same_identity, optim: {learning_rate: 1.0e+30",
-            ),
-            ("recompute: false", "recompute: false\n  spikes: {most: 1}"),
-        ])
-        .unwrap();
+    let experiment =
+        world.experiment(&[RUINOUS, ("recompute: false", "recompute: false\n  spikes: {most: 1}")]).unwrap();
     let diverges = || {
         let error = world.train(&experiment, "run", None).unwrap_err();
         assert!(error.exit_code() == 1 && error.to_string().contains("diverged"), "{error}");
@@ -393,4 +392,21 @@ fn a_training_that_diverges_stops_and_keeps_its_last_checkpoint() {
     latest.verify().unwrap();
     // No step of the stage is in those weights: there are no moments to take up, and the run goes on all the same.
     assert_eq!(diverges(), [4, 6, 6]);
+}
+
+#[test]
+fn where_a_run_is_interrupted_does_not_move_what_it_goes_back_to() {
+    let world = World::new();
+    // Step 3 ruins the weights, steps 4 to 6 are skipped, and the third of them sends the weights back to step 2's.
+    let changes = [RUINOUS, ("{every: 2, keep: 9}", "{every: 2, keep: 1}")];
+    let experiment = world.experiment(&changes).unwrap();
+    finished(world.train(&experiment, "whole", None).unwrap());
+    assert_eq!(skipped(&world.path("whole")).len(), 3);
+    let whole = tensors(&world.path("whole"), STEPS);
+    for stop in [3, 5] {
+        let run = format!("stopped-{stop}");
+        world.train(&experiment, &run, Some(stop)).unwrap();
+        finished(world.train(&experiment, &run, None).unwrap());
+        assert!(tensors(&world.path(&run), STEPS) == whole, "stopped after {stop}");
+    }
 }

@@ -20,7 +20,7 @@ use burn_hyperlora::train::Outcome;
 use data_prep::shard::{Manifest, ShardFolder};
 use image::RgbImage;
 
-use crate::runs::skipped;
+use crate::runs::{RUINOUS, skipped};
 use crate::world::World;
 
 const STREAMS: usize = 12;
@@ -210,11 +210,7 @@ fn skipped_steps_name_the_photos_that_stood_in_for_damaged_ones() {
     let world = World::new();
     damage(&world, &[1]);
     // The first step of the second stage ruins the weights: its other three are skipped.
-    let too_far = (
-        "same_identity, optim: {learning_rate: 0.01, schedule: {warm",
-        "same_identity, optim: {learning_rate: 1.0e+30, schedule: {warm",
-    );
-    let outcome = world.train(&world.experiment(&[too_far]).unwrap(), "run", None).unwrap();
+    let outcome = world.train(&world.experiment(&[RUINOUS]).unwrap(), "run", None).unwrap();
     assert!(matches!(outcome, Outcome::Finished { step: 9, .. }), "{outcome:?}");
     let lines = skipped(&world.path("run"));
     assert_eq!(lines.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 5, 6]);
