@@ -1,8 +1,8 @@
 //! Row groups that cannot be used any more: written down, left out, and counted against a budget.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -49,10 +49,7 @@ impl Quarantine {
     /// Input where more are; Input or Disk for a file that cannot be read.
     pub fn open(run: &Path, budget: usize, shards: &str) -> Result<Self> {
         let file = run.join(QUARANTINE_FILE);
-        let text = match std::fs::read_to_string(&file) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            read => read.map_err(|source| Error::read(&file, source))?,
-        };
+        let text = read(&file)?;
         let known: BTreeMap<u32, BadRowGroup> = entries(&text, shards).map(|bad| (bad.group, bad)).collect();
         within_budget(&file, budget, &known)?;
         Ok(Self { file, budget, known: Mutex::new(known) })
@@ -112,6 +109,24 @@ impl Quarantine {
     }
 }
 
+/// Row groups that `run` has left out of the shards with this checksum; of whatever shards where it is not known.
+///
+/// # Errors
+/// Input or Disk for a file that cannot be read.
+pub fn count(run: &Path, shards: Option<&str>) -> Result<usize> {
+    let text = read(&run.join(QUARANTINE_FILE))?;
+    let counted = lines(&text).filter(|bad| shards.is_none_or(|shards| bad.shards == shards));
+    Ok(counted.map(|bad| (bad.shards, bad.group)).collect::<BTreeSet<_>>().len())
+}
+
+/// The file's text, of which a missing one has none.
+fn read(file: &Path) -> Result<String> {
+    match std::fs::read_to_string(file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+        text => text.map_err(|source| Error::read(file, source)),
+    }
+}
+
 /// Checks that no more row groups are left out than may be: for a run that goes on as for one at work.
 fn within_budget(file: &Path, budget: usize, known: &BTreeMap<u32, BadRowGroup>) -> Result<()> {
     if known.len() <= budget {
@@ -126,11 +141,14 @@ fn within_budget(file: &Path, budget: usize, known: &BTreeMap<u32, BadRowGroup>)
     ))
 }
 
-/// The entries about these shards. A line that a dying process left half-written tells nothing: the row group is found again.
-fn entries<'t>(text: &'t str, shards: &str) -> impl Iterator<Item = BadRowGroup> + use<'t> {
-    let shards = shards.to_owned();
-    let lines = text.lines().filter_map(|line| serde_json::from_str::<BadRowGroup>(line).ok());
-    lines.filter(move |bad| bad.shards == shards)
+/// The entries. A line that a dying process left half-written tells nothing: the row group is found again.
+fn lines(text: &str) -> impl Iterator<Item = BadRowGroup> {
+    text.lines().filter_map(|line| serde_json::from_str(line).ok())
+}
+
+/// The entries about these shards.
+fn entries(text: &str, shards: &str) -> impl Iterator<Item = BadRowGroup> {
+    lines(text).filter(move |bad| bad.shards == shards)
 }
 
 #[cfg(test)]
@@ -162,6 +180,7 @@ mod tests {
             assert!(error.contains("3 row groups are damaged") && error.contains("allows 2"), "{error}");
         }
         assert_eq!(Quarantine::open(run.path(), 3, "abc").unwrap().len(), 3);
+        assert_eq!([Some("abc"), Some("other shards"), None].map(|of| count(run.path(), of).unwrap()), [3, 0, 3]);
     }
 
     #[test]

@@ -9,15 +9,16 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::checkpoint::CheckpointStore;
-use crate::data::quarantine::QUARANTINE_FILE;
+use crate::data::quarantine;
 use crate::error::{Error, Result};
 use crate::experiment::Experiment;
 use crate::metrics::{LastScalars, StageSummary, Summary};
 use crate::train::curves::{IMAGES_PER_SECOND, RANKS};
 use crate::train::state::TrainState;
-use crate::train::{CHECKPOINTS, SKIPPED, TENSORBOARD};
+use crate::train::{CHECKPOINTS, TENSORBOARD, skipped};
 
 /// Lines of `run.log` that tell of the end of a run that did not finish.
 const LAST_LINES: usize = 6;
@@ -103,6 +104,7 @@ pub struct StageStatus {
 #[derive(Deserialize)]
 struct Saved {
     train: TrainState,
+    settings: Value,
 }
 
 impl Status {
@@ -116,7 +118,7 @@ impl Status {
         let stages: Vec<(&str, u64)> =
             experiment.train.stages.iter().map(|entry| (entry.name(), entry.config().steps)).collect();
         let steps = stages.iter().map(|(_, steps)| steps).sum();
-        let checkpoint = last_checkpoint(run)?;
+        let (checkpoint, settings) = last_checkpoint(run)?.unzip();
         let curves = LastScalars::read(&run.join(TENSORBOARD))?;
 
         let saved = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step);
@@ -130,6 +132,7 @@ impl Status {
         let images_per_second = curves.values.get(IMAGES_PER_SECOND).copied().filter(|speed| *speed > 0.0);
         let images_left = steps.saturating_sub(step) * experiment.train.global_batch as u64;
         let over = matches!(activity, Activity::Running | Activity::Finished);
+        let shards = settings.as_ref().and_then(|settings| settings["data"]["shards"].as_str());
         let losses = curves.values.iter().filter(|(tag, _)| tag.starts_with("loss/") || tag.starts_with("fixed_set/"));
         Ok(Self {
             activity,
@@ -143,8 +146,8 @@ impl Status {
             ranks: curves.values.get(RANKS).map(|ranks| *ranks as u64),
             losses: losses.map(|(tag, loss)| (tag.clone(), *loss)).collect(),
             stages: Summary::read(run)?.stages,
-            skipped_steps: lines(&run.join(SKIPPED))?,
-            quarantined_row_groups: lines(&run.join(QUARANTINE_FILE))?,
+            skipped_steps: skipped::count(run)? as u64,
+            quarantined_row_groups: quarantine::count(run, shards)? as u64,
             last_lines: if over { Vec::new() } else { last_lines(&run.join("run.log"))? },
             name: experiment.name,
         })
@@ -163,7 +166,8 @@ fn stage_of(stages: &[(&'static str, u64)], step: u64) -> Option<StageStatus> {
     None
 }
 
-/// Whether a process trains into the folder; `None` where the file system has no locks.
+/// Whether a process trains into the folder; `None` where the file system has no locks. The look at the lock is a lock itself,
+/// given back on return: a training that begins in that moment tries again.
 fn locked(run: &Path) -> Result<Option<bool>> {
     let folder = File::open(run).map_err(|source| Error::read(run, source))?;
     match folder.try_lock_shared() {
@@ -173,25 +177,18 @@ fn locked(run: &Path) -> Result<Option<bool>> {
     }
 }
 
-/// The newest checkpoint that can be read: a run at work may remove an old one at any moment.
-fn last_checkpoint(run: &Path) -> Result<Option<LastCheckpoint>> {
+/// The newest checkpoint that can be read, and the settings in it: a run at work may remove an old one at any moment.
+fn last_checkpoint(run: &Path) -> Result<Option<(LastCheckpoint, Value)>> {
     let mut found = CheckpointStore::at(&run.join(CHECKPOINTS)).list()?;
     found.reverse();
     let readable = |checkpoint: &crate::checkpoint::Checkpoint| {
         let saved: Saved = checkpoint.state().ok()?;
         let written = fs::metadata(checkpoint.path()).and_then(|data| data.modified()).ok()?;
         let age_seconds = age(since_1970(written), now());
-        Some(LastCheckpoint { step: saved.train.global_step, path: checkpoint.path().into(), age_seconds })
+        let last = LastCheckpoint { step: saved.train.global_step, path: checkpoint.path().into(), age_seconds };
+        Some((last, saved.settings))
     };
     Ok(found.iter().find_map(readable))
-}
-
-/// Lines of a file, of which a missing one has none.
-fn lines(path: &Path) -> Result<u64> {
-    match fs::read_to_string(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-        text => Ok(text.map_err(|source| Error::read(path, source))?.lines().count() as u64),
-    }
 }
 
 fn last_lines(log: &Path) -> Result<Vec<String>> {

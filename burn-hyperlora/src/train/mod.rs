@@ -22,6 +22,8 @@ use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use burn::tensor::Device;
 use data_prep::files::write_whole;
@@ -178,8 +180,19 @@ pub fn move_aside(run: &Path) -> Result<Option<PathBuf>> {
 /// Claims a run folder until the returned handle is dropped or the process ends, however it ends: two writers would take
 /// each other's half-written checkpoints for leftovers.
 fn lock(run: &Path) -> Result<File> {
+    // `hyperlora status` looks at the lock by holding it for a moment.
+    lock_after(run, || thread::sleep(Duration::from_millis(200)))
+}
+
+/// [`lock`], which lets some time pass with `wait` where the folder is not free at once.
+fn lock_after(run: &Path, wait: impl FnOnce()) -> Result<File> {
     let folder = File::open(run).map_err(|source| Error::write(run, source))?;
-    match folder.try_lock() {
+    let mut locked = folder.try_lock();
+    if let Err(TryLockError::WouldBlock) = locked {
+        wait();
+        locked = folder.try_lock();
+    }
+    match locked {
         Ok(()) => Ok(folder),
         Err(TryLockError::WouldBlock) => Err(Error::file(
             run,
@@ -209,6 +222,18 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
     use super::*;
+
+    #[test]
+    fn a_look_at_the_lock_keeps_nobody_from_training_and_another_training_does() {
+        let run = tempfile::tempdir().unwrap();
+        let look = File::open(run.path()).unwrap();
+        look.try_lock_shared().unwrap();
+        let lock = lock_after(run.path(), || drop(look)).unwrap();
+        let refused = lock_after(run.path(), || ()).unwrap_err();
+        assert!(refused.exit_code() == 2 && refused.to_string().contains("another process trains"), "{refused}");
+        drop(lock);
+        lock_after(run.path(), || ()).unwrap();
+    }
 
     #[test]
     fn an_old_run_is_kept_under_the_next_free_name() {
