@@ -147,7 +147,8 @@ pub fn run_as_rank(timeout: Duration, work: impl FnOnce(&dyn Collective) -> Resu
     };
     run().map_or_else(
         |error: Error| {
-            eprintln!("error: {error}");
+            let line = format!("error: {error}\n");
+            eprint!("{line}");
             ExitCode::from(error.exit_code())
         },
         |()| ExitCode::SUCCESS,

@@ -270,6 +270,8 @@ fn dispatch(cli: &Cli) -> ExitCode {
 
 /// Says on stderr, and in `run.log` where there is one, what ended the command.
 fn complain(problem: &dyn Display) {
-    eprintln!("error: {problem}");
+    // In one piece: ranks share their stderr.
+    let line = format!("error: {problem}\n");
+    eprint!("{line}");
     log::note_failure(problem);
 }
