@@ -231,6 +231,16 @@ fn processes_that_read_at_once_ask_once() {
 }
 
 #[test]
+fn who_waits_for_another_process_in_vain_asks_itself() {
+    let world = World::new();
+    let remote = ShardFolder::open_remote(&world.server.url("faces"), &world.config(5)).unwrap();
+    let checksum = &remote.manifest().shards[0].row_groups[0].sha256;
+    let held = fs::File::create(world.cache().join("locks").join(checksum)).unwrap();
+    held.lock().unwrap();
+    assert_eq!(remote.read(&remote.row_groups()[0]).unwrap().unwrap(), world.records[..2]);
+}
+
+#[test]
 fn a_busy_server_and_one_that_stops_in_the_middle_are_asked_again() {
     let world = World::new();
     world.plan(&[Mischief::HalfOfIt, Mischief::Busy]);

@@ -17,7 +17,7 @@ const STALE: Duration = Duration::from_secs(3600);
 /// Between two looks at whether another process is done.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Folder of the files that processes lock; few, and never removed.
+/// Folder of the files that processes lock, one for each piece that is being asked for.
 const LOCKS: &str = "locks";
 
 /// A folder that several processes may share.
@@ -30,6 +30,20 @@ pub(super) struct PieceCache {
     /// Makes names of half-written files unique.
     count: AtomicU64,
     warned: AtomicBool,
+}
+
+/// The right to ask for a piece, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Turn {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // Who waits for the removed file gets its turn beside who makes it anew; both find the piece that was kept meanwhile.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 impl PieceCache {
@@ -84,15 +98,18 @@ impl PieceCache {
         self.write(&self.path_of_latest(place), sha256.as_bytes());
     }
 
-    /// Waits while another thread or process holds the turn for this piece, at most `until` then. The turn ends with the
-    /// file that is handed out; a file system without locks lets everybody through.
-    pub(super) fn turn(&self, sha256: &str, until: Instant) -> Option<File> {
-        let path = self.folder.join(LOCKS).join(self.path(sha256)?.file_name()?.to_str()?.get(..2)?);
-        let file = File::options().create(true).append(true).open(path).ok()?;
-        while matches!(file.try_lock(), Err(TryLockError::WouldBlock)) && Instant::now() < until {
-            thread::sleep(PAUSE);
+    /// Waits while another thread or process holds the turn for this piece, at most `until` then. `None` where the wait was
+    /// in vain, and on a file system without locks: everybody may ask.
+    pub(super) fn turn(&self, sha256: &str, until: Instant) -> Option<Turn> {
+        let path = self.folder.join(LOCKS).join(self.path(sha256)?.file_name()?);
+        let file = File::options().create(true).append(true).open(&path).ok()?;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Some(Turn { path, _file: file }),
+                Err(TryLockError::WouldBlock) if Instant::now() < until => thread::sleep(PAUSE),
+                Err(_) => return None,
+            }
         }
-        Some(file)
     }
 
     /// `None` for what is no checksum: a manifest from elsewhere must not name other files.
@@ -137,5 +154,28 @@ impl PieceCache {
                 total -= bytes;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn every_piece_has_a_turn_of_its_own_and_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = PieceCache::open(dir.path(), 1 << 20).unwrap();
+        // They begin alike.
+        let [one, other] = ["1", "2"].map(|end| format!("{}{end}", "a".repeat(63)));
+        let turn = |sha256: &str| cache.turn(sha256, Instant::now());
+        let turns = [turn(&one), turn(&other)];
+        assert!(turns.iter().all(Option::is_some));
+        // Who waited in vain takes nobody's file away.
+        assert!(turn(&one).is_none() && turn(&one).is_none());
+        drop(turns);
+        assert!(turn(&one).is_some());
+        assert_eq!(fs::read_dir(dir.path().join(LOCKS)).unwrap().count(), 0);
     }
 }

@@ -100,12 +100,13 @@ impl Remote {
         if let Some(bytes) = self.cache.get(&piece.sha256) {
             return Ok(Ok(bytes));
         }
-        let until = Instant::now() + self.deadline;
         // One process of this machine asks; the others wait and take what it kept.
-        let _turn = self.cache.turn(&piece.sha256, until);
+        let _turn = self.cache.turn(&piece.sha256, Instant::now() + self.deadline);
         if let Some(bytes) = self.cache.get(&piece.sha256) {
             return Ok(Ok(bytes));
         }
+        // Who waited in vain has not asked yet.
+        let until = Instant::now() + self.deadline;
         let range = GetRange::Bounded(piece.offset..piece.offset + piece.bytes);
         for _ in 0..2 {
             match self.get(file, GetOptions { range: Some(range.clone()), ..GetOptions::default() }, until) {
