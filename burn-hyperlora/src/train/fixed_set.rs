@@ -107,7 +107,7 @@ impl FixedSet {
         Ok(sum / f64::from(count))
     }
 
-    /// The sum (its bits: they must not be rounded on their way) of this rank's losses, and their number.
+    /// The sum (its bits: JSON has no NaN) of this rank's losses, and their number.
     fn own_losses(
         &self,
         base: &Base,

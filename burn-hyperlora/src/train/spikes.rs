@@ -49,10 +49,10 @@ impl SpikeConfig {
 }
 
 /// What the last steps were like: part of the state that a resume needs.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SpikeWatch {
-    /// The bits of the last good losses: read back, a float's text could differ in its last bit.
-    recent: VecDeque<u64>,
+    /// The last good losses.
+    recent: VecDeque<f64>,
     /// Skipped steps since the last good one.
     pub in_a_row: u32,
     /// Skipped steps of the stage.
@@ -75,7 +75,7 @@ impl SpikeWatch {
     /// The largest loss that passes; infinite as long as there is too little to judge by.
     pub fn loss_limit(&self, config: &SpikeConfig) -> f64 {
         let Some(sigma) = config.sigma.filter(|_| self.recent.len() >= config.window) else { return f64::INFINITY };
-        let losses = || self.recent.iter().map(|bits| f64::from_bits(*bits));
+        let losses = || self.recent.iter();
         let count = self.recent.len() as f64;
         let mean = losses().sum::<f64>() / count;
         let variance = losses().map(|loss| (loss - mean).powi(2)).sum::<f64>() / count;
@@ -85,7 +85,7 @@ impl SpikeWatch {
     /// Notes a step that was taken.
     pub fn good(&mut self, config: &SpikeConfig, loss: f64) {
         self.in_a_row = 0;
-        self.recent.push_back(loss.to_bits());
+        self.recent.push_back(loss);
         while self.recent.len() > config.window {
             self.recent.pop_front();
         }

@@ -86,7 +86,7 @@ pub fn common_settings(
     let mut train = tree(serde_json::to_value(train))?;
     remove(&mut train, &["init_from"]);
     let hyper_lora = tree(serde_json::to_value(hyper_lora))?;
-    Ok(spelled(json!({"seed": seed, "data": data, "hyper_lora": hyper_lora, "train": train})))
+    Ok(json!({"seed": seed, "data": data, "hyper_lora": hyper_lora, "train": train}))
 }
 
 /// The settings that decide what the next step computes, as a tree that can be compared key by key: of the common ones those
@@ -98,7 +98,7 @@ pub fn binding_settings(mut common: Value, base: Value, shards: &str) -> Value {
     common["data"]["shards"] = shards.into();
     let along_the_way = ["checkpoints", "samples", "log_every", "fixed_set", "collective_timeout_s", "shard_optimizer"];
     remove(&mut common["train"], &along_the_way);
-    common["base"] = spelled(base);
+    common["base"] = base;
     common
 }
 
@@ -107,16 +107,6 @@ fn remove(tree: &mut Value, keys: &[&str]) {
         keys.iter().for_each(|key| {
             object.shift_remove(*key);
         });
-    }
-}
-
-/// The tree with its numbers as text: written to a file and read back, a float may differ in its last bit.
-fn spelled(value: Value) -> Value {
-    match value {
-        Value::Number(number) => Value::String(number.to_string()),
-        Value::Array(values) => values.into_iter().map(spelled).collect(),
-        Value::Object(values) => values.into_iter().map(|(key, value)| (key, spelled(value))).collect(),
-        other => other,
     }
 }
 
