@@ -84,7 +84,8 @@ fn learner(sites: usize) -> Result<Learner, Box<dyn Error>> {
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
     let world = WorldOfOne::new();
     let mut optimizer = Optimizer::new(&OptimConfig::default(), &hyper_lora, Share::WHOLE);
-    let reduced = optimizer.reduce(gradients, &world)?;
+    optimizer.accumulate(gradients)?;
+    let reduced = optimizer.reduce(&world)?;
     optimizer.step(&mut hyper_lora, reduced, 1e-4, &world)?;
     Ok(Learner { hyper_lora, optimizer })
 }

@@ -66,7 +66,8 @@ fn main() -> Result<()> {
     let gradients = GradientMap::take(&hyper_lora, &mut backward);
     drop((backward, made));
     clock.lap("backward");
-    let reduced = optimizer.reduce(gradients, &world)?;
+    optimizer.accumulate(gradients)?;
+    let reduced = optimizer.reduce(&world)?;
     let norm = reduced.norm;
     let reduced = reduced.clip(optim.clip_norm);
     optimizer.step(&mut hyper_lora, reduced, optim.learning_rate, &world)?;

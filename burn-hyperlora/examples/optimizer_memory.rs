@@ -32,7 +32,8 @@ fn measure(world: &dyn Collective) -> Result<()> {
     let mut nothing = Tensor::<1>::ones([1], &Device::flex().autodiff()).require_grad().sum().backward();
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
     let mut optimizer = Optimizer::new(&OptimConfig::default(), &hyper_lora, Share::of(world, true, Wire::F32));
-    let reduced = optimizer.reduce(gradients, world)?;
+    optimizer.accumulate(gradients)?;
+    let reduced = optimizer.reduce(world)?;
     let before = resident();
     optimizer.step(&mut hyper_lora, reduced, 1e-4, world)?;
     let grown = resident().saturating_sub(before);

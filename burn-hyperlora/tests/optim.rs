@@ -63,8 +63,9 @@ fn optimizer(linear: &Linear) -> Optimizer {
     Optimizer::new(&config(), linear, Share::WHOLE)
 }
 
-fn reduced(optimizer: &Optimizer, gradients: GradientMap) -> ReducedGradients {
-    optimizer.reduce(gradients, &WorldOfOne::new()).unwrap()
+fn reduced(optimizer: &mut Optimizer, gradients: GradientMap) -> ReducedGradients {
+    optimizer.accumulate(gradients).unwrap();
+    optimizer.reduce(&WorldOfOne::new()).unwrap()
 }
 
 fn moments(optimizer: &Optimizer) -> BTreeMap<String, TensorData> {
@@ -122,7 +123,7 @@ fn twenty_steps_are_torchs() {
     let mut linear = linear(&fixture);
     let mut optimizer = optimizer(&linear);
     for step in 0..STEPS {
-        let norm = reduced(&optimizer, gradients(&fixture, step)).norm as f32;
+        let norm = reduced(&mut optimizer, gradients(&fixture, step)).norm as f32;
         assert_close("norm", &[norm], row(&fixture, "norm", step), 1e-5);
         let learning_rate = config().learning_rate_at(step as u64, STEPS as u64) as f32;
         assert_close("learning rate", &[learning_rate], row(&fixture, "learning_rate", step), 1e-6);
@@ -165,7 +166,7 @@ fn frozen_parameters_keep_their_bits_and_have_no_state() {
     let input = Tensor::<2>::ones([1, 3], &Device::flex().autodiff());
     let mut backward = linear.forward(input).sum().backward();
     let taken = GradientMap::take(&linear, &mut backward);
-    let reduced = reduced(&optimizer, taken);
+    let reduced = reduced(&mut optimizer, taken);
     optimizer.step(&mut linear, reduced, 1e-2, &WorldOfOne::new()).unwrap();
 
     let after = values(&linear);
@@ -208,12 +209,12 @@ fn state_that_does_not_fit_is_one_error_and_changes_nothing() {
 #[test]
 fn clipping_scales_the_whole_vector_and_bad_numbers_show_in_the_norm() {
     let linear = linear(&fixture());
-    let optimizer = optimizer(&linear);
-    let norm_after = |bias: f32, clip: Option<f64>| {
+    let mut optimizer = optimizer(&linear);
+    let mut norm_after = |bias: f32, clip: Option<f64>| {
         let mut gradients = GradientMap::default();
         gradients.insert("weight", Tensor::full([12], 3.0_f32, &Device::flex()));
         gradients.insert("bias", Tensor::full([4], bias, &Device::flex()));
-        let reduced = reduced(&optimizer, gradients);
+        let reduced = reduced(&mut optimizer, gradients);
         let before = reduced.norm;
         let moved = optimizer_step(&linear, reduced.clip(clip));
         (before, moved)

@@ -60,8 +60,8 @@ pub trait Collective {
     /// Peer, see [`Collective`].
     fn all_reduce_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>>;
 
-    /// The mean over the ranks of `bucket`, of which each rank gets its own part: `bucket` is cut into
-    /// [`world_size`](Self::world_size) equal parts, part `r` goes to rank `r`.
+    /// Cuts `bucket` into [`world_size`](Self::world_size) equal parts, and replaces part `r` on rank `r` by its mean over the
+    /// ranks. What the other parts then hold is not defined.
     ///
     /// # Errors
     /// Peer, see [`Collective`].

@@ -3,8 +3,9 @@
 //! MPI has no way to give up a collective: its buffers belong to the library until it is complete. Where a deadline passes,
 //! the rank therefore calls the roll, says on one line who did not answer, and aborts the whole job with exit code 75.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::mem::{self, ManuallyDrop};
+use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ pub(super) struct Mpi {
     size: usize,
     hosts: Vec<String>,
     timeout: Duration,
+    /// Where sums arrive: kept from bucket to bucket.
+    sums: RefCell<Vec<f32>>,
 }
 
 impl Mpi {
@@ -54,7 +57,8 @@ impl Mpi {
             ));
         }
         let timeout = config.start_timeout;
-        let mut entered = Self { universe: Cell::new(Some(universe)), world, rank, size, hosts: Vec::new(), timeout };
+        let (universe, hosts, sums) = (Cell::new(Some(universe)), Vec::new(), RefCell::default());
+        let mut entered = Self { universe, world, rank, size, hosts, timeout, sums };
         let host = mpi::environment::processor_name().unwrap_or_default();
         let hosts = entered.exchange("all ranks to start", host.as_bytes())?;
         entered.hosts = hosts.iter().map(|host| String::from_utf8_lossy(host).into_owned()).collect();
@@ -111,8 +115,25 @@ impl Mpi {
         self.world.abort(PEER_LOST)
     }
 
-    fn mean(&self, sum: Tensor<1>) -> Tensor<1> {
-        sum.mul_scalar(1.0 / self.size as f64)
+    /// Replaces the numbers `part` of `bucket` by a mean over the ranks. `reduce` is given the whole bucket, and writes the sums
+    /// of that part.
+    fn mean<'a>(
+        &self,
+        bucket: Tensor<1>,
+        part: Range<usize>,
+        reduce: impl FnOnce(&[f32], &mut [f32]),
+    ) -> Result<Pending<'a>> {
+        let device = bucket.device();
+        let mut own = numbers(bucket)?;
+        let mut sums = self.sums.borrow_mut();
+        if sums.len() < part.len() {
+            sums.resize(part.len(), 0.0);
+        }
+        let sums = &mut sums[..part.len()];
+        reduce(&own, sums);
+        let share = (1.0 / self.size as f64) as f32;
+        own[part].iter_mut().zip(sums).for_each(|(mean, sum)| *mean = *sum * share);
+        ready(from_numbers(own, &device))
     }
 }
 
@@ -143,26 +164,24 @@ impl Collective for Mpi {
     }
 
     fn all_reduce_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
-        let device = bucket.device();
-        let own = numbers(bucket)?;
-        let mut sum = vec![0_f32; own.len()];
-        mpi::request::scope(|scope| {
-            let sums = SystemOperation::sum();
-            self.wait(what, self.timeout, self.world.immediate_all_reduce_into(scope, &own[..], &mut sum[..], sums));
-        });
-        ready(self.mean(from_numbers(sum, &device)))
+        let all = 0..bucket.dims()[0];
+        self.mean(bucket, all, |own, sums| {
+            mpi::request::scope(|scope| {
+                let request = self.world.immediate_all_reduce_into(scope, own, sums, SystemOperation::sum());
+                self.wait(what, self.timeout, request);
+            });
+        })
     }
 
     fn reduce_scatter_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
-        let device = bucket.device();
-        let own = numbers(bucket)?;
-        let mut part = vec![0_f32; own.len() / self.size];
-        mpi::request::scope(|scope| {
-            let sums = SystemOperation::sum();
-            let request = self.world.immediate_reduce_scatter_block_into(scope, &own[..], &mut part[..], sums);
-            self.wait(what, self.timeout, request);
-        });
-        ready(self.mean(from_numbers(part, &device)))
+        let length = bucket.dims()[0] / self.size;
+        self.mean(bucket, self.rank * length..(self.rank + 1) * length, |own, sums| {
+            mpi::request::scope(|scope| {
+                let sum = SystemOperation::sum();
+                let request = self.world.immediate_reduce_scatter_block_into(scope, own, sums, sum);
+                self.wait(what, self.timeout, request);
+            });
+        })
     }
 
     fn all_gather<'a>(&'a self, what: &'a str, part: Tensor<1>) -> Result<Pending<'a>> {

@@ -99,16 +99,16 @@ impl Nccl {
         Ok(Self { rendezvous, rank, size: world_size, timeout: config.timeout, communicator, stream })
     }
 
-    /// Starts `launch` on the memory of `input` and of a new tensor of `length`, which [`Pending`] gives once it is filled.
+    /// Starts `launch` on the memory of `input` and of `output` (the same, where it works in place), which [`Pending`] gives once
+    /// it is filled.
     fn begin<'a>(
         &'a self,
         what: &'a str,
         input: Tensor<1>,
-        length: usize,
+        output: Tensor<1>,
         launch: impl FnOnce(&DeviceMemory, &DeviceMemory) -> std::result::Result<result::NcclStatus, result::NcclError>,
     ) -> Result<Pending<'a>> {
         let device = input.device();
-        let output = Tensor::<1>::zeros([length], (&device, input.dtype()));
         let (from, to) = (DeviceMemory::of(input)?, DeviceMemory::of(output.clone())?);
         // What fills the input runs on a stream of the tensor library: NCCL's own stream must not begin before it is done.
         device.sync().map_err(|problem| broken("the GPU failed", &problem))?;
@@ -253,6 +253,12 @@ impl DeviceMemory {
         let pointer = ptr::without_provenance_mut(resource.resource().ptr as usize);
         Ok(Self { pointer, dtype, _tensor: tensor })
     }
+
+    /// Where its number `index` lies.
+    fn at(&self, index: usize) -> *mut std::ffi::c_void {
+        let size = if self.dtype == ncclDataType_t::ncclBfloat16 { 2 } else { 4 };
+        self.pointer.wrapping_byte_add(index * size)
+    }
 }
 
 fn broken(what: &str, problem: &dyn Debug) -> Error {
@@ -274,10 +280,10 @@ impl Collective for Nccl {
 
     fn all_reduce_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
         let length = bucket.dims()[0];
-        self.begin(what, bucket, length, |from, to| {
+        self.begin(what, bucket.clone(), bucket, |from, to| {
             let (stream, mean) = (self.stream.cu_stream().cast(), ncclRedOp_t::ncclAvg);
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
-            // SAFETY: both buffers hold `length` numbers of the type and live until the event that follows on the stream.
+            // SAFETY: the buffer holds `length` numbers of the type and lives until the event that follows on the stream.
             unsafe {
                 result::all_reduce(from.pointer, to.pointer, length, from.dtype, mean, self.communicator, stream)
             }
@@ -286,19 +292,21 @@ impl Collective for Nccl {
 
     fn reduce_scatter_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
         let part = bucket.dims()[0] / self.size;
-        self.begin(what, bucket, part, |from, to| {
+        self.begin(what, bucket.clone(), bucket, |from, to| {
+            let own = to.at(self.rank * part);
             let (stream, mean) = (self.stream.cu_stream().cast(), ncclRedOp_t::ncclAvg);
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
-            // SAFETY: `from` holds `size * part` numbers of the type, `to` holds `part`; both live until the event.
+            // SAFETY: the buffer holds `size * part` numbers of the type, at `own` begins the rank's part; it lives until the event.
             unsafe {
-                result::reduce_scatter(from.pointer, to.pointer, part, from.dtype, mean, self.communicator, stream)
+                result::reduce_scatter(from.pointer, own, part, from.dtype, mean, self.communicator, stream)
             }
         })
     }
 
     fn all_gather<'a>(&'a self, what: &'a str, part: Tensor<1>) -> Result<Pending<'a>> {
         let length = part.dims()[0];
-        self.begin(what, part, length * self.size, |from, to| {
+        let all = Tensor::zeros([length * self.size], (&part.device(), part.dtype()));
+        self.begin(what, part, all, |from, to| {
             let stream = self.stream.cu_stream().cast();
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
             // SAFETY: `from` holds `length` numbers of the type, `to` holds `size * length`; both live until the event.
@@ -310,10 +318,10 @@ impl Collective for Nccl {
 
     fn broadcast<'a>(&'a self, what: &'a str, tensor: Tensor<1>) -> Result<Pending<'a>> {
         let length = tensor.dims()[0];
-        self.begin(what, tensor, length, |from, to| {
+        self.begin(what, tensor.clone(), tensor, |from, to| {
             let stream = self.stream.cu_stream().cast();
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
-            // SAFETY: both buffers hold `length` numbers of the type and live until the event that follows on the stream.
+            // SAFETY: the buffer holds `length` numbers of the type and lives until the event that follows on the stream.
             unsafe {
                 result::broadcast(from.pointer, to.pointer, length, from.dtype, 0, self.communicator, stream)
             }

@@ -12,6 +12,7 @@ use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimiz
 use burn::tensor::{FloatDType, Tensor, TensorData};
 
 use super::buckets::{Bucket, bucket_numbers, cut};
+use super::window::Window;
 use crate::collective::{Collective, Pending};
 use crate::error::{Error, Result};
 use crate::optim::{GradientMap, OptimConfig, Wire};
@@ -26,6 +27,7 @@ pub struct Optimizer {
     share: Share,
     /// Of this rank's part of each bucket, on the plain device; `None` before the first step.
     states: Vec<Option<AdamWState<1>>>,
+    window: Window,
 }
 
 /// Which part of the optimiser's state lies on this rank.
@@ -55,23 +57,22 @@ impl Share {
     }
 }
 
-/// This rank's part of the gradients' mean over all ranks.
+/// The gradients' mean over all ranks, of which this rank has its part.
 pub struct ReducedGradients {
-    /// One per bucket.
-    parts: Vec<Tensor<1>>,
+    /// Whole buckets: beside this rank's part of each is what it sent.
+    buckets: Vec<Tensor<1>>,
     /// The global L2 norm, the same on all ranks. NaN or infinite where a gradient is: then they must not be applied.
     pub norm: f64,
+    /// What they are multiplied with before they are applied, at most 1.
+    factor: f64,
 }
 
 impl ReducedGradients {
     /// Scales so that the global norm is at most `max_norm` (as `torch.nn.utils.clip_grad_norm_`).
     #[must_use]
-    pub fn clip(mut self, max_norm: Option<f64>) -> Self {
+    pub fn clip(self, max_norm: Option<f64>) -> Self {
         let factor = max_norm.map_or(1.0, |max| max / (self.norm + 1e-6));
-        if factor < 1.0 {
-            self.parts = self.parts.into_iter().map(|part| part.mul_scalar(factor)).collect();
-        }
-        self
+        Self { factor: factor.min(1.0), ..self }
     }
 }
 
@@ -88,46 +89,53 @@ impl Optimizer {
         let parameters = trainable(module).into_iter().map(|(path, value)| (path, value.dims()[0]));
         let buckets = cut(parameters, share.bucket_numbers(), share.parts);
         let states = vec![None; buckets.len()];
-        Self { adamw, buckets, share, states }
+        let window = Window::new(buckets.len(), !share.alone);
+        Self { adamw, buckets, share, states, window }
     }
 
-    /// The mean of all ranks' gradients, of which each rank gets what it owns. One bucket is on the wire while the next is
-    /// packed.
+    /// Adds the gradients of one micro-batch to those of the step.
     ///
     /// # Errors
-    /// Those of the collective; Fault when a trainable parameter has no gradient.
-    pub fn reduce(&self, mut gradients: GradientMap, world: &dyn Collective) -> Result<ReducedGradients> {
+    /// Fault when a trainable parameter has no gradient.
+    pub fn accumulate(&mut self, gradients: GradientMap) -> Result<()> {
+        self.window.add(&self.buckets, gradients)
+    }
+
+    /// The mean of all that was [accumulated](Self::accumulate) on all ranks since the last call, of which each rank gets what
+    /// it owns. It is reduced in its place: one bucket is on the wire while the next is made ready.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn reduce(&mut self, world: &dyn Collective) -> Result<ReducedGradients> {
         let what = "the gradients of all ranks";
-        let mut parts = Vec::with_capacity(self.buckets.len());
+        let share = self.share;
+        let mut buckets = Vec::with_capacity(self.buckets.len());
         let mut on_the_wire: Option<Pending<'_>> = None;
-        for bucket in &self.buckets {
-            // Taken out one by one: what is packed needs its memory once.
-            let packed = bucket.take(|path| gradients.remove(path));
-            let packed = packed.ok_or_else(|| Error::Fault("a trainable parameter has no gradient".into()))?;
-            let packed = if self.share.wire == Wire::Bf16 { packed.cast(FloatDType::BF16) } else { packed };
-            let begun = if self.share.parts > 1 {
-                world.reduce_scatter_mean(what, packed)?
+        for mean in self.window.take_mean() {
+            let sent = if share.wire == Wire::Bf16 { mean.cast(FloatDType::BF16) } else { mean };
+            let begun = if share.parts > 1 {
+                world.reduce_scatter_mean(what, sent)?
             } else {
-                world.all_reduce_mean(what, packed)?
+                world.all_reduce_mean(what, sent)?
             };
             if let Some(before) = on_the_wire.replace(begun) {
-                parts.push(before()?);
+                buckets.push(before()?.cast(FloatDType::F32));
             }
         }
         if let Some(last) = on_the_wire {
-            parts.push(last()?);
+            buckets.push(last()?.cast(FloatDType::F32));
         }
-        let parts: Vec<Tensor<1>> = parts.into_iter().map(|part| part.cast(FloatDType::F32)).collect();
-        let norm = self.norm(&parts, world)?;
-        Ok(ReducedGradients { parts, norm })
+        let norm = self.norm(&buckets, world)?;
+        Ok(ReducedGradients { buckets, norm, factor: 1.0 })
     }
 
     /// The L2 norm over the parts of all ranks.
-    fn norm(&self, parts: &[Tensor<1>], world: &dyn Collective) -> Result<f64> {
-        if parts.is_empty() {
+    fn norm(&self, reduced: &[Tensor<1>], world: &dyn Collective) -> Result<f64> {
+        if reduced.is_empty() {
             return Ok(0.0);
         }
-        let squares = parts.iter().map(|part| part.clone().square().sum()).collect();
+        let own = self.buckets.iter().zip(reduced).map(|(bucket, whole)| self.share.part_of(bucket, whole.clone()));
+        let squares = own.map(|part| part.square().sum()).collect();
         // One read from the device; the sum over buckets and ranks is in f64, in the same order everywhere.
         let own = Tensor::cat(squares, 0).into_data().iter::<f64>().sum::<f64>();
         if self.share.parts == 1 {
@@ -167,11 +175,14 @@ impl Optimizer {
         world: &dyn Collective,
     ) -> Result<()> {
         let mut on_the_wire: Option<(&Bucket, Pending<'_>)> = None;
-        let Self { adamw, buckets, share, states } = self;
-        for ((bucket, state), gradient) in buckets.iter().zip(states).zip(gradients.parts) {
+        let Self { adamw, buckets, share, states, window } = self;
+        for (index, (bucket, reduced)) in buckets.iter().zip(gradients.buckets).enumerate() {
             let part = bucket.pack(share.own(bucket), values);
-            let (part, moved) = adamw.step(learning_rate, part, gradient, state.take());
-            *state = moved;
+            window.give_back(index, reduced.clone());
+            let gradient = share.part_of(bucket, reduced);
+            let gradient = if gradients.factor < 1.0 { gradient.mul_scalar(gradients.factor) } else { gradient };
+            let (part, moved) = adamw.step(learning_rate, part, gradient, states[index].take());
+            states[index] = moved;
             if let Some((before, gathered)) = on_the_wire.replace((bucket, share.gather(part, world)?)) {
                 values.extend(before.unpack(0..before.len(), &gathered()?));
             }
@@ -285,6 +296,11 @@ impl Share {
     fn own(self, bucket: &Bucket) -> Range<usize> {
         let part = bucket.len() / self.parts;
         self.part * part..(self.part + 1) * part
+    }
+
+    /// This rank's part of a whole bucket.
+    fn part_of(self, bucket: &Bucket, whole: Tensor<1>) -> Tensor<1> {
+        if self.parts == 1 { whole } else { whole.slice(self.own(bucket)) }
     }
 
     /// A whole bucket of the ranks' parts.

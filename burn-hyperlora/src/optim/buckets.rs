@@ -62,14 +62,21 @@ impl Bucket {
         self.parameters.iter().map(|(path, _)| path.as_str())
     }
 
+    /// Its parameters, and which numbers of the bucket each is.
+    pub(super) fn places(&self) -> impl Iterator<Item = (&str, Range<usize>)> {
+        let mut start = 0;
+        self.parameters.iter().map(move |(path, length)| {
+            let place = start..start + length;
+            start = place.end;
+            (path.as_str(), place)
+        })
+    }
+
     /// What the numbers `range` of the bucket are: parameters, and which numbers of each.
     pub(super) fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = (&str, Range<usize>)> {
-        let mut start = 0;
-        self.parameters.iter().filter_map(move |(path, length)| {
-            let (from, to) = (range.start.max(start), range.end.min(start + length));
-            let piece = (from < to).then(|| (path.as_str(), from - start..to - start));
-            start += length;
-            piece
+        self.places().filter_map(move |(path, place)| {
+            let (from, to) = (range.start.max(place.start), range.end.min(place.end));
+            (from < to).then(|| (path, from - place.start..to - place.start))
         })
     }
 
@@ -91,13 +98,6 @@ impl Bucket {
     ) -> Tensor<1> {
         let end = self.parameters.iter().map(|(_, length)| length).sum::<usize>();
         padded(pieces, range.end.saturating_sub(end.max(range.start)), device)
-    }
-
-    /// The whole bucket, taken out of `values`; `None` where one of its parameters is not there.
-    pub(super) fn take(&self, mut value: impl FnMut(&str) -> Option<Tensor<1>>) -> Option<Tensor<1>> {
-        let pieces: Vec<Tensor<1>> = self.paths().map(&mut value).collect::<Option<_>>()?;
-        let device = pieces.first()?.device();
-        Some(self.join(0..self.length, pieces, || device))
     }
 
     /// What `part`, the numbers `range` of the bucket, holds of its parameters, flat.
@@ -153,7 +153,6 @@ mod tests {
             let numbers: Vec<f32> = whole.to_data().iter().collect();
             assert_eq!(numbers[..8], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
             assert!(numbers[8..].iter().all(|number| *number == 0.0) && numbers.len() == bucket.len());
-            assert_eq!(bucket.take(|path| values.get(path).cloned()).map(Tensor::into_data), Some(whole.to_data()));
             for (path, value) in bucket.unpack(0..bucket.len(), &whole) {
                 assert_eq!(value.into_data(), values[&path].to_data(), "{path} of {parts}");
             }

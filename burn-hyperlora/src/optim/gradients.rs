@@ -36,42 +36,6 @@ impl GradientMap {
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor<1>)> {
         self.by_path.iter().map(|(path, gradient)| (path.as_str(), gradient))
     }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.by_path.is_empty()
-    }
-
-    fn scale(self, factor: f64) -> Self {
-        Self { by_path: self.by_path.into_iter().map(|(path, g)| (path, g.mul_scalar(factor))).collect() }
-    }
-}
-
-/// Sums gradients over the micro-batches of one optimiser step.
-#[derive(Debug, Default)]
-pub struct GradientAccumulator {
-    sum: GradientMap,
-    count: usize,
-}
-
-impl GradientAccumulator {
-    /// Adds one micro-batch; a parameter that it lacks counts as zero.
-    pub fn add(&mut self, gradients: GradientMap) {
-        for (path, gradient) in gradients.by_path {
-            let sum = match self.sum.remove(&path) {
-                Some(sum) => sum + gradient,
-                None => gradient,
-            };
-            self.sum.insert(path, sum);
-        }
-        self.count += 1;
-    }
-
-    /// The mean over the micro-batches added since the last call, and an empty accumulator again.
-    pub fn take_mean(&mut self) -> GradientMap {
-        let Self { sum, count } = std::mem::take(self);
-        if count > 1 { sum.scale(1.0 / count as f64) } else { sum }
-    }
 }
 
 struct Taker<'a> {
@@ -106,25 +70,8 @@ mod tests {
 
     use super::*;
 
-    fn gradients(values: &[(&str, &[f32])]) -> GradientMap {
-        let mut map = GradientMap::default();
-        for (path, values) in values {
-            map.insert(*path, Tensor::from_floats(*values, &Device::flex()));
-        }
-        map
-    }
-
     fn values(map: &GradientMap) -> Vec<f32> {
         map.iter().flat_map(|(_, gradient)| gradient.to_data().iter::<f32>().collect::<Vec<_>>()).collect()
-    }
-
-    #[test]
-    fn the_mean_counts_every_micro_batch() {
-        let mut accumulator = GradientAccumulator::default();
-        accumulator.add(gradients(&[("a", &[1.0, 2.0]), ("b", &[8.0])]));
-        accumulator.add(gradients(&[("a", &[3.0, 6.0])]));
-        assert_eq!(values(&accumulator.take_mean()), [2.0, 4.0, 4.0]);
-        assert!(accumulator.take_mean().is_empty());
     }
 
     #[test]

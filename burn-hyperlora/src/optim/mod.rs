@@ -4,6 +4,7 @@ mod adamw;
 mod buckets;
 mod gradients;
 mod schedule;
+mod window;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 
 pub use adamw::{Optimizer, ReducedGradients, Share};
 pub use buckets::bucket_bytes;
-pub use gradients::{GradientAccumulator, GradientMap};
+pub use gradients::GradientMap;
 pub use schedule::{Decay, Schedule};
 
 /// How the weights are updated. The paper names none of it: the defaults are this project's.

@@ -23,7 +23,8 @@ pub struct Memory {
     pub moments: u64,
     /// The same where each GPU keeps its share alone (ZeRO stage 1).
     pub moments_sharded: u64,
-    /// The sum of the gradients over the accumulation window, in f32; 0 with a single pass per step.
+    /// The sum of the gradients over the accumulation window, in f32: the buckets that travel. 0 on one GPU with a single pass
+    /// per step.
     pub window: u64,
     /// While encoding: the autoencoder's feature maps.
     pub encoding: u64,

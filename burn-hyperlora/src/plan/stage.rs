@@ -226,7 +226,7 @@ impl Setup {
             hypernetwork: sizes.all_parameters() * F32,
             moments: 2 * gradients,
             moments_sharded: (2 * gradients).div_ceil(self.cluster.gpus),
-            window: if self.accumulation() > 1 { gradients } else { 0 },
+            window: if self.accumulation() > 1 || self.cluster.gpus > 1 { gradients } else { 0 },
             encoding,
             unet_pass: unet_activations + lora + graph,
             unet_activations,

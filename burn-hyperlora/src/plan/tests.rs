@@ -177,7 +177,8 @@ fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, 
     let gradient_bytes = gradients.iter().map(|(_, gradient)| 4 * gradient.shape().num_elements() as u64).sum();
     let world = WorldOfOne::new();
     let mut optimizer = Optimizer::new(&entry.config().optim, &hyper_lora, Share::WHOLE);
-    let reduced = optimizer.reduce(gradients, &world).unwrap();
+    optimizer.accumulate(gradients).unwrap();
+    let reduced = optimizer.reduce(&world).unwrap();
     optimizer.step(&mut hyper_lora, reduced, 1e-4, &world).unwrap();
     let learner = Learner { hyper_lora, optimizer };
 

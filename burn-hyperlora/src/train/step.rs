@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::hypernet::{CoefficientStatistics, HyperLora, Stage};
 use crate::lora::LoraWeights;
 use crate::loss;
-use crate::optim::{GradientAccumulator, GradientMap, OptimConfig, Optimizer};
+use crate::optim::{GradientMap, OptimConfig, Optimizer};
 use crate::train::forward::make_lora;
 use crate::train::together::share_losses;
 
@@ -127,8 +127,8 @@ impl Phases {
 /// not finite or the loss too high, see [`StepReport::skipped`].
 ///
 /// # Errors
-/// Those of the data, PeerFailed where another rank fails. The learner is then unchanged; but where the rank failed while new
-/// weights were exchanged, it is partly moved, and only a checkpoint leads on.
+/// Those of the data, PeerFailed where another rank fails. The weights are then unchanged; but where the rank failed while new
+/// ones were exchanged, they are partly moved, and only a checkpoint leads on.
 pub fn step(
     base: &Base,
     learner: &mut Learner,
@@ -138,14 +138,14 @@ pub fn step(
     next_batch: impl FnMut() -> Result<Batch>,
 ) -> Result<StepReport> {
     // 1 to 6. This rank's part of the batch.
-    let window = window(base, &learner.hyper_lora, config, next_batch);
+    let report = window(base, learner, config, next_batch);
     // 7. How it went on all ranks.
-    let losses = share_losses(world, window.as_ref().map(|(report, _)| &report.losses[..]))?;
-    let (mut report, gradients) = window?;
+    let losses = share_losses(world, report.as_ref().map(|report| &report.losses[..]))?;
+    let mut report = report?;
     report.losses = losses;
     // 8. The mean over the ranks, clipped by its global norm.
     let clock = Instant::now();
-    let reduced = learner.optimizer.reduce(gradients, world)?;
+    let reduced = learner.optimizer.reduce(world)?;
     report.gradient_norm = reduced.norm;
     report.skipped = harm(&report, terms.loss_limit);
     if report.skipped.is_some() {
@@ -158,15 +158,15 @@ pub fn step(
     Ok(report)
 }
 
-/// What this rank's batches taught: the report so far, and the mean of the gradients.
+/// Accumulates what this rank's batches teach; the report so far.
 fn window(
     base: &Base,
-    hyper_lora: &HyperLora,
+    learner: &mut Learner,
     config: &StepConfig<'_>,
     mut next_batch: impl FnMut() -> Result<Batch>,
-) -> Result<(StepReport, GradientMap)> {
+) -> Result<StepReport> {
     let mut report = StepReport::default();
-    let mut window = GradientAccumulator::default();
+    let Learner { hyper_lora, optimizer } = learner;
     let mut left = config.accumulation;
     while left > 0 {
         let lanes = config.lanes.clamp(1, left);
@@ -181,11 +181,11 @@ fn window(
         // 6. Accumulate over the window.
         for (batch, pass) in batches.iter().zip(passes) {
             report.note(batch, &pass.losses, pass.coefficients);
-            window.add(pass.gradients);
+            optimizer.accumulate(pass.gradients)?;
         }
         left -= lanes;
     }
-    Ok((report, window.take_mean()))
+    Ok(report)
 }
 
 /// What one batch taught.
