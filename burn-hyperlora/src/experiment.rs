@@ -14,7 +14,7 @@ use crate::data::DataConfig;
 use crate::error::{Error, Result};
 use crate::hypernet::HyperLoraConfig;
 use crate::train::config::TrainConfig;
-use crate::train::{self, CONFIG_FILE, Outcome, TrainOptions, TrainSetup};
+use crate::train::{self, CONFIG_FILE, Outcome, TrainOptions, TrainSetup, all_or_none};
 
 /// Everything that describes a run; cluster facts are no part of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -184,30 +184,32 @@ impl Experiment {
         device: &Device,
         options: &TrainOptions,
     ) -> Result<Outcome> {
-        // Training itself needs no face models: a machine without them trains, one with the wrong ones does not begin.
-        if let Some(faces) = &self.faces
-            && faces.models.resolve(self.folder())?.is_dir()
-        {
-            let shards = self.data.open_shards(self.folder())?;
-            compare_models(faces, self.folder(), shards.manifest(), &self.data.shards.resolve(self.folder())?)?;
-        }
-        train::run(
-            &TrainSetup {
-                place: self.place(),
-                folder: self.folder(),
-                run,
-                name: &self.name,
-                seed: self.seed,
-                base: &self.base,
-                data: &self.data,
-                hyper_lora: &self.hyper_lora,
-                train: &self.train,
-                resolved_yaml: self.resolved_yaml()?,
-                device: device.clone(),
-                world,
-            },
-            options,
-        )
+        let patience = self.train.long_timeout();
+        let resolved_yaml = all_or_none(world, "all ranks to resolve the configuration", patience, || {
+            // Training itself needs no face models: a machine without them trains, one with the wrong ones does not begin.
+            if let Some(faces) = &self.faces
+                && faces.models.resolve(self.folder())?.is_dir()
+            {
+                let shards = self.data.open_shards(self.folder())?;
+                compare_models(faces, self.folder(), shards.manifest(), &self.data.shards.resolve(self.folder())?)?;
+            }
+            self.resolved_yaml()
+        })?;
+        let setup = TrainSetup {
+            place: self.place(),
+            folder: self.folder(),
+            run,
+            name: &self.name,
+            seed: self.seed,
+            base: &self.base,
+            data: &self.data,
+            hyper_lora: &self.hyper_lora,
+            train: &self.train,
+            resolved_yaml,
+            device: device.clone(),
+            world,
+        };
+        train::run(&setup, options)
     }
 
     fn validate(&self) -> Result<()> {

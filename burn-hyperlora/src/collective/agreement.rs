@@ -1,8 +1,26 @@
 //! Do all ranks run the same thing? Asked once at the start: a rank of another build or another file would not fail, it would
 //! spoil the weights.
 
+use std::path::PathBuf;
+
+use data_prep::shard::sha256_of_file;
+
 use super::Collective;
 use crate::error::{Error, Result};
+
+/// What tells this program from another build: the beginning of the SHA-256 of its file.
+///
+/// # Errors
+/// Fault where the system does not say which file it is, those of reading it.
+pub fn program() -> Result<String> {
+    // On Linux this is the running program, even where another build has taken its place on the disk.
+    let linux = PathBuf::from("/proc/self/exe");
+    let path = if linux.exists() { Ok(linux) } else { std::env::current_exe() };
+    let path = path.map_err(|source| Error::Fault(format!("the file of this program cannot be found: {source}")))?;
+    let mut checksum = sha256_of_file(&path)?;
+    checksum.truncate(12);
+    Ok(checksum)
+}
 
 /// Compares what each rank says of itself with rank 0's word: pairs of a name (`version`, `configuration`) and a value,
 /// the same names on every rank. All ranks reach the same answer.

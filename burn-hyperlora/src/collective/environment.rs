@@ -65,16 +65,30 @@ const LAUNCHERS: [Launcher; 3] = [
     },
 ];
 
-/// Present and not 0 in a process whose launcher has started this run before: Slurm's requeued job, torchrun's next try, a
-/// JobSet's next attempt (named by launch/k8s-jobset.yaml).
-const EARLIER_LIVES: [&str; 3] = ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT"];
+/// Present in a process that is started again uncounted: by torchrun when a machine comes or goes (its restart count is that of
+/// failures, and of one machine's agent alone), by Kubernetes when a Job is suspended and goes on.
+const STARTS_AGAIN_UNCOUNTED: [(&str, &str); 3] = [
+    ("TORCHELASTIC_RUN_ID", "torchrun"),
+    ("TORCHELASTIC_MAX_RESTARTS", "torchrun"),
+    ("JOB_COMPLETION_INDEX", "Kubernetes"),
+];
 
-/// Tells by which variable, with its value, the launcher says that it has started this run before: with the same command,
-/// which then goes on.
-pub fn earlier_lives() -> Option<String> {
-    let told = EARLIER_LIVES.map(|name| (name, std::env::var(name).unwrap_or_default()));
-    let (name, count) = told.into_iter().find(|(_, count)| !["", "0"].contains(&count.trim()))?;
-    Some(format!("{name}={count}"))
+/// Tells by which variable, with its value, the launcher says that it has started this run before: with the same command, which
+/// then goes on. `None` at a first start; `variable` looks one up.
+///
+/// # Errors
+/// Input where a launcher may have started the run before and does not say so: what begins anew at every start would never end.
+pub fn earlier_life(variable: impl Fn(&str) -> Option<String>) -> Result<Option<String>> {
+    if let Some((name, launcher)) = STARTS_AGAIN_UNCOUNTED.into_iter().find(|(name, _)| variable(name).is_some()) {
+        return Err(Error::input(
+            format!("--restart under {launcher} ({name} is set)"),
+            format!("{launcher} starts a run again with the same command, and does not always say so"),
+            "leave --restart out, and move the run folder aside by hand or give another one with --out",
+        ));
+    }
+    let requeued = "SLURM_RESTART_COUNT";
+    let count = variable(requeued).filter(|count| !["", "0"].contains(&count.trim()));
+    Ok(count.map(|count| format!("{requeued}={count}")))
 }
 
 const START_AGAIN: &str =
@@ -222,6 +236,28 @@ mod tests {
         assert_eq!((placement.launcher, placement.rank, placement.world_size), ("mpirun", 1, 2));
         let placement = detect(&SRUN).unwrap().unwrap();
         assert_eq!((placement.launcher, placement.rank, placement.world_size), ("srun", 3, 4));
+    }
+
+    #[test]
+    fn a_first_start_is_told_from_a_later_one_or_refused() {
+        let ask = |set: &[(&str, &str)]| {
+            earlier_life(|name| set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).into()))
+        };
+        for first in [&[][..], &[("SLURM_RESTART_COUNT", "0")], &[("SLURM_RESTART_COUNT", "")], &MPIRUN, &SRUN] {
+            assert_eq!(ask(first).unwrap(), None);
+        }
+        assert_eq!(ask(&[("SLURM_RESTART_COUNT", "2")]).unwrap(), Some("SLURM_RESTART_COUNT=2".into()));
+        // The first start is refused as the later ones are: torchrun would take the second for one that goes on.
+        for (set, named) in [
+            (&[("TORCHELASTIC_RUN_ID", "a"), ("TORCHELASTIC_RESTART_COUNT", "0")][..], "torchrun"),
+            (&[("TORCHELASTIC_MAX_RESTARTS", "20"), ("TORCHELASTIC_RESTART_COUNT", "1")], "torchrun"),
+            (&[("TORCHELASTIC_MAX_RESTARTS", "0"), ("SLURM_RESTART_COUNT", "1")], "torchrun"),
+            (&[("JOB_COMPLETION_INDEX", "0")], "Kubernetes"),
+        ] {
+            let error = ask(set).unwrap_err();
+            let text = error.to_string();
+            assert!(error.exit_code() == 2 && text.contains(named) && text.contains("--out"), "{set:?}: {text}");
+        }
     }
 
     #[test]

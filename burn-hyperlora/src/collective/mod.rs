@@ -25,8 +25,8 @@ use burn::tensor::{Device, Tensor};
 
 use crate::error::{Error, Result};
 
-pub use agreement::agree;
-pub use environment::{Placement, earlier_lives};
+pub use agreement::{agree, program};
+pub use environment::{Placement, earlier_life};
 pub use failure::Failure;
 pub use rendezvous::{Meeting, Rendezvous};
 pub use timed::Timed;

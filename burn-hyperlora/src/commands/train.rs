@@ -12,7 +12,8 @@ use crate::error::Result;
 use crate::experiment::Experiment;
 use crate::plan::{self, hardware::Gpu};
 use crate::signals::StopFlag;
-use crate::train::{self, Outcome, TrainOptions};
+use crate::train::config::{COLLECTIVE_TIMEOUT, long};
+use crate::train::{self, Outcome, TrainOptions, all_or_none};
 
 /// Train a hypernetwork, or go on where its run stands
 #[derive(Debug, Args)]
@@ -26,7 +27,7 @@ pub(super) struct TrainArgs {
     /// Stop, with a checkpoint, once this many optimiser steps are done in all
     #[arg(long, value_name = "N")]
     max_steps: Option<u64>,
-    /// Begin anew; the old run folder is kept aside. Where the launcher starts the run again, it goes on
+    /// Begin anew; the old run folder is kept aside. Where Slurm starts the run again, it goes on; not with torchrun
     #[arg(long)]
     restart: bool,
     /// The GPU of each rank, for the model FLOP utilisation in the curves: a name as `hyperlora plan` knows
@@ -35,28 +36,17 @@ pub(super) struct TrainArgs {
 }
 
 pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<ExitCode> {
-    let experiment = Experiment::load(&args.config)?;
-    let run = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&experiment.name));
-    let placement = Placement::of_process()?;
-    match placement.as_ref().map_or(0, |placement| placement.rank) {
-        0 => {
-            // Launchers repeat the whole command: only their first start begins anew.
-            let earlier = collective::earlier_lives().filter(|_| args.restart);
-            let aside = if args.restart && earlier.is_none() { train::move_aside(&run)? } else { None };
-            common.start_log(Some(&run))?;
-            if let Some(told) = earlier {
-                tracing::warn!("--restart is passed over: the launcher has started this run before ({told})");
-            }
-            if let Some(aside) = aside {
-                tracing::info!("the old run is kept in {}", aside.display());
-            }
-        }
-        rank => common.start_follower_log(rank)?,
-    }
     let stop = StopFlag::install()?;
-    let train = &experiment.train;
-    let timeouts = JoinConfig { timeout: train.collective_timeout(), start_timeout: train.long_timeout() };
-    let world = collective::join(placement.as_ref(), device, &timeouts)?;
+    let placement = Placement::of_process()?;
+    // What fails here may fail on this rank alone: the others wait for it to say so.
+    let prepared = prepare(args, common, placement.as_ref().map_or(0, |placement| placement.rank));
+    let timeout = prepared.as_ref().map_or(COLLECTIVE_TIMEOUT, |(experiment, _)| experiment.train.collective_timeout());
+    let timeouts = JoinConfig { timeout, start_timeout: long(timeout) };
+    let world = match collective::join(placement.as_ref(), device, &timeouts) {
+        Ok(world) => world,
+        Err(lonely) => return Err(prepared.err().unwrap_or(lonely)),
+    };
+    let (experiment, run) = all_or_none(&*world, "all ranks to read the configuration", long(timeout), || prepared)?;
     let options = TrainOptions {
         max_steps: args.max_steps,
         stop,
@@ -64,9 +54,48 @@ pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<
         work: plan::work(&experiment, args.gpu),
     };
     let outcome = experiment.train_together(&*world, &run, device, &options)?;
-    world.barrier("all ranks to end", train.long_timeout())?;
+    world.barrier("all ranks to end", long(timeout))?;
     world.leave();
     Ok(tell(&outcome))
+}
+
+/// What a rank does by itself before it meets the others: reads the experiment, finds the run folder, and starts the log.
+fn prepare(args: &TrainArgs, common: &Common, rank: usize) -> Result<(Experiment, PathBuf)> {
+    let found = read(args, rank == 0);
+    match &found {
+        Ok(found) if rank == 0 => common.start_log(Some(&found.run))?,
+        Err(_) if rank == 0 => common.start_log(None)?,
+        _ => common.start_follower_log(rank)?,
+    }
+    let Found { experiment, run, earlier, aside } = found?;
+    if let Some(told) = earlier.filter(|_| rank == 0) {
+        tracing::warn!("--restart is passed over: the launcher has started this run before ({told})");
+    }
+    if let Some(aside) = aside {
+        tracing::info!("the old run is kept in {}", aside.display());
+    }
+    Ok((experiment, run))
+}
+
+/// What the command line names.
+struct Found {
+    experiment: Experiment,
+    run: PathBuf,
+    /// What tells that the launcher repeats the command.
+    earlier: Option<String>,
+    /// Where the old run folder is kept.
+    aside: Option<PathBuf>,
+}
+
+/// Reads the experiment and finds the run folder, which the rank that leads moves aside where it is to begin anew.
+fn read(args: &TrainArgs, leads: bool) -> Result<Found> {
+    let experiment = Experiment::load(&args.config)?;
+    let run = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&experiment.name));
+    // Launchers repeat the whole command: only their first start begins anew.
+    let earlier = if args.restart { collective::earlier_life(|name| std::env::var(name).ok())? } else { None };
+    let anew = leads && args.restart && earlier.is_none();
+    let aside = if anew { train::move_aside(&run)? } else { None };
+    Ok(Found { experiment, run, earlier, aside })
 }
 
 /// Says how the run ended; the exit code.

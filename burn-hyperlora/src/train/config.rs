@@ -78,8 +78,16 @@ fn default_log_every() -> u64 {
     10
 }
 
+/// The longest wait for the other ranks where no YAML says so.
+pub const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(60);
+
 fn default_collective_timeout() -> u64 {
-    60
+    COLLECTIVE_TIMEOUT.as_secs()
+}
+
+/// The longest wait for a rank that works alone, and for all ranks at the start, by the longest one in a collective.
+pub fn long(timeout: Duration) -> Duration {
+    timeout.saturating_mul(10)
 }
 
 /// When checkpoints are written and how many stay.
@@ -296,7 +304,7 @@ impl TrainConfig {
 
     /// The longest wait for a rank that works alone, and for all ranks at the start.
     pub fn long_timeout(&self) -> Duration {
-        self.collective_timeout().saturating_mul(10)
+        long(self.collective_timeout())
     }
 
     /// Passes of all ranks whose gradients make one step.

@@ -38,8 +38,10 @@ use crate::hypernet::HyperLoraConfig;
 use crate::metrics::Display;
 use crate::signals::StopFlag;
 use crate::train::config::TrainConfig;
-use crate::train::together::{all_or_none, lead_alone};
+use crate::train::together::lead_alone;
 use crate::train::trainer::Trainer;
+
+pub(crate) use crate::train::together::all_or_none;
 
 /// Name of the resolved configuration in a run folder.
 pub const CONFIG_FILE: &str = "config.yaml";

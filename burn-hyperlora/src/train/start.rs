@@ -8,7 +8,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
-use crate::collective::agree;
+use crate::collective::{self, agree};
 use crate::conditioning::Base;
 use crate::data::dataset::Dataset;
 use crate::error::{Error, Result};
@@ -20,7 +20,7 @@ use crate::train::config::StageEntry;
 use crate::train::moments::MomentFiles;
 use crate::train::state::{TrainState, binding_settings};
 use crate::train::step::Learner;
-use crate::train::{TrainOptions, TrainSetup, fingerprint, open_dataset};
+use crate::train::{TrainOptions, TrainSetup, all_or_none, fingerprint, open_dataset};
 
 /// The learner and the state to go on with: those of `checkpoint`, or of a run's first step.
 ///
@@ -63,10 +63,15 @@ pub(super) fn begin_learning(setup: &TrainSetup<'_>, hyper_lora: HyperLora, entr
 /// # Errors
 /// Input, the same on all ranks, that names the first rank that differs.
 pub(super) fn check_same_settings(setup: &TrainSetup<'_>, options: &TrainOptions, common: &Value) -> Result<()> {
+    let (world, patience) = (setup.world, setup.train.long_timeout());
+    let program = all_or_none(world, "all ranks to read their program", patience, || {
+        if world.world_size() > 1 { collective::program() } else { Ok(String::new()) }
+    })?;
     agree(
-        setup.world,
+        world,
         &[
             ("version", env!("CARGO_PKG_VERSION").into()),
+            ("program", program),
             ("configuration", short(Sha256::new_with_prefix(common.to_string()))),
             ("--max-steps", format!("{:?}", options.max_steps)),
         ],

@@ -73,7 +73,7 @@ pub(super) fn asked_to_stop(world: &dyn Collective, own: Option<&'static str>) -
 ///
 /// # Errors
 /// Those of `work` on the rank itself; where another failed, as [`share`].
-pub(super) fn all_or_none<T>(
+pub(crate) fn all_or_none<T>(
     world: &dyn Collective,
     what: &str,
     deadline: Duration,

@@ -115,18 +115,25 @@ fn max_steps_pauses_and_restart_keeps_the_old_run_aside() {
     assert!(before.len() >= 3);
     assert_eq!(checkpoints(&first), ["step-00000001"]);
 
-    // A launcher's next start repeats the command: the run goes on.
     let aside = world.path("run.1");
-    for name in ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT"] {
+    let again = |name: &str, value: &str| {
         let mut again = world.train("run", &["--max-steps", "1", "--restart"]);
-        again.env(name, "2");
-        let ended = run(again).with(0);
-        assert!(ended.stderr.contains("--restart is passed over") && ended.stderr.contains(name), "{}", ended.stderr);
-        assert!(!aside.exists() && saved(&first) == before);
+        again.env(name, value);
+        let ended = run(again);
+        assert!(!aside.exists() && saved(&first) == before, "{}", ended.stderr);
+        ended
+    };
+    // A requeued job repeats the command: the run goes on.
+    let ended = again("SLURM_RESTART_COUNT", "2").with(0);
+    assert!(ended.stderr.contains("--restart is passed over"), "{}", ended.stderr);
+    // Who starts it again without saying so would set it aside each time.
+    for (name, value) in
+        [("TORCHELASTIC_MAX_RESTARTS", "20"), ("TORCHELASTIC_RUN_ID", "a"), ("JOB_COMPLETION_INDEX", "0")]
+    {
+        again(name, value).refused(2, &["--restart", name, "by hand", "--out"]);
     }
 
-    let mut anew = world.train("run", &["--max-steps", "0", "--restart"]);
-    anew.env("TORCHELASTIC_RESTART_COUNT", "0");
+    let anew = world.train("run", &["--max-steps", "0", "--restart"]);
     let ended = run(anew).with(0);
     assert!(ended.stderr.contains(&aside.display().to_string()), "{}", ended.stderr);
     assert!(saved(&aside) == before);

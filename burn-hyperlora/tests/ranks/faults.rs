@@ -1,6 +1,8 @@
 //! Ranks that die, hang, or are asked to stop, in the middle of a training.
 
 use std::fs;
+use std::io::Write;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +15,7 @@ use crate::training::finished;
 use crate::world::World;
 
 const RANKS: usize = 3;
+const PROGRAM: &str = env!("CARGO_BIN_EXE_hyperlora");
 
 /// A training that is under way: mpirun, and the run's name.
 struct Run<'a> {
@@ -30,7 +33,7 @@ fn under_way(world: &World) -> Run<'_> {
     ];
     world.experiment(&changes).unwrap();
     let mut command = mpirun(RANKS);
-    command.arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path("train.yaml"));
+    command.arg(PROGRAM).arg("train").arg(world.path("train.yaml"));
     command.arg("--out").arg(world.path("run")).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut run = Run { world, mpirun: command.spawn().unwrap() };
     let begun = Instant::now();
@@ -77,7 +80,7 @@ fn goes_on(world: &World) {
     latest.verify().unwrap();
     let target = latest.step + 2;
     let mut command = mpirun(2);
-    command.arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path("train.yaml"));
+    command.arg(PROGRAM).arg("train").arg(world.path("train.yaml"));
     command.arg("--out").arg(world.path("run")).args(["--max-steps", &target.to_string()]);
     let (code, text) = end_of(&command.output().unwrap());
     assert!(code == Some(0) && text.contains(&format!("paused after {target} steps")), "{text}");
@@ -118,19 +121,34 @@ fn a_signal_to_one_rank_stops_all_at_the_same_step_with_everything_saved() {
     goes_on(&world);
 }
 
-/// Two ranks, of which rank 1 has a YAML of its own; `changes` are what is different in it.
-fn at_odds(world: &World, changes: &[(&str, &str)], more: &[&str]) -> (Option<i32>, String) {
-    world.experiment(changes).unwrap();
-    fs::rename(world.path("train.yaml"), world.path("other.yaml")).unwrap();
-    world.experiment(&[]).unwrap();
-    // mpirun's colon starts other arguments for some of the ranks.
-    let program = env!("CARGO_BIN_EXE_hyperlora");
+/// Two ranks, of which rank 1 runs another `program` with a YAML of its own, `other.yaml`.
+fn each_its_own(world: &World, program: &Path, more: &[&str]) -> (Option<i32>, String) {
     let mut command = mpirun(1);
-    for (separator, yaml) in [(&[][..], "train.yaml"), (&[":", "-n", "1"][..], "other.yaml")] {
+    // Ranks that refuse end by themselves and at once, but mpirun waits for all of this time, once for each.
+    command.env("OMPI_MCA_odls_base_sigkill_timeout", "3");
+    // mpirun's colon starts other arguments for some of the ranks.
+    let own = [(&[][..], Path::new(PROGRAM), "train.yaml"), (&[":", "-n", "1"][..], program, "other.yaml")];
+    for (separator, program, yaml) in own {
         command.args(separator).arg(program).arg("train").arg(world.path(yaml)).arg("--out").arg(world.path("run"));
         command.args(more);
     }
     end_of(&command.output().unwrap())
+}
+
+/// [`each_its_own`]; `changes` are what is different in the YAML of rank 1.
+fn at_odds(world: &World, changes: &[(&str, &str)], more: &[&str]) -> (Option<i32>, String) {
+    world.experiment(changes).unwrap();
+    fs::rename(world.path("train.yaml"), world.path("other.yaml")).unwrap();
+    world.experiment(&[]).unwrap();
+    each_its_own(world, Path::new(PROGRAM), more)
+}
+
+/// Rank 1 said what is wrong, and rank 0 heard it.
+#[track_caller]
+fn told((code, text): &(Option<i32>, String), problem: &str) {
+    let heard = |line: &str| line.contains("error: rank 1 (") && line.contains(") failed: ") && line.contains(problem);
+    assert!(*code == Some(2) && text.lines().any(heard), "{code:?} {text}");
+    assert!(text.lines().any(|line| line.starts_with("error: ") && line.contains(problem) && !heard(line)), "{text}");
 }
 
 #[test]
@@ -148,9 +166,41 @@ fn ranks_with_different_settings_do_not_begin_and_do_not_go_on() {
     let (code, text) = at_odds(&world, &elsewhere, &["--max-steps", "2"]);
     assert_eq!(code, Some(0), "{text}");
     refused();
-    // What one rank alone misses, it tells the others.
-    let (code, text) = at_odds(&world, &[("shards: shards", "shards: nowhere")], &[]);
-    let told = |text: &str| text.lines().any(|line| line.contains("rank 1 (") && line.contains(") failed: "));
-    assert!(code == Some(2) && told(&text) && text.contains("/nowhere"), "{code:?} {text}");
     finished(&world, 2, "run");
+}
+
+#[test]
+fn what_one_rank_alone_cannot_read_it_tells_the_others() {
+    let world = World::new();
+    world.experiment(&[]).unwrap();
+    told(&each_its_own(&world, Path::new(PROGRAM), &[]), "other.yaml");
+    fs::write(world.path("other.yaml"), "name: [").unwrap();
+    told(&each_its_own(&world, Path::new(PROGRAM), &[]), "other.yaml");
+    let elsewhere = |place: &str| [("shards: shards", place.to_owned())];
+    for (shards, faces, problem) in [
+        ("nowhere", "", "/nowhere"),
+        ("${UNSET_ON_RANK_1}", "", "UNSET_ON_RANK_1"),
+        ("nowhere", "faces: {models: .}\n", "/nowhere"),
+        ("shards", "faces: {models: .}\n", "holds no ONNX files"),
+    ] {
+        let [(from, to)] = elsewhere(&format!("shards: {shards}"));
+        told(&at_odds(&world, &[(from, &to), ("data:\n", &format!("{faces}data:\n"))], &[]), problem);
+    }
+    // Nothing was begun.
+    assert!(!world.path("run").join(CHECKPOINTS).exists());
+}
+
+#[test]
+fn ranks_of_different_builds_do_not_begin() {
+    let world = World::new();
+    world.experiment(&[]).unwrap();
+    fs::copy(world.path("train.yaml"), world.path("other.yaml")).unwrap();
+    let program = world.path("hyperlora");
+    fs::copy(PROGRAM, &program).unwrap();
+    // What follows the last section of a program is never loaded.
+    fs::OpenOptions::new().append(true).open(&program).unwrap().write_all(b"another build").unwrap();
+    let (code, text) = each_its_own(&world, &program, &[]);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("rank 1 (") && text.contains("its program is "), "{text}");
+    assert!(!world.path("run").join(CHECKPOINTS).exists());
 }
