@@ -1,4 +1,4 @@
-"""Fits the alpha-beta model to what the ranks measured, and prints predictions for GPUs. Called by scaling.sh."""
+"""Fits the alpha-beta model to what the ranks measured, and prints predictions for them and for GPUs. Called by scaling.sh."""
 
 import json
 import subprocess
@@ -42,23 +42,32 @@ def measured(path):
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     print("\nmeasured (fastest of 20, slowest rank)")
     for line in lines:
-        if "compute_seconds" in line:
+        if not is_bucket(line):
             print(f"  {line['ranks']} ranks: a 512 x 512 matrix product takes {1e3 * line['compute_seconds']:.2f} ms")
     print("  ranks      bytes   packing, ms   wire, ms")
     for line in lines:
-        if "bytes" in line:
+        if is_bucket(line):
             pack, wire = 1e3 * line["pack_seconds"], 1e3 * line["wire_seconds"]
             print(f"  {line['ranks']:5} {line['bytes']:10} {pack:13.3f} {wire:10.3f}")
     points = [
         (2 * (n - 1), 2 * (n - 1) / n * line["bytes"], line["wire_seconds"])
         for line in lines
-        if "bytes" in line and (n := line["ranks"]) > 1
+        if is_bucket(line) and (n := line["ranks"]) > 1
     ]
     alpha, beta, error = fit(points)
     print(f"fitted: alpha {1e6 * alpha:.1f} us per hop, beta {beta / 1e9:.2f} GB/s; median error {100 * error:.0f} %")
+    # A least-squares alpha may be below zero, a hop may not.
+    hop, link = f"{max(1e6 * alpha, 0.0):.3f}us", f"{beta / 1e9:.4f}GB/s"
+    largest = {line["ranks"]: line for line in sorted(filter(is_bucket, lines), key=lambda line: line["bytes"])}
+    return hop, link, {ranks: (line["bytes"], line["wire_seconds"]) for ranks, line in largest.items() if ranks > 1}
 
 
-def plan(program, config, cluster, gpus, accumulation, settings):
+def is_bucket(line):
+    return "bytes" in line
+
+
+def plan(program, config, gpu, gpus, accumulation, settings, options):
+    """The last stage of the plan for so many GPUs, each with the same work."""
     text = Path(config).read_text().splitlines()
     micro_batch = next(int(line.split(":")[1].split("#")[0]) for line in text if "micro_batch:" in line)
     settings = settings | {"global_batch": gpus * micro_batch * accumulation}
@@ -72,28 +81,39 @@ def plan(program, config, cluster, gpus, accumulation, settings):
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=Path(config).parent) as file:
         file.write("\n".join(text))
         file.flush()
-        gpu, ports, link = cluster
         command = [program, "plan", file.name, "--gpus", str(gpus), "--gpu", gpu, "--json", "--quiet"]
-        if gpus > 8:
-            command += ["--link", link, "--ports", str(ports)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command + options, capture_output=True, text=True)
     if not done.stdout:
         sys.exit(done.stderr)
-    return json.loads(done.stdout)["stages"][-1]["step_seconds"]
+    return json.loads(done.stdout)["stages"][-1]
+
+
+def predicted_here(program, config, hop, link, largest):
+    """What plan makes of the fit, beside what its buckets would take at the time that the largest of them was measured in."""
+    options = ["--link", link, "--hop", hop]
+    print(f"\nthis machine, by `hyperlora plan {' '.join(options)}`: gradients and parameters of {config}")
+    print("  ranks   predicted, s   measured, s")
+    for ranks, (size, seconds) in largest.items():
+        stage = plan(program, config, "a100-80g", ranks, 8, {}, options)
+        told = stage["gradient_bytes"] / size * seconds
+        print(f"  {ranks:5} {stage['all_reduce_seconds']:14.2f} {told:13.2f}")
 
 
 def predicted(program, config):
     print(f"\npredicted by `hyperlora plan` for {config}: step = computing + hops + bytes / link, nothing overlapped")
-    for cluster in CLUSTERS:
-        gpu, ports, link = cluster
+    for gpu, ports, link in CLUSTERS:
         head = f"{gpu}, {ports} x {link}"
         print(f"\n{head:40} {'step of 8, s':>12} " + " ".join(f"{gpus:>7}" for gpus in GPUS[1:]))
         for name, accumulation, settings in KNOBS:
-            steps = [plan(program, config, cluster, gpus, accumulation, settings) for gpus in GPUS]
+            steps = []
+            for gpus in GPUS:
+                options = ["--link", link, "--ports", str(ports)] if gpus > 8 else []
+                steps.append(plan(program, config, gpu, gpus, accumulation, settings, options)["step_seconds"])
             # Each GPU does the same work at any number: the ratio of the step times is the scaling.
             print(f"  {name:38} {steps[0]:12.2f} " + " ".join(f"{100 * steps[0] / step:6.2f}%" for step in steps[1:]))
 
 
 if __name__ == "__main__":
-    measured(sys.argv[1])
+    fitted = measured(sys.argv[1])
+    predicted_here(sys.argv[2], sys.argv[3], *fitted)
     predicted(sys.argv[2], sys.argv[3])

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # How training scales: measures computing, packing and the wire on 1, 2 and 4 MPI ranks of this machine, fits
-# time = alpha x hops + bytes / beta, and prints what `hyperlora plan` predicts for GPUs by the same formula.
+# time = alpha x hops + bytes / beta, and prints what `hyperlora plan` predicts by the same formula: with this fit for the ranks of
+# this machine, and for GPUs.
 #
 #   ./ci/bench/scaling.sh [CONFIG]      [experiments/sdxl/id-clip.yaml, the largest gradients]
 #

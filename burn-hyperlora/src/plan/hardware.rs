@@ -164,20 +164,47 @@ pub fn between_machines(gpu: &Gpu, port: &Link, ports: u64) -> Result<Link, Stri
     Ok(Link { name: format!("{ports} x {}", port.name), bytes_per_second: all_ports.min(own.bytes_per_second) })
 }
 
-/// Seconds that a message of a ring takes over NVLink, whatever its length: NCCL's tuner, ring, simple protocol.
-const HOP_NVLINK: f64 = 3.4e-6;
-/// The same over PCIe.
-const HOP_PCIE: f64 = 5.7e-6;
-/// The same from machine to machine.
-const HOP_BETWEEN_MACHINES: f64 = 14e-6;
+/// Seconds that a message of a ring takes from one GPU to the next, whatever its length.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Hops {
+    /// Within a machine.
+    pub inside: f64,
+    /// From machine to machine.
+    pub between_machines: f64,
+}
 
-/// Seconds that a bucket's reduce-scatter and all-gather over `gpus` of this kind take for their hops alone: 2 (n - 1) of them,
-/// of which 2 (machines - 1) are from machine to machine.
-pub fn hop_seconds(gpu: &Gpu, gpus: u64) -> f64 {
-    let between = gpus.div_ceil(PER_MACHINE).saturating_sub(1);
-    let inside = gpus.saturating_sub(1).saturating_sub(between);
-    let hop = if gpu.link.starts_with("nvlink") { HOP_NVLINK } else { HOP_PCIE };
-    2.0 * (inside as f64 * hop + between as f64 * HOP_BETWEEN_MACHINES)
+impl Hops {
+    /// What NCCL's tuner counts with (ring, simple protocol): over NVLink or PCIe, as `gpu` has it.
+    pub fn of_nccl(gpu: &Gpu) -> Self {
+        Self { inside: if gpu.link.starts_with("nvlink") { 3.4e-6 } else { 5.7e-6 }, between_machines: 14e-6 }
+    }
+
+    /// Every hop in the same `seconds`, as a fit to measured collectives gives.
+    pub fn all(seconds: f64) -> Self {
+        Self { inside: seconds, between_machines: seconds }
+    }
+
+    /// Seconds that a bucket's reduce-scatter and all-gather over `gpus` take for their hops alone: 2 (n - 1) of them, of
+    /// which 2 (machines - 1) are from machine to machine.
+    pub fn seconds(self, gpus: u64) -> f64 {
+        let between = gpus.div_ceil(PER_MACHINE).saturating_sub(1);
+        let inside = gpus.saturating_sub(1).saturating_sub(between);
+        2.0 * (inside as f64 * self.inside + between as f64 * self.between_machines)
+    }
+}
+
+/// A time with its unit, in seconds: `7.1us`, `0.014ms`, `800ns`.
+///
+/// # Errors
+/// What was expected.
+pub fn parse_time(text: &str) -> Result<f64, String> {
+    let seconds = [("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3)]
+        .into_iter()
+        .find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.trim_end().parse::<f64>().ok()? * factor));
+    match seconds {
+        Some(seconds) if seconds.is_finite() && seconds >= 0.0 => Ok(seconds),
+        _ => Err("expected a time such as 7.1us or 0.014ms".into()),
+    }
 }
 
 impl FromStr for Link {
@@ -246,11 +273,24 @@ mod tests {
 
     #[test]
     fn hops_inside_and_between_machines_add_up() {
-        let seconds = |gpus| hop_seconds(&GPUS[1], gpus);
+        let seconds = |gpus| Hops::of_nccl(&GPUS[1]).seconds(gpus);
         assert_eq!(seconds(1), 0.0);
         assert!((seconds(8) - 14.0 * 3.4e-6).abs() < 1e-12);
         assert!((seconds(16) - (28.0 * 3.4e-6 + 2.0 * 14e-6)).abs() < 1e-12);
-        assert!((hop_seconds(&GPUS[4], 2) - 2.0 * 5.7e-6).abs() < 1e-12);
+        assert!((Hops::of_nccl(&GPUS[4]).seconds(2) - 2.0 * 5.7e-6).abs() < 1e-12);
+        assert!((Hops::all(1e-6).seconds(16) - 30e-6).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_time_has_a_unit() {
+        let microseconds = |text: &str| parse_time(text).map(|seconds| (1e6 * seconds).round());
+        assert_eq!(microseconds("14us"), Ok(14.0));
+        assert_eq!(microseconds("0.014 ms"), Ok(14.0));
+        assert_eq!(microseconds("14000ns"), Ok(14.0));
+        assert_eq!(microseconds("0us"), Ok(0.0));
+        for wrong in ["", "14", "us", "-1us", "nanus", "infms", "14s "] {
+            assert!(parse_time(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::experiment::Experiment;
 use crate::hypernet::{HyperLoraConfig, ParameterGroup};
 use crate::lora::AttentionSite;
 use crate::plan::architecture::Architecture;
-use crate::plan::hardware::{Gpu, Link};
+use crate::plan::hardware::{Gpu, Hops, Link};
 use crate::train::StageWork;
 use crate::train::config::TrainConfig;
 
@@ -40,6 +40,8 @@ pub struct Cluster {
     pub memory: u64,
     /// What each passes on around the rings through all of them.
     pub link: Link,
+    /// What a message takes from one to the next besides.
+    pub hops: Hops,
     /// The share of the peak that a step is assumed to reach, above 0, at most 1.
     pub utilisation: f64,
 }
@@ -120,7 +122,8 @@ pub struct Plan {
 pub fn work(experiment: &Experiment, gpu: Option<Gpu>) -> Vec<StageWork> {
     let peak = gpu.unwrap_or(hardware::GPUS[0]);
     let link = Link { name: "none".into(), bytes_per_second: 1.0 };
-    let cluster = Cluster { gpu: peak, gpus: 1, memory: peak.memory_mib << 20, link, utilisation: 1.0 };
+    let hops = Hops::of_nccl(&peak);
+    let cluster = Cluster { gpu: peak, gpus: 1, memory: peak.memory_mib << 20, link, hops, utilisation: 1.0 };
     match Setup::read(experiment, cluster, None) {
         Ok(setup) => setup.work(gpu.is_some()),
         Err(problem) => {

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display, Formatter};
 
+use crate::plan::hardware::PER_MACHINE;
 use crate::plan::{Memory, Part, Plan, StagePlan};
 
 /// Bytes in GiB.
@@ -103,6 +104,12 @@ impl Plan {
             "assumed: {share:.0} % of {} TFLOP/s in bf16 and {} in TF32; link {} ({link_speed} GB/s)",
             gpu.bf16_tflops, gpu.tf32_tflops, link.name,
         )?;
+        let (inside, between) = (1e6 * cluster.hops.inside, 1e6 * cluster.hops.between_machines);
+        if cluster.gpus > PER_MACHINE {
+            writeln!(f, "assumed: {inside:.1} us per hop inside a machine, {between:.1} us from machine to machine")?;
+        } else if cluster.gpus > 1 {
+            writeln!(f, "assumed: {inside:.1} us per hop")?;
+        }
         for assumed in &self.assumed {
             writeln!(f, "assumed: {assumed}")?;
         }

@@ -4,7 +4,6 @@ use burn::tensor::FloatDType;
 use serde::Serialize;
 
 use crate::optim::{Wire, bucket_bytes};
-use crate::plan::hardware::hop_seconds;
 use crate::plan::memory::{F32, Memory, WORKSPACE};
 use crate::plan::{Setup, encoders, unet};
 use crate::sdxl::memory::activation_bytes;
@@ -139,7 +138,7 @@ impl Setup {
         };
         let sent_bytes = (gpus - 1.0) / gpus * (wire_bytes + gradient_bytes) as f64;
         let buckets = gradient_bytes.div_ceil(bucket_bytes(self.cluster.gpus)) as f64;
-        let hops = buckets * hop_seconds(&self.cluster.gpu, self.cluster.gpus);
+        let hops = buckets * self.cluster.hops.seconds(self.cluster.gpus);
         let all_reduce_seconds = hops + sent_bytes / self.cluster.link.bytes_per_second;
         let per_gpu = self.train.global_batch as f64 / gpus;
         let step_seconds = per_gpu * self.seconds_per_image(&flops) + all_reduce_seconds;

@@ -15,7 +15,7 @@ use crate::collective::WorldOfOne;
 use crate::conditioning::{Base, BaseConfig};
 use crate::hypernet::{HyperLora, ParameterVisitor, Stage};
 use crate::optim::{GradientMap, Optimizer, Share, Wire};
-use crate::plan::hardware::between_machines;
+use crate::plan::hardware::{Hops, between_machines};
 use crate::sdxl::configs;
 use crate::train::checkpoints::{SavedState, Snapshot};
 use crate::train::config::StageEntry;
@@ -43,7 +43,8 @@ const SMALL: &str = "experiments/quickstart/base";
 fn cluster(gpus: u64) -> Cluster {
     let gpu: Gpu = "a100-80g".parse().unwrap();
     let link = between_machines(&gpu, &"25GB/s".parse().unwrap(), 8).unwrap();
-    Cluster { gpu, gpus, memory: gpu.memory_mib << 20, link, utilisation: gpu.utilisation }
+    let hops = Hops::of_nccl(&gpu);
+    Cluster { gpu, gpus, memory: gpu.memory_mib << 20, link, hops, utilisation: gpu.utilisation }
 }
 
 fn setup(yaml: &str, gpus: u64) -> Setup {

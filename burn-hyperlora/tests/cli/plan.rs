@@ -45,6 +45,23 @@ fn json_holds_the_same_figures() {
 }
 
 #[test]
+fn a_measured_hop_and_link_replace_the_assumed_ones() {
+    let options = ["--gpus", "4", "--gpu", "a100-80g", "--link", "1.7GB/s"];
+    let seconds = |more: &[&str]| {
+        let printed = plan(&sdxl("id-clip.yaml"), &[&options[..], &["--json"], more].concat()).with(0);
+        let figures: Value = serde_json::from_str(&printed.stdout).unwrap();
+        let stage = &figures["stages"][0];
+        [&stage["all_reduce_seconds"], &stage["sent_bytes"], &stage["gradient_bytes"]].map(|x| x.as_f64().unwrap())
+    };
+    let [by_default, sent, gradients] = seconds(&[]);
+    let hops = |seconds: f64| (gradients / f64::from(16 << 20)).ceil() * 6.0 * seconds;
+    assert!((by_default - sent / 1.7e9 - hops(3.4e-6)).abs() < 1e-9);
+    assert!((seconds(&["--hop", "7.1us"])[0] - sent / 1.7e9 - hops(7.1e-6)).abs() < 1e-9);
+    let page = plan(&sdxl("id-clip.yaml"), &[&options[..], &["--hop", "7.1us"]].concat()).with(0).stdout;
+    assert!(page.contains("assumed: 7.1 us per hop\n"), "{page}");
+}
+
+#[test]
 fn what_does_not_fit_is_printed_with_what_to_turn_and_ends_with_2() {
     let printed = plan(&sdxl("id-clip.yaml"), &["--gpus", "16", "--gpu", "rtx-4090"]).with(2);
     assert!(printed.stdout.contains("DOES NOT FIT into 24.0 GiB"), "{}", printed.stdout);
@@ -70,6 +87,7 @@ fn a_plan_that_cannot_be_made_is_one_error() {
     for (option, value, part) in [
         ("--gpu", "gtx-970", "rtx-3090"),
         ("--link", "fast", "300GB/s"),
+        ("--hop", "7.1", "7.1us"),
         ("--mfu", "0", "above 0"),
         ("--gpus", "0", "1.."),
         ("--images", "0", "1.."),
