@@ -5,12 +5,13 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::time::Duration;
 
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_hyperlora::collective::WorldOfOne;
-use burn_hyperlora::optim::{Decay, GradientMap, OptimConfig, Optimizer, ReducedGradients, Schedule, Share};
+use burn_hyperlora::collective::{Collective, Pending, WorldOfOne};
+use burn_hyperlora::optim::{Decay, GradientMap, OptimConfig, Optimizer, ReducedGradients, Schedule, Share, Wire};
 use safetensors::SafeTensors;
 
 const STEPS: usize = 20;
@@ -235,4 +236,64 @@ fn optimizer_step(linear: &Linear, gradients: ReducedGradients) -> Vec<f32> {
     optimizer.step(&mut linear.clone(), gradients, 0.0, &WorldOfOne::new()).unwrap();
     let first = moments(&optimizer).into_iter().filter(|(name, _)| name.starts_with("exp_avg."));
     first.flat_map(|(_, moment)| moment.try_to_vec::<f32>().unwrap()).collect()
+}
+
+/// Rank 1 of two that got the same gradients, and added them up in another order: rank 0 found another norm.
+struct SecondOfTwo {
+    square_of_the_first: f64,
+}
+
+impl Collective for SecondOfTwo {
+    fn rank(&self) -> usize {
+        1
+    }
+
+    fn world_size(&self) -> usize {
+        2
+    }
+
+    fn hosts(&self) -> &[String] {
+        &[]
+    }
+
+    fn all_reduce_mean<'a>(&'a self, _what: &'a str, bucket: Tensor<1>) -> burn_hyperlora::Result<Pending<'a>> {
+        Ok(Box::new(|| Ok(bucket)))
+    }
+
+    fn reduce_scatter_mean<'a>(&'a self, _what: &'a str, bucket: Tensor<1>) -> burn_hyperlora::Result<Pending<'a>> {
+        Ok(Box::new(|| Ok(bucket)))
+    }
+
+    fn all_gather<'a>(&'a self, _what: &'a str, part: Tensor<1>) -> burn_hyperlora::Result<Pending<'a>> {
+        Ok(Box::new(|| Ok(Tensor::cat(vec![part; 2], 0))))
+    }
+
+    fn broadcast<'a>(&'a self, _what: &'a str, tensor: Tensor<1>) -> burn_hyperlora::Result<Pending<'a>> {
+        Ok(Box::new(|| Ok(tensor)))
+    }
+
+    fn exchange(&self, _what: &str, note: &[u8]) -> burn_hyperlora::Result<Vec<Vec<u8>>> {
+        Ok(vec![self.square_of_the_first.to_le_bytes().to_vec(), note.to_vec()])
+    }
+
+    fn barrier(&self, _what: &str, _deadline: Duration) -> burn_hyperlora::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn all_ranks_clip_by_the_same_norm() {
+    let linear = linear(&fixture());
+    let world = SecondOfTwo { square_of_the_first: 400.0 };
+    let norm = |sharded: bool| {
+        let mut optimizer = Optimizer::new(&config(), &linear, Share::of(&world, sharded, Wire::F32));
+        let mut gradients = GradientMap::default();
+        gradients.insert("weight", Tensor::full([12], 3.0_f32, &Device::flex()));
+        gradients.insert("bias", Tensor::full([4], 3.0_f32, &Device::flex()));
+        optimizer.accumulate(gradients).unwrap();
+        optimizer.reduce(&world).unwrap().norm
+    };
+    // Each has all gradients: the first's word counts. Each has half of them, eight numbers: the halves add up.
+    assert_eq!(norm(false), 20.0);
+    assert_eq!(norm(true), (400.0_f64 + 8.0 * 9.0).sqrt());
 }

@@ -1,4 +1,6 @@
-//! How a rank tells the others that it failed.
+//! How a rank that fails tells the others, and how one ends that lost the others.
+
+use std::io::{Write, stdout};
 
 use serde::{Deserialize, Serialize};
 
@@ -25,4 +27,13 @@ impl Failure {
     pub fn heard_from(self, rank: usize, world: &dyn Collective) -> Error {
         Error::PeerFailed { rank: world.name_of(rank), problem: self.problem, exit_code: self.exit_code }
     }
+}
+
+/// Ends the process at once with `code`, after what is still to be written on stdout: without the exit handlers of libraries.
+///
+/// Those of CUDA and NCCL wait for the GPU, where a kernel may wait for a rank that is gone. Files are the caller's affair.
+pub fn end_process(code: u8) -> ! {
+    // Nobody is left to be told.
+    let _ = stdout().flush();
+    signal_hook::low_level::exit(code.into())
 }

@@ -10,12 +10,16 @@
 mod agreement;
 mod environment;
 mod failure;
+mod frames;
+mod meeting;
 #[cfg(feature = "mpi")]
 mod mpi;
 #[cfg(feature = "cuda")]
 mod nccl;
 mod rendezvous;
 mod timed;
+#[cfg(any(feature = "cuda", test))]
+mod watchdog;
 mod world_of_one;
 
 use std::process::ExitCode;
@@ -27,14 +31,14 @@ use crate::error::{Error, Result};
 
 pub use agreement::{agree, program};
 pub use environment::{Placement, earlier_life};
-pub use failure::Failure;
-pub use rendezvous::{Meeting, Rendezvous};
+pub use failure::{Failure, end_process};
+pub use meeting::Meeting;
+pub use rendezvous::Rendezvous;
 pub use timed::Timed;
 pub use world_of_one::WorldOfOne;
 
 /// Exit code of a rank that lost another one (`EX_TEMPFAIL`).
-#[cfg(any(feature = "mpi", feature = "cuda"))]
-const PEER_LOST: i32 = 75;
+pub const PEER_LOST: u8 = 75;
 
 /// The ranks of a run.
 ///

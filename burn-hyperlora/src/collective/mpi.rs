@@ -112,7 +112,7 @@ impl Mpi {
         tracing::error!("{line}");
         // The first abort ends all ranks: the others get their time to say the same.
         thread::sleep(Duration::from_millis(300));
-        self.world.abort(PEER_LOST)
+        self.world.abort(PEER_LOST.into())
     }
 
     /// Replaces the numbers `part` of `bucket` by a mean over the ranks. `reduce` is given the whole bucket, and writes the sums

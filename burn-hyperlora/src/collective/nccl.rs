@@ -1,16 +1,15 @@
 //! Ranks on GPUs: NCCL on the tensors' own device memory, one process per GPU.
 //!
 //! The ranks meet over TCP ([`Rendezvous`]), which carries the NCCL id and all small notes. Buckets go over NCCL on a stream of
-//! their own, so that one is on the wire while the next is packed. This module holds all the unsafe code of the crate: each
-//! block hands memory or a communicator that it owns to NCCL.
+//! their own, so that one is on the wire while the next is packed. NCCL has no deadlines: while a rank waits for it, it looks at
+//! the TCP connections for ranks that are gone, and a [`Watchdog`] ends the process where a call does not come back. This module
+//! holds all the unsafe code of the crate: each block hands memory or a communicator that it owns to NCCL.
 
 use std::fmt::Debug;
 use std::fs;
 use std::mem;
-use std::process;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,15 +19,24 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::cuda::CudaRuntime;
 use cubecl_runtime::runtime::Runtime;
+use cubecl_runtime::server::ServerStorage;
+use cubecl_runtime::storage::{ComputeStorage, ManagedResource};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
 use cudarc::nccl::result;
 use cudarc::nccl::sys::{self, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 
-use super::{Collective, JoinConfig, Meeting, PEER_LOST, Pending, Placement, Rendezvous};
+use super::watchdog::{Watch, Watchdog};
+use super::{Collective, JoinConfig, Meeting, PEER_LOST, Pending, Placement, Rendezvous, end_process};
 use crate::error::{Error, Result};
 
-/// How long ranks that wait in vain listen for who else is alive.
-const ROLL_TIME: Duration = Duration::from_secs(5);
+/// How much longer the watchdog waits than the rank itself, so that the roll call can name who is missing.
+const GRACE: Duration = Duration::from_secs(30);
+/// How often a rank that waits looks at its connections.
+const GLANCE: Duration = Duration::from_millis(10);
+/// Averages came with NCCL 2.10, as its version function writes it.
+const OLDEST_NCCL: i32 = 21_000;
+/// Numbers of the buckets that connect the GPUs: a short one, and one as long as those of the training.
+const WARM_UP: [usize; 2] = [1, 4 << 20];
 
 /// The world of GPU ranks.
 pub(super) struct Nccl {
@@ -39,18 +47,21 @@ pub(super) struct Nccl {
     communicator: ncclComm_t,
     /// The communicator's own.
     stream: Arc<CudaStream>,
+    watchdog: Watchdog,
 }
 
-/// A collective that NCCL works on. Its memory must stay until the event has come: given up before, it is never freed.
+/// A collective that NCCL works on. Its memory must stay until the event has come: given up before, it is never freed. Nor is
+/// the watch then: with NCCL at work the GPU may hold up whatever else the process does, its end included.
 struct InFlight {
     done: CudaEvent,
     memory: Option<[DeviceMemory; 2]>,
+    watch: Option<Watch>,
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
         if !matches!(self.done.try_is_complete(), Ok(true)) {
-            mem::forget(self.memory.take());
+            mem::forget((self.memory.take(), self.watch.take()));
         }
     }
 }
@@ -61,7 +72,11 @@ struct DeviceMemory {
     dtype: ncclDataType_t,
     /// Keeps the memory from being reused.
     _tensor: CubeTensor,
+    /// Keeps it from being moved.
+    _resource: ManagedResource<<<Server as ServerStorage>::Storage as ComputeStorage>::Resource>,
 }
+
+type Server = <CudaRuntime as Runtime>::Server;
 
 impl Nccl {
     /// Meets the other ranks at `MASTER_ADDR`, one port above `MASTER_PORT`, and opens the communicator on `device`.
@@ -76,69 +91,92 @@ impl Nccl {
                 "export MASTER_ADDR (the machine of rank 0) and MASTER_PORT (a free port on it, the one after it free too)",
             ));
         };
-        #[expect(unsafe_code, reason = "asks the dynamic loader for NCCL")]
-        // SAFETY: only loads the library; nothing of it is called.
-        let found = unsafe { sys::is_culib_present() };
-        if !found {
-            return Err(Error::input(
-                "libnccl.so",
-                "NCCL is not found, which several GPUs need",
-                "install NCCL 2.30 or later and put the folder of libnccl.so into LD_LIBRARY_PATH (a plain libnccl.so.2 wants a link of that name)",
-            ));
-        }
+        find_nccl()?;
         let token = placement.token(|name| std::env::var(name).ok())?;
         let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let (rank, world_size) = (placement.rank, placement.world_size);
         let meeting = Meeting { rank, world_size, address: (host, port + 1), token: &token, host: name.trim() };
         let rendezvous = Rendezvous::meet(&meeting, config.start_timeout, config.timeout)?;
-        let gpu = gpu_of(device)?;
-        refuse_shared_gpus(&rendezvous, gpu)?;
-        let context = CudaContext::new(gpu).map_err(|problem| broken("the GPU cannot be opened", &problem))?;
+        let context =
+            CudaContext::new(gpu_of(device)?).map_err(|problem| broken("the GPU cannot be opened", &problem))?;
+        refuse_shared_gpus(&rendezvous, &context)?;
         let stream = context.new_stream().map_err(|problem| broken("the GPU gives no stream", &problem))?;
-        let communicator = open(&rendezvous, rank, world_size, config.start_timeout)?;
-        Ok(Self { rendezvous, rank, size: world_size, timeout: config.timeout, communicator, stream })
+        let watchdog = Watchdog::start(|line| {
+            tracing::error!("{line}");
+            end_process(PEER_LOST)
+        });
+        let communicator = open(&rendezvous, rank, world_size, &watchdog, config.start_timeout)?;
+        let mut world =
+            Self { rendezvous, rank, size: world_size, timeout: config.start_timeout, communicator, stream, watchdog };
+        world.warm_up(device)?;
+        world.timeout = config.timeout;
+        Ok(world)
     }
 
-    /// Starts `launch` on the memory of `input` and of `output` (the same, where it works in place), which [`Pending`] gives once
-    /// it is filled.
+    /// Uses every collective of the training once. NCCL connects GPUs only then, which takes its time, and memory beside what
+    /// the tensor library keeps for itself later on.
+    fn warm_up(&self, device: &Device) -> Result<()> {
+        let what = "NCCL to connect all GPUs";
+        for length in WARM_UP {
+            let part = length.div_ceil(self.size);
+            let zeros = |length| Tensor::zeros([length], (device, DType::F32));
+            self.all_reduce_mean(what, zeros(self.size * part))?()?;
+            self.reduce_scatter_mean(what, zeros(self.size * part))?()?;
+            self.all_gather(what, zeros(part))?()?;
+        }
+        Ok(())
+    }
+
+    /// Starts `launch` on the memory of `input` and of `output` (the input itself, where it works in place), which [`Pending`]
+    /// gives once it is filled.
     fn begin<'a>(
         &'a self,
         what: &'a str,
         input: Tensor<1>,
-        output: Tensor<1>,
+        output: Option<Tensor<1>>,
         launch: impl FnOnce(&DeviceMemory, &DeviceMemory) -> std::result::Result<result::NcclStatus, result::NcclError>,
     ) -> Result<Pending<'a>> {
         let device = input.device();
+        let input = gapless(input)?;
+        let output = output.unwrap_or_else(|| input.clone());
         let (from, to) = (DeviceMemory::of(input)?, DeviceMemory::of(output.clone())?);
-        // What fills the input runs on a stream of the tensor library: NCCL's own stream must not begin before it is done.
+        // What fills the input runs on a stream of the tensor library: NCCL's own stream must not begin before it is done. What
+        // could hold this up is the collective before, which is watched.
         device.sync().map_err(|problem| broken("the GPU failed", &problem))?;
-        // NCCL may connect GPUs only when they are first used, within this call.
-        let watch = self.watch(what);
+        let watch = Some(self.watch(what));
         launch(&from, &to).map_err(|problem| broken("NCCL failed", &problem.0))?;
-        drop(watch);
         let done = self.stream.record_event(None).map_err(|problem| broken("the GPU failed", &problem))?;
-        let in_flight = InFlight { done, memory: Some([from, to]) };
+        let mut in_flight = InFlight { done, memory: Some([from, to]), watch };
         Ok(Box::new(move || {
-            self.wait(what, &in_flight)?;
+            self.wait(what, &mut in_flight)?;
             Ok(output)
         }))
     }
 
-    /// Guards a call of NCCL that other ranks can hold up: it has no deadline of its own, and cannot be given up.
-    fn watch(&self, what: &str) -> Watchdog {
-        let (waiter, seconds) = (self.name_of(self.rank), self.timeout.as_secs());
-        Watchdog::new(
-            self.timeout,
-            format!("{waiter} waited {seconds} s for NCCL to begin {what}: a rank is dead or hangs"),
-        )
+    /// Guards a wait for NCCL, which cannot be given up, and what a wait given up leaves on the GPU.
+    fn watch(&self, what: &str) -> Watch {
+        let deadline = self.timeout + GRACE;
+        let (waiter, seconds) = (self.name_of(self.rank), deadline.as_secs());
+        self.watchdog.watch(deadline, format!("{waiter} waited {seconds} s for {what}: NCCL does not come back"))
     }
 
-    fn wait(&self, what: &str, in_flight: &InFlight) -> Result<()> {
+    fn wait(&self, what: &str, in_flight: &mut InFlight) -> Result<()> {
         let begun = Instant::now();
+        let mut looked = begun;
+        // From here on this rank does nothing else: the deadline begins anew.
+        in_flight.watch = Some(self.watch(what));
         while !in_flight.done.try_is_complete().map_err(|problem| broken("the GPU failed", &problem))? {
+            let mut called = false;
+            if looked.elapsed() > GLANCE {
+                called = self.rendezvous.glance(what)?;
+                looked = Instant::now();
+            }
             let failed = self.asynchronous_error();
-            if failed.is_some() || begun.elapsed() > self.timeout {
-                return Err(self.call_the_roll(what, begun.elapsed(), failed));
+            if called || failed.is_some() || begun.elapsed() > self.timeout {
+                let waited = begun.elapsed().as_secs();
+                let reason = failed.map_or_else(|| format!("no end after {waited} s"), |code| format!("{code:?}"));
+                tracing::warn!("{} waits for {what}: NCCL: {reason}; the roll is called", self.name_of(self.rank));
+                return Err(self.rendezvous.call_the_roll(&format!("waiting for {what}: NCCL: {reason}")));
             }
             thread::sleep(Duration::from_micros(50));
         }
@@ -154,20 +192,37 @@ impl Nccl {
         let well = [sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclInProgress];
         [asked, state].into_iter().find(|code| !well.contains(code))
     }
+}
 
-    /// Why a collective did not end: whoever is alive waits as well and answers over TCP.
-    fn call_the_roll(&self, what: &str, waited: Duration, failed: Option<sys::ncclResult_t>) -> Error {
-        let waited = waited.as_secs();
-        let reason = failed.map_or_else(|| format!("no end after {waited} s"), |code| format!("{code:?}"));
-        match self.rendezvous.exchange_within("the roll call", &[], ROLL_TIME) {
-            Ok(_) => Error::Peer(format!("waiting for {what}: NCCL: {reason}; every rank answers")),
-            Err(error) => Error::Peer(format!("waiting for {what}: NCCL: {reason}; {error}")),
-        }
+/// # Errors
+/// Input without an NCCL that is found and new enough.
+fn find_nccl() -> Result<()> {
+    let missing = |problem: String| {
+        let remedy = "install NCCL 2.10 or later for this version of CUDA (Debian and Ubuntu: libnccl-dev); where there is only libnccl.so.2, `ln -s /path/to/libnccl.so.2 libnccl.so` in a folder of LD_LIBRARY_PATH";
+        Err(Error::input("libnccl.so", problem, remedy))
+    };
+    #[expect(unsafe_code, reason = "asks the dynamic loader for NCCL")]
+    // SAFETY: only loads the library; nothing of it is called.
+    let found = unsafe { sys::is_culib_present() };
+    if !found {
+        return missing("is not found, and several GPUs need NCCL".into());
     }
+    let version = result::get_nccl_version().map_err(|problem| broken("NCCL tells no version", &problem.0))?;
+    if version < OLDEST_NCCL {
+        return missing(format!("is of version {version}, which cannot average"));
+    }
+    tracing::debug!("NCCL {}.{}.{}", version / 10_000, version / 100 % 100, version % 100);
+    Ok(())
 }
 
 /// Opens the communicator under the id that rank 0 makes.
-fn open(rendezvous: &Rendezvous, rank: usize, size: usize, deadline: Duration) -> Result<ncclComm_t> {
+fn open(
+    rendezvous: &Rendezvous,
+    rank: usize,
+    size: usize,
+    watchdog: &Watchdog,
+    deadline: Duration,
+) -> Result<ncclComm_t> {
     let own = if rank == 0 {
         let id = result::get_uniqueid().map_err(|problem| broken("NCCL gives no id", &problem.0))?;
         id.internal.map(|byte| byte as u8).to_vec()
@@ -180,32 +235,14 @@ fn open(rendezvous: &Rendezvous, rank: usize, size: usize, deadline: Duration) -
     let id = ncclUniqueId { internal: id.map(|byte| byte as _) };
     let mut communicator = ptr::null_mut();
     // The call has no deadline of its own, and cannot be given up.
-    let watch =
-        Watchdog::new(deadline, format!("rank {rank} waited {} s for NCCL to connect all GPUs", deadline.as_secs()));
+    let line = format!("rank {rank} waited {} s for NCCL to open its communicator", deadline.as_secs());
+    let watch = watchdog.watch(deadline, line);
     #[expect(unsafe_code, reason = "NCCL makes a communicator")]
     // SAFETY: the id is rank 0's, `communicator` outlives the call, rank and size are those of the world.
     let opened = unsafe { result::comm_init_rank(&raw mut communicator, size as i32, id, rank as i32) };
     drop(watch);
     opened.map_err(|problem| broken("NCCL cannot connect the GPUs (NCCL_DEBUG=INFO tells more)", &problem.0))?;
     Ok(communicator)
-}
-
-/// Ends the process with a line unless it is dropped in time.
-struct Watchdog {
-    _alive: std::sync::mpsc::Sender<()>,
-}
-
-impl Watchdog {
-    fn new(deadline: Duration, line: String) -> Self {
-        let (alive, watched) = channel();
-        thread::spawn(move || {
-            if watched.recv_timeout(deadline) == Err(RecvTimeoutError::Timeout) {
-                tracing::error!("{line}");
-                process::exit(PEER_LOST);
-            }
-        });
-        Self { _alive: alive }
-    }
 }
 
 /// The number of the GPU that tensors of `device` live on.
@@ -216,18 +253,25 @@ fn gpu_of(device: &Device) -> Result<usize> {
     }
 }
 
-/// NCCL refuses two ranks on one GPU with a riddle.
-fn refuse_shared_gpus(rendezvous: &Rendezvous, gpu: usize) -> Result<()> {
-    let gpus = rendezvous.exchange("all ranks to name their GPUs", gpu.to_string().as_bytes())?;
-    let places: Vec<_> = rendezvous.hosts().iter().zip(&gpus).collect();
-    match (0..places.len()).find(|&rank| places[..rank].contains(&places[rank])) {
+/// NCCL refuses two ranks on one GPU with a riddle. What a rank calls its first GPU depends on which are visible to it: the
+/// UUID tells.
+fn refuse_shared_gpus(rendezvous: &Rendezvous, context: &CudaContext) -> Result<()> {
+    let uuid = context.uuid().map_err(|problem| broken("the GPU tells no UUID", &problem))?;
+    let gpus = rendezvous.exchange("all ranks to name their GPUs", &uuid.bytes.map(|byte| byte as u8))?;
+    match (0..gpus.len()).find(|&rank| gpus[..rank].contains(&gpus[rank])) {
         Some(rank) => Err(Error::input(
-            format!("rank {rank} ({})", places[rank].0),
+            format!("rank {rank} ({})", rendezvous.hosts()[rank]),
             "its GPU is used by another rank too",
-            "start one rank per GPU, with --device cuda: each takes the GPU of its local rank",
+            "start one rank per GPU, with --device cuda: each takes the GPU of its local rank, or the only one it sees",
         )),
         None => Ok(()),
     }
+}
+
+/// The tensor, or where it has gaps in memory, a copy of it: one that is spread from a single number takes no memory of its own.
+fn gapless(tensor: Tensor<1>) -> Result<Tensor<1>> {
+    let contiguous = cube_tensor(tensor.clone())?.is_contiguous();
+    Ok(if contiguous { tensor } else { tensor.mul_scalar(1.0) })
 }
 
 fn cube_tensor(tensor: Tensor<1>) -> Result<CubeTensor> {
@@ -248,10 +292,10 @@ impl DeviceMemory {
         if !tensor.is_contiguous() {
             return Err(Error::Fault("a bucket has gaps in memory".into()));
         }
-        let resource = tensor.client.get_resource::<<CudaRuntime as Runtime>::Server>(tensor.handle.clone());
+        let resource = tensor.client.get_resource::<Server>(tensor.handle.clone());
         let resource = resource.map_err(|problem| broken("a bucket has no memory on the GPU", &problem))?;
         let pointer = ptr::without_provenance_mut(resource.resource().ptr as usize);
-        Ok(Self { pointer, dtype, _tensor: tensor })
+        Ok(Self { pointer, dtype, _tensor: tensor, _resource: resource })
     }
 
     /// Where its number `index` lies.
@@ -280,7 +324,7 @@ impl Collective for Nccl {
 
     fn all_reduce_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
         let length = bucket.dims()[0];
-        self.begin(what, bucket.clone(), bucket, |from, to| {
+        self.begin(what, bucket, None, |from, to| {
             let (stream, mean) = (self.stream.cu_stream().cast(), ncclRedOp_t::ncclAvg);
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
             // SAFETY: the buffer holds `length` numbers of the type and lives until the event that follows on the stream.
@@ -292,7 +336,7 @@ impl Collective for Nccl {
 
     fn reduce_scatter_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
         let part = bucket.dims()[0] / self.size;
-        self.begin(what, bucket.clone(), bucket, |from, to| {
+        self.begin(what, bucket, None, |from, to| {
             let own = to.at(self.rank * part);
             let (stream, mean) = (self.stream.cu_stream().cast(), ncclRedOp_t::ncclAvg);
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
@@ -305,8 +349,8 @@ impl Collective for Nccl {
 
     fn all_gather<'a>(&'a self, what: &'a str, part: Tensor<1>) -> Result<Pending<'a>> {
         let length = part.dims()[0];
-        let all = Tensor::zeros([length * self.size], (&part.device(), part.dtype()));
-        self.begin(what, part, all, |from, to| {
+        let all = Tensor::empty([length * self.size], (&part.device(), part.dtype()));
+        self.begin(what, part, Some(all), |from, to| {
             let stream = self.stream.cu_stream().cast();
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
             // SAFETY: `from` holds `length` numbers of the type, `to` holds `size * length`; both live until the event.
@@ -318,7 +362,7 @@ impl Collective for Nccl {
 
     fn broadcast<'a>(&'a self, what: &'a str, tensor: Tensor<1>) -> Result<Pending<'a>> {
         let length = tensor.dims()[0];
-        self.begin(what, tensor.clone(), tensor, |from, to| {
+        self.begin(what, tensor, None, |from, to| {
             let stream = self.stream.cu_stream().cast();
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
             // SAFETY: the buffer holds `length` numbers of the type and lives until the event that follows on the stream.

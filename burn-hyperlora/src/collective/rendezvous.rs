@@ -1,26 +1,23 @@
-//! Ranks that meet over TCP: rank 0 listens, the others connect, and short notes go round through rank 0.
+//! Short notes between ranks over TCP, all through rank 0: its connections show who is late or gone, and it tells the others by name.
 //!
-//! This is how GPU ranks find each other before NCCL can speak, and how they exchange small things afterwards: rank 0 knows
-//! who is late, and tells the others by name. A frame is a kind (1 byte), a length (8 bytes, little-endian) and the payload.
+//! This is how GPU ranks find each other before NCCL can speak, and how they exchange small things afterwards. While they wait
+//! for NCCL, which names nobody, they keep an eye on these connections.
 
 use std::cell::RefCell;
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::thread;
+use std::io::{self, ErrorKind};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use sha2::{Digest, Sha256};
-
+use super::frames::{Kind, next_kind, read_frame, waits, write_frame};
+use super::meeting::{Meeting, gather, reach};
 use crate::error::{Error, Result};
 
-const NOTE: u8 = 0;
-const FAILURE: u8 = 1;
-/// Longer frames come from no rank of ours.
-const LONGEST: u64 = 64 << 20;
 /// How much longer the others wait than rank 0, so that its word about who is late reaches them.
 const HEAD_START: Duration = Duration::from_secs(5);
-/// A stranger on the port is given this long to say who it is.
-const INTRODUCTION: Duration = Duration::from_secs(2);
+/// How long rank 0 listens for who answers the roll call.
+const ROLL_TIME: Duration = Duration::from_secs(5);
+/// How long rank 0 waits for one rank before it looks at the others.
+const GLANCE: Duration = Duration::from_millis(10);
 
 /// The connections of one rank: to all others on rank 0, to rank 0 on the others.
 pub struct Rendezvous {
@@ -31,26 +28,12 @@ pub struct Rendezvous {
     timeout: Duration,
 }
 
-/// Who meets where.
-#[derive(Debug, Clone)]
-pub struct Meeting<'a> {
-    /// This process.
-    pub rank: usize,
-    /// All of them.
-    pub world_size: usize,
-    /// Where rank 0 listens.
-    pub address: (&'a str, u16),
-    /// Keeps strangers and the ranks of other runs out: the same text on all ranks.
-    pub token: &'a str,
-    /// The name of this machine, for messages.
-    pub host: &'a str,
-}
-
 impl Rendezvous {
     /// Meets all ranks within `start_timeout`; later waits last at most `timeout`.
     ///
     /// # Errors
-    /// Peer that names the ranks that did not come; Input for an address that rank 0 cannot listen at.
+    /// Peer that names the ranks that did not come, or rank 0's port where another program keeps it; Input for a port that
+    /// rank 0 may not listen at.
     pub fn meet(meeting: &Meeting<'_>, start_timeout: Duration, timeout: Duration) -> Result<Self> {
         let until = Instant::now() + start_timeout;
         let peers = if meeting.rank == 0 { gather(meeting, until)? } else { vec![reach(meeting, until)?] };
@@ -88,52 +71,174 @@ impl Rendezvous {
         }
     }
 
+    /// A look at the connections of a rank that waits for `what` by other means; it takes no time. True when the roll is called:
+    /// the rank must then [answer](Self::call_the_roll).
+    ///
+    /// # Errors
+    /// Peer that names a rank that is gone, or what else rank 0 found out.
+    pub fn glance(&self, what: &str) -> Result<bool> {
+        self.look(&mut self.peers.borrow_mut(), what)
+    }
+
+    /// Finds out who is alive, for a rank with a `problem` that names nobody: every rank that waits answers at once. The world
+    /// is then of no more use.
+    pub fn call_the_roll(&self, problem: &str) -> Error {
+        let mut peers = self.peers.borrow_mut();
+        if self.rank == 0 {
+            return self.take_the_roll(&mut peers, problem);
+        }
+        let Some(first) = peers.first_mut() else { return unconnected() };
+        // If it cannot be sent, there will be no answer either.
+        let _ = write_frame(first, Kind::RollCall, &[]);
+        let until = Instant::now() + self.roll_time() + HEAD_START;
+        loop {
+            match read_frame(first, until) {
+                Ok((Kind::Failure, line)) => return told(&line),
+                Ok(_) => {}
+                Err(lost) => {
+                    let words = in_words(&lost, || "does not answer".into());
+                    return Error::Peer(format!("{problem}; {} {words}", self.name_of(0)));
+                }
+            }
+        }
+    }
+
+    /// Rank 0: asks all, and tells all who did not answer.
+    fn take_the_roll(&self, peers: &mut [TcpStream], problem: &str) -> Error {
+        for peer in &mut *peers {
+            // Whoever cannot be asked does not answer.
+            let _ = write_frame(peer, Kind::RollCall, &[]);
+        }
+        let until = Instant::now() + self.roll_time();
+        let mut missing = Vec::new();
+        for (rank, peer) in (1..).zip(&mut *peers) {
+            // Any frame will do: a note is that of a rank which waits in an exchange.
+            if let Err(lost) = read_frame(peer, until) {
+                missing.push(format!("{} {}", self.name_of(rank), in_words(&lost, || "does not answer".into())));
+            }
+        }
+        let found = if missing.is_empty() { "every rank answers".into() } else { missing.join(", ") };
+        self.end(peers, format!("{problem}; {found}"))
+    }
+
+    fn roll_time(&self) -> Duration {
+        ROLL_TIME.min(self.timeout)
+    }
+
+    fn look(&self, peers: &mut [TcpStream], what: &str) -> Result<bool> {
+        let mut called = false;
+        for index in 0..peers.len() {
+            match next_kind(&peers[index], Duration::ZERO) {
+                Ok(Some(Kind::RollCall)) => called = true,
+                Ok(Some(Kind::Failure)) => {
+                    let line = read_frame(&mut peers[index], Instant::now() + HEAD_START);
+                    return Err(line.map_or_else(
+                        |lost| self.lost(peers, index, what, &lost, HEAD_START),
+                        |(_, line)| told(&line),
+                    ));
+                }
+                // A note for the exchange that comes next.
+                Ok(_) => {}
+                Err(lost) => return Err(self.lost(peers, index, what, &lost, Duration::ZERO)),
+            }
+        }
+        Ok(called)
+    }
+
     /// Rank 0: takes everyone's note, then gives everyone all of them.
     fn collect(&self, peers: &mut [TcpStream], what: &str, note: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>> {
         let until = Instant::now() + deadline;
         let mut notes = vec![note.to_vec()];
-        for (rank, peer) in (1..).zip(peers.iter_mut()) {
-            match read_frame(peer, until) {
-                Ok((_, note)) => notes.push(note),
-                Err(problem) => {
-                    let line = format!("waiting for {what}: {} {}", self.name_of(rank), in_words(&problem, deadline));
-                    for (_, other) in (1..).zip(peers.iter_mut()).filter(|(other, _)| *other != rank) {
-                        // Whoever cannot be told finds out by the closed connection.
-                        let _ = write_frame(other, FAILURE, line.as_bytes());
-                    }
-                    return Err(Error::Peer(line));
-                }
-            }
+        for index in 0..peers.len() {
+            notes.push(self.note_of(peers, index, what, until, deadline)?);
         }
         let all: Vec<u8> =
             notes.iter().flat_map(|note| [&(note.len() as u64).to_le_bytes()[..], note].concat()).collect();
-        for (rank, peer) in (1..).zip(peers) {
-            let told = write_frame(peer, NOTE, &all);
-            told.map_err(|problem| self.lost(rank, what, &problem, deadline))?;
+        for index in 0..peers.len() {
+            if let Err(lost) = write_frame(&mut peers[index], Kind::Note, &all) {
+                return Err(self.lost(peers, index, what, &lost, deadline));
+            }
         }
         Ok(notes)
     }
 
-    fn deliver(&self, peers: &mut [TcpStream], what: &str, note: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>> {
-        let Some(first) = peers.first_mut() else { return Err(Error::Fault("not connected to rank 0".into())) };
-        let lost = |problem: io::Error| self.lost(0, what, &problem, deadline);
-        write_frame(first, NOTE, note).map_err(lost)?;
-        let (kind, mut all) = read_frame(first, Instant::now() + deadline + HEAD_START).map_err(lost)?;
-        if kind == FAILURE {
-            return Err(Error::Peer(String::from_utf8_lossy(&all).into_owned()));
+    /// Rank 0: the note of one rank, with an eye on the others.
+    fn note_of(
+        &self,
+        peers: &mut [TcpStream],
+        index: usize,
+        what: &str,
+        until: Instant,
+        deadline: Duration,
+    ) -> Result<Vec<u8>> {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match next_kind(&peers[index], left.min(GLANCE)) {
+                Ok(Some(Kind::Note)) => {
+                    let note = read_frame(&mut peers[index], until);
+                    return note.map(|(_, note)| note).map_err(|lost| self.lost(peers, index, what, &lost, deadline));
+                }
+                Ok(None) if left.is_zero() => {
+                    return Err(self.lost(peers, index, what, &ErrorKind::TimedOut.into(), deadline));
+                }
+                Ok(_) => {}
+                Err(lost) => return Err(self.lost(peers, index, what, &lost, deadline)),
+            }
+            if self.look(peers, what)? {
+                return Err(self.take_the_roll(peers, &format!("waiting for {what}")));
+            }
         }
+    }
+
+    fn deliver(&self, peers: &mut [TcpStream], what: &str, note: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>> {
+        let Some(first) = peers.first_mut() else { return Err(unconnected()) };
+        // Where it cannot be sent, rank 0 may have said why before it went.
+        let sent = write_frame(first, Kind::Note, note);
+        let until = Instant::now() + deadline + HEAD_START;
+        let mut all = loop {
+            match read_frame(first, until) {
+                Ok((Kind::Note, all)) => break all,
+                Ok((Kind::Failure, line)) => return Err(told(&line)),
+                Ok((Kind::RollCall, _)) => {
+                    // If it cannot be sent, the next read tells.
+                    let _ = write_frame(first, Kind::RollCall, &[]);
+                }
+                Err(lost) => return Err(self.lost(peers, 0, what, &sent.err().unwrap_or(lost), deadline)),
+            }
+        };
         let mut notes = Vec::new();
         while let Some((length, _)) = all.split_first_chunk::<8>() {
-            let end = 8 + u64::from_le_bytes(*length) as usize;
-            let Some(note) = all.get(8..end) else { return Err(lost(ErrorKind::InvalidData.into())) };
+            let end = u64::from_le_bytes(*length).saturating_add(8) as usize;
+            let Some(note) = all.get(8..end) else {
+                return Err(self.lost(peers, 0, what, &ErrorKind::InvalidData.into(), deadline));
+            };
             notes.push(note.to_vec());
             all.drain(..end);
         }
         Ok(notes)
     }
 
-    fn lost(&self, rank: usize, what: &str, problem: &io::Error, deadline: Duration) -> Error {
-        Error::Peer(format!("waiting for {what}: {} {}", self.name_of(rank), in_words(problem, deadline)))
+    /// The end of the world by the loss of peer `index`.
+    fn lost(
+        &self,
+        peers: &mut [TcpStream],
+        index: usize,
+        what: &str,
+        problem: &io::Error,
+        deadline: Duration,
+    ) -> Error {
+        let rank = if self.rank == 0 { index + 1 } else { 0 };
+        let words = in_words(problem, || format!("did not come within {} s", deadline.as_secs()));
+        self.end(peers, format!("waiting for {what}: {} {words}", self.name_of(rank)))
+    }
+
+    /// The end of the world, which rank 0 tells the others.
+    fn end(&self, peers: &mut [TcpStream], line: String) -> Error {
+        for peer in peers.iter_mut().filter(|_| self.rank == 0) {
+            // Whoever cannot be told finds out by the closed connection.
+            let _ = write_frame(peer, Kind::Failure, line.as_bytes());
+        }
+        Error::Peer(line)
     }
 
     fn name_of(&self, rank: usize) -> String {
@@ -141,143 +246,32 @@ impl Rendezvous {
     }
 }
 
-/// What became of a rank whose connection gave `problem`.
-fn in_words(problem: &io::Error, deadline: Duration) -> String {
+fn unconnected() -> Error {
+    Error::Fault("not connected to rank 0".into())
+}
+
+/// What rank 0 found out.
+fn told(line: &[u8]) -> Error {
+    Error::Peer(String::from_utf8_lossy(line).into_owned())
+}
+
+/// What became of a rank whose connection gave `problem`; `silent` where it gave nothing.
+fn in_words(problem: &io::Error, silent: impl FnOnce() -> String) -> String {
     match problem.kind() {
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => format!("did not come within {} s", deadline.as_secs()),
+        _ if waits(problem) => silent(),
         ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => "is gone".into(),
         _ => format!("cannot be reached: {problem}"),
     }
-}
-
-/// Rank 0: connections by rank, once every rank has introduced itself.
-fn gather(meeting: &Meeting<'_>, until: Instant) -> Result<Vec<TcpStream>> {
-    let (host, port) = meeting.address;
-    let listen = || {
-        let listener = TcpListener::bind(("0.0.0.0", port))?;
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    };
-    let listener = listen().map_err(|source: io::Error| {
-        Error::input(
-            format!("port {port} of {host}"),
-            format!("cannot be listened at: {source}"),
-            "set MASTER_PORT to another port; the one after it must be free too",
-        )
-    })?;
-    let mut found: Vec<Option<TcpStream>> = (1..meeting.world_size).map(|_| None).collect();
-    while found.iter().any(Option::is_none) {
-        if Instant::now() > until {
-            let missing: Vec<usize> =
-                (1..).zip(&found).filter(|(_, peer)| peer.is_none()).map(|(rank, _)| rank).collect();
-            return Err(Error::Peer(format!("waiting for all ranks to meet: ranks {missing:?} did not come")));
-        }
-        match listener.accept() {
-            Ok((stream, from)) => match introduced(stream, meeting) {
-                Ok((rank, stream)) => found[rank - 1] = Some(stream),
-                Err(problem) => tracing::warn!("{from} on the port of the ranks is turned away: {problem}"),
-            },
-            Err(_) => thread::sleep(Duration::from_millis(10)),
-        }
-    }
-    Ok(found.into_iter().flatten().collect())
-}
-
-/// A connection of one of our ranks, by its introduction.
-fn introduced(mut stream: TcpStream, meeting: &Meeting<'_>) -> io::Result<(usize, TcpStream)> {
-    stream.set_nonblocking(false)?;
-    stream.set_nodelay(true)?;
-    let mut said = [0; 40];
-    stream.set_read_timeout(Some(INTRODUCTION))?;
-    stream.read_exact(&mut said)?;
-    let mut rank = [0; 8];
-    rank.copy_from_slice(&said[32..]);
-    let rank = u64::from_le_bytes(rank) as usize;
-    if said[..32] == secret(meeting)[..] && (1..meeting.world_size).contains(&rank) {
-        Ok((rank, stream))
-    } else {
-        Err(io::Error::new(ErrorKind::PermissionDenied, "it does not know the token"))
-    }
-}
-
-/// The others: a connection to rank 0, which may start later.
-fn reach(meeting: &Meeting<'_>, until: Instant) -> Result<TcpStream> {
-    let (host, port) = meeting.address;
-    loop {
-        let problem = match connect(meeting) {
-            Ok(stream) => return Ok(stream),
-            Err(problem) => problem,
-        };
-        if Instant::now() > until {
-            return Err(Error::Peer(format!("waiting for rank 0: it cannot be reached at {host}:{port}: {problem}")));
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
-}
-
-fn connect(meeting: &Meeting<'_>) -> io::Result<TcpStream> {
-    let addresses = meeting.address.to_socket_addrs()?;
-    let mut failed = io::Error::from(ErrorKind::AddrNotAvailable);
-    for address in addresses {
-        match TcpStream::connect_timeout(&address, INTRODUCTION) {
-            Ok(mut stream) => {
-                stream.set_nodelay(true)?;
-                stream.write_all(&secret(meeting))?;
-                stream.write_all(&(meeting.rank as u64).to_le_bytes())?;
-                return Ok(stream);
-            }
-            Err(problem) => failed = problem,
-        }
-    }
-    Err(failed)
-}
-
-/// What a rank of this run alone can say.
-fn secret(meeting: &Meeting<'_>) -> [u8; 32] {
-    let version = env!("CARGO_PKG_VERSION");
-    Sha256::digest(format!("hyperlora {version}\n{}\n{}", meeting.world_size, meeting.token)).into()
-}
-
-fn write_frame(stream: &mut TcpStream, kind: u8, payload: &[u8]) -> io::Result<()> {
-    // One write: two small ones would wait for each other's acknowledgement.
-    stream.write_all(&[&[kind][..], &(payload.len() as u64).to_le_bytes(), payload].concat())
-}
-
-fn read_frame(stream: &mut TcpStream, until: Instant) -> io::Result<(u8, Vec<u8>)> {
-    let mut head = [0; 9];
-    read_until(stream, &mut head, until)?;
-    let mut length = [0; 8];
-    length.copy_from_slice(&head[1..]);
-    let length = u64::from_le_bytes(length);
-    if length > LONGEST {
-        return Err(io::Error::new(ErrorKind::InvalidData, format!("a frame of {length} bytes")));
-    }
-    let mut payload = vec![0; length as usize];
-    read_until(stream, &mut payload, until)?;
-    Ok((head[0], payload))
-}
-
-/// Fills `buffer`; a peer that sends byte by byte does not move the deadline.
-fn read_until(stream: &mut TcpStream, buffer: &mut [u8], until: Instant) -> io::Result<()> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut buffer[filled..]) {
-            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok(read) => filled += read,
-            Err(problem) if problem.kind() == ErrorKind::Interrupted => {}
-            Err(problem) => return Err(problem),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use std::sync::{Mutex, mpsc};
+    use std::io::Write;
+    use std::net::TcpListener;
+    use std::sync::{Barrier, Mutex, mpsc};
+    use std::thread;
 
     use super::*;
 
@@ -354,5 +348,106 @@ mod tests {
             meet(rank, 2, port, "ours", 20_000).unwrap().exchange("a word", b"word").is_ok()
         });
         assert_eq!(met, [true; 3]);
+    }
+
+    /// A rank that waits for `step 5` by other means, until it hears from the others; it answers the roll call.
+    fn wait_elsewhere(met: &Rendezvous) -> Error {
+        loop {
+            match met.glance("step 5") {
+                Ok(true) => return met.call_the_roll("waiting for step 5"),
+                Ok(false) => thread::sleep(Duration::from_millis(1)),
+                Err(error) => return error,
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_is_gone_is_named_at_once_wherever_the_others_wait() {
+        let ends = world(3, |rank, port| {
+            let met = meet(rank, 3, port, "", 60_000).unwrap();
+            (rank != 2).then(|| wait_elsewhere(&met))
+        });
+        for error in ends.into_iter().flatten() {
+            assert_eq!(error.exit_code(), 75);
+            assert_eq!(error.to_string(), "waiting for step 5: rank 2 (node-2) is gone");
+        }
+        // Rank 0 waits for the note of rank 1, which is late by itself.
+        let met = Barrier::new(2);
+        let ends = world(3, |rank, port| {
+            let own = meet(rank, 3, port, "", 60_000).unwrap();
+            let exchange = || Some(own.exchange("step 5", &[]).unwrap_err().to_string());
+            match rank {
+                0 => (exchange(), met.wait()).0,
+                1 => (met.wait(), exchange()).1,
+                _ => None,
+            }
+        });
+        for line in ends.into_iter().flatten() {
+            assert_eq!(line, "waiting for step 5: rank 2 (node-2) is gone");
+        }
+    }
+
+    #[test]
+    fn the_roll_call_names_who_is_silent_whoever_began_to_wait_first() {
+        for impatient in 0..3 {
+            let over = Barrier::new(4);
+            let ends = world(4, |rank, port| {
+                let met = meet(rank, 4, port, "", 500).unwrap();
+                let line = (rank < 3).then(|| match rank {
+                    _ if rank == impatient => met.call_the_roll("waiting for step 5"),
+                    _ => wait_elsewhere(&met),
+                });
+                over.wait();
+                line
+            });
+            for error in ends.into_iter().flatten() {
+                assert_eq!(error.exit_code(), 75);
+                assert_eq!(error.to_string(), "waiting for step 5; rank 3 (node-3) does not answer", "{impatient}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_roll_call_is_not_taken_for_a_note() {
+        for impatient in 0..3 {
+            let ends = world(3, |rank, port| {
+                let met = meet(rank, 3, port, "", 20_000).unwrap();
+                if rank == impatient {
+                    met.call_the_roll("waiting for step 5")
+                } else {
+                    met.exchange("step 5", b"a note").unwrap_err()
+                }
+            });
+            for error in ends {
+                assert_eq!(error.to_string(), "waiting for step 5; every rank answers", "{impatient}");
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_meet_over_ipv4_and_ipv6_once_the_port_is_free() {
+        for host in ["127.0.0.1", "::1"] {
+            let Ok(keeper) = TcpListener::bind((host, 0)) else {
+                // Only a machine without IPv6 may refuse.
+                assert_eq!(host, "::1");
+                continue;
+            };
+            let port = keeper.local_addr().unwrap().port();
+            let meet = |rank, start| {
+                let meeting = Meeting { rank, world_size: 2, address: (host, port), token: "", host: "node" };
+                Rendezvous::meet(&meeting, Duration::from_millis(start), Duration::from_secs(20))
+            };
+            let error = meet(0, 200).err().unwrap();
+            assert_eq!(error.exit_code(), 75);
+            assert!(error.to_string().contains(&format!("port {port} of {host}")), "{error}");
+            thread::scope(|scope| {
+                let first = scope.spawn(|| meet(0, 20_000).unwrap().exchange("a word", b"0").unwrap());
+                thread::sleep(Duration::from_millis(300));
+                drop(keeper);
+                // Whoever connected to the keeper of the port would be lost with it.
+                let second = meet(1, 20_000).unwrap().exchange("a word", b"1").unwrap();
+                assert_eq!(first.join().unwrap(), second);
+            });
+        }
     }
 }

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use burn::tensor::Tensor;
 
 use super::{Collective, Pending};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A world that counts the time this rank spends in its collectives: on the wire, and waiting for slower ranks.
 ///
-/// What is on the wire while the rank computes does not count.
+/// What is on the wire while the rank computes does not count, nor does what a GPU still computes when a collective begins.
 pub struct Timed<'a> {
     world: &'a dyn Collective,
     spent: Cell<Duration>,
@@ -34,8 +34,15 @@ impl<'a> Timed<'a> {
         result
     }
 
-    fn pending<'b>(&'b self, begin: impl FnOnce() -> Result<Pending<'b>>) -> Result<Pending<'b>> {
-        let pending = self.count(begin)?;
+    /// Counts a collective on `tensor`, from when the tensor is there.
+    fn pending<'b>(
+        &'b self,
+        tensor: Tensor<1>,
+        begin: impl FnOnce(Tensor<1>) -> Result<Pending<'b>>,
+    ) -> Result<Pending<'b>> {
+        // The collective itself would wait for it first.
+        tensor.device().sync().map_err(|problem| Error::Fault(format!("the device failed: {problem:?}")))?;
+        let pending = self.count(|| begin(tensor))?;
         Ok(Box::new(move || self.count(pending)))
     }
 }
@@ -54,19 +61,19 @@ impl Collective for Timed<'_> {
     }
 
     fn all_reduce_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
-        self.pending(|| self.world.all_reduce_mean(what, bucket))
+        self.pending(bucket, |bucket| self.world.all_reduce_mean(what, bucket))
     }
 
     fn reduce_scatter_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>> {
-        self.pending(|| self.world.reduce_scatter_mean(what, bucket))
+        self.pending(bucket, |bucket| self.world.reduce_scatter_mean(what, bucket))
     }
 
     fn all_gather<'a>(&'a self, what: &'a str, part: Tensor<1>) -> Result<Pending<'a>> {
-        self.pending(|| self.world.all_gather(what, part))
+        self.pending(part, |part| self.world.all_gather(what, part))
     }
 
     fn broadcast<'a>(&'a self, what: &'a str, tensor: Tensor<1>) -> Result<Pending<'a>> {
-        self.pending(|| self.world.broadcast(what, tensor))
+        self.pending(tensor, |tensor| self.world.broadcast(what, tensor))
     }
 
     fn exchange(&self, what: &str, note: &[u8]) -> Result<Vec<Vec<u8>>> {

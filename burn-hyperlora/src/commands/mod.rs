@@ -23,6 +23,7 @@ use burn::tensor::{Device, FloatDType};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use safetensors::Dtype;
 
+use crate::collective::{PEER_LOST, end_process};
 use crate::error::{Error, Result};
 use crate::export::lora::Layout;
 use crate::generate::photos::PhotoModels;
@@ -70,8 +71,8 @@ impl Command {
 /// Options of every command.
 #[derive(Debug, Args)]
 struct Common {
-    /// Where to compute: `cpu`, `cuda:N`, or `cuda` for the GPU of this rank (the first where there is one rank). Commands
-    /// that run no model take `cpu` alone.
+    /// Where to compute: `cpu`, `cuda:N`, or `cuda` for the GPU of this rank (the first where there is one rank, the only one
+    /// where no other is visible). Commands that run no model take `cpu` alone.
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     device: DeviceChoice,
     /// Say more (-vv: everything).
@@ -124,11 +125,10 @@ impl DeviceChoice {
                 "leave --device out",
             )),
             #[cfg(feature = "cuda")]
-            Self::Cuda(Some(index)) => Ok(Device::cuda(index)),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(None) => {
+            Self::Cuda(asked) => {
+                let visible = Device::enumerate(burn::tensor::DeviceType::Cuda).len();
                 let placement = crate::collective::Placement::of_process()?;
-                Ok(Device::cuda(placement.map_or(0, |placement| placement.local_rank)))
+                Ok(Device::cuda(choose_gpu(asked, placement.map(|placement| placement.local_rank), visible)?))
             }
             #[cfg(not(feature = "cuda"))]
             Self::Cuda(_) => Err(Error::input(
@@ -138,6 +138,32 @@ impl DeviceChoice {
             )),
         }
     }
+}
+
+/// The number of the GPU to use, of the `visible` ones: `asked`, or that of the rank. A launcher may show each rank its own GPU
+/// alone (`srun --gpus-per-task=1`, a container per GPU), which is number 0 then.
+#[cfg(any(feature = "cuda", test))]
+fn choose_gpu(asked: Option<usize>, local_rank: Option<usize>, visible: usize) -> Result<usize> {
+    let index = asked.unwrap_or(if visible == 1 { 0 } else { local_rank.unwrap_or(0) });
+    if index < visible {
+        return Ok(index);
+    }
+    let place = asked.map_or_else(|| "--device cuda".into(), |index| format!("--device cuda:{index}"));
+    if visible == 0 {
+        let remedy =
+            "check that nvidia-smi lists a GPU here, and CUDA_VISIBLE_DEVICES; or leave --device out for the CPU";
+        return Err(Error::input(place, "no NVIDIA GPU is visible to this process", remedy));
+    }
+    let range = if visible == 1 { "number 0 alone is".into() } else { format!("numbers 0 to {} are", visible - 1) };
+    let problem = match (asked, local_rank) {
+        (None, Some(rank)) => format!("local rank {rank} has no GPU: {range} visible"),
+        _ => format!("there is no such GPU: {range} visible"),
+    };
+    Err(Error::input(
+        place,
+        problem,
+        "start as many ranks per machine as it has GPUs; see nvidia-smi and CUDA_VISIBLE_DEVICES",
+    ))
 }
 
 impl Common {
@@ -264,6 +290,9 @@ fn dispatch(cli: &Cli) -> ExitCode {
     });
     done.unwrap_or_else(|error| {
         complain(&error);
+        if error.exit_code() == PEER_LOST {
+            end_process(PEER_LOST);
+        }
         ExitCode::from(error.exit_code())
     })
 }
@@ -274,4 +303,32 @@ fn complain(problem: &dyn Display) {
     let line = format!("error: {problem}\n");
     eprint!("{line}");
     log::note_failure(problem);
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn each_rank_gets_its_gpu_or_the_only_one_it_sees() {
+        for (asked, local_rank, visible, chosen) in [
+            (None, None, 8, 0),
+            (None, Some(5), 8, 5),
+            // `--gpus-per-task=1`: every rank sees one GPU, whatever its own number.
+            (None, Some(5), 1, 0),
+            (Some(3), Some(5), 8, 3),
+        ] {
+            assert_eq!(choose_gpu(asked, local_rank, visible).unwrap(), chosen);
+        }
+        for (asked, local_rank, visible, words) in [
+            (None, None, 0, "no NVIDIA GPU is visible"),
+            (None, Some(2), 2, "local rank 2 has no GPU: numbers 0 to 1 are visible"),
+            (Some(1), None, 1, "--device cuda:1: there is no such GPU: number 0 alone is visible"),
+        ] {
+            let error = choose_gpu(asked, local_rank, visible).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains(words), "{error}");
+        }
+    }
 }

@@ -138,12 +138,12 @@ impl Optimizer {
         let squares = own.map(|part| part.square().sum()).collect();
         // One read from the device; the sum over buckets and ranks is in f64, in the same order everywhere.
         let own = Tensor::cat(squares, 0).into_data().iter::<f64>().sum::<f64>();
-        if self.share.parts == 1 {
-            return Ok(own.sqrt());
-        }
         let all = world.exchange("the gradient norms of all ranks", &own.to_le_bytes())?;
         let numbers = all.iter().map(|note| note.as_slice().try_into().map_or(f64::NAN, f64::from_le_bytes));
-        Ok(numbers.sum::<f64>().sqrt())
+        // Where every rank has all of it, rank 0's number counts: a GPU does not add twice in the same order, and ranks that clip
+        // by different numbers drift apart.
+        let counted = if self.share.parts == 1 { 1 } else { all.len() };
+        Ok(numbers.take(counted).sum::<f64>().sqrt())
     }
 
     /// Moves every trainable parameter of `module`; frozen ones stay bit for bit. Each rank steps its own part, and all get
