@@ -194,8 +194,10 @@ impl Nccl {
     }
 }
 
+/// Looks for the library, before anything of it is called.
+///
 /// # Errors
-/// Input without an NCCL that is found and new enough.
+/// Input where it is not found, or too old.
 fn find_nccl() -> Result<()> {
     let missing = |problem: String| {
         let remedy = "install NCCL 2.10 or later for this version of CUDA (Debian and Ubuntu: libnccl-dev); where there is only libnccl.so.2, `ln -s /path/to/libnccl.so.2 libnccl.so` in a folder of LD_LIBRARY_PATH";
