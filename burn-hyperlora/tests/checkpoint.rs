@@ -164,6 +164,29 @@ fn only_the_newest_are_kept() {
 }
 
 #[test]
+fn what_cannot_be_removed_does_not_end_a_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let store = CheckpointStore::open(root).unwrap();
+    for step in 1..=3 {
+        store.write(step, fill(step)).unwrap();
+    }
+    // Nobody, whatever his rights, removes a file as a folder, or puts a folder in the place of a file.
+    for hidden in [".step-00000001.partial", ".step-00000003.old"] {
+        fs::write(root.join(hidden), "in the way").unwrap();
+    }
+    store.prune(1, None, None).unwrap();
+    assert_eq!(steps(&store), [1, 3], "the others are removed all the same");
+    let store = CheckpointStore::open(root).unwrap();
+    assert_eq!(steps(&store), [1, 3]);
+    for hidden in [".step-00000001.partial", ".step-00000003.old"] {
+        fs::remove_file(root.join(hidden)).unwrap();
+    }
+    store.prune(1, None, None).unwrap();
+    assert_eq!(names(root), ["step-00000003"]);
+}
+
+#[test]
 fn the_first_of_every_span_stays_for_good() {
     let folder = tempfile::tempdir().unwrap();
     let store = CheckpointStore::open(folder.path()).unwrap();

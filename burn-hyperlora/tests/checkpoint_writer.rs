@@ -75,14 +75,24 @@ impl Collective for Threads {
 
 /// Runs `work` as each of `ranks` ranks, each with its writer into `root`; what they gave, by rank.
 fn together<R: Send>(ranks: usize, root: &Path, work: impl Fn(&Threads, &mut CheckpointWriter) -> R + Sync) -> Vec<R> {
-    CheckpointStore::open(root).unwrap();
+    each_into(&vec![root; ranks], Duration::from_secs(60), work)
+}
+
+/// [`together`], with a folder for each rank and a deadline for the disk.
+fn each_into<R: Send>(
+    roots: &[&Path],
+    deadline: Duration,
+    work: impl Fn(&Threads, &mut CheckpointWriter) -> R + Sync,
+) -> Vec<R> {
+    roots.iter().for_each(|root| drop(CheckpointStore::open(root).unwrap()));
     thread::scope(|scope| {
-        let ranks: Vec<_> = Threads::new(ranks)
+        let ranks: Vec<_> = Threads::new(roots.len())
             .into_iter()
-            .map(|world| {
+            .zip(roots)
+            .map(|(world, root)| {
                 let work = &work;
                 scope.spawn(move || {
-                    let mut writer = CheckpointWriter::new(CheckpointStore::at(root), Duration::from_secs(60));
+                    let mut writer = CheckpointWriter::new(CheckpointStore::at(root), deadline);
                     work(&world, &mut writer)
                 })
             })
@@ -236,4 +246,65 @@ fn a_copy_that_fails_is_told_like_a_disk_that_fails() {
     assert_eq!(ends[0], Err("rank 1 (here) failed: the device is lost".into()));
     let found: Vec<Checkpoint> = CheckpointStore::open(root).unwrap().list().unwrap();
     assert_eq!(found, []);
+}
+
+#[test]
+fn parts_in_folders_that_are_not_shared_make_no_checkpoint() {
+    let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let errors = each_into(&[one.path(), other.path()], Duration::from_secs(60), |world, writer| {
+        writer.begin(world, 4, || Ok(part(world.rank())), || Ok(())).unwrap();
+        writer.finish(world).unwrap_err()
+    });
+    let missing = "weights/1: is not here, though its rank wrote it";
+    assert!(errors.iter().all(|error| error.exit_code() == 2 && error.to_string().contains(missing)), "{errors:?}");
+    assert!(errors[0].to_string().contains("one run folder that they share"), "{errors:?}");
+    assert!(list(one.path()).is_empty() && list(other.path()).is_empty());
+}
+
+#[test]
+fn a_part_of_another_length_makes_no_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let cut = |to: &mut Part<'_>| {
+        let mut written = None;
+        to.file("weights/1", |path| {
+            written = Some(path.to_owned());
+            fs::write(path, "whole").map_err(|source| Error::write(path, source))
+        })?;
+        fs::write(written.unwrap(), "cut").unwrap();
+        Ok(())
+    };
+    let errors = together(2, folder.path(), |world, writer| {
+        if world.rank() == 1 {
+            writer.begin(world, 4, || Ok(cut), || Ok(())).unwrap();
+        } else {
+            writer.begin(world, 4, || Ok(part(0)), || Ok(())).unwrap();
+        }
+        writer.finish(world).unwrap_err()
+    });
+    assert!(errors[0].to_string().contains("weights/1: has 3 bytes, its rank wrote 5"), "{errors:?}");
+    assert!(list(folder.path()).is_empty());
+}
+
+#[test]
+fn all_ranks_give_up_a_disk_that_hangs_with_the_same_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let errors = each_into(&[root, root], Duration::from_millis(100), |world, writer| {
+        let (go, wait): (Sender<()>, Receiver<()>) = channel();
+        let hung = move |_: &mut Part<'_>| {
+            let _ = wait.recv();
+            Err(Error::Fault("let go".into()))
+        };
+        if world.rank() == 1 {
+            writer.begin(world, 4, || Ok(hung), || Ok(())).unwrap();
+            // This rank's clock begins when that of rank 0 is over the deadline.
+            thread::sleep(Duration::from_millis(300));
+        } else {
+            writer.begin(world, 4, || Ok(part(0)), || Ok(())).unwrap();
+        }
+        let error = writer.finish(world).unwrap_err();
+        drop(go);
+        (error.exit_code(), error.to_string())
+    });
+    assert!(errors[0] == errors[1] && errors[0].0 == 1 && errors[0].1.contains("not written after"), "{errors:?}");
 }

@@ -102,7 +102,10 @@ impl StagedFolder {
                 }
                 fs::rename(&self.target, &old)?;
                 fs::rename(&self.staged, &self.target)?;
-                fs::remove_dir_all(&old)?;
+                // The new one is in its place: NFS keeps the old one as long as someone has a file of it open.
+                if let Err(source) = fs::remove_dir_all(&old) {
+                    tracing::warn!("{}: cannot be removed: {source}", old.display());
+                }
             } else {
                 fs::rename(&self.staged, &self.target)?;
             }

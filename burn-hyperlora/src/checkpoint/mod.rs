@@ -107,8 +107,11 @@ impl CheckpointStore {
     /// Removes all but the newest `keep` checkpoints, of which one always stays, and the first that was written in each
     /// span of `keep_every` (M) steps: M to 2 M - 1, 2 M to 3 M - 1, and so on. That of step `needed` stays too.
     ///
+    /// A folder that cannot be removed is warned of: as long as someone has a file of it open, NFS keeps it. The next start tries
+    /// again.
+    ///
     /// # Errors
-    /// Those of [`list`](Self::list); Input or Disk when a folder cannot be removed.
+    /// Those of [`list`](Self::list).
     pub fn prune(&self, keep: usize, keep_every: Option<u64>, needed: Option<u64>) -> Result<()> {
         let mut old = self.list()?;
         old.truncate(old.len().saturating_sub(keep.max(1)));
@@ -124,9 +127,10 @@ impl CheckpointStore {
             }
             // Out of sight first: a kill in the middle of the removal must not leave half a checkpoint.
             let doomed = self.root.join(format!(".step-{:08}.partial", checkpoint.step));
-            fs::rename(&checkpoint.path, &doomed)
-                .and_then(|()| fs::remove_dir_all(&doomed))
-                .map_err(|source| Error::write(&checkpoint.path, source))?;
+            match fs::rename(&checkpoint.path, &doomed) {
+                Ok(()) => remove(&doomed),
+                Err(source) => tracing::warn!("{}: cannot be removed: {source}", checkpoint.path.display()),
+            }
         }
         Ok(())
     }
@@ -135,16 +139,17 @@ impl CheckpointStore {
         self.root.join(format!("step-{step:08}"))
     }
 
-    /// Removes half-written folders, and puts back a whole one that was being replaced when the run was killed.
+    /// Removes half-written folders, as far as they can be, and puts back a whole one that was being replaced when the run was
+    /// killed.
     fn tidy(&self) -> io::Result<()> {
         for name in names(&self.root)? {
             let path = self.root.join(&name);
             if name.starts_with(".step-") && name.ends_with(".partial") {
-                fs::remove_dir_all(&path)?;
+                remove(&path);
             } else if let Some(target) = replaced(&name) {
                 let target = self.root.join(target);
                 if target.exists() {
-                    fs::remove_dir_all(&path)?;
+                    remove(&path);
                 } else {
                     fs::rename(&path, &target)?;
                 }
@@ -264,8 +269,26 @@ fn names(folder: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// Puts a folder that is filled in its place.
+/// Removes a hidden folder that is of no more use; where it stays, it does no harm.
+fn remove(hidden: &Path) {
+    if let Err(source) = fs::remove_dir_all(hidden) {
+        tracing::warn!("{}: cannot be removed, the next start tries again: {source}", hidden.display());
+    }
+}
+
+/// Puts a folder in its place once every file is there that its ranks wrote. They may have written elsewhere.
 fn place(staged: StagedFolder, sums: &FileSums) -> Result<()> {
+    for (name, sum) in sums {
+        let path = staged.path().join(name);
+        // Opened, not only looked at: NFS then asks the server how long the file is by now.
+        let problem = match File::open(&path).and_then(|file| file.metadata()) {
+            Ok(found) if found.len() == sum.bytes => continue,
+            Ok(found) => format!("has {} bytes, its rank wrote {}", found.len(), sum.bytes),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => "is not here, though its rank wrote it".into(),
+            Err(source) => return Err(Error::read(&path, source)),
+        };
+        return Err(Error::file(&path, problem, "give all ranks one run folder that they share, with --out"));
+    }
     write_json(&staged.path().join(CHECKSUMS), sums)?;
     staged.commit()
 }

@@ -57,7 +57,15 @@ struct WrittenPart {
 
 type Afterwards = Box<dyn FnOnce() -> Result<()> + Send>;
 
-/// What a rank tells the others of its work.
+/// What a rank tells the others.
+#[derive(Serialize, Deserialize)]
+struct Word {
+    note: Note,
+    /// Whether it has waited beyond the deadline: the ranks' clocks differ, and all must give up in the same moment.
+    late: bool,
+}
+
+/// How far it is with its work.
 #[derive(Serialize, Deserialize)]
 enum Note {
     Working,
@@ -113,14 +121,22 @@ impl CheckpointWriter {
     /// What kept this rank from writing its part: Disk for a full or failing disk, Input for a place that cannot be written
     /// to. Where another rank failed, PeerFailed that names it. Older checkpoints are intact.
     pub fn advance(&mut self, world: &dyn Collective) -> Result<Option<Checkpoint>> {
+        self.hear(world, false)
+    }
+
+    /// [`advance`](Self::advance); where a rank is `late` and the disks are still at work, all ranks give up.
+    fn hear(&mut self, world: &dyn Collective, late: bool) -> Result<Option<Checkpoint>> {
         let Some(mut writing) = self.writing.take() else { return Ok(None) };
         let what = format!("all ranks to write {}", writing.checkpoint.path.display());
         let broken = |error: serde_json::Error| Error::Fault(format!("a note between ranks cannot be read: {error}"));
-        let note = serde_json::to_vec(&writing.note()).map_err(broken)?;
-        let notes = world.exchange(&what, &note)?;
+        let own = serde_json::to_vec(&Word { note: writing.note(), late }).map_err(broken)?;
+        let words = world.exchange(&what, &own)?;
         let mut all = Some(FileSums::new());
-        for (rank, note) in notes.iter().enumerate() {
-            match serde_json::from_slice(note).map_err(broken)? {
+        let mut any_late = false;
+        for (rank, word) in words.iter().enumerate() {
+            let Word { note, late } = serde_json::from_slice(word).map_err(broken)?;
+            any_late |= late;
+            match note {
                 Note::Done(sums) => all.iter_mut().for_each(|all| all.extend(sums.clone())),
                 Note::Working => all = None,
                 Note::Failed(_) if rank == world.rank() => writing.fail()?,
@@ -128,6 +144,14 @@ impl CheckpointWriter {
             }
         }
         self.writing = match (all, writing.phase) {
+            (None, phase) if any_late => {
+                // Nobody waits any longer for a disk that may hang; the next start removes what it has written.
+                std::mem::forget(phase);
+                let (path, seconds) = (writing.checkpoint.path.display(), self.deadline.as_secs());
+                return Err(Error::Fault(format!(
+                    "{path}: not written after {seconds} s\n  remedy: see what keeps the disk, or give it more time with train.collective_timeout_s (a tenth of these seconds)"
+                )));
+            }
             (None, phase) => Some(Writing { phase, ..writing }),
             (Some(sums), Phase::Parts(part)) => Some(Writing { phase: Phase::Placing(part.place(sums)), ..writing }),
             (Some(_), Phase::Placing(_)) => {
@@ -144,19 +168,12 @@ impl CheckpointWriter {
     /// hear of each other all the while: one that hangs is noticed as in any step.
     ///
     /// # Errors
-    /// As [`advance`](Self::advance); Fault for a disk that does not end its work within the deadline.
+    /// As [`advance`](Self::advance); Fault, on all ranks, for a disk that does not end its work within the deadline.
     pub fn finish(&mut self, world: &dyn Collective) -> Result<Option<Checkpoint>> {
         let begun = Instant::now();
-        while let Some(writing) = &self.writing {
-            let path = writing.checkpoint.path.clone();
-            if let Some(checkpoint) = self.advance(world)? {
+        while self.writing.is_some() {
+            if let Some(checkpoint) = self.hear(world, begun.elapsed() > self.deadline)? {
                 return Ok(Some(checkpoint));
-            }
-            if begun.elapsed() > self.deadline {
-                let (path, seconds) = (path.display(), self.deadline.as_secs());
-                return Err(Error::Fault(format!(
-                    "{path}: not written after {seconds} s\n  remedy: see what keeps the disk, or give it more time with train.collective_timeout_s (a tenth of these seconds)"
-                )));
             }
             thread::sleep(PAUSE);
         }

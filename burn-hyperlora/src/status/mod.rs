@@ -3,7 +3,7 @@
 mod report;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,7 +18,7 @@ use crate::experiment::Experiment;
 use crate::metrics::{LastScalars, StageSummary, Summary};
 use crate::train::curves::{IMAGES_PER_SECOND, RANKS};
 use crate::train::state::TrainState;
-use crate::train::{CHECKPOINTS, TENSORBOARD, skipped};
+use crate::train::{CHECKPOINTS, TENSORBOARD, is_claimed, skipped};
 
 /// Lines of `run.log` that tell of the end of a run that did not finish.
 const LAST_LINES: usize = 6;
@@ -35,7 +35,7 @@ pub enum Activity {
     Finished,
     /// No process trains: the run was stopped, failed or was killed.
     Stopped,
-    /// The file system has no locks to tell by.
+    /// The lock that would tell cannot be looked at.
     Unknown,
 }
 
@@ -114,7 +114,7 @@ impl Status {
     /// Input for a folder that holds no run, Disk for a failing disk.
     pub fn read(run: &Path) -> Result<Self> {
         let experiment = Experiment::of_run(run)?;
-        let locked = locked(run)?;
+        let claimed = is_claimed(run);
         let stages: Vec<(&str, u64)> =
             experiment.train.stages.iter().map(|entry| (entry.name(), entry.config().steps)).collect();
         let steps = stages.iter().map(|(_, steps)| steps).sum();
@@ -122,8 +122,8 @@ impl Status {
         let curves = LastScalars::read(&run.join(TENSORBOARD))?;
 
         let saved = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step);
-        let step = if locked == Some(false) { saved } else { curves.step.unwrap_or(0).max(saved) };
-        let activity = match locked {
+        let step = if claimed == Some(false) { saved } else { curves.step.unwrap_or(0).max(saved) };
+        let activity = match claimed {
             Some(true) => Activity::Running,
             _ if saved >= steps => Activity::Finished,
             Some(false) => Activity::Stopped,
@@ -164,17 +164,6 @@ fn stage_of(stages: &[(&'static str, u64)], step: u64) -> Option<StageStatus> {
         before += steps;
     }
     None
-}
-
-/// Whether a process trains into the folder; `None` where the file system has no locks. The look at the lock is a lock itself,
-/// given back on return: a training that begins in that moment tries again.
-fn locked(run: &Path) -> Result<Option<bool>> {
-    let folder = File::open(run).map_err(|source| Error::read(run, source))?;
-    match folder.try_lock_shared() {
-        Ok(()) => Ok(Some(false)),
-        Err(TryLockError::WouldBlock) => Ok(Some(true)),
-        Err(TryLockError::Error(_)) => Ok(None),
-    }
 }
 
 /// The newest checkpoint that can be read, and the settings in it: a run at work may remove an old one at any moment.

@@ -13,7 +13,7 @@ impl Display for Status {
             Activity::Running => "running",
             Activity::Finished => "finished",
             Activity::Stopped => "not running; the same command goes on",
-            Activity::Unknown => "running or not: this file system has no locks to tell by",
+            Activity::Unknown => "unknown: the lock that tells whether it is running cannot be looked at",
         };
         let ranks = match self.ranks {
             Some(ranks) if ranks > 1 => format!(", {ranks} ranks"),

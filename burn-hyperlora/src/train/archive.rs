@@ -8,9 +8,10 @@ use data_prep::files::StagedFolder;
 use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
 use crate::error::{Error, Result};
 use crate::hypernet::whole_files;
+use crate::train::CHECKPOINTS;
 use crate::train::checkpoints::{SavedState, WEIGHTS};
 use crate::train::moments::{self, MomentFiles, is_moments};
-use crate::train::{CHECKPOINTS, lock};
+use crate::train::run_folder::Claim;
 
 /// What is known of a checkpoint without reading its tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,7 +68,9 @@ pub fn summary(checkpoint: &Checkpoint) -> Summary {
 pub fn consolidate(checkpoint: &Checkpoint) -> Result<()> {
     let absolute = std::path::absolute(checkpoint.path()).map_err(|source| Error::read(checkpoint.path(), source))?;
     let Some(root) = absolute.parent() else { return Err(Error::file(&absolute, "has no parent", "move it")) };
-    let _lock = lock(root.parent().unwrap_or(root))?;
+    // A checkpoint that was copied elsewhere belongs to no run.
+    let run = root.parent().filter(|_| root.ends_with(CHECKPOINTS));
+    let _claim = run.map(Claim::take).transpose()?;
     checkpoint.verify()?;
     let whole = MomentFiles::open(checkpoint)?;
     let is_other = |name: &String| !is_moments(name) && Path::new(name).parent() != Some(Path::new(WEIGHTS));

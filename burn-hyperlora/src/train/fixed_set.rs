@@ -1,5 +1,8 @@
 //! A set of (photo, noise, timestep) triples whose loss is comparable between moments and stages.
 
+use std::ops::ControlFlow;
+use std::time::Duration;
+
 use burn::module::Module;
 
 use crate::collective::Collective;
@@ -11,9 +14,10 @@ use crate::data::scenario::Scenario;
 use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, Stage};
 use crate::random::{Purpose, for_sample};
+use crate::signals::StopFlag;
 use crate::train::config::FixedSetConfig;
 use crate::train::forward::{denoising_loss, make_lora};
-use crate::train::together::share;
+use crate::train::together::{asked_to_stop, share};
 
 /// Counts the draws of fixed sets: no training stage has this number.
 const DRAWS: u64 = 1 << 32;
@@ -23,6 +27,7 @@ pub struct FixedSet {
     maker: SampleMaker,
     /// With the timestep of each.
     requests: Vec<(Request, u32)>,
+    kind: Stage,
     micro_batch: usize,
 }
 
@@ -49,7 +54,7 @@ impl FixedSet {
             let request = Request { target: pair.target, reference, scenario, stage: DRAWS, draw };
             (request, spread(index, config.triples, timesteps))
         });
-        Ok(Self { requests: requests.collect(), maker, micro_batch })
+        Ok(Self { requests: requests.collect(), maker, kind, micro_batch })
     }
 
     /// The first `count` people of the set, one sample each.
@@ -81,8 +86,9 @@ impl FixedSet {
         Ok(readable)
     }
 
-    /// Mean loss over what can be read of the set with the LoRAs that `hyper_lora` makes at this stage; the ranks share the
-    /// work.
+    /// Mean loss over what can be read of the set with the LoRAs that `hyper_lora` makes at the set's stage. The ranks share the
+    /// work, and wait for each other after every micro-batch, up to `deadline`; the signal by which one of them was asked to
+    /// `stop` breaks it off.
     ///
     /// # Errors
     /// See [`SampleMaker::make`] and [`denoising_loss`]; those of the collective.
@@ -90,50 +96,56 @@ impl FixedSet {
         &self,
         base: &Base,
         hyper_lora: &HyperLora,
-        kind: Stage,
         trigger: &str,
         world: &dyn Collective,
-    ) -> Result<f64> {
-        let own = self.own_losses(base, hyper_lora, kind, trigger, world);
-        let shares = share(world, "the losses on the fixed set", own.as_ref())?;
-        own?;
-        let (sum, count) = shares
-            .into_iter()
-            .fold((0.0, 0), |(sum, count), (bits, photos)| (sum + f64::from_bits(bits), count + photos));
+        stop: &StopFlag,
+        deadline: Duration,
+    ) -> Result<ControlFlow<&'static str, f64>> {
+        let hyper_lora = hyper_lora.valid();
+        let (mut sum, mut count) = (0.0, 0);
+        let micro_batches: Vec<&[(Request, u32)]> = self.requests.chunks(self.micro_batch).collect();
+        for round in micro_batches.chunks(world.world_size()) {
+            if let Some(signal) = asked_to_stop(world, stop.raised_by())? {
+                return Ok(ControlFlow::Break(signal));
+            }
+            let own = round.get(world.rank()).copied().unwrap_or_default();
+            let own = self.losses(base, &hyper_lora, trigger, own);
+            let what = "the losses on the fixed set";
+            let heard = world.barrier(what, deadline).and_then(|()| share(world, what, own.as_ref()));
+            own?;
+            for (bits, photos) in heard? {
+                sum += f64::from_bits(bits);
+                count += photos;
+            }
+        }
         if count == 0 {
             let remedy = "restore the files that quarantine.jsonl names, or prepare the data again";
             return Err(Error::file(self.maker.dataset.path(), "not one photo of the fixed set can be read", remedy));
         }
-        Ok(sum / f64::from(count))
+        Ok(ControlFlow::Continue(sum / f64::from(count)))
     }
 
-    /// The sum (its bits: JSON has no NaN) of this rank's losses, and their number.
-    fn own_losses(
+    /// The sum (its bits: JSON has no NaN) of the losses of one micro-batch at most, and their number.
+    fn losses(
         &self,
         base: &Base,
         hyper_lora: &HyperLora,
-        kind: Stage,
         trigger: &str,
-        world: &dyn Collective,
+        requests: &[(Request, u32)],
     ) -> Result<(u64, u32)> {
-        let hyper_lora = hyper_lora.valid();
-        let (mut sum, mut count) = (0.0_f64, 0);
-        for chunk in self.requests.chunks(self.micro_batch).skip(world.rank()).step_by(world.world_size()) {
-            let chunk = self.readable(chunk)?;
-            if chunk.is_empty() {
-                continue;
-            }
-            let mut samples = make_all(&self.maker, chunk.iter().map(|(request, _)| *request).collect())?;
-            for (sample, (_, timestep)) in samples.iter_mut().zip(&chunk) {
-                sample.timestep = *timestep;
-            }
-            let conditions = base.encode(&samples, trigger)?;
-            let made = make_lora(&hyper_lora, kind, conditions.portraits)?;
-            let losses = denoising_loss(base, &conditions.input, conditions.target, Some(&made.lora))?;
-            count += losses.len() as u32;
-            sum += losses.into_iter().map(f64::from).sum::<f64>();
+        let readable = self.readable(requests)?;
+        if readable.is_empty() {
+            return Ok((0.0_f64.to_bits(), 0));
         }
-        Ok((sum.to_bits(), count))
+        let mut samples = make_all(&self.maker, readable.iter().map(|(request, _)| *request).collect())?;
+        for (sample, (_, timestep)) in samples.iter_mut().zip(&readable) {
+            sample.timestep = *timestep;
+        }
+        let conditions = base.encode(&samples, trigger)?;
+        let made = make_lora(hyper_lora, self.kind, conditions.portraits)?;
+        let losses = denoising_loss(base, &conditions.input, conditions.target, Some(&made.lora))?;
+        let sum: f64 = losses.iter().copied().map(f64::from).sum();
+        Ok((sum.to_bits(), losses.len() as u32))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -33,9 +33,17 @@ pub(super) fn note(setup: &TrainSetup<'_>, step: u64, stage: &str, reason: &str,
         let line = Line { step, stage: stage.into(), reason: reason.into(), photos };
         let line = serde_json::to_string(&line).map_err(|error| Error::Fault(format!("{SKIPPED}: {error}")))?;
         let path = setup.run.join(SKIPPED);
-        let file = OpenOptions::new().create(true).append(true).open(&path);
-        file.and_then(|mut file| writeln!(file, "{line}")).map_err(|source| Error::write(&path, source))
+        append(&path, &line).map_err(|source| Error::write(&path, source))
     })
+}
+
+/// Appends a line in one write. One that a dying process left half-written ends first.
+fn append(path: &Path, line: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
+    let mut text = Vec::new();
+    file.read_to_end(&mut text)?;
+    let broken = if text.last().is_none_or(|last| *last == b'\n') { "" } else { "\n" };
+    file.write_all(format!("{broken}{line}\n").as_bytes())
 }
 
 /// Steps that `run` skipped. One that came again after a kill counts once; a line that a dying process left half-written does
@@ -45,10 +53,41 @@ pub(super) fn note(setup: &TrainSetup<'_>, step: u64, stage: &str, reason: &str,
 /// As [`Error::read`].
 pub fn count(run: &Path) -> Result<usize> {
     let path = run.join(SKIPPED);
-    let text = match fs::read_to_string(&path) {
+    let text = match fs::read(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
         text => text.map_err(|source| Error::read(&path, source))?,
     };
+    // A line may have been cut within a letter.
+    let text = String::from_utf8_lossy(&text);
     let lines = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
     Ok(lines.map(|line| line.step).collect::<BTreeSet<_>>().len())
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn a_half_written_line_costs_no_other_one() {
+        let run = tempfile::tempdir().unwrap();
+        let path = run.path().join(SKIPPED);
+        let line = |step| {
+            let line = Line { step, stage: "base".into(), reason: "NaN".into(), photos: vec!["a".into()] };
+            serde_json::to_string(&line).unwrap()
+        };
+        assert_eq!(count(run.path()).unwrap(), 0);
+        append(&path, &line(3)).unwrap();
+        let whole = fs::read_to_string(&path).unwrap();
+        assert_eq!(whole, format!("{}\n", line(3)));
+        // Killed in the middle of a line, in the middle of a letter, and before the line's end.
+        for (step, left) in [(4, &line(4).as_bytes()[..20]), (5, b"{\"reason\": \"\xc3"), (6, line(7).as_bytes())] {
+            let mut text = fs::read(&path).unwrap();
+            text.extend(left);
+            fs::write(&path, text).unwrap();
+            append(&path, &line(step)).unwrap();
+        }
+        assert_eq!(count(run.path()).unwrap(), 5);
+    }
 }

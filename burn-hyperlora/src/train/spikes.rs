@@ -2,7 +2,8 @@
 //!
 //! Such a step is skipped, on all ranks alike: what decides, the loss and the gradient norm of all ranks, is the same on each.
 //! Several in a row mean that the weights themselves are bad: then they go back to the last checkpoint that was due, once in a
-//! stage, while step and data go on, so that the same batches do not come again. The next such row ends the run.
+//! stage, while step and data go on, so that the same batches do not come again. The next such row ends the run. A stage that
+//! ends in the middle of a row goes back too: nothing has shown that its last weights are good.
 
 use std::collections::VecDeque;
 
@@ -91,6 +92,11 @@ impl SpikeWatch {
         }
     }
 
+    /// Notes that the stage ended; whether the weights must go back first: a step that was skipped last may have met bad ones.
+    pub fn end(&mut self) -> bool {
+        std::mem::take(&mut self.in_a_row) > 0
+    }
+
     /// Notes a step that was skipped.
     pub fn bad(&mut self, config: &SpikeConfig) -> Remedy {
         self.skipped += 1;
@@ -128,5 +134,8 @@ mod tests {
         watch.good(&config, 1.0);
         assert_eq!([(); 4].map(|()| watch.bad(&config)), [Remedy::Skip, Remedy::RollBack, Remedy::Skip, Remedy::Stop]);
         assert_eq!(watch.skipped, 5);
+        assert!(!watch.end());
+        watch.bad(&config);
+        assert!(watch.end() && !watch.end());
     }
 }

@@ -59,12 +59,12 @@ pub(super) fn share_losses(
     Ok(all.into_iter().flatten().map(sample).collect())
 }
 
-/// Whether any rank was asked to stop, by the name of the signal: all ranks stop at the same step.
+/// Whether any rank was asked to stop, by the name of the signal: all ranks stop at the same place.
 ///
 /// # Errors
 /// Those of the collective.
 pub(super) fn asked_to_stop(world: &dyn Collective, own: Option<&'static str>) -> Result<Option<&'static str>> {
-    let notes = world.exchange("all ranks to begin the step", own.unwrap_or_default().as_bytes())?;
+    let notes = world.exchange("all ranks to go on", own.unwrap_or_default().as_bytes())?;
     let asked = notes.iter().find(|note| !note.is_empty());
     Ok(asked.map(|name| if name == b"SIGINT" { "SIGINT" } else { "SIGTERM" }))
 }

@@ -1,24 +1,27 @@
 //! The run: stages one after the other, each a loop of steps with its checkpoints, curves and pictures.
 
-use std::path::PathBuf;
+mod saving;
+
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::Device;
 use serde_json::Value;
 
-use crate::checkpoint::{CheckpointStore, CheckpointWriter, Part};
+use crate::checkpoint::{CheckpointStore, CheckpointWriter};
 use crate::collective::Timed;
 use crate::conditioning::Base;
 use crate::data::batch::{DrawConfig, Draws};
 use crate::data::dataset::Dataset;
 use crate::data::loader::{Loader, LoaderConfig};
+use crate::data::quarantine;
 use crate::data::rank::Rank;
 use crate::data::sample::SampleMaker;
 use crate::error::{Error, Result};
 use crate::hypernet::Stage;
-use crate::metrics::{Display, MetricsWriter, Progress, StageSummary, Summary, WaitClock};
-use crate::train::checkpoints::{self, SavedState, Snapshot};
+use crate::metrics::{Display, MetricsWriter, Progress, StageSummary, WaitClock};
+use crate::train::checkpoints;
 use crate::train::config::{SamplesConfig, StageEntry};
 use crate::train::curves::{Curves, StepTime};
 use crate::train::fixed_set::FixedSet;
@@ -31,6 +34,8 @@ use crate::train::state::{TrainState, common_settings};
 use crate::train::step::{Learner, StepConfig, StepTerms, step};
 use crate::train::together::{all_or_none, asked_to_stop, lead_alone};
 use crate::train::{CHECKPOINTS, Outcome, SKIPPED, TENSORBOARD, TrainOptions, TrainSetup, pictures, skipped};
+
+use saving::diverged;
 
 /// A run in progress.
 pub struct Trainer<'a> {
@@ -111,17 +116,31 @@ impl<'a> Trainer<'a> {
         };
         let maker = self.maker(entry.kind())?;
         let fixed_set = self.fixed_set(maker.clone(), entry)?;
-        self.begin_stage(entry, fixed_set.as_ref())?;
-        let end = self.steps(entry, maker, fixed_set.as_ref())?;
+        if let Some(signal) = self.begin_stage(entry, fixed_set.as_ref())? {
+            // Later than at the first step, this is the moment of the checkpoint at the end of the stage before.
+            if step == 0 {
+                self.save()?;
+            }
+            return Ok(Some(Outcome::Stopped { signal, step, checkpoint: self.finish_checkpoint()? }));
+        }
+        let mut end = self.steps(entry, maker, fixed_set.as_ref())?;
         if let End::Done = end {
-            self.end_stage(entry, fixed_set.as_ref())?;
+            end = self.end_stage(entry, fixed_set.as_ref())?;
         }
         self.save()?;
+        // Between stages, too: measuring for the next one may take longer than who asks for a stop waits for it.
+        let checkpoint = self.finish_checkpoint()?;
+        if self.state.stage < setup.train.stages.len()
+            && let End::Done = end
+            && let Some(signal) = asked_to_stop(setup.world, self.options.stop.raised_by())?
+        {
+            end = End::Stopped(signal);
+        }
         let step = self.state.global_step;
         Ok(match end {
             End::Done => None,
-            End::Paused => Some(Outcome::Paused { step, checkpoint: self.finish_checkpoint()? }),
-            End::Stopped(signal) => Some(Outcome::Stopped { signal, step, checkpoint: self.finish_checkpoint()? }),
+            End::Paused => Some(Outcome::Paused { step, checkpoint }),
+            End::Stopped(signal) => Some(Outcome::Stopped { signal, step, checkpoint }),
         })
     }
 
@@ -199,7 +218,7 @@ impl<'a> Trainer<'a> {
                 let work = self.options.work.get(self.state.stage);
                 let moment_bytes = self.learner.optimizer.state_bytes();
                 let mut values = curves.take(setup.world, waits.take_share(), moment_bytes, work)?;
-                values.push(("data/left_out_row_groups".into(), self.dataset.quarantined() as f64));
+                values.push(("data/left_out_row_groups".into(), self.left_out() as f64));
                 values.push(("optim/skipped_steps".into(), self.state.spikes.skipped as f64));
                 self.log(&values);
             }
@@ -227,61 +246,64 @@ impl<'a> Trainer<'a> {
         let step = self.state.global_step;
         tracing::warn!("step {step} is skipped: {reason}; its photos are in {SKIPPED}");
         skipped::note(setup, step, entry.name(), reason, photos)?;
-        match (self.state.spikes.bad(&setup.train.spikes), self.state.last_due) {
-            (Remedy::Skip, _) => Ok(()),
-            (Remedy::RollBack, Some(step)) => self.go_back_to(step),
-            (Remedy::RollBack | Remedy::Stop, _) => Err(Error::Fault(format!(
-                "the training diverged: {reason}; the photos of the skipped steps are in {SKIPPED}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart"
-            ))),
+        match self.state.spikes.bad(&setup.train.spikes) {
+            Remedy::Skip => Ok(()),
+            Remedy::RollBack => self.go_back(&format!("too many in a row, the last one for {reason}")),
+            Remedy::Stop => Err(diverged(reason)),
         }
     }
 
-    /// Takes the weights and moments of the checkpoint of `step`; step and data go on.
-    fn go_back_to(&mut self, step: u64) -> Result<()> {
-        self.finish_checkpoint()?;
-        let (setup, patience) = (self.setup, self.setup.train.long_timeout());
-        let checkpoint = self.checkpoints.of_step(step);
-        tracing::warn!("too many in a row: back to the weights of {}", checkpoint.path().display());
-        lead_alone(setup.world, "rank 0 to verify a checkpoint", patience, || {
-            checkpoint.verify().map_err(|error| error.with_remedy("restore it, or begin anew with --restart"))
-        })?;
-        (self.learner, _) = all_or_none(setup.world, "all ranks to go back to a checkpoint", patience, || {
-            begin_or_resume(setup, &self.base, Some(&checkpoint), &self.settings)
-        })?;
-        Ok(())
-    }
-
-    /// Opens the stage's record and optimiser; a resume within the stage finds both already there.
-    fn begin_stage(&mut self, entry: &StageEntry, fixed_set: Option<&FixedSet>) -> Result<()> {
+    /// Opens the stage's record and optimiser; a resume within the stage finds both already there. Gives the signal that broke
+    /// it off.
+    fn begin_stage(&mut self, entry: &StageEntry, fixed_set: Option<&FixedSet>) -> Result<Option<&'static str>> {
         if self.state.records.len() == self.state.stage {
-            let before = self.measure(entry, fixed_set)?;
+            let before = match self.measure(entry, fixed_set)? {
+                ControlFlow::Continue(before) => before,
+                ControlFlow::Break(signal) => return Ok(Some(signal)),
+            };
             let name = entry.name().into();
             self.state.records.push(StageSummary { name, fixed_set_loss_before: before, ..StageSummary::default() });
         }
         if self.state.stage_step == 0 {
             self.learner = begin_learning(self.setup, self.learner.hyper_lora.clone(), entry);
         }
-        Ok(())
+        Ok(None)
     }
 
-    /// Measures the fixed set again and goes over to the next stage.
-    fn end_stage(&mut self, entry: &StageEntry, fixed_set: Option<&FixedSet>) -> Result<()> {
-        let after = self.measure(entry, fixed_set)?;
+    /// Measures the fixed set again and goes over to the next stage. Where that is broken off, a resume begins with it.
+    fn end_stage(&mut self, entry: &StageEntry, fixed_set: Option<&FixedSet>) -> Result<End> {
+        if self.state.spikes.end() {
+            self.go_back(&format!("the last step of stage {} was skipped", entry.name()))?;
+        }
+        let after = match self.measure(entry, fixed_set)? {
+            ControlFlow::Continue(after) => after,
+            ControlFlow::Break(signal) => return Ok(End::Stopped(signal)),
+        };
         if let Some(record) = self.state.records.last_mut() {
             record.fixed_set_loss_after = after;
         }
         self.state.finish_stage();
-        Ok(())
+        Ok(End::Done)
     }
 
-    fn measure(&mut self, entry: &StageEntry, set: Option<&FixedSet>) -> Result<Option<f64>> {
-        let Some(set) = set else { return Ok(None) };
+    /// The loss on the fixed set, where there is one; the signal that broke it off.
+    fn measure(
+        &mut self,
+        entry: &StageEntry,
+        set: Option<&FixedSet>,
+    ) -> Result<ControlFlow<&'static str, Option<f64>>> {
+        let Some(set) = set else { return Ok(ControlFlow::Continue(None)) };
+        // One that is on its way comes into its place before, not after.
+        self.finish_checkpoint()?;
         let TrainSetup { train, world, .. } = *self.setup;
-        let loss = set.loss(&self.base, &self.learner.hyper_lora, entry.kind(), &train.trigger, world)?;
-        let step = self.state.global_step;
-        tracing::info!("stage {}, step {step}: loss on the fixed set {loss:.5}", entry.name());
-        self.log(&[(format!("fixed_set/{}", entry.name()), loss)]);
-        Ok(Some(loss))
+        let (stop, patience) = (&self.options.stop, train.long_timeout());
+        let measured = set.loss(&self.base, &self.learner.hyper_lora, &train.trigger, world, stop, patience)?;
+        if let ControlFlow::Continue(loss) = measured {
+            let step = self.state.global_step;
+            tracing::info!("stage {}, step {step}: loss on the fixed set {loss:.5}", entry.name());
+            self.log(&[(format!("fixed_set/{}", entry.name()), loss)]);
+        }
+        Ok(measured.map_continue(Some))
     }
 
     /// Writes figures of the current step.
@@ -298,9 +320,19 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Rank 0 draws, the others wait.
+    /// Row groups that the ranks have left out so far: of what the others met, only their common file tells.
+    fn left_out(&self) -> usize {
+        let of_all = quarantine::count(self.setup.run, self.settings["data"]["shards"].as_str());
+        of_all.unwrap_or_else(|_| self.dataset.quarantined())
+    }
+
+    /// Rank 0 draws, the others wait; nobody draws who was asked to stop.
     fn draw_pictures(&mut self, entry: &StageEntry, config: &SamplesConfig, set: &FixedSet) -> Result<()> {
         let setup = self.setup;
+        if asked_to_stop(setup.world, self.options.stop.raised_by())?.is_some() {
+            tracing::warn!("the pictures of step {} are not drawn: the run is to stop", self.state.global_step);
+            return Ok(());
+        }
         lead_alone(setup.world, "rank 0 to draw the pictures", setup.train.long_timeout(), || {
             let people = set.first_people(config.count)?;
             let hyper_lora = &self.learner.hyper_lora;
@@ -343,42 +375,6 @@ impl<'a> Trainer<'a> {
         let reference = entry.config().reference;
         let set = FixedSet::new(maker, config, entry.kind(), reference, timesteps, self.setup.train.micro_batch)?;
         Ok(Some(set))
-    }
-
-    /// Begins to save everything. The training waits for the copy to host memory, and for the checkpoint before this one.
-    fn save(&mut self) -> Result<()> {
-        let saved = SavedState {
-            train: self.state.clone(),
-            taught: self.state.taught(&self.setup.train.stages),
-            optimizer_steps: self.learner.optimizer.steps(),
-            settings: self.settings.clone(),
-        };
-        let world = self.setup.world;
-        let clock = Instant::now();
-        let learner = &self.learner;
-        let copy = || {
-            let snapshot = Snapshot::take(&saved, learner, world)?;
-            Ok(move |part: &mut Part<'_>| snapshot.write(part))
-        };
-        self.writer.begin(world, self.state.global_step, copy, self.tidying())?;
-        self.log(&[("speed/checkpoint_stall_s".into(), clock.elapsed().as_secs_f64())]);
-        Ok(())
-    }
-
-    /// What follows a checkpoint: older ones give way, and the summary tells what the run has reached.
-    fn tidying(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
-        let (run, store, policy) = (self.setup.run.to_owned(), self.checkpoints.clone(), self.setup.train.checkpoints);
-        let (records, last_due) = (self.state.records.clone(), self.state.last_due);
-        move || {
-            store.prune(policy.keep, policy.keep_every, last_due)?;
-            Summary::update(&run, |summary| summary.stages = records)
-        }
-    }
-
-    /// Waits until all that was begun is saved; the latest checkpoint.
-    fn finish_checkpoint(&mut self) -> Result<PathBuf> {
-        self.writer.finish(self.setup.world)?;
-        Ok(self.checkpoints.latest()?.map(|last| last.path().to_owned()).unwrap_or_default())
     }
 }
 

@@ -7,6 +7,7 @@ mod collectives;
 #[path = "../common/experiment.rs"]
 mod experiment;
 mod faults;
+mod folders;
 mod killed;
 #[path = "../common/kills.rs"]
 mod kills;

@@ -6,8 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use burn_hyperlora::checkpoint::CheckpointStore;
-use burn_hyperlora::data::quarantine::QUARANTINE_FILE;
-use burn_hyperlora::train::CHECKPOINTS;
+use burn_hyperlora::data::quarantine::{self, QUARANTINE_FILE};
+use burn_hyperlora::metrics::LastScalars;
+use burn_hyperlora::train::{CHECKPOINTS, TENSORBOARD};
 
 use crate::mpirun::{end_of, mpirun};
 use crate::state::tensors;
@@ -39,10 +40,8 @@ fn command(world: &World, run: &str) -> Command {
     command
 }
 
-#[test]
-fn a_vanished_data_folder_ends_all_ranks_and_once_it_is_back_the_run_goes_on() {
-    let world = World::new();
-    world.write_yaml(&OWN_FOLDERS);
+/// Gives each rank its data folder.
+fn copy_shards(world: &World) {
     for rank in 0..2 {
         let folder = world.path(&format!("shards-{rank}"));
         fs::create_dir(&folder).unwrap();
@@ -50,6 +49,13 @@ fn a_vanished_data_folder_ends_all_ranks_and_once_it_is_back_the_run_goes_on() {
             fs::copy(file.path(), folder.join(file.file_name())).unwrap();
         }
     }
+}
+
+#[test]
+fn a_vanished_data_folder_ends_all_ranks_and_once_it_is_back_the_run_goes_on() {
+    let world = World::new();
+    world.write_yaml(&OWN_FOLDERS);
+    copy_shards(&world);
     let (code, text) = end_of(&command(&world, "undisturbed").output().unwrap());
     assert_eq!(code, Some(0), "{text}");
 
@@ -84,4 +90,21 @@ fn a_vanished_data_folder_ends_all_ranks_and_once_it_is_back_the_run_goes_on() {
     let (code, text) = end_of(&command(&world, "run").output().unwrap());
     assert_eq!(code, Some(0), "{text}");
     assert!(tensors(&run, STEPS) == tensors(&world.path("undisturbed"), STEPS));
+}
+
+#[test]
+fn what_one_rank_alone_leaves_out_is_in_the_curves_of_all() {
+    let world = World::new();
+    world.write_yaml(&OWN_FOLDERS[..1]);
+    copy_shards(&world);
+    let shard = world.path("shards-1/shard-00000.parquet");
+    let mut bytes = fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&shard, bytes).unwrap();
+    let (code, text) = end_of(&command(&world, "run").output().unwrap());
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(quarantine::count(&world.path("run"), None).unwrap(), 1);
+    let curves = LastScalars::read(&world.path("run").join(TENSORBOARD)).unwrap().values;
+    assert_eq!(curves["data/left_out_row_groups"], 1.0);
 }

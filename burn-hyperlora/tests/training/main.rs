@@ -10,6 +10,7 @@ mod kills;
 mod runs;
 #[path = "../common/state.rs"]
 mod state;
+mod stopped;
 mod streams;
 #[path = "../common/world.rs"]
 mod world;

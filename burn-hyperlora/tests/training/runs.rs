@@ -410,3 +410,22 @@ fn where_a_run_is_interrupted_does_not_move_what_it_goes_back_to() {
         assert!(tensors(&world.path(&run), STEPS) == whole, "stopped after {stop}");
     }
 }
+
+#[test]
+fn a_stage_that_ends_among_bad_steps_goes_back_to_good_weights() {
+    let world = World::new();
+    // Step 3 ruins the weights; steps 4 to 6 are skipped, too few to go back for, and 6 ends the stage.
+    let patient = ("recompute: false", "recompute: false\n  spikes: {most: 4}");
+    let experiment = world.experiment(&[RUINOUS, patient]).unwrap();
+    finished(world.train(&experiment, "run", None).unwrap());
+    assert_eq!(skipped(&world.path("run")).len(), 3, "those of the next stage are good");
+    assert_eq!(weights(&world.path("run"), 6), weights(&world.path("run"), 2));
+    world.train(&experiment, "interrupted", Some(5)).unwrap();
+    finished(world.train(&experiment, "interrupted", None).unwrap());
+    assert!(tensors(&world.path("interrupted"), STEPS) == tensors(&world.path("run"), STEPS));
+
+    // In the first stage there is nothing to go back to.
+    let ruinous = ("base: {steps: 2, optim: {learning_rate: 0.01}", "base: {steps: 2, optim: {learning_rate: 1.0e+30}");
+    let error = world.train(&world.experiment(&[ruinous, patient]).unwrap(), "first", None).unwrap_err();
+    assert!(error.exit_code() == 1 && error.to_string().contains("the last step of stage base was skipped"), "{error}");
+}

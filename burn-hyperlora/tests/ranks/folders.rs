@@ -1,0 +1,45 @@
+//! The run folder of several ranks: one and the same, or none.
+
+use std::fs;
+
+use burn_hyperlora::train::CHECKPOINTS;
+
+use crate::mpirun::{end_of, mpirun};
+use crate::training::finished;
+use crate::world::World;
+
+/// Two ranks, each with its own value of `--out`.
+fn train(world: &World, runs: [&str; 2], more: &[&str]) -> (Option<i32>, String) {
+    let mut command = mpirun(1);
+    for (separator, run) in [&[][..], &[":", "-n", "1"]].into_iter().zip(runs) {
+        command.args(separator).arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path("train.yaml"));
+        command.arg("--out").arg(world.path(run)).args(more);
+    }
+    end_of(&command.output().unwrap())
+}
+
+#[test]
+fn ranks_whose_run_folders_differ_are_told_before_they_begin() {
+    let world = World::new();
+    // The others look for rank 0's folder for a quarter of this.
+    world.experiment(&[("recompute: false", "recompute: false\n  collective_timeout_s: 20")]).unwrap();
+    fs::create_dir(world.path("other")).unwrap();
+    for other in ["other", "not-there"] {
+        let (code, text) = train(&world, ["run", other], &[]);
+        assert_eq!(code, Some(2), "{text}");
+        let (own, first) = (world.path(other), world.path("run"));
+        let told = format!("its run folder {} is not that of rank 0 (", own.display());
+        assert!(text.contains("error: rank 1 (") && text.contains(&told), "{text}");
+        assert!(text.contains(&first.display().to_string()) && text.contains("--out"), "{text}");
+        assert!(!first.join(CHECKPOINTS).exists() && !own.join(CHECKPOINTS).exists());
+    }
+    // By whatever name they know it.
+    std::os::unix::fs::symlink(world.path("run"), world.path("also-run")).unwrap();
+    let (code, text) = train(&world, ["run", "also-run"], &["--max-steps", "2"]);
+    assert_eq!(code, Some(0), "{text}");
+    finished(&world, 2, "run");
+    let marks = fs::read_dir(world.path("run"))
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with(".mark"));
+    assert_eq!(marks.count(), 0);
+}
