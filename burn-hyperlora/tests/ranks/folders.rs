@@ -11,6 +11,8 @@ use crate::world::World;
 /// Two ranks, each with its own value of `--out`.
 fn train(world: &World, runs: [&str; 2], more: &[&str]) -> (Option<i32>, String) {
     let mut command = mpirun(1);
+    // Ranks that refuse end by themselves and at once, but mpirun waits for all of this time, once for each.
+    command.env("OMPI_MCA_odls_base_sigkill_timeout", "3");
     for (separator, run) in [&[][..], &[":", "-n", "1"]].into_iter().zip(runs) {
         command.args(separator).arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path("train.yaml"));
         command.arg("--out").arg(world.path(run)).args(more);
