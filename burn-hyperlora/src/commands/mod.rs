@@ -126,9 +126,10 @@ impl DeviceChoice {
             )),
             #[cfg(feature = "cuda")]
             Self::Cuda(asked) => {
+                let local_rank = crate::collective::Placement::of_process()?.map(|placement| placement.local_rank);
+                name_kernel_cache(local_rank.unwrap_or(0));
                 let visible = Device::enumerate(burn::tensor::DeviceType::Cuda).len();
-                let placement = crate::collective::Placement::of_process()?;
-                Ok(Device::cuda(choose_gpu(asked, placement.map(|placement| placement.local_rank), visible)?))
+                Ok(Device::cuda(choose_gpu(asked, local_rank, visible)?))
             }
             #[cfg(not(feature = "cuda"))]
             Self::Cuda(_) => Err(Error::input(
@@ -138,6 +139,22 @@ impl DeviceChoice {
             )),
         }
     }
+}
+
+/// Names the file in which compiled and tuned kernels are kept for the next start: by machine and rank, so that no two ranks of
+/// a run write to the same one, nor two machines over a network file system. A name that the user gave stays.
+#[cfg(feature = "cuda")]
+fn name_kernel_cache(local_rank: usize) {
+    use cubecl_runtime::config::environment::EnvironmentConfig;
+    use cubecl_runtime::config::{CubeClRuntimeConfig, RuntimeConfig};
+
+    let mut config = CubeClRuntimeConfig::from_current_dir().override_from_env();
+    if config.environment.name == EnvironmentConfig::default().name {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        config.environment.name = format!("{}-{local_rank}", host.trim());
+    }
+    // Where it is read already, it stays as it is.
+    CubeClRuntimeConfig::try_set(config);
 }
 
 /// The number of the GPU to use, of the `visible` ones: `asked`, or that of the rank. A launcher may show each rank its own GPU
