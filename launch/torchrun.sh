@@ -7,12 +7,12 @@
 # torchrun comes with PyTorch (pip install torch); nothing else of it is used.
 #
 #   NNODES          machines, or MIN:MAX to go on with fewer or more (elastic)                           [1]
-#   NPROC_PER_NODE  GPUs of this machine                                                [what nvidia-smi lists]
+#   NPROC_PER_NODE  GPUs of this machine                        [those of CUDA_VISIBLE_DEVICES, else what nvidia-smi lists]
 #   MASTER          HOST:PORT of the first machine; its ports PORT and the one that torchrun gives the ranks,
-#                   with its successor, must be reachable from the others                  [localhost:29500]
+#                   with its successor, must be reachable from the others; one machine takes a free port      [none]
 #   HYPERLORA_TOKEN a secret by which the ranks know each other, the same on all machines; one machine
 #                   needs none                                                              [none]
-#   RUN_ID          the same on all machines, another for every run that goes on at once                [hyperlora]
+#   RUN_ID          with MASTER: the same on all machines, another for every run that goes on at once   [hyperlora]
 #   MAX_RESTARTS    how often to start again                                                              [20]
 #   GRACE_S         how long the ranks may take to save after SIGTERM, seconds                           [110]
 #   DEVICE          cuda: every rank takes the GPU of its LOCAL_RANK                                    [cuda]
@@ -20,6 +20,8 @@
 #
 # The world size has to divide data.streams (48) and global_batch / micro_batch: with 8 GPUs each, 1, 2, 3, 4 or 6 machines for
 # the streams. At any other number every rank says so and ends with exit code 2.
+#
+# No --restart: torchrun repeats it whenever it starts the ranks again. Move the old run folder aside, or give another --out.
 #
 # The network: NCCL finds InfiniBand and NVLink by itself; NCCL_DEBUG=INFO shows what it chose. On machines with several
 # networks set NCCL_SOCKET_IFNAME (as eth0), with InfiniBand NCCL_IB_HCA (as mlx5).
@@ -34,19 +36,40 @@ program=${HYPERLORA:-${CARGO_TARGET_DIR:-target}/release/hyperlora}
 [ -x "$program" ] || fail "$program is missing" "cargo build --release --features burn-hyperlora/cuda"
 command -v "${TORCHRUN:=torchrun}" >/dev/null || fail "torchrun is missing" "pip install torch, or TORCHRUN=/path/to/torchrun"
 
-[ "${NNODES:-1}" = 1 ] || [ -n "${HYPERLORA_TOKEN:-}" ] || fail "HYPERLORA_TOKEN is not set, and there are several machines" \
-  "export the same one on all of them, such as openssl rand -hex 16 makes"
+nodes=${NNODES:-1}
+if [ "$nodes" != 1 ]; then
+  [ -n "${MASTER:-}" ] || fail "MASTER is not set, and there are several machines" "MASTER=HOST:29500, the first machine's name"
+  [ -n "${HYPERLORA_TOKEN:-}" ] || fail "HYPERLORA_TOKEN is not set, and there are several machines" \
+    "export the same one on all of them, such as openssl rand -hex 16 makes"
+fi
+# The program refuses it too, but torchrun would try again and again.
+for argument in "$@"; do
+  [ "$argument" != --restart ] || fail "--restart under torchrun would begin anew at every start" \
+    "move the run folder aside by hand, or give another one with --out"
+done
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
-  command -v nvidia-smi >/dev/null || fail "nvidia-smi is missing, so nobody says how many GPUs there are" \
-    "install the NVIDIA driver, or set NPROC_PER_NODE; for CPUs use launch/local-mpi.sh"
-  NPROC_PER_NODE=$(nvidia-smi --list-gpus | wc -l)
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true)
+    told="CUDA_VISIBLE_DEVICES names"
+  else
+    command -v nvidia-smi >/dev/null || fail "nvidia-smi is missing, so nobody says how many GPUs there are" \
+      "install the NVIDIA driver, or set NPROC_PER_NODE; for CPUs use launch/local-mpi.sh"
+    # The parts that a GPU is divided into (MIG) are listed below it.
+    gpus=$(nvidia-smi --list-gpus | grep -c '^GPU ' || true)
+    told="nvidia-smi lists"
+  fi
+  [ "$gpus" -gt 0 ] || fail "$told no GPU" "set NPROC_PER_NODE; for CPUs use launch/local-mpi.sh"
+  NPROC_PER_NODE=$gpus
 fi
 
-options=(--no-python
-  --nnodes "${NNODES:-1}" --nproc-per-node "$NPROC_PER_NODE"
-  --rdzv-backend c10d --rdzv-endpoint "${MASTER:-localhost:29500}" --rdzv-id "${RUN_ID:-hyperlora}"
-  --max-restarts "${MAX_RESTARTS:-20}")
+options=(--no-python --nnodes "$nodes" --nproc-per-node "$NPROC_PER_NODE" --max-restarts "${MAX_RESTARTS:-20}")
+if [ -n "${MASTER:-}" ]; then
+  options+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER" --rdzv-id "${RUN_ID:-hyperlora}")
+else
+  # A free port and an id of its own: runs beside each other on one machine do not meet.
+  options+=(--standalone)
+fi
 # PyTorch before 2.10 or so gives its processes 30 s after SIGTERM and has no option for it.
 if "$TORCHRUN" --help | grep -q -- --shutdown-timeout; then
   options+=(--shutdown-timeout "${GRACE_S:-110}")
