@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Slurm for real: a cluster of this one machine, made for the occasion, runs launch/slurm.sbatch on two tasks through everything
 # that it is for: a signal to save, a rank killed, a requeue by Slurm itself. The weights must be, bit for bit, those of two
-# ranks that nobody disturbed. Run on demand; it takes three minutes or so.
+# ranks that nobody disturbed. Then it is given ranks that fail for good. Run on demand; it takes five minutes or so.
 #
 #   ./ci/slurm.sh [FOLDER]      state, logs and runs [a new folder in /tmp, removed at the end]
 #
@@ -10,6 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/setup.sh
+. ci/small_training.sh
 
 [ "$(id -u)" = 0 ] || fail "slurmd starts jobs as their users and needs root" "run this as root, as in a container"
 command -v slurmd >/dev/null || apt_install slurmd slurm-wlm munge
@@ -37,29 +38,10 @@ end() {
 }
 trap end EXIT
 trap 'exit 130' INT TERM
-mkdir -p "$state"/{munge,control,node,log,photos/orl}
+mkdir -p "$state"/{munge,control,node,log}
 
-# --- Programs and a small training: 4 people, 20 steps of 8 samples.
-target=${CARGO_TARGET_DIR:-target}
-if [ -z "${HYPERLORA:-}" ]; then
-  say "build"
-  cargo build -p data-prep -p burn-hyperlora --features burn-hyperlora/mpi --bins
-fi
-program=$(realpath "${HYPERLORA:-$target/debug/hyperlora}")
-prepare=$(realpath "${DATA_PREP:-$target/debug/data-prep}")
-ci/assets.sh
-
-say "data"
-quickstart=$PWD/experiments/quickstart
-photos=${HYPERLORA_CACHE:-$HOME/.cache/hyperlora}/photos/orl
-cp -r "$photos"/s0[1-4] "$state/photos/orl/"
-grep -E '^key|^orl/s0[1-4]/' "$quickstart/split.csv" >"$state/split.csv"
-sed "s|root: .*|root: $state/photos|" "$quickstart/data.yaml" >"$state/data.yaml"
-[ -e "$state/shards/manifest.json" ] || "$prepare" build "$state/data.yaml" --out "$state/shards" --quiet
-sed -e "s|path: base|path: $quickstart/base|; s|shards: .*|shards: $state/shards|; /^  samples:/d; /^eval:/,\$d" \
-  -e 's/micro_batch: 8/micro_batch: 2/; s/global_batch: 16/global_batch: 8/; s/every: 50/every: 4/; s/triples: 256/triples: 16/' \
-  -e 's/steps: 60/steps: 5/; s/steps: 400/steps: 10/; s/warmup_steps: [0-9]*/warmup_steps: 2/' \
-  "$quickstart/train.yaml" >"$state/train.yaml"
+build_programs --features burn-hyperlora/mpi
+make_training
 
 say "two ranks that nobody disturbs"
 export RAYON_NUM_THREADS=1
@@ -118,7 +100,8 @@ sinfo -h -o '%n: %T, %c CPUs' || fail "the cluster did not come up" "see $state/
 say "the job"
 log=$state/job.log
 : >"$log"
-job=$(DEVICE=cpu HYPERLORA=$program sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 \
+# One failure may come between two checkpoints; the job begins five times.
+job=$(DEVICE=cpu HYPERLORA=$program MAX_FAILURES=1 sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 \
   --mem=0 --oversubscribe --output="$log" launch/slurm.sbatch "$state/train.yaml" --out "$state/run")
 
 # await TEXT N: until the job's log says it for the N-th time.
@@ -144,6 +127,9 @@ await 'the job is requeued' 2
 await 'id_embedding [0-9]*/10' 1
 note "scontrol requeue: Slurm takes the machine back, as for a preemption"
 scontrol requeue "$job"
+await 'going on from' 3
+note "one rank is killed once more: there is a newer checkpoint than at the first time"
+kill -KILL "$(pgrep -f "^$program train $state/train.yaml" | tail -n 1)"
 await 'finished in life' 1
 for _ in {1..100}; do squeue -h -j "$job" -t RUNNING,COMPLETING 2>/dev/null | grep -q . && sleep 0.2 || break; done
 scontrol show job "$job" | grep -oE '(JobState|Restarts|ExitCode)=[^ ]*' | tr '\n' ' '
@@ -152,9 +138,28 @@ echo
 say "the log"
 grep -vE 'loss on the fixed set|^$' "$log"
 
-say "the weights"
-last=checkpoints/step-00000020
-for file in $(cd "$state/undisturbed/$last" && find . -name '*.safetensors' | sort); do
-  cmp "$state/undisturbed/$last/$file" "$state/run/$last/$file" || fail "$file differs" "see $state"
-  echo "$file: the same, bit for bit"
-done
+same_weights "$state/run"
+
+# --- Ranks that are lost again and again, and a rank that refuses while the others wait for it: stand-ins for the program.
+# ends NAME CODES: a job of stand-ins must end with the exit codes of its lives, in order.
+ends() {
+  local found
+  echo '#!/bin/bash' >"$state/$1"
+  cat >>"$state/$1"
+  chmod +x "$state/$1"
+  : >"$state/$1.log"
+  job=$(DEVICE=cpu HYPERLORA=$state/$1 MAX_FAILURES=1 sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 \
+    --cpus-per-task=1 --mem=0 --oversubscribe --output="$state/$1.log" launch/slurm.sbatch "$state/train.yaml" --out "$state/none")
+  for _ in {1..600}; do
+    squeue -h -j "$job" 2>/dev/null | grep -q . || break
+    sleep 0.2
+  done
+  found=$(grep -oE 'exit code [0-9]+[):]' "$state/$1.log" | grep -oE '[0-9]+' | tr '\n' ' ')
+  [ "$found" = "$2 " ] || fail "the stand-in '$1' ended with '$found' instead of '$2'" "see $state/$1.log"
+  grep 'exit code [0-9]*[):]' "$state/$1.log"
+}
+say "a rank is lost again and again: MAX_FAILURES=1"
+ends lost '75 75' <<<'exit 75'
+say "a rank refuses its input, the others wait for it and give up"
+# shellcheck disable=SC2016
+ends refused 2 <<<'[ "$SLURM_PROCID" = 1 ] && exit 2; trap "exit 75" TERM; sleep 60 & wait'

@@ -92,11 +92,11 @@ def predicted_here(program, config, hop, link, largest):
     """What plan makes of the fit, beside what its buckets would take at the time that the largest of them was measured in."""
     options = ["--link", link, "--hop", hop]
     print(f"\nthis machine, by `hyperlora plan {' '.join(options)}`: gradients and parameters of {config}")
-    print("  ranks   predicted, s   measured, s")
+    print("  ranks   predicted, s   of measured buckets, s")
     for ranks, (size, seconds) in largest.items():
         stage = plan(program, config, "a100-80g", ranks, 8, {}, options)
         told = stage["gradient_bytes"] / size * seconds
-        print(f"  {ranks:5} {stage['all_reduce_seconds']:14.2f} {told:13.2f}")
+        print(f"  {ranks:5} {stage['all_reduce_seconds']:14.2f} {told:22.2f}")
 
 
 def predicted(program, config):
