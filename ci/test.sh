@@ -35,6 +35,6 @@ RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
 # DOCS_RS keeps build scripts from fetching what only linking needs.
 say "CUDA code (types only)"
-DOCS_RS=1 cargo check -p burn-hyperlora --features cuda
+DOCS_RS=1 cargo check -p burn-hyperlora --features cuda --lib --bins --tests
 
 say "all checks passed"

@@ -392,3 +392,6 @@ impl Collective for Nccl {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
