@@ -1,7 +1,7 @@
 //! Ranks on GPUs: NCCL on the tensors' own device memory, one process per GPU.
 //!
 //! The ranks meet over TCP ([`Rendezvous`]), which carries the NCCL id and all small notes. Buckets go over NCCL on a stream of
-//! their own, so that one is on the wire while the next is packed. NCCL has no deadlines: while a rank waits for it, it looks at
+//! their own, so that one is on the wire while the next is made ready. NCCL has no deadlines: while a rank waits for it, it looks at
 //! the TCP connections for ranks that are gone, and a [`Watchdog`] ends the process where a call does not come back. This module
 //! holds all the unsafe code of the crate: each block hands memory or a communicator that it owns to NCCL.
 
