@@ -27,15 +27,23 @@ KNOBS = [
 
 
 def fit(points):
-    """Least squares of relative errors of seconds = alpha * hops + bytes / beta."""
-    a = b = c = d = e = 0.0
-    for hops, size, seconds in points:
-        x, y = hops / seconds, size / seconds
-        a, b, c, d, e = a + x * x, b + x * y, c + y * y, d + x, e + y
-    det = a * c - b * b
-    alpha, inverse_beta = (d * c - e * b) / det, (a * e - b * d) / det
-    errors = sorted(abs(alpha * h + s * inverse_beta - t) / t for h, s, t in points)
-    return alpha, 1.0 / inverse_beta, errors[len(errors) // 2]
+    """alpha and beta of seconds = alpha * hops + bytes / beta, and the largest relative error of the longest messages.
+
+    beta is that of the longest messages, which are as long as the buckets of a training and leave the caches as these do; alpha
+    that of the shortest, whose bytes hardly count. In between, what stays in the caches is faster than the line.
+    """
+    shortest, longest = min(size for _, size, _ in points), max(size for _, size, _ in points)
+    # Sizes differ by the factor of the ring as well: 2 (n - 1) / n is from 1 to 2.
+    long = [(size, seconds) for _, size, seconds in points if size > longest / 2.5]
+    seconds_per_byte = slope(long)
+    alpha = slope([(hops, seconds - size * seconds_per_byte) for hops, size, seconds in points if size < shortest * 2.5])
+    return alpha, 1.0 / seconds_per_byte, max(abs(size * seconds_per_byte / seconds - 1) for size, seconds in long)
+
+
+def slope(points):
+    """Least squares of relative errors of y = slope * x."""
+    ratios = [x / y for x, y in points]
+    return sum(ratios) / sum(ratio * ratio for ratio in ratios)
 
 
 def measured(path):
@@ -55,8 +63,8 @@ def measured(path):
         if is_bucket(line) and (n := line["ranks"]) > 1
     ]
     alpha, beta, error = fit(points)
-    print(f"fitted: alpha {1e6 * alpha:.1f} us per hop, beta {beta / 1e9:.2f} GB/s; median error {100 * error:.0f} %")
-    # A least-squares alpha may be below zero, a hop may not.
+    print(f"fitted: alpha {1e6 * alpha:.1f} us per hop, beta {beta / 1e9:.2f} GB/s; the longest buckets within {100 * error:.0f} %")
+    # A fitted alpha may be below zero, a hop may not.
     hop, link = f"{max(1e6 * alpha, 0.0):.3f}us", f"{beta / 1e9:.4f}GB/s"
     largest = {line["ranks"]: line for line in sorted(filter(is_bucket, lines), key=lambda line: line["bytes"])}
     return hop, link, {ranks: (line["bytes"], line["wire_seconds"]) for ranks, line in largest.items() if ranks > 1}
