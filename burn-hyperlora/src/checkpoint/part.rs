@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use data_prep::files::write_whole;
+use data_prep::shard::hex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -88,8 +89,7 @@ pub(super) fn sum(file: &mut File) -> io::Result<FileSum> {
     loop {
         let read = file.read(&mut buffer)?;
         if read == 0 {
-            let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-            return Ok(FileSum { bytes, sha256 });
+            return Ok(FileSum { bytes, sha256: hex(&hasher.finalize()) });
         }
         hasher.update(&buffer[..read]);
         bytes += read as u64;

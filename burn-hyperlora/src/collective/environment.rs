@@ -91,6 +91,12 @@ pub fn earlier_life(variable: impl Fn(&str) -> Option<String>) -> Result<Option<
     Ok(count.map(|count| format!("{requeued}={count}")))
 }
 
+/// The name of this machine.
+pub fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    Some(name.trim()).filter(|name| !name.is_empty()).unwrap_or("localhost").to_owned()
+}
+
 const START_AGAIN: &str =
     "start every process by torchrun, srun or mpirun, or unset the variables for a single process";
 

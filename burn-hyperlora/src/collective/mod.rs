@@ -30,7 +30,7 @@ use burn::tensor::{Device, Tensor};
 use crate::error::{Error, Result};
 
 pub use agreement::{agree, program};
-pub use environment::{Placement, earlier_life};
+pub use environment::{Placement, earlier_life, host_name};
 pub use failure::{Failure, end_process};
 pub use meeting::Meeting;
 pub use rendezvous::Rendezvous;

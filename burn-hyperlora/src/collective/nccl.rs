@@ -6,7 +6,6 @@
 //! holds all the unsafe code of the crate: each block hands memory or a communicator that it owns to NCCL.
 
 use std::fmt::Debug;
-use std::fs;
 use std::mem;
 use std::ptr;
 use std::sync::Arc;
@@ -26,7 +25,7 @@ use cudarc::nccl::result;
 use cudarc::nccl::sys::{self, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 
 use super::watchdog::{Watch, Watchdog};
-use super::{Collective, JoinConfig, Meeting, PEER_LOST, Pending, Placement, Rendezvous, end_process};
+use super::{Collective, JoinConfig, Meeting, PEER_LOST, Pending, Placement, Rendezvous, end_process, host_name};
 use crate::error::{Error, Result};
 
 /// How much longer the watchdog waits than the rank itself, so that the roll call can name who is missing.
@@ -93,9 +92,9 @@ impl Nccl {
         };
         find_nccl()?;
         let token = placement.token(|name| std::env::var(name).ok())?;
-        let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let host_name = host_name();
         let (rank, world_size) = (placement.rank, placement.world_size);
-        let meeting = Meeting { rank, world_size, address: (host, port + 1), token: &token, host: name.trim() };
+        let meeting = Meeting { rank, world_size, address: (host, port + 1), token: &token, host: &host_name };
         let rendezvous = Rendezvous::meet(&meeting, config.start_timeout, config.timeout)?;
         let context =
             CudaContext::new(gpu_of(device)?).map_err(|problem| broken("the GPU cannot be opened", &problem))?;

@@ -150,8 +150,7 @@ fn name_kernel_cache(local_rank: usize) {
 
     let mut config = CubeClRuntimeConfig::from_current_dir().override_from_env();
     if config.environment.name == EnvironmentConfig::default().name {
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        config.environment.name = format!("{}-{local_rank}", host.trim());
+        config.environment.name = format!("{}-{local_rank}", crate::collective::host_name());
     }
     // Where it is read already, it stays as it is.
     CubeClRuntimeConfig::try_set(config);

@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use image::{ImageFormat, RgbImage};
 use prost::Message;
 
+use crate::collective::host_name;
 use crate::error::{Error, Result};
 use crate::metrics::event::{
     Content, Dim, Event, Image, PluginData, SESSION_START, SessionLog, Summary, SummaryMetadata, Tensor, TensorShape,
@@ -41,8 +42,7 @@ impl MetricsWriter {
         // Files are read in the order of their names, so the time in the name must be later than any other's there.
         let now = seconds_since_1970() as u64;
         let seconds = latest_start(folder).map_err(failed)?.map_or(now, |latest| now.max(latest + 1));
-        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("localhost");
+        let host = host_name();
         let name = format!("events.out.tfevents.{seconds:010}.{host}.{}", std::process::id());
         Self::append_to(&folder.join(name), first_step)
     }

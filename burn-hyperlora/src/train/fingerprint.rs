@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
+use data_prep::shard::hex;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
@@ -54,11 +55,7 @@ pub(super) fn of_released(folder: &Path) -> Result<String> {
         hasher.update(path.file_name().unwrap_or_default().as_encoded_bytes());
         add_ends(&mut hasher, &path).map_err(|source| Error::read(&path, source))?;
     }
-    Ok(in_hex(hasher))
-}
-
-fn in_hex(hasher: Sha256) -> String {
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    Ok(hex(&hasher.finalize()))
 }
 
 fn of_model(config: &ConfigText, weights: &Weights) -> Result<String> {
@@ -67,7 +64,7 @@ fn of_model(config: &ConfigText, weights: &Weights) -> Result<String> {
         add_ends(&mut hasher, path).map_err(|source| Error::read(path, source))?;
     }
     hasher.update(config.text());
-    Ok(in_hex(hasher))
+    Ok(hex(&hasher.finalize()))
 }
 
 /// A file's length, and what stands at its ends.

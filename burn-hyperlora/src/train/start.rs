@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
+use data_prep::shard::hex;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -219,5 +220,5 @@ impl ParameterVisitor for Shapes {
 }
 
 fn short(hasher: Sha256) -> String {
-    hasher.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+    hex(&hasher.finalize()[..6])
 }

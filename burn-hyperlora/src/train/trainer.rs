@@ -218,7 +218,9 @@ impl<'a> Trainer<'a> {
                 let work = self.options.work.get(self.state.stage);
                 let moment_bytes = self.learner.optimizer.state_bytes();
                 let mut values = curves.take(setup.world, waits.take_share(), moment_bytes, work)?;
-                values.push(("data/left_out_row_groups".into(), self.left_out() as f64));
+                if setup.world.leads() {
+                    values.push(("data/left_out_row_groups".into(), self.left_out() as f64));
+                }
                 values.push(("optim/skipped_steps".into(), self.state.spikes.skipped as f64));
                 self.log(&values);
             }
