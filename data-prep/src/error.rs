@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::text::{name, shown};
+
 /// Result of every fallible library call.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -9,7 +11,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Something the user gave does not hold: a YAML key, a model file, a shard, a path.
-    #[error("{place}: {problem}\n  remedy: {remedy}")]
+    #[error("{}: {}\n  remedy: {}", name(place), shown(problem), shown(remedy))]
     Input {
         /// File and position (key, line, column name).
         place: String,
@@ -19,7 +21,7 @@ pub enum Error {
         remedy: String,
     },
     /// The disk or another device of the machine failed.
-    #[error("{path}: {problem}: {source}\n  remedy: {remedy}")]
+    #[error("{}: {}: {source}\n  remedy: {}", name(&path.to_string_lossy()), shown(problem), shown(remedy))]
     Disk {
         /// The file or folder.
         path: PathBuf,
@@ -31,13 +33,13 @@ pub enum Error {
         remedy: String,
     },
     /// A fault of the program itself.
-    #[error("{0}")]
+    #[error("{}", shown(.0))]
     Fault(String),
     /// Another process of the same run was lost or fell silent: named by rank and machine where they are known.
-    #[error("{0}")]
+    #[error("{}", shown(.0))]
     Peer(String),
     /// Another process of the same run failed, and said why before it ended.
-    #[error("{rank} failed: {problem}")]
+    #[error("{} failed: {}", name(rank), shown(problem))]
     PeerFailed {
         /// Its rank and machine.
         rank: String,

@@ -10,9 +10,11 @@ pub mod error;
 pub mod face;
 pub mod files;
 pub mod filter;
+pub mod paths;
 pub mod pipeline;
 pub mod report;
 pub mod shard;
 pub mod source;
+pub mod text;
 
 pub use error::{Error, Result};
