@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use data_prep::config::{self, ConfigPath, is_url};
 use data_prep::face::{FaceConfig, FaceModels};
+use data_prep::paths::is_plain;
 use data_prep::shard::{EMBEDDING_DIM, MANIFEST_FILE, Manifest};
 use serde::{Deserialize, Serialize};
 
@@ -212,9 +213,25 @@ impl Experiment {
         train::run(&setup, options)
     }
 
+    /// The files and folders that are read; URLs among them.
+    ///
+    /// # Errors
+    /// Input for a path with an unset variable.
+    pub fn inputs(&self) -> Result<Vec<PathBuf>> {
+        let base = &self.base;
+        let named = [Some(&base.path), Some(&self.data.shards), base.config.as_ref(), base.image_encoder.as_ref()];
+        let others = [
+            base.feature_extractor.as_ref(),
+            self.train.init_from.as_ref(),
+            self.faces.as_ref().map(|faces| &faces.models),
+        ];
+        named.into_iter().chain(others).flatten().map(|path| path.resolve(self.folder())).collect()
+    }
+
     fn validate(&self) -> Result<()> {
         let place = self.place();
-        if self.name.is_empty() || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
+        // `.` and `..` are no names.
+        if !is_plain(&self.name) || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
             return Err(Error::input(
                 format!("{place}: name"),
                 format!("`{}` cannot name a folder", self.name),

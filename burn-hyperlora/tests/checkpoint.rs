@@ -172,14 +172,14 @@ fn what_cannot_be_removed_does_not_end_a_run() {
         store.write(step, fill(step)).unwrap();
     }
     // Nobody, whatever his rights, removes a file as a folder, or puts a folder in the place of a file.
-    for hidden in [".step-00000001.partial", ".step-00000003.old"] {
+    for hidden in [".step-00000001.hyperlora.partial", ".step-00000003.hyperlora.old"] {
         fs::write(root.join(hidden), "in the way").unwrap();
     }
     store.prune(1, None, None).unwrap();
     assert_eq!(steps(&store), [1, 3], "the others are removed all the same");
     let store = CheckpointStore::open(root).unwrap();
     assert_eq!(steps(&store), [1, 3]);
-    for hidden in [".step-00000001.partial", ".step-00000003.old"] {
+    for hidden in [".step-00000001.hyperlora.partial", ".step-00000003.hyperlora.old"] {
         fs::remove_file(root.join(hidden)).unwrap();
     }
     store.prune(1, None, None).unwrap();

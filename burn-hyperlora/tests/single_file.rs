@@ -234,5 +234,5 @@ fn loras_are_merged_into_a_single_file() {
     assert_eq!(changed.count(), 20);
 
     let message = merge(&source(), &updates, &path).unwrap_err().to_string();
-    assert!(message.contains("over the base"), "{message}");
+    assert!(message.contains("is the input"), "{message}");
 }

@@ -65,7 +65,13 @@ impl Error {
     pub fn read(path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Kind;
         match source.kind() {
-            Kind::NotFound | Kind::PermissionDenied | Kind::IsADirectory | Kind::NotADirectory => {
+            Kind::NotFound
+            | Kind::PermissionDenied
+            | Kind::IsADirectory
+            | Kind::NotADirectory
+            | Kind::InvalidFilename
+            | Kind::InvalidInput
+            | Kind::FileTooLarge => {
                 Self::file(path, format!("cannot be read: {source}"), "check the path and its permissions")
             }
             _ => Self::Disk {
@@ -77,10 +83,18 @@ impl Error {
         }
     }
 
-    /// Writing failed: a forbidden place is the user's to mend, a full or failing disk is not.
+    /// Writing failed: a forbidden place or an impossible name is the user's to mend, a full or failing disk is not.
     pub fn write(path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Kind;
+        let of_disk = |source, remedy: &str| Self::Disk {
+            path: path.into(),
+            problem: "writing failed".into(),
+            source,
+            remedy: remedy.into(),
+        };
         match source.kind() {
+            Kind::InvalidFilename => Self::file(path, format!("cannot be written: {source}"), "choose a shorter name"),
+            Kind::InvalidInput => Self::file(path, format!("cannot be written: {source}"), "choose another name"),
             Kind::PermissionDenied
             | Kind::NotFound
             | Kind::NotADirectory
@@ -89,12 +103,10 @@ impl Error {
             | Kind::ReadOnlyFilesystem => {
                 Self::file(path, format!("cannot be written: {source}"), "choose a folder that you may write to")
             }
-            _ => Self::Disk {
-                path: path.into(),
-                problem: "writing failed".into(),
-                source,
-                remedy: "free some space, then run the same command again: what stood there before is intact".into(),
-            },
+            Kind::StorageFull | Kind::QuotaExceeded | Kind::FileTooLarge => {
+                of_disk(source, "free some space, then run the same command again: what stood there before is intact")
+            }
+            _ => of_disk(source, "check the disk, then run the same command again: what stood there before is intact"),
         }
     }
 
@@ -116,5 +128,31 @@ impl Error {
             Self::Peer(_) => 75,
             Self::PeerFailed { exit_code, .. } => *exit_code,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn what_keeps_a_file_from_being_written_is_told_apart() {
+        for (code, exit_code, words) in [
+            (libc::ENAMETOOLONG, 2, "choose a shorter name"),
+            (libc::EINVAL, 2, "choose another name"),
+            (libc::EACCES, 2, "choose a folder that you may write to"),
+            (libc::ENOSPC, 1, "free some space"),
+            (libc::EDQUOT, 1, "free some space"),
+            (libc::EFBIG, 1, "free some space"),
+            (libc::EIO, 1, "check the disk"),
+        ] {
+            let error = Error::write(Path::new("out"), io::Error::from_raw_os_error(code));
+            assert!(error.exit_code() == exit_code && error.to_string().contains(words), "{code}: {error}");
+        }
+        let nul = std::fs::write("a\0b", "").map_err(|source| Error::write(Path::new("a"), source));
+        assert_eq!(nul.map_err(|error| error.exit_code()), Err(2));
+        assert_eq!(Error::read(Path::new("a"), io::ErrorKind::InvalidInput.into()).exit_code(), 2);
     }
 }

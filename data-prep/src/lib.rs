@@ -12,6 +12,7 @@ pub mod files;
 pub mod filter;
 pub mod paths;
 pub mod pipeline;
+mod prepared;
 pub mod report;
 pub mod shard;
 pub mod source;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::{ArgAction, Parser, Subcommand};
 use data_prep::Result;
+use data_prep::files::restrict_modes;
 use data_prep::pipeline::{PrepConfig, Progress, build};
 use data_prep::report::{CONTACT_SHEET_FILE, describe_counts};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -35,7 +36,8 @@ enum Command {
     Build {
         /// The YAML that says where photos are and which faces stay.
         config: PathBuf,
-        /// The folder to make. One that data-prep made before is replaced once the new one is whole.
+        /// The folder to make. One that data-prep made before is replaced once the new one is whole, unless it holds other
+        /// files too.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
         /// Photos looked at side by side [default: one per core]. The result does not depend on it.
@@ -91,6 +93,7 @@ fn only_cpu(name: &str) -> std::result::Result<String, String> {
 }
 
 fn run(config_path: &Path, out: &Path, workers: Option<NonZeroUsize>, quiet: bool) -> Result<()> {
+    restrict_modes()?;
     let started = Instant::now();
     let config = PrepConfig::load(config_path)?;
     let base_dir = config_path.parent().unwrap_or(Path::new("."));

@@ -17,11 +17,12 @@ use crate::config;
 use crate::crop::CropConfig;
 use crate::error::{Error, Result};
 use crate::face::{FaceAnalyser, FaceConfig, FaceModels};
-use crate::files::StagedFolder;
+use crate::files::{StagedFolder, apart};
 use crate::filter::{FilterConfig, Reason, Rejection};
+use crate::prepared::PREPARED;
 use crate::report::{Cell, Report};
 use crate::shard::manifest::hex;
-use crate::shard::{FaceRecord, MANIFEST_FILE, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter, Written};
+use crate::shard::{FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter, Written};
 use crate::source::{DecodeConfig, Photo, SourceConfig};
 
 /// The YAML of `data-prep build`.
@@ -85,7 +86,8 @@ impl PrepConfig {
 /// start at `base_dir`. The bytes in `out` depend on the photos, the models and the config, not on `workers`.
 ///
 /// # Errors
-/// Input: `out` holds something else, the source or a model is missing, no photo holds a usable face.
+/// Input: `out` holds something else, lies in the source or around it, or is being written by another process; the source or
+/// a model is missing, no photo holds a usable face.
 /// Disk: a full or failing one. What stood at `out` is then still there.
 pub fn build(
     config: &PrepConfig,
@@ -95,11 +97,12 @@ pub fn build(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Manifest> {
     // 1. Everything that can be refused is refused before the work begins.
-    check_target(out)?;
+    apart(out, config.source.places(base_dir)?)?;
+    apart(out, [config.face.models.resolve(base_dir)?])?;
+    let staged = StagedFolder::new(out, PREPARED)?;
     let photos = config.source.photos(base_dir)?;
     let models = FaceModels::find(&config.face, base_dir)?.fingerprints()?;
     let analysers = Analysers::load(config, base_dir, workers)?;
-    let staged = StagedFolder::new(out)?;
 
     // 2. Photos go through in key order, a chunk at a time.
     let mut writer = ShardWriter::new(staged.path(), &config.shards, &models);
@@ -155,29 +158,6 @@ pub fn build(
     manifest.write(staged.path())?;
     staged.commit()?;
     Ok(manifest)
-}
-
-/// Only an absent or empty folder, or one of our own, may be replaced.
-fn check_target(out: &Path) -> Result<()> {
-    const REMEDY: &str = "give another folder to --out, or remove this one";
-    if out.file_name().is_none() {
-        return Err(Error::file(out, "has no name of its own", "give --out a folder such as out/faces"));
-    }
-    let mut entries = match std::fs::read_dir(out) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-            return Err(Error::file(out, "is a file", REMEDY));
-        }
-        Err(error) => return Err(Error::read(out, error)),
-    };
-    if entries.next().is_none() {
-        return Ok(());
-    }
-    let manifest = std::fs::read(out.join(MANIFEST_FILE)).unwrap_or_default();
-    let ours =
-        serde_json::from_slice::<serde_json::Value>(&manifest).is_ok_and(|it| it.get("schema_version").is_some());
-    if ours { Ok(()) } else { Err(Error::file(out, "is not empty and holds no prepared data", REMEDY)) }
 }
 
 /// A photo's file in memory.

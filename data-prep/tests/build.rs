@@ -2,12 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs;
 use std::num::NonZeroUsize;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use data_prep::files::{Ownership, StagedFolder, UMASK};
 use data_prep::pipeline::{PrepConfig, Progress, build};
 use data_prep::shard::{Manifest, ShardFolder};
 use image::imageops;
@@ -78,6 +81,10 @@ fn prepare(dir: &Path, out: &str, workers: usize) -> data_prep::Result<Manifest>
 fn bytes_of(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
     files.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect()
+}
+
+fn names(dir: &Path) -> BTreeSet<OsString> {
+    fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect()
 }
 
 fn run(args: &[&str], dir: &Path) -> (i32, Output) {
@@ -159,7 +166,7 @@ fn no_usable_face_changes_nothing_on_the_disk() {
     assert!(message.contains("none of 15 photos holds a usable face"), "{message}");
     assert!(message.contains("face_too_small 9") && message.contains("undecodable 3"), "{message}");
     assert_eq!(bytes_of(&out), before);
-    assert!(!dir.path().join(".out.partial").exists());
+    assert!(!dir.path().join(".out.hyperlora.partial").exists());
 }
 
 #[test]
@@ -167,18 +174,61 @@ fn only_prepared_data_is_replaced() {
     let dir = workplace();
     fs::create_dir(dir.path().join("mine")).unwrap();
     fs::write(dir.path().join("mine/thesis.txt"), "years of work").unwrap();
-    for (out, word) in
-        [("mine", "is not empty and holds no prepared data"), ("labels.csv", "is a file"), ("..", "name")]
-    {
+    fs::write(dir.path().join("file"), "mine").unwrap();
+    for (out, word) in [("mine", "is not empty, and nothing in it tells"), ("file", "is a file"), ("..", "name")] {
         let error = prepare(dir.path(), out, 1).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains(word), "{error}");
     }
     assert_eq!(fs::read(dir.path().join("mine/thesis.txt")).unwrap(), b"years of work");
     prepare(dir.path(), "out", 1).unwrap();
-    fs::write(dir.path().join("out/left-over"), "").unwrap();
     prepare(dir.path(), "out", 1).unwrap();
-    assert!(!dir.path().join("out/left-over").exists());
+    fs::write(dir.path().join("out/notes.txt"), "mine").unwrap();
+    let error = prepare(dir.path(), "out", 1).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("`notes.txt`"), "{error}");
+    assert!(dir.path().join("out/notes.txt").exists());
+}
+
+#[test]
+fn no_output_is_put_into_the_photos_around_them_or_beside_another_build() {
+    let dir = workplace();
+    let before = names(dir.path());
+    for (out, words) in [
+        ("photos", "is the input"),
+        ("photos/shards", "lies in the input"),
+        ("labels.csv", "is the input"),
+        (".", "holds the input"),
+    ] {
+        let error = prepare(&dir.path().join("."), out, 1).unwrap_err();
+        assert!(error.exit_code() == 2 && error.to_string().contains(words), "{out}: {error}");
+    }
+    let held = StagedFolder::new(&dir.path().join("out"), Ownership::Never).unwrap();
+    let error = prepare(dir.path(), "out", 1).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("another process"), "{error}");
+    drop(held);
+    assert_eq!(names(dir.path()), before);
+}
+
+#[test]
+fn only_the_user_may_read_what_was_prepared_unless_the_umask_is_told() {
+    let dir = workplace();
+    for (umask, file_mode, folder_mode) in [(None, 0o600, 0o700), (Some("027"), 0o640, 0o750)] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_data-prep"));
+        command.args(["build", "data.yaml", "--out", "out", "-q"]).current_dir(dir.path()).env_remove(UMASK);
+        command.envs(umask.map(|umask| (UMASK, umask)));
+        assert!(command.status().unwrap().success());
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let out = dir.path().join("out");
+        assert_eq!(mode(&out), folder_mode);
+        for entry in fs::read_dir(&out).unwrap() {
+            let path = entry.unwrap().path();
+            assert_eq!(mode(&path), file_mode, "{}", path.display());
+        }
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_data-prep"));
+    let refused = command.args(["build", "data.yaml", "--out", "out"]).env(UMASK, "rwx").output().unwrap();
+    let message = String::from_utf8(refused.stderr).unwrap();
+    assert!(refused.status.code() == Some(2) && message.contains(UMASK), "{message}");
 }
 
 #[test]

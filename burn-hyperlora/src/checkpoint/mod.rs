@@ -11,10 +11,11 @@ mod task;
 mod writer;
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use data_prep::files::StagedFolder;
+use data_prep::files::{Hidden, Listing, Ownership, StagedFolder, unlisted};
+use data_prep::paths::{Root, below, read_limited};
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
@@ -26,6 +27,12 @@ pub use writer::CheckpointWriter;
 
 const STATE: &str = "state.json";
 const CHECKSUMS: &str = "checksums.json";
+
+/// Longest `state.json` and `checksums.json`, in bytes.
+const LONGEST: u64 = 64 << 20;
+
+/// Only a folder of the files that its checksums list is replaced.
+const OWNERSHIP: Ownership = Ownership::Listed(listing);
 
 /// The checkpoints of one run.
 #[derive(Debug, Clone)]
@@ -96,7 +103,7 @@ impl CheckpointStore {
     /// Those of `fill`; Disk for a full or failing disk, Input for a place that cannot be written to.
     pub fn write(&self, step: u64, fill: impl FnOnce(&mut Part<'_>) -> Result<()>) -> Result<Checkpoint> {
         let path = self.place_of(step);
-        let staged = StagedFolder::new(&path)?;
+        let staged = StagedFolder::new(&path, OWNERSHIP)?;
         let mut part = Part::new(staged.path());
         fill(&mut part)?;
         let sums = part.finish()?;
@@ -126,7 +133,7 @@ impl CheckpointStore {
                 continue;
             }
             // Out of sight first: a kill in the middle of the removal must not leave half a checkpoint.
-            let doomed = self.root.join(format!(".step-{:08}.partial", checkpoint.step));
+            let doomed = Hidden::Partial.beside(&checkpoint.path);
             match fs::rename(&checkpoint.path, &doomed) {
                 Ok(()) => remove(&doomed),
                 Err(source) => tracing::warn!("{}: cannot be removed: {source}", checkpoint.path.display()),
@@ -144,15 +151,12 @@ impl CheckpointStore {
     fn tidy(&self) -> io::Result<()> {
         for name in names(&self.root)? {
             let path = self.root.join(&name);
-            if name.starts_with(".step-") && name.ends_with(".partial") {
-                remove(&path);
-            } else if let Some(target) = replaced(&name) {
-                let target = self.root.join(target);
-                if target.exists() {
-                    remove(&path);
-                } else {
-                    fs::rename(&path, &target)?;
-                }
+            match leftover(&name) {
+                Some((target, "old")) if !self.root.join(target).exists() => fs::rename(&path, self.root.join(target))?,
+                Some((_, "old" | "partial")) => remove(&path),
+                // That of a consolidation: whoever opens the run for writing is alone.
+                Some((_, "lock")) => _ = fs::remove_file(&path),
+                _ => {}
             }
         }
         Ok(())
@@ -186,18 +190,25 @@ impl Checkpoint {
     /// # Errors
     /// Input for a list of checksums that is missing or damaged, Disk for a failing disk.
     pub fn files(&self) -> Result<Vec<(String, u64)>> {
-        let sums: FileSums = self.read_json(CHECKSUMS)?;
-        Ok(sums.into_iter().map(|(name, sum)| (name, sum.bytes)).collect())
+        Ok(self.sums()?.into_iter().map(|(name, sum)| (name, sum.bytes)).collect())
     }
 
     /// Compares every file with its checksum.
     ///
     /// # Errors
-    /// Input that names the first file that is missing, truncated or changed; Disk for a failing disk.
+    /// Input that names the first file that is missing, truncated or changed, or that no checksum covers; Disk for a failing
+    /// disk.
     pub fn verify(&self) -> Result<()> {
-        let sums: FileSums = self.read_json(CHECKSUMS)?;
+        let sums = self.sums()?;
         if !sums.contains_key(STATE) {
             return Err(self.damaged(CHECKSUMS, format!("does not list {STATE}")));
+        }
+        if let Some(name) = unlisted(&self.path, &listing_of(&sums))? {
+            return Err(Error::file(
+                &self.path.join(name),
+                format!("is no file that {CHECKSUMS} covers: it was not written with the checkpoint"),
+                format!("move it out of the folder {}", self.path.display()),
+            ));
         }
         for (name, expected) in &sums {
             let path = self.path.join(name);
@@ -221,21 +232,27 @@ impl Checkpoint {
         self.read_json(STATE)
     }
 
+    /// The sums of every file, by names that lead to files below the folder.
+    fn sums(&self) -> Result<FileSums> {
+        let sums: FileSums = self.read_json(CHECKSUMS)?;
+        let list = self.path.join(CHECKSUMS);
+        sums.keys().try_for_each(|name| below(&self.path, name, &list).map(drop))?;
+        Ok(sums)
+    }
+
     fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
-        let mut text = String::new();
-        match self.open_file(name)?.read_to_string(&mut text) {
-            Err(source) if source.kind() != io::ErrorKind::InvalidData => {
-                Err(Error::read(&self.path.join(name), source))
-            }
-            _ => serde_json::from_str(&text).map_err(|source| self.damaged(name, format!("cannot be read: {source}"))),
-        }
+        let text = read_limited(self.open_file(name)?, LONGEST);
+        let text = text.map_err(|source| Error::read(&self.path.join(name), source))?;
+        serde_json::from_slice(&text).map_err(|source| self.damaged(name, format!("cannot be read: {source}")))
     }
 
     fn open_file(&self, name: &str) -> Result<File> {
-        let path = self.path.join(name);
-        File::open(&path).map_err(|source| match source.kind() {
+        if !self.path.is_dir() {
+            return Err(self.damaged(name, "is missing"));
+        }
+        Root::open(&self.path)?.open_file(Path::new(name)).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => self.damaged(name, "is missing"),
-            _ => Error::read(&path, source),
+            _ => Error::read(&self.path.join(name), source),
         })
     }
 
@@ -248,9 +265,21 @@ impl Checkpoint {
     }
 }
 
-/// `.step-00000300.old`, the name of a checkpoint while it is replaced -> `step-00000300`.
-fn replaced(name: &str) -> Option<&str> {
-    name.strip_prefix('.')?.strip_suffix(".old").filter(|target| step_of(target).is_some())
+/// `.step-00000300.hyperlora.old`, a [`Hidden`] name -> `step-00000300` and `old`. Older versions left the program's name out.
+fn leftover(name: &str) -> Option<(&str, &str)> {
+    let (target, role) = name.strip_prefix('.')?.rsplit_once('.')?;
+    let target = target.strip_suffix(".hyperlora").unwrap_or(target);
+    step_of(target).map(|_| (target, role))
+}
+
+/// What a checkpoint's own list says that it holds.
+fn listing(folder: &Path) -> Option<Listing> {
+    Some(listing_of(&Checkpoint { step: 0, path: folder.into() }.sums().ok()?))
+}
+
+fn listing_of(sums: &FileSums) -> Listing {
+    let listed = sums.iter().map(|(name, sum)| (name.clone(), Some(sum.bytes)));
+    listed.chain([(CHECKSUMS.to_owned(), None)]).collect()
 }
 
 /// `step-00000300` -> 300.
@@ -279,7 +308,7 @@ fn remove(hidden: &Path) {
 /// Puts a folder in its place once every file is there that its ranks wrote. They may have written elsewhere.
 fn place(staged: StagedFolder, sums: &FileSums) -> Result<()> {
     for (name, sum) in sums {
-        let path = staged.path().join(name);
+        let path = below(staged.path(), name, Path::new("a rank's part"))?;
         // Opened, not only looked at: NFS then asks the server how long the file is by now.
         let problem = match File::open(&path).and_then(|file| file.metadata()) {
             Ok(found) if found.len() == sum.bytes => continue,

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::part::{FileSums, Part};
 use super::task::Task;
-use super::{Checkpoint, CheckpointStore, place};
+use super::{Checkpoint, CheckpointStore, OWNERSHIP, place};
 use crate::collective::{Collective, Failure};
 use crate::error::{Error, Result};
 
@@ -96,18 +96,19 @@ impl CheckpointWriter {
     ) -> Result<()> {
         self.finish(world)?;
         let checkpoint = self.store.of_step(step);
-        let (folder, sums) = match StagedFolder::shared(&checkpoint.path).and_then(|folder| Ok((folder, copy()?))) {
-            Ok((folder, write)) => {
-                let path = folder.path().to_owned();
-                let sums = Task::start(move || {
-                    let mut part = Part::new(&path);
-                    write(&mut part)?;
-                    part.finish()
-                });
-                (Some(folder), sums)
-            }
-            Err(error) => (None, Task::done(Err(error))),
-        };
+        let (folder, sums) =
+            match StagedFolder::shared(&checkpoint.path, OWNERSHIP).and_then(|folder| Ok((folder, copy()?))) {
+                Ok((folder, write)) => {
+                    let path = folder.path().to_owned();
+                    let sums = Task::start(move || {
+                        let mut part = Part::new(&path);
+                        write(&mut part)?;
+                        part.finish()
+                    });
+                    (Some(folder), sums)
+                }
+                Err(error) => (None, Task::done(Err(error))),
+            };
         let leads = world.leads();
         let part = WrittenPart { sums, folder, leads, told: false, afterwards: Box::new(afterwards) };
         self.writing = Some(Writing { checkpoint, phase: Phase::Parts(part) });

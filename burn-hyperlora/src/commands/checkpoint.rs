@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 
 use crate::commands::Common;
 use crate::error::{Error, Result};
-use crate::train::archive;
+use crate::train::{CHECKPOINTS, CONFIG_FILE, archive, verify_config};
 
 /// Bytes of the unit in which sizes are shown, MB.
 const MEGA: f64 = 1e6;
@@ -31,7 +31,7 @@ pub(super) struct ListArgs {
     path: PathBuf,
 }
 
-/// Compare every file with its checksum
+/// Compare every file with its checksum: those of checkpoints, and the configuration of a run
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hyperlora checkpoint verify runs/quickstart")]
 pub(super) struct VerifyArgs {
@@ -47,7 +47,8 @@ pub(super) struct VerifyArgs {
 pub(super) struct ConsolidateArgs {
     /// The run folder, for its latest checkpoint, or one of them; rewritten in its place
     path: PathBuf,
-    /// Leave the checkpoint as it is and write its hypernetwork alone, in the released layout
+    /// Leave the checkpoint as it is and write its hypernetwork alone, in the released layout; a folder that this program
+    /// wrote is replaced, any other refused
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
 }
@@ -77,6 +78,11 @@ fn verify(args: &VerifyArgs) -> Result<()> {
     for checkpoint in archive::checkpoints(&args.path)? {
         checkpoint.verify()?;
         println!("{}: whole", checkpoint.path().display());
+    }
+    // A checkpoint alone says nothing of the run that it may lie in.
+    if args.path.join(CHECKPOINTS).is_dir() {
+        verify_config(&args.path)?;
+        println!("{}: whole", args.path.join(CONFIG_FILE).display());
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{ArgGroup, Args, ValueEnum};
+use data_prep::files::{OutputFile, apart};
 
 use crate::commands::{Common, FileDType};
 use crate::error::{Error, Result};
@@ -37,7 +38,7 @@ pub(super) struct ExportArgs {
     /// The LoRA file, in any layout
     #[arg(long, value_name = "FILE")]
     lora: Option<PathBuf>,
-    /// The folder (comfyui) or file to write
+    /// The folder (comfyui) or file to write; a folder that this program wrote is replaced, any other refused
     #[arg(short, long, value_name = "PATH")]
     output: PathBuf,
 }
@@ -56,6 +57,7 @@ pub(super) fn run(args: &ExportArgs, common: &Common) -> Result<ExitCode> {
     common.start_log(None)?;
     match (args.format, &args.checkpoint, &args.lora) {
         (Format::Comfyui, Some(checkpoint), _) => {
+            apart(&args.output, Source::inputs(checkpoint))?;
             let source = Source::find(checkpoint)?;
             let config = Sizes::of(&source, args.head_dim)?.config;
             let base = !args.no_base;
@@ -67,9 +69,10 @@ pub(super) fn run(args: &ExportArgs, common: &Common) -> Result<ExitCode> {
             Err(Error::input("--format comfyui", "is a hypernetwork's, not a LoRA's", "give --checkpoint"))
         }
         (Format::Kohya | Format::Diffusers, _, Some(path)) => {
+            let output = OutputFile::claim(&args.output, [path])?;
             let lora = LoraSet::open(path)?;
             let layout = if args.format == Format::Kohya { Layout::Kohya } else { Layout::Diffusers };
-            lora.save(&args.output, layout)?;
+            lora.save(output.path(), layout)?;
             tracing::info!("{}: {} modules", args.output.display(), lora.modules.len());
             Ok(ExitCode::SUCCESS)
         }

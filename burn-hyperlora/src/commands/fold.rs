@@ -37,6 +37,7 @@ pub(super) struct FoldArgs {
 
 pub(super) fn run(args: &FoldArgs, common: &Common) -> Result<ExitCode> {
     common.start_log(None)?;
+    let output = args.combined.claim([&args.id, &args.base])?;
     let (id, base) = (LoraSet::open(&args.id)?, LoraSet::open(&args.base)?);
     let dtype = args.combined.dtype(&id, &base);
     let mut folded = concat(&[(&id, args.id_weight), (&base, args.base_weight)], dtype)?;
@@ -47,6 +48,6 @@ pub(super) fn run(args: &FoldArgs, common: &Common) -> Result<ExitCode> {
             lost.mean, lost.worst, lost.worst_module
         );
     }
-    args.combined.save(&folded)?;
+    args.combined.save(&folded, &output)?;
     Ok(ExitCode::SUCCESS)
 }

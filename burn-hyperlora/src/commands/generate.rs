@@ -7,12 +7,14 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{ArgGroup, Args};
+use data_prep::files::OutputFile;
 
 use crate::commands::{Common, FileDType, HyperLoraArgs, LoraFormat, finite};
 use crate::error::Result;
 use crate::export;
 use crate::generate::photos::{PhotoReader, Portrait};
 use crate::generate::{Generator, features};
+use crate::train::checkpoints::Source;
 
 /// Write the LoRA of a person from photos
 #[derive(Debug, Args)]
@@ -55,6 +57,8 @@ pub(super) struct GenerateArgs {
 
 pub(super) fn run(args: &GenerateArgs, common: &Common, device: &Device) -> Result<ExitCode> {
     common.start_log(None)?;
+    let inputs = [&args.images[..], &args.models.folders(), args.features.as_slice()].concat();
+    let output = OutputFile::claim(&args.output, inputs.into_iter().chain(Source::inputs(&args.checkpoint)))?;
     let start = Instant::now();
     let generator = Generator::open(&args.checkpoint, args.models.head_dim, device)?;
     let opened = start.elapsed();
@@ -70,7 +74,7 @@ pub(super) fn run(args: &GenerateArgs, common: &Common, device: &Device) -> Resu
     let lora = generator.lora(&person, args.id_weight, if args.base { args.base_weight } else { 0.0 })?;
     let trigger = generator.trigger().trim_end_matches([',', ' ']);
     let notes = BTreeMap::from([("ss_training_comment".to_owned(), format!("HyperLoRA; trigger words: {trigger}"))]);
-    export::save_lora(&args.output, generator.sites(), &lora, args.dtype.into(), args.format.into(), &notes)?;
+    export::save_lora(output.path(), generator.sites(), &lora, args.dtype.into(), args.format.into(), &notes)?;
     tracing::info!(
         "{} from {} image(s): hypernetwork {:.2} s, person {:.2} s, LoRA {:.2} s",
         args.output.display(),

@@ -1,8 +1,9 @@
 //! The options of commands that take LoRA files, and of those that make one of two.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use data_prep::files::OutputFile;
 use safetensors::Dtype;
 
 use crate::commands::{FileDType, LoraFormat, finite};
@@ -23,6 +24,11 @@ pub(super) struct LoraArgs {
 }
 
 impl LoraArgs {
+    /// The files.
+    pub(super) fn paths(&self) -> &[PathBuf] {
+        &self.loras
+    }
+
     /// What the LoRAs change of this base.
     ///
     /// # Errors
@@ -65,12 +71,20 @@ impl CombinedArgs {
         self.dtype.map_or_else(|| one.wider(other), Into::into)
     }
 
-    /// Writes what was made.
+    /// Claims the output of a command that reads `inputs`.
+    ///
+    /// # Errors
+    /// As [`OutputFile::claim`].
+    pub(super) fn claim(&self, inputs: [&Path; 2]) -> Result<OutputFile> {
+        OutputFile::claim(&self.output, inputs)
+    }
+
+    /// Writes what was made to the claimed output.
     ///
     /// # Errors
     /// As [`LoraSet::save`].
-    pub(super) fn save(&self, made: &LoraSet) -> Result<()> {
-        made.save(&self.output, self.format.into())?;
+    pub(super) fn save(&self, made: &LoraSet, output: &OutputFile) -> Result<()> {
+        made.save(output.path(), self.format.into())?;
         tracing::info!("{}: {} modules", self.output.display(), made.modules.len());
         Ok(())
     }

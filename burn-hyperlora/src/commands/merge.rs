@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use data_prep::config::ConfigPath;
+use data_prep::files::apart;
 
 use crate::commands::Common;
 use crate::commands::loras::LoraArgs;
@@ -41,6 +42,7 @@ pub(super) fn run(args: &MergeArgs, common: &Common) -> Result<ExitCode> {
         config: args.base_config.clone().map(ConfigPath::new),
         ..BaseConfig::new(ConfigPath::new(&args.base))
     };
+    apart(&args.output, args.loras.paths())?;
     let source = config.source(Path::new(""))?;
     let updates = args.loras.updates(&source)?;
     if updates.is_empty() {

@@ -21,6 +21,7 @@ use std::str::FromStr;
 
 use burn::tensor::{Device, FloatDType};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use data_prep::files::restrict_modes;
 use safetensors::Dtype;
 
 use crate::collective::{PEER_LOST, end_process};
@@ -262,6 +263,11 @@ struct HyperLoraArgs {
 }
 
 impl HyperLoraArgs {
+    /// The folders that it names.
+    fn folders(&self) -> Vec<PathBuf> {
+        [&self.image_encoder, &self.feature_extractor, &self.faces].into_iter().flatten().cloned().collect()
+    }
+
     fn photo_models(&self) -> PhotoModels {
         PhotoModels {
             image_encoder: self.image_encoder.clone(),
@@ -291,18 +297,20 @@ pub fn run() -> ExitCode {
 }
 
 fn dispatch(cli: &Cli) -> ExitCode {
-    let done = cli.common.device.open_for(&cli.command).and_then(|device| match &cli.command {
-        Command::Train(args) => train::run(args, &cli.common, &device),
-        Command::Generate(args) => generate::run(args, &cli.common, &device),
-        Command::Export(args) => export::run(args, &cli.common),
-        Command::Slider(args) => slider::run(args, &cli.common),
-        Command::Fold(args) => fold::run(args, &cli.common),
-        Command::Sample(args) => sample::run(args, &cli.common, &device),
-        Command::Merge(args) => merge::run(args, &cli.common),
-        Command::Plan(args) => plan::run(args, &cli.common),
-        Command::Checkpoint(command) => checkpoint::run(command, &cli.common),
-        Command::Status(args) => status::run(args, &cli.common),
-        Command::Eval(command) => eval::run(command, &cli.common, &device),
+    let done = restrict_modes().and_then(|()| cli.common.device.open_for(&cli.command)).and_then(|device| {
+        match &cli.command {
+            Command::Train(args) => train::run(args, &cli.common, &device),
+            Command::Generate(args) => generate::run(args, &cli.common, &device),
+            Command::Export(args) => export::run(args, &cli.common),
+            Command::Slider(args) => slider::run(args, &cli.common),
+            Command::Fold(args) => fold::run(args, &cli.common),
+            Command::Sample(args) => sample::run(args, &cli.common, &device),
+            Command::Merge(args) => merge::run(args, &cli.common),
+            Command::Plan(args) => plan::run(args, &cli.common),
+            Command::Checkpoint(command) => checkpoint::run(command, &cli.common),
+            Command::Status(args) => status::run(args, &cli.common),
+            Command::Eval(command) => eval::run(command, &cli.common, &device),
+        }
     });
     done.unwrap_or_else(|error| {
         complain(&error);

@@ -28,8 +28,9 @@ pub(super) struct SliderArgs {
 
 pub(super) fn run(args: &SliderArgs, common: &Common) -> Result<ExitCode> {
     common.start_log(None)?;
+    let output = args.combined.claim([&args.positive, &args.negative])?;
     let (positive, negative) = (LoraSet::open(&args.positive)?, LoraSet::open(&args.negative)?);
     let dtype = args.combined.dtype(&positive, &negative);
-    args.combined.save(&concat(&[(&positive, 1.0), (&negative, -1.0)], dtype)?)?;
+    args.combined.save(&concat(&[(&positive, 1.0), (&negative, -1.0)], dtype)?, &output)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use clap::Args;
+use data_prep::files::{apart, follow};
 
 use crate::collective::{self, JoinConfig, Placement};
 use crate::commands::Common;
@@ -91,6 +92,9 @@ struct Found {
 fn read(args: &TrainArgs, leads: bool) -> Result<Found> {
     let experiment = Experiment::load(&args.config)?;
     let run = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&experiment.name));
+    // A link to another disk stays one, also where the folder behind it is set aside.
+    let run = follow(&run)?;
+    apart(&run, experiment.inputs()?)?;
     // Launchers repeat the whole command: only their first start begins anew.
     let earlier = if args.restart { collective::earlier_life(|name| std::env::var(name).ok())? } else { None };
     let anew = leads && args.restart && earlier.is_none();

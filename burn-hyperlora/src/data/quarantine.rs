@@ -1,11 +1,12 @@
 //! Row groups that cannot be used any more: written down, left out, and counted against a budget.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use data_prep::files::append;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -87,7 +88,7 @@ impl Quarantine {
 
     /// Appends a line under a lock; tells what all ranks have written down.
     fn write_down(&self, bad: &BadRowGroup) -> std::io::Result<Vec<BadRowGroup>> {
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&self.file)?;
+        let mut file = append(&self.file)?;
         // A file system without locks may let a row group be written down twice: it is counted once all the same.
         let _ = File::lock(&file);
         let mut text = String::new();

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use data_prep::files::StagedFolder;
+use data_prep::files::{OutputFile, Ownership, StagedFolder, apart, copy};
 
 use crate::error::{Error, Result};
 use crate::lora_file::merge_file::{FileChanges, merge_file};
@@ -25,32 +25,13 @@ const WEIGHTS: [&str; 8] = ["safetensors", "bin", "pt", "ckpt", "msgpack", "h5",
 /// Input for a target that is, holds or lies in the base, a folder that exists already, and changes that lead out of a
 /// tensor's type; Disk for a full or failing disk.
 pub fn merge(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Result<()> {
-    check_target(source.path(), target)?;
     match source.single_file() {
-        Some(file) => merge_file(file, target, &single_file_changes(source, file, updates)?),
+        Some(file) => {
+            let output = OutputFile::claim(target, [source.path()])?;
+            merge_file(file, output.path(), &single_file_changes(source, file, updates)?)
+        }
         None => merge_folder(source, updates, target),
     }
-}
-
-/// Refuses to write over what is read.
-fn check_target(base: &Path, target: &Path) -> Result<()> {
-    let remedy = "give a place of its own for the merged base";
-    let base = base.canonicalize().map_err(|error| Error::read(base, error))?;
-    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let whole = match target.canonicalize() {
-        Ok(whole) => whole,
-        Err(_) => match (parent.canonicalize(), target.file_name()) {
-            (Ok(parent), Some(name)) => parent.join(name),
-            _ => return Err(Error::file(target, "lies in no folder that exists", "make the folder first")),
-        },
-    };
-    if whole.starts_with(&base) || base.starts_with(&whole) {
-        return Err(Error::file(target, "would be written over the base", remedy));
-    }
-    if whole.is_dir() {
-        return Err(Error::file(target, "is a folder that exists already", remedy));
-    }
-    Ok(())
 }
 
 fn single_file_changes(source: &BaseSource, file: &SafetensorsFile, updates: &PartUpdates) -> Result<FileChanges> {
@@ -73,6 +54,9 @@ fn single_file_changes(source: &BaseSource, file: &SafetensorsFile, updates: &Pa
 }
 
 fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Result<()> {
+    apart(target, [source.path()])?;
+    let staged = StagedFolder::new(target, Ownership::Never)?;
+
     // 1. Which files hold the weights of the changed parts, and which of them change.
     let mut in_use = BTreeSet::new();
     let mut changed: BTreeMap<PathBuf, FileChanges> = BTreeMap::new();
@@ -92,22 +76,21 @@ fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Re
     let parts: BTreeSet<_> = updates.keys().map(|part| source.path().join(part.folder())).collect();
 
     // 2. The folder, file by file.
-    let staged = StagedFolder::new(target)?;
     let mut folders = vec![PathBuf::new()];
     while let Some(folder) = folders.pop() {
         let (from, to) = (source.path().join(&folder), staged.path().join(&folder));
         fs::create_dir_all(&to).map_err(|error| Error::write(&to, error))?;
         for entry in fs::read_dir(&from).map_err(|error| Error::read(&from, error))? {
             let name = entry.map_err(|error| Error::read(&from, error))?.file_name();
-            let (path, copy) = (from.join(&name), to.join(&name));
+            let (path, merged) = (from.join(&name), to.join(&name));
             if path.is_dir() {
                 folders.push(folder.join(&name));
             } else if let Some(changes) = changed.get(&path).filter(|changes| !changes.is_empty()) {
-                merge_file(&SafetensorsFile::open(&path)?, &copy, changes)?;
+                merge_file(&SafetensorsFile::open(&path)?, &merged, changes)?;
             } else if parts.contains(&from) && holds_weights(&name) && !in_use.contains(&path) {
                 tracing::info!("{} is left out: the LoRAs are not in it", path.display());
             } else {
-                take_over(&path, &copy)?;
+                take_over(&path, &merged)?;
             }
         }
     }
@@ -126,5 +109,5 @@ fn take_over(from: &Path, to: &Path) -> Result<()> {
     if from.extension().is_some_and(|ending| ending == "safetensors") && fs::hard_link(&from, to).is_ok() {
         return Ok(());
     }
-    fs::copy(&from, to).map(drop).map_err(|error| Error::write(to, error))
+    copy(&from, to)
 }

@@ -1,10 +1,11 @@
 //! The log: stderr at the level that `-v` and `-q` ask for, and `run.log` in the run folder.
 
 use std::fmt::Display;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
+use data_prep::files::append;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -69,9 +70,7 @@ const OWN: [&str; 3] = ["hyperlora", "burn_hyperlora", "data_prep"];
 
 fn open(run: &Path) -> Result<File> {
     let path = run.join("run.log");
-    fs::create_dir_all(run)
-        .and_then(|()| OpenOptions::new().append(true).create(true).open(&path))
-        .map_err(|source| Error::write(&path, source))
+    fs::create_dir_all(run).and_then(|()| append(&path)).map_err(|source| Error::write(&path, source))
 }
 
 /// Stderr, written to while the progress bars are out of the way.

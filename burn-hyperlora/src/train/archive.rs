@@ -1,9 +1,8 @@
 //! Checkpoints of a run from outside: which there are, and bringing one's parts together.
 
-use std::fs;
 use std::path::Path;
 
-use data_prep::files::StagedFolder;
+use data_prep::files::{Ownership, StagedFolder, apart, copy};
 
 use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
 use crate::error::{Error, Result};
@@ -48,7 +47,7 @@ pub fn checkpoints(folder: &Path) -> Result<Vec<Checkpoint>> {
 /// Looks at a checkpoint, however damaged.
 pub fn summary(checkpoint: &Checkpoint) -> Summary {
     let files = checkpoint.files().unwrap_or_default();
-    let length = |name: &str| fs::metadata(checkpoint.path().join(name)).map_or(0, |data| data.len());
+    let length = |name: &str| checkpoint.path().join(name).symlink_metadata().map_or(0, |data| data.len());
     let state: Result<SavedState> = checkpoint.state();
     Summary {
         step: checkpoint.step,
@@ -90,16 +89,14 @@ pub fn consolidate(checkpoint: &Checkpoint) -> Result<()> {
 /// Copies the hypernetwork of a checkpoint to `target`, a folder of the released layout, whole or not at all.
 ///
 /// # Errors
-/// Input for a damaged checkpoint and for a place that cannot be written to, Disk for a full or failing disk.
+/// Input for a damaged checkpoint, a folder that this program did not write or that holds the checkpoint, and a place that
+/// cannot be written to; Disk for a full or failing disk.
 pub fn copy_weights(checkpoint: &Checkpoint, target: &Path) -> Result<()> {
+    apart(target, [checkpoint.path()])?;
+    let staged = StagedFolder::new(target, Ownership::Marked)?;
     checkpoint.verify()?;
-    let staged = StagedFolder::new(target)?;
     for file in whole_files(&checkpoint.path().join(WEIGHTS)) {
         file.write(&staged.path().join(&file.name))?;
     }
     staged.commit()
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    fs::copy(from, to).map(drop).map_err(|source| Error::write(to, source))
 }

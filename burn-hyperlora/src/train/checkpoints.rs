@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::hypernet::{FolderFile, Stage, is_released};
 use crate::train::state::{TrainState, first_difference};
 use crate::train::step::Learner;
-use crate::train::{CHECKPOINTS, moments};
+use crate::train::{CHECKPOINTS, CONFIG_FILE, moments};
 use crate::weights;
 
 /// Folder of the weights in a checkpoint.
@@ -127,6 +127,13 @@ impl Source {
         let absolute = std::path::absolute(folder).map_err(|source| Error::read(folder, source))?;
         let run = absolute.ancestors().nth(2).unwrap_or(&absolute).to_path_buf();
         Ok(Self::Run { run, checkpoint })
+    }
+
+    /// What is read of a folder that [`find`](Self::find) takes: no place for an output. Beside its checkpoints, a run folder
+    /// is one.
+    pub fn inputs(folder: &Path) -> Vec<PathBuf> {
+        let below = folder.join(CHECKPOINTS);
+        if below.is_dir() { vec![below, folder.join(CONFIG_FILE)] } else { vec![folder.into()] }
     }
 
     /// The folder of the released layout.

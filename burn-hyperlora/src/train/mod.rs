@@ -23,7 +23,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Device;
-use data_prep::files::write_whole;
 
 use crate::collective::Collective;
 use crate::conditioning::BaseConfig;
@@ -35,12 +34,12 @@ use crate::hypernet::HyperLoraConfig;
 use crate::metrics::Display;
 use crate::signals::StopFlag;
 use crate::train::config::TrainConfig;
-use crate::train::run_folder::claim_together;
+use crate::train::run_folder::{claim_together, write_config};
 use crate::train::together::lead_alone;
 use crate::train::trainer::Trainer;
 
 pub(crate) use crate::train::together::all_or_none;
-pub use run_folder::{is_claimed, move_aside};
+pub use run_folder::{is_claimed, move_aside, verify_config};
 
 /// Name of the resolved configuration in a run folder.
 pub const CONFIG_FILE: &str = "config.yaml";
@@ -141,9 +140,7 @@ pub fn run(setup: &TrainSetup<'_>, options: &TrainOptions) -> Result<Outcome> {
     // A quarter: the ranks must not give each other up while one looks for the folder.
     let _claim = claim_together(world, setup.run, patience, setup.train.collective_timeout() / 4)?;
     let mut trainer = Trainer::prepare(setup, options)?;
-    lead_alone(world, "rank 0 to write the configuration", patience, || {
-        write_whole(&setup.run.join(CONFIG_FILE), setup.resolved_yaml.as_bytes()).map(drop)
-    })?;
+    lead_alone(world, "rank 0 to write the configuration", patience, || write_config(setup.run, &setup.resolved_yaml))?;
     loop {
         match trainer.run_stage() {
             Ok(None) => {}

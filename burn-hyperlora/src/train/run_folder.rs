@@ -1,14 +1,19 @@
 //! The run folder: claimed by one training at a time, the same one for all ranks, and kept aside when a run begins anew.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use data_prep::files::{append, write_whole};
+use data_prep::paths::Root;
+use data_prep::shard::sha256_of;
+
 use crate::collective::Collective;
 use crate::error::{Error, Result};
+use crate::train::CONFIG_FILE;
 use crate::train::together::{all_or_none, share};
 
 /// The file in a run folder whose lock says that a process trains there. A folder would not do: its lock stays on the one
@@ -42,8 +47,7 @@ impl Claim {
     fn take_after(run: &Path, wait: impl FnOnce()) -> Result<Self> {
         let path = run.join(LOCK);
         // For an exclusive lock NFS wants a file that may be written to.
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
-        let file = file.map_err(|source| Error::write(&path, source))?;
+        let file = append(&path).map_err(|source| Error::write(&path, source))?;
         let mut locked = file.try_lock();
         if let Err(TryLockError::WouldBlock) = locked {
             wait();
@@ -81,6 +85,37 @@ pub fn is_claimed(run: &Path) -> Option<bool> {
         // No training has begun here, or the folder is a copy.
         Err(source) if source.kind() == ErrorKind::NotFound => Some(false),
         Err(_) => None,
+    }
+}
+
+/// Before the checksum in the last line of a run's configuration.
+const SEAL: &str = "# SHA-256 of the lines above: ";
+
+/// Longest configuration, in bytes.
+const LONGEST: u64 = 16 << 20;
+
+/// Writes the resolved configuration with its checksum.
+///
+/// # Errors
+/// As [`write_whole`].
+pub(super) fn write_config(run: &Path, yaml: &str) -> Result<()> {
+    let sealed = format!("{yaml}{SEAL}{}\n", sha256_of(yaml.as_bytes()));
+    write_whole(&run.join(CONFIG_FILE), sealed.as_bytes())
+}
+
+/// Compares the resolved configuration of a run with its checksum.
+///
+/// # Errors
+/// Input for one that is missing, was changed or has no checksum, as those of older versions; Disk for a failing disk.
+pub fn verify_config(run: &Path) -> Result<()> {
+    let path = run.join(CONFIG_FILE);
+    let text = Root::open(run)?.read(Path::new(CONFIG_FILE), LONGEST).map_err(|source| Error::read(&path, source))?;
+    let text = String::from_utf8_lossy(&text);
+    let remedy = "see that it says what you trained with: the next `hyperlora train` into this folder writes it anew";
+    match text.strip_suffix('\n').and_then(|text| text.rsplit_once(SEAL)) {
+        None => Err(Error::file(&path, "is covered by no checksum: an older version wrote it", remedy)),
+        Some((yaml, sha256)) if sha256_of(yaml.as_bytes()) == sha256 => Ok(()),
+        Some(_) => Err(Error::file(&path, "does not match its checksum", remedy)),
     }
 }
 
@@ -224,6 +259,28 @@ mod tests {
         fs::remove_file(moved.join(LOCK)).unwrap();
         std::os::unix::fs::symlink(LOCK, moved.join(LOCK)).unwrap();
         assert_eq!(is_claimed(&moved), None);
+    }
+
+    #[test]
+    fn a_configuration_tells_whether_it_was_changed() {
+        let run = tempfile::tempdir().unwrap();
+        let path = run.path().join(CONFIG_FILE);
+        write_config(run.path(), "name: a\nseed: 1\n").unwrap();
+        verify_config(run.path()).unwrap();
+        let sealed = fs::read_to_string(&path).unwrap();
+        for (text, words) in [
+            (sealed.replace("seed: 1", "seed: 2"), "does not match"),
+            (format!("{sealed}runtime: ./evil.so\n"), "does not match"),
+            (format!("runtime: ./evil.so\n{sealed}"), "does not match"),
+            ("name: a\nseed: 1\n".into(), "no checksum"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = verify_config(run.path()).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains(words), "{words}: {error}");
+        }
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
+        assert_eq!(verify_config(run.path()).unwrap_err().exit_code(), 2);
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The steps that were not taken: a line each in `skipped.jsonl`, with the photos of the batch.
 
 use std::collections::BTreeSet;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
+use data_prep::files;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -39,7 +40,7 @@ pub(super) fn note(setup: &TrainSetup<'_>, step: u64, stage: &str, reason: &str,
 
 /// Appends a line in one write. One that a dying process left half-written ends first.
 fn append(path: &Path, line: &str) -> io::Result<()> {
-    let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
+    let mut file = files::append(path)?;
     let mut text = Vec::new();
     file.read_to_end(&mut text)?;
     let broken = if text.last().is_none_or(|last| *last == b'\n') { "" } else { "\n" };

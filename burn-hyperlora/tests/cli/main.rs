@@ -9,6 +9,7 @@ mod disk;
 #[path = "../../../data-prep/tests/file_server/mod.rs"]
 mod file_server;
 mod loras;
+mod outputs;
 mod pictures;
 mod plan;
 mod released;

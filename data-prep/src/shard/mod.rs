@@ -14,7 +14,7 @@ pub mod store;
 pub mod writer;
 
 pub use index::{INDEX_FILE, RowLabel};
-pub use manifest::{IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, ShardFile, hex, sha256_of_file};
+pub use manifest::{IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, ShardFile, hex, sha256_of, sha256_of_file};
 pub use reader::{RowGroup, ShardFolder};
 pub use schema::{EMBEDDING_DIM, SCHEMA_VERSION};
 pub use store::{Damage, RemoteConfig};

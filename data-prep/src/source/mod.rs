@@ -34,6 +34,20 @@ pub struct Photo {
 }
 
 impl SourceConfig {
+    /// The files and folders that photos and what belongs to them are read from; relative paths start at `base_dir`.
+    ///
+    /// # Errors
+    /// Input: a path with an unset variable.
+    pub fn places(&self, base_dir: &Path) -> Result<Vec<PathBuf>> {
+        match self {
+            Self::Folder(folder) => [Some(&folder.root), folder.labels.as_ref()]
+                .into_iter()
+                .flatten()
+                .map(|path| path.resolve(base_dir))
+                .collect(),
+        }
+    }
+
     /// All photos of the source in the order of their keys; relative paths start at `base_dir`.
     ///
     /// # Errors

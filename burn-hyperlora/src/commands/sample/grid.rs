@@ -15,6 +15,7 @@ use crate::generate::Generator;
 use crate::generate::photos::{PhotoReader, Portrait};
 use crate::metrics::Progress;
 use crate::sample::tile;
+use crate::train::checkpoints::Source;
 
 /// The options of a grid.
 #[derive(Debug, Args)]
@@ -34,6 +35,14 @@ pub(super) struct GridArgs {
     /// Weight of the Base-LoRA in the grid's last column
     #[arg(long, default_value_t = 0.4, requires = "checkpoint", value_parser = finite::<f32>, allow_negative_numbers = true)]
     base_weight: f32,
+}
+
+impl GridArgs {
+    /// The files and folders that are read.
+    pub(super) fn inputs(&self) -> Vec<PathBuf> {
+        let checkpoint = self.checkpoint.as_deref().map(Source::inputs).unwrap_or_default();
+        [&self.images[..], &self.models.folders(), &checkpoint].concat()
+    }
 }
 
 /// One row per photo, every column from the same noise: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA.

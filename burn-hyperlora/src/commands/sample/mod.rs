@@ -9,6 +9,7 @@ use burn::tensor::{Device, Tensor};
 use clap::builder::RangedU64ValueParser;
 use clap::{ArgGroup, Args};
 use data_prep::config::ConfigPath;
+use data_prep::files::OutputFile;
 use image::RgbImage;
 
 use self::grid::GridArgs;
@@ -101,17 +102,25 @@ pub(super) struct SampleArgs {
 
 pub(super) fn run(args: &SampleArgs, common: &Common, device: &Device) -> Result<ExitCode> {
     common.start_log(None)?;
+    let output = OutputFile::claim(&args.output, args.inputs())?;
+    let latents = args.save_latents.as_ref().map(|path| OutputFile::claim(path, args.inputs())).transpose()?;
     let picture = match (&args.grid.checkpoint, &args.base) {
         (Some(checkpoint), _) => grid::draw(args, checkpoint, common, device)?,
-        (None, Some(base)) => from_prompt(args, base, common, device)?,
+        (None, Some(base)) => from_prompt(args, base, latents.as_ref(), common, device)?,
         (None, None) => return Err(Error::input("hyperlora sample", "nothing to draw", "give --base or --checkpoint")),
     };
-    write_png(&args.output, &picture)?;
+    write_png(output.path(), &picture)?;
     tracing::info!("{}", args.output.display());
     Ok(ExitCode::SUCCESS)
 }
 
 impl SampleArgs {
+    /// The files and folders that are read.
+    fn inputs(&self) -> Vec<PathBuf> {
+        let named = [&self.base, &self.base_config, &self.latents].into_iter().flatten().cloned();
+        named.chain(self.loras.paths().iter().cloned()).chain(self.grid.inputs()).collect()
+    }
+
     fn base_config(&self, path: &Path) -> BaseConfig {
         BaseConfig {
             variant: self.variant.clone(),
@@ -156,7 +165,13 @@ fn sampler(base: &Base) -> Sampler<'_> {
     Sampler { unet: &base.unet, vae: &base.vae, schedule: &base.schedule }
 }
 
-fn from_prompt(args: &SampleArgs, path: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
+fn from_prompt(
+    args: &SampleArgs,
+    path: &Path,
+    save_latents: Option<&OutputFile>,
+    common: &Common,
+    device: &Device,
+) -> Result<RgbImage> {
     let source = args.base_config(path).source(Path::new(""))?;
     let updates = args.loras.updates(&source)?;
     let base = Base::from_source(&source.with_updates(updates), args.dtype, device)?;
@@ -173,8 +188,8 @@ fn from_prompt(args: &SampleArgs, path: &Path, common: &Common, device: &Device)
         progress.step(step as u64, None, 1);
     })?;
     progress.finish();
-    if let Some(path) = &args.save_latents {
-        weights::save(path, [(LATENTS.to_owned(), drawing.latents.into_data())])?;
+    if let Some(output) = save_latents {
+        weights::save(output.path(), [(LATENTS.to_owned(), drawing.latents.into_data())])?;
     }
     drawing.images.into_iter().next().ok_or_else(|| Error::Fault("no picture was drawn".into()))
 }

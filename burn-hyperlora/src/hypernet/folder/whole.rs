@@ -1,11 +1,11 @@
 //! The files of a folder in one piece each, whether several ranks wrote it or one.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, TensorData};
+use data_prep::files::copy;
 use safetensors::Dtype;
 
 use super::{BASE_RESAMPLER, MODULES_JSON, file, stems, weights_of};
@@ -41,8 +41,7 @@ impl WholeFile {
     /// Input for files that are missing or broken and a place that cannot be written to, Disk for a full or failing disk.
     pub fn write(&self, path: &Path) -> Result<()> {
         let Some(stem) = self.divided else {
-            let copied = fs::copy(self.folder.join(&self.name), path);
-            return copied.map(drop).map_err(|source| Error::write(path, source));
+            return copy(&self.folder.join(&self.name), path);
         };
         let stored = Stored::open(&self.folder, stem)?;
         weights::save_lazily(path, BTreeMap::new(), stored.entries().cloned().collect(), |entry| {

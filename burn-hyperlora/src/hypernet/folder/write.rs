@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::module::Param;
 use burn::tensor::{Bytes, Device, FloatDType, Tensor};
-use data_prep::files::StagedFolder;
+use data_prep::files::{Ownership, StagedFolder, apart};
 
 use super::modules::{read_sites, write_sites};
 use super::read::{finish_all, open_all};
@@ -19,12 +19,12 @@ use crate::hypernet::parameters::ParameterVisitor;
 use crate::weights::{self, TensorEntry, Weights};
 
 impl HyperLora {
-    /// Writes the folder `target`, whole or not at all, in the place of one that stood there.
+    /// Writes the folder `target`, whole or not at all, in the place of one that this program wrote.
     ///
     /// # Errors
     /// Input for a place that cannot be written to, Disk for a full or failing disk, Fault when the device fails.
     pub fn save(&self, target: &Path, dtype: FloatDType) -> Result<()> {
-        let staged = StagedFolder::new(target)?;
+        let staged = StagedFolder::new(target, Ownership::Marked)?;
         self.save_files(staged.path(), dtype)?;
         staged.commit()
     }
@@ -48,9 +48,12 @@ impl HyperLora {
 ///
 /// # Errors
 /// Input, naming the file and what does not fit, for missing or broken files, tensors that do not fit `config`, and
-/// values that are not finite, in the file or in `dtype`; Input or Disk for a place or disk that cannot be written to.
+/// values that are not finite, in the file or in `dtype`; Input for a folder that this program did not write; Input or Disk
+/// for a place or disk that cannot be written to.
 pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: FloatDType, base: bool) -> Result<()> {
-    // 1. Headers first: nothing is read or written for files that do not fit.
+    // 1. The place, and headers: nothing is read or written for files that do not fit.
+    apart(target, [source])?;
+    let staged = StagedFolder::new(target, Ownership::Marked)?;
     let sites = read_sites(source)?;
     let blank = HyperLora::new(config, &sites, 0, &Device::flex());
     let opened = open_all(source, blank.has_base(), &Device::flex())?;
@@ -59,7 +62,6 @@ pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: Fl
     finish_all(opened)?;
 
     // 2. Tensor by tensor.
-    let staged = StagedFolder::new(target)?;
     write_sites(&staged.path().join(MODULES_JSON), &sites)?;
     for stem in stems(base && blank.has_base()) {
         convert_file(Stored::open(source, stem)?, &file(staged.path(), stem), dtype, |key| {

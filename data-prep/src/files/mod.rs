@@ -1,0 +1,101 @@
+//! Files and folders that are whole or absent: written beside, synced, renamed. Nothing is replaced or removed that this
+//! program did not write, and no two processes write to one name.
+
+mod lock;
+mod mode;
+mod ownership;
+mod staged_folder;
+mod target;
+mod whole_file;
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+pub use mode::{UMASK, restrict_modes};
+pub use ownership::{Listing, MARKER, Ownership, unlisted};
+pub use staged_folder::StagedFolder;
+pub use target::{OutputFile, apart, follow};
+pub use whole_file::{write_whole, write_whole_with};
+
+/// What is under construction for a name, and stays behind where a process is killed. The whole name stays in it, so that no
+/// two targets share one, and that of the program, so that nobody else's file is taken for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hidden {
+    /// The new file or folder, half-written.
+    Partial,
+    /// The folder that is about to be replaced.
+    Old,
+    /// The file whose lock says that a process writes to the name.
+    Lock,
+}
+
+impl Hidden {
+    /// `folder/name` -> `folder/.name.hyperlora.partial`, on the same file system, so that a rename is atomic.
+    pub fn beside(self, path: &Path) -> PathBuf {
+        let mut name = OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(match self {
+            Self::Partial => ".hyperlora.partial",
+            Self::Old => ".hyperlora.old",
+            Self::Lock => ".hyperlora.lock",
+        });
+        path.with_file_name(name)
+    }
+}
+
+/// Opens a file of ours to read it and to write at its end, made where it does not stand yet. A link is not followed: in a
+/// folder that somebody sent it may lead anywhere.
+///
+/// # Errors
+/// The system's; `InvalidInput` for a link, a pipe, a device or a folder.
+pub fn append(path: &Path) -> io::Result<File> {
+    open_own(OpenOptions::new().read(true).append(true).create(true), path)
+}
+
+/// Copies the file `from` to the new file `to`, with the mode that new files have.
+///
+/// # Errors
+/// Those of reading as [`Error::read`](crate::Error::read), those of writing as [`Error::write`](crate::Error::write).
+pub fn copy(from: &Path, to: &Path) -> crate::Result<()> {
+    let source = crate::paths::open_regular(from).map_err(|source| crate::Error::read(from, source))?;
+    whole_file::write_whole_with(to, |file| io::copy(&mut &source, file).map(drop))
+}
+
+/// Opens a file of this program's own with `options`, and nothing else that stands in its place.
+fn open_own(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let opened = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
+    let other = |kind| io::Error::new(ErrorKind::InvalidInput, format!("it is {kind}, no regular file"));
+    match opened {
+        Err(source) if source.raw_os_error() == Some(libc::ELOOP) => Err(other("a link")),
+        Ok(file) if !file.metadata()?.is_file() => Err(other("a pipe or a device")),
+        opened => opened,
+    }
+}
+
+/// Whether something stands at `path`, if only a link that leads nowhere.
+fn stands(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
+}
+
+/// Whether `path` still leads to the open file.
+fn leads_to(path: &Path, file: &File) -> io::Result<bool> {
+    let open = file.metadata()?;
+    match fs::symlink_metadata(path) {
+        Ok(found) => Ok((found.dev(), found.ino()) == (open.dev(), open.ino())),
+        Err(source) if source.kind() == ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(source),
+    }
+}
+
+/// A rename is on the disk only once its folder is.
+fn sync_parent(path: &Path) -> io::Result<()> {
+    File::open(parent_of(path))?.sync_all()
+}
+
+/// The folder that `path` lies in.
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
