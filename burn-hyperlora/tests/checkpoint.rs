@@ -90,6 +90,7 @@ fn every_damage_is_named_with_its_remedy() {
             assert!(named && message.contains("step-00000005"), "{file} {what}: {message}");
             assert!(message.contains("delete the folder"), "{file} {what}: {message}");
             assert_eq!(error.exit_code(), 2, "{file} {what}");
+            fs::remove_dir_all(checkpoint.path()).unwrap();
         }
     }
 }

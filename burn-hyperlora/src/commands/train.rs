@@ -9,7 +9,7 @@ use data_prep::files::{apart, follow};
 
 use crate::collective::{self, JoinConfig, Placement};
 use crate::commands::Common;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::experiment::Experiment;
 use crate::plan::{self, hardware::Gpu};
 use crate::signals::StopFlag;
@@ -93,7 +93,10 @@ fn read(args: &TrainArgs, leads: bool) -> Result<Found> {
     let experiment = Experiment::load(&args.config)?;
     let run = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&experiment.name));
     // A link to another disk stays one, also where the folder behind it is set aside.
-    let run = follow(&run)?;
+    let run = match run.file_name() {
+        Some(_) => follow(&run)?,
+        None => run.canonicalize().map_err(|source| Error::read(&run, source))?,
+    };
     apart(&run, experiment.inputs()?)?;
     // Launchers repeat the whole command: only their first start begins anew.
     let earlier = if args.restart { collective::earlier_life(|name| std::env::var(name).ok())? } else { None };

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use data_prep::files::{append, write_whole};
-use data_prep::paths::Root;
+use data_prep::paths::{Root, open_regular};
 use data_prep::shard::sha256_of;
 
 use crate::collective::Collective;
@@ -76,7 +76,7 @@ impl Claim {
 /// Whether a process trains into the folder; `None` where that cannot be told. The look at the lock is a lock itself, given back
 /// on return: a training that begins in that moment tries again.
 pub fn is_claimed(run: &Path) -> Option<bool> {
-    match File::open(run.join(LOCK)) {
+    match open_regular(&run.join(LOCK)) {
         Ok(file) => match file.try_lock_shared() {
             Ok(()) => Some(false),
             Err(TryLockError::WouldBlock) => Some(true),
