@@ -23,8 +23,7 @@ apt_install() {
 
 check_tools() {
   command -v cc >/dev/null || apt_install cc build-essential
-  command -v python3 >/dev/null || apt_install python3 python3 python3-pip
-  python3 -m pip --version >/dev/null 2>&1 || apt_install pip python3-pip
+  command -v python3 >/dev/null || apt_install python3 python3 ca-certificates
   command -v cargo >/dev/null || fail "cargo is missing" "install Rust 1.95 or newer with rustup, then run this again"
   local version
   version=$(rustc --version | cut -d' ' -f2 | cut -d- -f1)

@@ -32,7 +32,7 @@ if [ -z "${TORCHRUN:-}" ] && ! TORCHRUN=$(command -v torchrun); then
   if [ ! -x "$tools/bin/torchrun" ]; then
     say "PyTorch"
     python3 -m venv "$tools"
-    "$tools/bin/pip" install --quiet "$(grep '^torch==' ci/parity/requirements.txt)"
+    "$tools/bin/pip" install --quiet --only-binary :all: "$(grep '^torch==' ci/parity/requirements.txt)"
   fi
   TORCHRUN=$tools/bin/torchrun
 fi

@@ -30,7 +30,7 @@ def read_merges(count: int = MERGES) -> list[str]:
     """The first merges of the real vocabulary, most frequent first."""
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
-        raise SystemExit("the package open-clip-torch is missing: pip install --no-deps open-clip-torch==3.3.0")
+        raise SystemExit("the package open-clip-torch is missing: pip install --only-binary :all: --no-deps open-clip-torch==3.3.0")
     path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     return lines[1 : 1 + count]  # the first line is the version

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Makes data-prep/tests/fixtures/faces: random ONNX models shaped like insightface's, and what insightface does with them.
 
-    pip download insightface==0.7.3 --no-deps
     python ci/parity/face_fixtures.py --insightface insightface-0.7.3.tar.gz
 
-Needs onnx, onnxruntime, numpy, opencv-python-headless, scikit-image (ci/parity/requirements.txt). Of insightface only the
-classes SCRFD, Landmark and ArcFaceONNX are imported, straight from the archive; no weights are needed. The graphs average the
+The archive is a download of https://pypi.org/project/insightface/0.7.3/#files. Needs onnx, onnxruntime, numpy, opencv-python-headless, scikit-image (ci/parity/requirements.txt). Of insightface only the
+classes SCRFD, Landmark and ArcFaceONNX are imported, straight from the archive once its checksum is right (`pip download`
+would run its setup.py before); no weights are needed. The graphs average the
 input over cells and mix the averages with random weights, so that the outputs depend on every step of the preprocessing.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -26,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 OUT = Path(__file__).resolve().parents[2] / "data-prep/tests/fixtures/faces"
 THRESHOLD = 0.5
+INSIGHTFACE = "f191f719612ebb37018f41936814500544cd0f86e6fcd676c023f354c668ddf7"
 README = """# Fixtures of the face models
 
 Made by `ci/parity/face_fixtures.py`: random ONNX graphs with the inputs and outputs of insightface's models, two drawn
@@ -36,6 +38,8 @@ lays out the pack of that name. No weights of insightface are in here.
 
 def insightface(archive):
     """The classes under comparison, imported from the archive without the package's other dependencies."""
+    if hashlib.sha256(Path(archive).read_bytes()).hexdigest() != INSIGHTFACE:
+        raise SystemExit(f"{archive}: is not insightface 0.7.3 as PyPI has it (SHA-256 {INSIGHTFACE})")
     folder = Path(tempfile.mkdtemp())
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
