@@ -10,6 +10,8 @@ cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 \
 say "assets (photos and face models, downloaded once)"
 ci/assets.sh
 
+python3 -B ci/assets_test.py
+
 say "format"
 cargo fmt --all --check
 
@@ -22,6 +24,18 @@ cargo clippy --workspace --all-targets -- -D warnings
 cargo clippy -p burn-hyperlora --features mpi --all-targets -- -D warnings
 cloud=(-p data-prep -p burn-hyperlora --features burn-hyperlora/cloud)
 cargo clippy "${cloud[@]}" --test remote -- -D warnings
+
+say "licences, sources and advisories of the crates"
+tools=${HYPERLORA_CACHE:-$HOME/.cache/hyperlora}/tools
+PATH=$PATH:$tools/bin
+command -v cargo-deny >/dev/null || cargo install cargo-deny --version =0.20.2 --locked --quiet --root "$tools"
+cargo deny check licenses bans sources
+# The database is a repository on GitHub.
+if timeout 120 cargo deny fetch db 2>/dev/null; then
+  cargo deny --offline check advisories
+else
+  echo "the advisory database cannot be had here: advisories are not checked"
+fi
 
 say "tests"
 cargo test --workspace
