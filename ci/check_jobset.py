@@ -1,6 +1,6 @@
 """Checks launch/k8s-jobset.yaml against the JobSet CRD as its project publishes it.
 
-    python ci/check_jobset.py CRD.yaml        (pip install pyyaml jsonschema)
+    python ci/check_jobset.py CRD.yaml        (pip install --only-binary :all: pyyaml jsonschema)
 
 The CRD is config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml of kubernetes-sigs/jobset. Unknown fields are refused,
 as the API server does under strict validation; so are the placeholders' neighbours that must agree with each other.
@@ -47,6 +47,11 @@ def main():
     assert int(env["GRACE_S"]) < pods["template"]["spec"]["terminationGracePeriodSeconds"]
     volumes = {volume["name"] for volume in pods["template"]["spec"]["volumes"]}
     assert volumes == {mount["name"] for mount in container["volumeMounts"]}
+    pod, own = pods["template"]["spec"]["securityContext"], container["securityContext"]
+    assert pod["runAsNonRoot"] and pod["runAsUser"] and pod["fsGroup"] and pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert own["allowPrivilegeEscalation"] is False and own["capabilities"]["drop"] == ["ALL"]
+    # What is written to is a volume.
+    assert own["readOnlyRootFilesystem"] and {"/tmp", "/dev/shm"} < {mount["mountPath"] for mount in container["volumeMounts"]}
     print(f"launch/k8s-jobset.yaml: a valid {jobset['kind']} of {jobset['apiVersion']}, and of one mind with itself")
 
 
