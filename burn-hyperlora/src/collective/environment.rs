@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 
+use super::Token;
 use crate::error::{Error, Result};
 
 /// The place of this process in its world, as its launcher says.
@@ -54,7 +55,7 @@ const LAUNCHERS: [Launcher; 3] = [
         local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
         local_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
     },
-    // A batch script has SLURM_PROCID too, and is no rank of anything: only srun sets the number of a step.
+    // A batch script has SLURM_PROCID too, and is no rank of anything: only srun begins a step of ranks.
     Launcher {
         name: "srun",
         mark: "SLURM_STEP_ID",
@@ -64,6 +65,11 @@ const LAUNCHERS: [Launcher; 3] = [
         local_size: "SLURM_STEP_TASKS_PER_NODE",
     },
 ];
+
+/// The first of the numbers that Slurm gives to steps without ranks: a shell on the allocation (`salloc` with
+/// `use_interactive_step`), a batch script, what other programs start, and a job that has no step yet (slurm.h, from
+/// `SLURM_INTERACTIVE_STEP` on).
+const SLURM_FIRST_SPECIAL_STEP: u32 = 0xffff_fffa;
 
 /// Present in a process that is started again uncounted: by torchrun when a machine comes or goes (its restart count is that of
 /// failures, and of one machine's agent alone), by Kubernetes when a Job is suspended and goes on.
@@ -141,28 +147,35 @@ impl Placement {
         Ok(found)
     }
 
-    /// What keeps strangers and the ranks of other runs from the port where the ranks meet: the secret `HYPERLORA_TOKEN`
-    /// and the run's id of torchrun. Ranks on one machine do without a secret.
+    /// The secret that keeps strangers and the ranks of other runs from the port where the ranks meet: `HYPERLORA_TOKEN`, with
+    /// the run's id of torchrun. Ranks on one machine do without: rank 0 makes one for each meeting.
     ///
     /// # Errors
     /// Input for ranks on several machines without a secret.
-    pub fn token(&self, variable: impl Fn(&str) -> Option<String>) -> Result<String> {
+    pub fn token(&self, variable: impl Fn(&str) -> Option<String>) -> Result<Token> {
         let secret = variable("HYPERLORA_TOKEN").filter(|secret| !secret.trim().is_empty());
-        if secret.is_none() && !self.one_machine {
-            return Err(Error::input(
+        let run = variable("TORCHELASTIC_RUN_ID");
+        match secret {
+            // torchrun's id is another one for every beginning of a JobSet: latecomers of the one before stay out.
+            Some(secret) => Ok(Token::Given([Some(secret), run].into_iter().flatten().collect::<Vec<_>>().join("\n"))),
+            None if self.one_machine => {
+                Ok(Token::HandedOver(run.or_else(|| variable("SLURM_JOB_ID")).unwrap_or_default()))
+            }
+            None => Err(Error::input(
                 "environment: HYPERLORA_TOKEN",
                 "is not set: over the network the ranks know each other by it",
                 "export the same one on all machines, such as `openssl rand -hex 16` makes",
-            ));
+            )),
         }
-        // torchrun's id is another one for every beginning of a JobSet: latecomers of the one before stay out.
-        let run = variable("TORCHELASTIC_RUN_ID").or_else(|| variable("SLURM_JOB_ID").filter(|_| secret.is_none()));
-        Ok([secret, run].into_iter().flatten().collect::<Vec<_>>().join("\n"))
     }
 }
 
 impl Launcher {
     fn started(&self, variable: &impl Fn(&str) -> Option<String>) -> bool {
+        let step = variable("SLURM_STEP_ID").and_then(|step| step.parse::<u32>().ok());
+        if self.mark == "SLURM_STEP_ID" && step.is_some_and(|step| step >= SLURM_FIRST_SPECIAL_STEP) {
+            return false;
+        }
         // torchrun's names are so common that the lonely one of a pair must not pass unseen.
         variable(self.mark).is_some() || (self.mark == self.rank && variable(self.world_size).is_some())
     }
@@ -175,7 +188,11 @@ impl Launcher {
             })?;
             text.parse::<usize>().map_err(|_| wrong(format!("is `{text}`, not a whole number")))
         };
-        let (rank, world_size, local_rank) = (number(self.rank)?, number(self.world_size)?, number(self.local_rank)?);
+        let (rank, world_size) = (number(self.rank)?, number(self.world_size)?);
+        // Kubeflow's PyTorchJob starts a process per pod, and counts none within it.
+        let alone = self.name == "torchrun"
+            && [self.local_rank, self.local_size, "TORCHELASTIC_RUN_ID"].iter().all(|name| variable(name).is_none());
+        let local_rank = if alone { 0 } else { number(self.local_rank)? };
         if rank >= world_size || local_rank > rank {
             return Err(Error::input(
                 format!("environment: {}, {}, {}", self.rank, self.world_size, self.local_rank),
@@ -184,11 +201,14 @@ impl Launcher {
             ));
         }
         let master = master(variable)?;
-        let local_size = variable(self.local_size).and_then(|size| size.parse::<usize>().ok());
         let at_home = |(host, _): &(String, u16)| {
             host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
         };
-        let one_machine = local_size == Some(world_size) || master.as_ref().is_some_and(at_home);
+        let one_machine = match variable(self.local_size) {
+            Some(size) => size.parse() == Ok(world_size),
+            // The first pod of a PyTorchJob is told `localhost`, the others its name.
+            None => !alone && master.as_ref().is_some_and(at_home),
+        };
         Ok(Placement { launcher: self.name, rank, world_size, local_rank, one_machine, master })
     }
 
@@ -283,13 +303,44 @@ mod tests {
             let error = token(set, more).unwrap_err();
             assert!(error.exit_code() == 2 && error.to_string().contains("openssl rand -hex 16"), "{error}");
             let whole = token(set, &[&[("HYPERLORA_TOKEN", "secret")], more].concat()).unwrap();
-            assert!(whole.starts_with("secret"), "{whole}");
+            assert!(matches!(&whole, Token::Given(whole) if whole.starts_with("secret")), "{whole:?}");
         }
-        assert_eq!(token(&TORCHRUN, &[("LOCAL_WORLD_SIZE", "8"), ("TORCHELASTIC_RUN_ID", "a")]).unwrap(), "a");
-        assert_eq!(token(&SRUN, &[("SLURM_STEP_TASKS_PER_NODE", "4"), ("SLURM_JOB_ID", "7")]).unwrap(), "7");
-        assert_eq!(token(&MPIRUN, &at_home).unwrap(), "7");
+        // On one machine the run's id is no secret, and keeps runs apart alone.
+        let handed_over = |run: &str| Token::HandedOver(run.into());
+        let torchrun = [("LOCAL_WORLD_SIZE", "8"), ("TORCHELASTIC_RUN_ID", "a")];
+        assert_eq!(token(&TORCHRUN, &torchrun).unwrap(), handed_over("a"));
+        let srun = [("SLURM_STEP_TASKS_PER_NODE", "4"), ("SLURM_JOB_ID", "7")];
+        assert_eq!(token(&SRUN, &srun).unwrap(), handed_over("7"));
+        assert_eq!(token(&MPIRUN, &at_home).unwrap(), handed_over("7"));
         let both = [("HYPERLORA_TOKEN", "secret"), ("TORCHELASTIC_RUN_ID", "a")];
-        assert_eq!(token(&TORCHRUN, &both).unwrap(), "secret\na");
+        assert_eq!(token(&TORCHRUN, &both).unwrap(), Token::Given("secret\na".into()));
+    }
+
+    #[test]
+    fn a_pod_of_a_pytorchjob_is_its_only_process() {
+        let pod = |rank: &'static str, size: &'static str, master: &'static str| {
+            let set = [("RANK", rank), ("WORLD_SIZE", size), ("MASTER_ADDR", master), ("MASTER_PORT", "23456")];
+            detect(&set).unwrap().unwrap()
+        };
+        let alone = pod("0", "1", "localhost");
+        assert_eq!((alone.rank, alone.world_size, alone.local_rank), (0, 1, 0));
+        for placement in [pod("0", "4", "localhost"), pod("3", "4", "job-master-0")] {
+            assert_eq!((placement.local_rank, placement.one_machine), (0, false));
+            assert!(placement.token(|_| None).is_err());
+        }
+    }
+
+    #[test]
+    fn a_step_of_slurm_without_ranks_is_no_rank() {
+        for special in ["4294967290", "4294967291", "4294967292", "4294967293", "4294967294", "4294967295"] {
+            let step = ("SLURM_STEP_ID", special);
+            assert_eq!(detect(&[step]).unwrap(), None);
+            assert_eq!(detect(&[&[step][..], &SRUN[1..]].concat()).unwrap(), None);
+            // mpirun in such a shell.
+            let within = detect(&[&[step][..], &SRUN[1..], &MPIRUN].concat()).unwrap().unwrap();
+            assert_eq!((within.launcher, within.rank), ("mpirun", 1));
+        }
+        assert_eq!(detect(&[&[("SLURM_STEP_ID", "4294967289")][..], &SRUN[1..]].concat()).unwrap().unwrap().rank, 3);
     }
 
     #[test]
@@ -308,7 +359,8 @@ mod tests {
         for (set, named) in [
             (TORCHRUN[..1].to_vec(), "WORLD_SIZE"),
             (TORCHRUN[1..2].to_vec(), "RANK"),
-            (TORCHRUN[..2].to_vec(), "LOCAL_RANK"),
+            ([&TORCHRUN[..2], &[("TORCHELASTIC_RUN_ID", "a")]].concat(), "LOCAL_RANK"),
+            ([&TORCHRUN[..2], &[("LOCAL_WORLD_SIZE", "8")]].concat(), "LOCAL_RANK"),
             (TORCHRUN[..4].to_vec(), "MASTER_PORT"),
             (with("RANK", "8"), "rank 8 of 8"),
             (with("RANK", "minus one"), "minus one"),

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 /// Longer frames come from no rank of ours.
 const LONGEST: u64 = 64 << 20;
+/// Bytes of a frame that are taken at once.
+const PIECE: usize = 64 << 10;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,10 +29,25 @@ impl Kind {
     }
 }
 
-/// Sends a frame.
-pub(super) fn write_frame(stream: &mut TcpStream, kind: Kind, payload: &[u8]) -> io::Result<()> {
+/// Sends a frame, which must be on its way at `until`: a peer that takes nothing off its connection holds nobody up.
+pub(super) fn write_frame(stream: &mut TcpStream, kind: Kind, payload: &[u8], until: Instant) -> io::Result<()> {
+    let length = payload.len() as u64;
+    if length > LONGEST {
+        return Err(io::Error::new(ErrorKind::InvalidInput, format!("a frame of {length} bytes")));
+    }
     // One write: two small ones would wait for each other's acknowledgement.
-    stream.write_all(&[&[kind as u8][..], &(payload.len() as u64).to_le_bytes(), payload].concat())
+    let frame = [&[kind as u8][..], &length.to_le_bytes(), payload].concat();
+    let mut left = &frame[..];
+    while !left.is_empty() {
+        stream.set_write_timeout(Some(time_left(until)))?;
+        match stream.write(left) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(written) => left = &left[written..],
+            Err(problem) if problem.kind() == ErrorKind::Interrupted => {}
+            Err(problem) => return Err(problem),
+        }
+    }
+    Ok(())
 }
 
 /// Takes the next frame, which must be here at `until`.
@@ -44,8 +61,13 @@ pub(super) fn read_frame(stream: &mut TcpStream, until: Instant) -> io::Result<(
     if length > LONGEST {
         return Err(io::Error::new(ErrorKind::InvalidData, format!("a frame of {length} bytes")));
     }
-    let mut payload = vec![0; length as usize];
-    read_until(stream, &mut payload, until)?;
+    // Memory is taken for what has come, not for what is announced.
+    let mut payload = Vec::new();
+    while payload.len() < length as usize {
+        let begun = payload.len();
+        payload.resize((length as usize).min(begun + PIECE), 0);
+        read_until(stream, &mut payload[begun..], until)?;
+    }
     Ok((kind, payload))
 }
 
@@ -71,11 +93,10 @@ pub(super) fn waits(problem: &io::Error) -> bool {
 }
 
 /// Fills `buffer`; a peer that sends byte by byte does not move the deadline.
-fn read_until(stream: &mut TcpStream, buffer: &mut [u8], until: Instant) -> io::Result<()> {
+pub(super) fn read_until(stream: &mut TcpStream, buffer: &mut [u8], until: Instant) -> io::Result<()> {
     let mut filled = 0;
     while filled < buffer.len() {
-        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        stream.set_read_timeout(Some(left))?;
+        stream.set_read_timeout(Some(time_left(until)))?;
         match stream.read(&mut buffer[filled..]) {
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(read) => filled += read,
@@ -84,4 +105,61 @@ fn read_until(stream: &mut TcpStream, buffer: &mut [u8], until: Instant) -> io::
         }
     }
     Ok(())
+}
+
+/// A timeout of zero would be none at all.
+fn time_left(until: Instant) -> Duration {
+    until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn pair() -> [TcpStream; 2] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        [one, listener.accept().unwrap().0]
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(200)
+    }
+
+    #[test]
+    fn frames_arrive_whole_and_what_is_no_frame_is_refused() {
+        let [mut one, mut other] = pair();
+        let long = vec![7; PIECE * 3 + 5];
+        let sent = long.clone();
+        let sender = std::thread::spawn(move || {
+            write_frame(&mut one, Kind::Note, &sent, soon() + Duration::from_secs(20)).unwrap();
+            write_frame(&mut one, Kind::RollCall, &[], soon()).unwrap();
+            one
+        });
+        let until = soon() + Duration::from_secs(20);
+        assert_eq!(read_frame(&mut other, until).unwrap(), (Kind::Note, long));
+        assert_eq!(read_frame(&mut other, until).unwrap(), (Kind::RollCall, Vec::new()));
+        let mut one = sender.join().unwrap();
+
+        one.write_all(&[&[Kind::Note as u8][..], &u64::MAX.to_le_bytes()].concat()).unwrap();
+        assert_eq!(read_frame(&mut other, until).unwrap_err().kind(), ErrorKind::InvalidData);
+        let [mut one, mut other] = pair();
+        one.write_all(&[9; 9]).unwrap();
+        assert_eq!(read_frame(&mut other, until).unwrap_err().kind(), ErrorKind::InvalidData);
+        // Announced, and never sent.
+        let [mut one, mut other] = pair();
+        one.write_all(&[&[Kind::Note as u8][..], &LONGEST.to_le_bytes(), &[1; 20]].concat()).unwrap();
+        assert!(waits(&read_frame(&mut other, soon()).unwrap_err()));
+    }
+
+    #[test]
+    fn a_peer_that_takes_nothing_does_not_hold_the_sender() {
+        let [mut one, _other] = pair();
+        let more_than_fits = vec![0; LONGEST as usize];
+        assert!(waits(&write_frame(&mut one, Kind::Note, &more_than_fits, soon()).unwrap_err()));
+    }
 }

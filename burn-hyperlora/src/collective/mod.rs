@@ -11,6 +11,7 @@ mod agreement;
 mod environment;
 mod failure;
 mod frames;
+mod handshake;
 mod meeting;
 #[cfg(feature = "mpi")]
 mod mpi;
@@ -18,6 +19,7 @@ mod mpi;
 mod nccl;
 mod rendezvous;
 mod timed;
+mod token;
 #[cfg(any(feature = "cuda", test))]
 mod watchdog;
 mod world_of_one;
@@ -35,6 +37,7 @@ pub use failure::{Failure, end_process};
 pub use meeting::Meeting;
 pub use rendezvous::Rendezvous;
 pub use timed::Timed;
+pub use token::Token;
 pub use world_of_one::WorldOfOne;
 
 /// Exit code of a rank that lost another one (`EX_TEMPFAIL`).

@@ -93,8 +93,9 @@ impl Nccl {
         find_nccl()?;
         let token = placement.token(|name| std::env::var(name).ok())?;
         let host_name = host_name();
-        let (rank, world_size) = (placement.rank, placement.world_size);
-        let meeting = Meeting { rank, world_size, address: (host, port + 1), token: &token, host: &host_name };
+        let Placement { rank, world_size, one_machine, .. } = *placement;
+        let address = (host.as_str(), port + 1);
+        let meeting = Meeting { rank, world_size, address, one_machine, token: &token, host: &host_name };
         let rendezvous = Rendezvous::meet(&meeting, config.start_timeout, config.timeout)?;
         let context =
             CudaContext::new(gpu_of(device)?).map_err(|problem| broken("the GPU cannot be opened", &problem))?;
