@@ -295,3 +295,17 @@ fn introduce(meeting: &Meeting<'_>, address: SocketAddr, token: &[u8], until: In
     handshake.check(Side::First, token, &proof)?;
     Ok(stream)
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn ranks_on_one_machine_listen_to_nobody_else() {
+        let hears = |one_machine| bind(0, one_machine).unwrap().local_addr().unwrap().ip();
+        assert!(hears(true).is_loopback());
+        assert!(hears(false).is_unspecified());
+    }
+}
