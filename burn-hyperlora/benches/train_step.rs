@@ -12,6 +12,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
@@ -170,8 +171,10 @@ impl Bench {
             let mut batches = self.batches.iter().cloned();
             let clock = Instant::now();
             let report = step(&self.base, &mut learner, &config, &WorldOfOne::new(), terms, || {
-                batches.next().ok_or_else(|| Error::Fault("the step took more batches than planned".into()))
+                let batch = batches.next().map(ControlFlow::Continue);
+                batch.ok_or_else(|| Error::Fault("the step took more batches than planned".into()))
             })?;
+            let report = report.continue_value().ok_or_else(|| Error::Fault("the step was broken off".into()))?;
             let total = clock.elapsed();
             let phases = report.phases.named().chain([("total", total)]);
             laps.push(phases.map(|(name, time)| (name, time.as_secs_f64())).collect::<BTreeMap<_, _>>());

@@ -1,10 +1,11 @@
 //! Samples made ahead of the training step, on threads of their own, within a bound of bytes.
 
 use std::collections::VecDeque;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -13,6 +14,12 @@ use crate::data::batch::{Batch, Draws};
 use crate::data::rank::Rank;
 use crate::data::sample::{Request, Sample, SampleMaker};
 use crate::error::{Error, Result};
+
+/// Between two looks at whether the run is to stop.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Names the signal by which the run was asked to stop, once it was.
+pub type Stop<'a> = &'a dyn Fn() -> Option<&'static str>;
 
 /// Delivers the batches of a range of draws in order.
 pub struct Loader {
@@ -55,13 +62,7 @@ impl Loader {
     /// # Errors
     /// Fault when the system gives no threads.
     pub fn start(maker: SampleMaker, source: Draws, draws: Range<u64>, config: LoaderConfig) -> Result<Self> {
-        let pool = ThreadPoolBuilder::new()
-            .num_threads(config.workers)
-            .thread_name(|index| format!("data-{index}"))
-            // The sample's receiver notices; without a handler the process would abort.
-            .panic_handler(|_| {})
-            .build()
-            .map_err(|error| Error::Fault(format!("cannot start the data threads: {error}")))?;
+        let pool = data_threads(config.workers)?;
         let end = draws.end;
         let mut loader = Self {
             pool,
@@ -83,19 +84,32 @@ impl Loader {
     /// # Errors
     /// What kept the first failing sample from being made, see [`crate::data::batch::DrawPlan::readable`] and [`SampleMaker::make`].
     pub fn next_batch(&mut self) -> Result<Option<Batch>> {
+        let batch = self.next_batch_unless(&|| None)?;
+        Ok(batch.continue_value().flatten())
+    }
+
+    /// As [`next_batch`](Self::next_batch), unless the run is to stop before the batch is there: a data thread may be stuck in a
+    /// read for ever.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn next_batch_unless(&mut self, stop: Stop<'_>) -> Result<ControlFlow<&'static str, Option<Batch>>> {
         let mut samples = Vec::with_capacity(self.config.batch_size);
         let mut next_draw = self.end;
         while samples.len() < self.config.batch_size.max(1)
             && let Some(Pending { draw, sample }) = self.ahead.pop_front()
         {
-            let made = sample.recv().map_err(|_| Error::Fault("a data thread stopped before its sample".into()))?;
-            let sample = made.inspect_err(|_| self.stopped.store(true, Ordering::Relaxed))?;
+            let made = wait(&sample, stop).inspect_err(|_| self.stopped.store(true, Ordering::Relaxed))?;
+            let sample = match made {
+                ControlFlow::Continue(sample) => sample,
+                ControlFlow::Break(signal) => return Ok(ControlFlow::Break(signal)),
+            };
             self.largest = self.largest.max(sample.bytes());
             samples.push(sample);
             next_draw = self.config.rank.after(draw).min(self.end);
             self.fill();
         }
-        Ok((!samples.is_empty()).then_some(Batch { samples, next_draw }))
+        Ok(ControlFlow::Continue((!samples.is_empty()).then_some(Batch { samples, next_draw })))
     }
 
     /// Sets the threads to work on as many samples as there is room for. Until a first sample tells how large they are,
@@ -125,6 +139,67 @@ impl Drop for Loader {
     }
 }
 
+/// Threads that read and prepare data, whose end nobody waits for.
+fn data_threads(number: usize) -> Result<ThreadPool> {
+    ThreadPoolBuilder::new()
+        .num_threads(number)
+        .thread_name(|index| format!("data-{index}"))
+        // The sample's receiver notices; without a handler the process would abort.
+        .panic_handler(|_| {})
+        .build()
+        .map_err(|error| Error::Fault(format!("cannot start the data threads: {error}")))
+}
+
+/// Waits for what a data thread makes.
+fn wait<T>(made: &Receiver<Result<T>>, stop: Stop<'_>) -> Result<ControlFlow<&'static str, T>> {
+    loop {
+        match made.recv_timeout(LOOK) {
+            Ok(made) => return made.map(ControlFlow::Continue),
+            Err(RecvTimeoutError::Timeout) => {
+                if let Some(signal) = stop() {
+                    return Ok(ControlFlow::Break(signal));
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::Fault("a data thread stopped before its sample".into()));
+            }
+        }
+    }
+}
+
+/// Reads data apart from the thread that trains, which goes on where a read is stuck and the run is to stop. The threads are
+/// none of those that tensors are computed on: what is stuck does not keep a checkpoint from being written.
+pub struct Aside {
+    pool: ThreadPool,
+}
+
+impl Aside {
+    /// As many threads as compute.
+    ///
+    /// # Errors
+    /// Fault when the system gives no threads.
+    pub fn start() -> Result<Self> {
+        Ok(Self { pool: data_threads(rayon::current_num_threads())? })
+    }
+
+    /// What `work` makes, unless the run is to stop before.
+    ///
+    /// # Errors
+    /// Those of `work`; Fault where it panics.
+    pub fn read<T: Send + 'static>(
+        &self,
+        stop: Stop<'_>,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<ControlFlow<&'static str, T>> {
+        let (sender, made) = sync_channel(1);
+        self.pool.spawn(move || {
+            // Nobody may listen any more: then it is not missed.
+            let _ = sender.send(work());
+        });
+        wait(&made, stop)
+    }
+}
+
 /// Makes samples on the current thread pool, in the order of the requests; the first failing one decides the error.
 ///
 /// # Errors
@@ -132,4 +207,33 @@ impl Drop for Loader {
 pub fn make_all(maker: &SampleMaker, requests: Vec<Request>) -> Result<Vec<Sample>> {
     let made: Vec<Result<Sample>> = requests.into_par_iter().map(|request| maker.make(request)).collect();
     made.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn a_read_that_is_stuck_holds_up_nobody_who_is_to_stop() {
+        let aside = Aside::start().unwrap();
+        assert_eq!(aside.read(&|| Some("SIGTERM"), || Ok(7)).unwrap(), ControlFlow::Continue(7));
+        assert!(aside.read::<()>(&|| None, || Err(Error::Fault("unreadable".into()))).is_err());
+
+        // As many as there are threads, and more: none ever ends.
+        let (hold, held) = channel::<()>();
+        let held = Arc::new(std::sync::Mutex::new(held));
+        for _ in 0..2 * rayon::current_num_threads() {
+            let (looks, held) = (AtomicUsize::new(0), Arc::clone(&held));
+            let asked_later = || (looks.fetch_add(1, Ordering::Relaxed) == 1).then_some("SIGHUP");
+            let stuck = move || held.lock().unwrap().recv().map_err(|_| Error::Fault("let go".into()));
+            assert_eq!(aside.read(&asked_later, stuck).unwrap(), ControlFlow::Break("SIGHUP"));
+        }
+        drop(aside);
+        drop(hold);
+    }
 }

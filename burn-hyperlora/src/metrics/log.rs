@@ -44,8 +44,9 @@ fn start(verbosity: i8, run: Option<&Path>, prefix: String) -> Result<()> {
         2.. => Targets::new().with_default(LevelFilter::TRACE),
     };
     let shown = shown.with_target(FAILURE, LevelFilter::OFF);
-    let stderr =
-        fmt::layer().without_time().with_target(verbosity > 0).with_ansi(false).with_writer(BesideBars { prefix });
+    // Where stderr is gone, as after a SIGHUP, saying so there would panic.
+    let stderr = fmt::layer().without_time().with_target(verbosity > 0).with_ansi(false).log_internal_errors(false);
+    let stderr = stderr.with_writer(BesideBars { prefix });
     let file = match run {
         Some(run) => Some(fmt::layer().with_ansi(false).log_internal_errors(false).with_writer(open(run)?)),
         None => None,

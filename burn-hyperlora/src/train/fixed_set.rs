@@ -8,7 +8,7 @@ use burn::module::Module;
 use crate::collective::Collective;
 use crate::conditioning::Base;
 use crate::data::Reference;
-use crate::data::loader::make_all;
+use crate::data::loader::{Aside, Stop, make_all};
 use crate::data::sample::{Request, Sample, SampleMaker};
 use crate::data::scenario::Scenario;
 use crate::error::{Error, Result};
@@ -17,7 +17,7 @@ use crate::random::{Purpose, for_sample};
 use crate::signals::StopFlag;
 use crate::train::config::FixedSetConfig;
 use crate::train::forward::{denoising_loss, make_lora};
-use crate::train::together::{asked_to_stop, share};
+use crate::train::together::{asked_to_stop, share_unless_stopped};
 
 /// Counts the draws of fixed sets: no training stage has this number.
 const DRAWS: u64 = 1 << 32;
@@ -29,6 +29,7 @@ pub struct FixedSet {
     requests: Vec<(Request, u32)>,
     kind: Stage,
     micro_batch: usize,
+    aside: Aside,
 }
 
 impl FixedSet {
@@ -36,7 +37,7 @@ impl FixedSet {
     /// sets differ little by chance. Equal for equal seed, shards and settings.
     ///
     /// # Errors
-    /// Input for a split without usable photos.
+    /// Input for a split without usable photos; Fault when the system gives no threads.
     pub fn new(
         maker: SampleMaker,
         config: &FixedSetConfig,
@@ -54,36 +55,27 @@ impl FixedSet {
             let request = Request { target: pair.target, reference, scenario, stage: DRAWS, draw };
             (request, spread(index, config.triples, timesteps))
         });
-        Ok(Self { requests: requests.collect(), maker, kind, micro_batch })
+        Ok(Self { requests: requests.collect(), maker, kind, micro_batch, aside: Aside::start()? })
     }
 
-    /// The first `count` people of the set, one sample each.
+    /// The first `count` people of the set, one sample each, unless the run is to stop before they are read.
     ///
     /// # Errors
     /// See [`SampleMaker::make`].
-    pub fn first_people(&self, count: usize) -> Result<Vec<Sample>> {
-        let mut people: Vec<(Option<&str>, Request)> = Vec::new();
-        for (request, _) in &self.requests {
-            let dataset = &self.maker.dataset;
-            let person = dataset.identity(request.target);
-            let wanted = people.len() < count && dataset.are_readable(&[request.target, request.reference])?;
-            if wanted && (person.is_none() || people.iter().all(|(known, _)| *known != person)) {
-                people.push((person, *request));
+    pub fn first_people(&self, count: usize, stop: Stop<'_>) -> Result<ControlFlow<&'static str, Vec<Sample>>> {
+        let (maker, requests) = (self.maker.clone(), self.requests.clone());
+        self.aside.read(stop, move || {
+            let mut people: Vec<(Option<&str>, Request)> = Vec::new();
+            for (request, _) in &requests {
+                let dataset = &maker.dataset;
+                let person = dataset.identity(request.target);
+                let wanted = people.len() < count && dataset.are_readable(&[request.target, request.reference])?;
+                if wanted && (person.is_none() || people.iter().all(|(known, _)| *known != person)) {
+                    people.push((person, *request));
+                }
             }
-        }
-        make_all(&self.maker, people.into_iter().map(|(_, request)| request).collect())
-    }
-
-    /// The requests whose photos were not left out.
-    fn readable(&self, requests: &[(Request, u32)]) -> Result<Vec<(Request, u32)>> {
-        let dataset = &self.maker.dataset;
-        let mut readable = Vec::with_capacity(requests.len());
-        for entry in requests {
-            if dataset.are_readable(&[entry.0.target, entry.0.reference])? {
-                readable.push(*entry);
-            }
-        }
-        Ok(readable)
+            make_all(&maker, people.into_iter().map(|(_, request)| request).collect())
+        })
     }
 
     /// Mean loss over what can be read of the set with the LoRAs that `hyper_lora` makes at the set's stage. The ranks share the
@@ -109,11 +101,20 @@ impl FixedSet {
                 return Ok(ControlFlow::Break(signal));
             }
             let own = round.get(world.rank()).copied().unwrap_or_default();
-            let own = self.losses(base, &hyper_lora, trigger, own);
+            let own = self.losses(base, &hyper_lora, trigger, own, &|| stop.raised_by());
+            let told = match &own {
+                Ok(ControlFlow::Continue(sum)) => Ok(ControlFlow::Continue(sum)),
+                Ok(ControlFlow::Break(signal)) => Ok(ControlFlow::Break(*signal)),
+                Err(error) => Err(error),
+            };
             let what = "the losses on the fixed set";
-            let heard = world.barrier(what, deadline).and_then(|()| share(world, what, own.as_ref()));
-            own?;
-            for (bits, photos) in heard? {
+            let heard = world.barrier(what, deadline).and_then(|()| share_unless_stopped(world, what, told));
+            own.map(drop)?;
+            let heard = match heard? {
+                ControlFlow::Continue(heard) => heard,
+                ControlFlow::Break(signal) => return Ok(ControlFlow::Break(signal)),
+            };
+            for (bits, photos) in heard {
                 sum += f64::from_bits(bits);
                 count += photos;
             }
@@ -125,28 +126,45 @@ impl FixedSet {
         Ok(ControlFlow::Continue(sum / f64::from(count)))
     }
 
-    /// The sum (its bits: JSON has no NaN) of the losses of one micro-batch at most, and their number.
+    /// The sum (its bits: JSON has no NaN) of the losses of one micro-batch at most, and their number; the signal that came
+    /// before its photos were read.
     fn losses(
         &self,
         base: &Base,
         hyper_lora: &HyperLora,
         trigger: &str,
         requests: &[(Request, u32)],
-    ) -> Result<(u64, u32)> {
-        let readable = self.readable(requests)?;
-        if readable.is_empty() {
-            return Ok((0.0_f64.to_bits(), 0));
-        }
-        let mut samples = make_all(&self.maker, readable.iter().map(|(request, _)| *request).collect())?;
-        for (sample, (_, timestep)) in samples.iter_mut().zip(&readable) {
-            sample.timestep = *timestep;
+        stop: Stop<'_>,
+    ) -> Result<ControlFlow<&'static str, (u64, u32)>> {
+        let (maker, requests) = (self.maker.clone(), requests.to_vec());
+        let samples = match self.aside.read(stop, move || readable_samples(&maker, &requests))? {
+            ControlFlow::Continue(samples) => samples,
+            ControlFlow::Break(signal) => return Ok(ControlFlow::Break(signal)),
+        };
+        if samples.is_empty() {
+            return Ok(ControlFlow::Continue((0.0_f64.to_bits(), 0)));
         }
         let conditions = base.encode(&samples, trigger)?;
         let made = make_lora(hyper_lora, self.kind, conditions.portraits)?;
         let losses = denoising_loss(base, &conditions.input, conditions.target, Some(&made.lora))?;
         let sum: f64 = losses.iter().copied().map(f64::from).sum();
-        Ok((sum.to_bits(), losses.len() as u32))
+        Ok(ControlFlow::Continue((sum.to_bits(), losses.len() as u32)))
     }
+}
+
+/// The samples of those requests whose photos were not left out, at their timesteps.
+fn readable_samples(maker: &SampleMaker, requests: &[(Request, u32)]) -> Result<Vec<Sample>> {
+    let mut readable = Vec::with_capacity(requests.len());
+    for entry in requests {
+        if maker.dataset.are_readable(&[entry.0.target, entry.0.reference])? {
+            readable.push(*entry);
+        }
+    }
+    let mut samples = make_all(maker, readable.iter().map(|(request, _)| *request).collect())?;
+    for (sample, (_, timestep)) in samples.iter_mut().zip(&readable) {
+        sample.timestep = *timestep;
+    }
+    Ok(samples)
 }
 
 /// The middle of the `index`-th of `count` equal parts of `0..timesteps`, the parts taken in a scattered order.

@@ -85,7 +85,7 @@ pub struct TrainSetup<'a> {
 pub struct TrainOptions {
     /// Stops, with a checkpoint, once this many optimiser steps are done in all.
     pub max_steps: Option<u64>,
-    /// Raised by SIGTERM and SIGINT.
+    /// Raised by SIGTERM, SIGINT and SIGHUP.
     pub stop: StopFlag,
     /// How progress is shown.
     pub display: Display,

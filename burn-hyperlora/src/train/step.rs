@@ -1,5 +1,6 @@
 //! One optimiser step.
 
+use std::ops::ControlFlow;
 use std::panic::resume_unwind;
 use std::time::{Duration, Instant};
 
@@ -124,7 +125,8 @@ impl Phases {
 }
 
 /// Learns from `config.accumulation` batches and from those of the other ranks of `world`; from nothing where a gradient is
-/// not finite or the loss too high, see [`StepReport::skipped`].
+/// not finite or the loss too high, see [`StepReport::skipped`]. No step is taken where `next_batch` gives a signal in place of
+/// a batch, on any rank.
 ///
 /// # Errors
 /// Those of the data, PeerFailed where another rank fails. The weights are then unchanged; but where the rank failed while new
@@ -135,13 +137,21 @@ pub fn step(
     config: &StepConfig<'_>,
     world: &dyn Collective,
     terms: StepTerms,
-    next_batch: impl FnMut() -> Result<Batch>,
-) -> Result<StepReport> {
+    next_batch: impl FnMut() -> Result<ControlFlow<&'static str, Batch>>,
+) -> Result<ControlFlow<&'static str, StepReport>> {
     // 1 to 6. This rank's part of the batch.
     let report = window(base, learner, config, next_batch);
     // 7. How it went on all ranks.
-    let losses = share_losses(world, report.as_ref().map(|report| &report.losses[..]))?;
-    let mut report = report?;
+    let own = match &report {
+        Ok(ControlFlow::Continue(report)) => Ok(ControlFlow::Continue(&report.losses[..])),
+        Ok(ControlFlow::Break(signal)) => Ok(ControlFlow::Break(*signal)),
+        Err(error) => Err(error),
+    };
+    let heard = share_losses(world, own);
+    let (mut report, losses) = match (report?, heard?) {
+        (ControlFlow::Continue(report), ControlFlow::Continue(losses)) => (report, losses),
+        (ControlFlow::Break(signal), _) | (_, ControlFlow::Break(signal)) => return Ok(ControlFlow::Break(signal)),
+    };
     report.losses = losses;
     // 8. The mean over the ranks, clipped by its global norm.
     let clock = Instant::now();
@@ -149,28 +159,34 @@ pub fn step(
     report.gradient_norm = reduced.norm;
     report.skipped = harm(&report, terms.loss_limit);
     if report.skipped.is_some() {
-        return Ok(report);
+        return Ok(ControlFlow::Continue(report));
     }
     // 9. Step.
     let gradients = reduced.clip(config.optim.clip_norm);
     learner.optimizer.step(&mut learner.hyper_lora, gradients, terms.learning_rate, world)?;
     report.phases.update = clock.elapsed();
-    Ok(report)
+    Ok(ControlFlow::Continue(report))
 }
 
-/// Accumulates what this rank's batches teach; the report so far.
+/// Accumulates what this rank's batches teach; the report so far, or the signal that came in place of a batch.
 fn window(
     base: &Base,
     learner: &mut Learner,
     config: &StepConfig<'_>,
-    mut next_batch: impl FnMut() -> Result<Batch>,
-) -> Result<StepReport> {
+    mut next_batch: impl FnMut() -> Result<ControlFlow<&'static str, Batch>>,
+) -> Result<ControlFlow<&'static str, StepReport>> {
     let mut report = StepReport::default();
     let Learner { hyper_lora, optimizer } = learner;
     let mut left = config.accumulation;
     while left > 0 {
         let lanes = config.lanes.clamp(1, left);
-        let batches = (0..lanes).map(|_| next_batch()).collect::<Result<Vec<_>>>()?;
+        let mut batches = Vec::with_capacity(lanes);
+        for _ in 0..lanes {
+            match next_batch()? {
+                ControlFlow::Continue(batch) => batches.push(batch),
+                ControlFlow::Break(signal) => return Ok(ControlFlow::Break(signal)),
+            }
+        }
         // 1 to 5. Every pass by itself; their order in the sum is that of the batches, however they ran.
         let clock = Instant::now();
         let passes = side_by_side(&batches, |index, batch| {
@@ -185,7 +201,7 @@ fn window(
         }
         left -= lanes;
     }
-    Ok(report)
+    Ok(ControlFlow::Continue(report))
 }
 
 /// What one batch taught.

@@ -198,9 +198,17 @@ impl<'a> Trainer<'a> {
                 loss_limit: self.state.spikes.loss_limit(&train.spikes),
             };
             let report = step(&self.base, &mut self.learner, &step_config, &world, terms, || {
-                let batch = waits.waiting(|| loader.next_batch())?;
-                batch.ok_or_else(|| Error::Fault("the data ended before the stage".into()))
+                let batch = waits.waiting(|| loader.next_batch_unless(&|| self.options.stop.raised_by()))?;
+                match batch {
+                    ControlFlow::Continue(None) => Err(Error::Fault("the data ended before the stage".into())),
+                    ControlFlow::Continue(Some(batch)) => Ok(ControlFlow::Continue(batch)),
+                    ControlFlow::Break(signal) => Ok(ControlFlow::Break(signal)),
+                }
             })?;
+            let report = match report {
+                ControlFlow::Continue(report) => report,
+                ControlFlow::Break(signal) => return Ok(End::Stopped(signal)),
+            };
             let time = StepTime { elapsed: start.elapsed(), communication: world.take() };
 
             self.state.count(&report, time.elapsed);
@@ -336,7 +344,13 @@ impl<'a> Trainer<'a> {
             return Ok(());
         }
         lead_alone(setup.world, "rank 0 to draw the pictures", setup.train.long_timeout(), || {
-            let people = set.first_people(config.count)?;
+            let people = match set.first_people(config.count, &|| self.options.stop.raised_by())? {
+                ControlFlow::Continue(people) => people,
+                ControlFlow::Break(_) => {
+                    tracing::warn!("the pictures of step {} are not drawn: the run is to stop", self.state.global_step);
+                    return Ok(());
+                }
+            };
             let hyper_lora = &self.learner.hyper_lora;
             let grid = pictures::grid(&self.base, hyper_lora, entry.kind(), &people, config, &setup.train.trigger)?;
             self.record(|metrics, step| metrics.image(step, &format!("samples/{}", entry.name()), &grid));

@@ -1,11 +1,14 @@
-//! The program itself, asked to stop while it measures the fixed set: it answers after a micro-batch, and loses nothing.
+//! The program itself, asked to stop at moments when it does not look by itself: it answers soon, and loses nothing.
 
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use burn_hyperlora::checkpoint::CheckpointStore;
+use burn_hyperlora::data::quarantine::QUARANTINE_FILE;
 use burn_hyperlora::metrics::LastScalars;
 use burn_hyperlora::train::checkpoints::SavedState;
 use burn_hyperlora::train::{CHECKPOINTS, TENSORBOARD};
@@ -34,8 +37,17 @@ fn stopped(world: &World, moment: impl Fn(&Path) -> bool) -> SavedState {
     let run = world.path("run");
     let mut child = command(world, "run").stderr(Stdio::null()).spawn().unwrap();
     until(&mut child, || moment(&run));
-    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    send("TERM", &child);
     assert_eq!(child.wait().unwrap().code(), Some(3));
+    saved(&run)
+}
+
+fn send(signal: &str, child: &Child) {
+    assert!(Command::new("kill").args([format!("-{signal}"), child.id().to_string()]).status().unwrap().success());
+}
+
+/// The latest checkpoint of a run, which is whole.
+fn saved(run: &Path) -> SavedState {
     let latest = CheckpointStore::at(&run.join(CHECKPOINTS)).latest().unwrap().unwrap();
     latest.verify().unwrap();
     latest.state().unwrap()
@@ -77,4 +89,95 @@ fn a_stop_while_the_fixed_set_is_measured_is_heard_at_once_and_loses_nothing() {
         assert!(command(&world, run).status().unwrap().success());
     }
     assert!(tensors(&world.path("run"), STEPS) == tensors(&world.path("undisturbed"), STEPS));
+}
+
+/// Damages the first row group of the world's shards.
+fn damage(world: &World) {
+    let shard = world.path("shards/shard-00000.parquet");
+    let mut bytes = fs::read(&shard).unwrap();
+    bytes[200] ^= 1;
+    fs::write(shard, bytes).unwrap();
+}
+
+/// Whether somebody waits for the lock on `file`, as the kernel says.
+fn waited_for(file: &File) -> bool {
+    let inode = format!(":{} ", file.metadata().unwrap().ino());
+    let locks = fs::read_to_string("/proc/locks").unwrap();
+    locks.lines().any(|lock| lock.contains("->") && lock.contains(&inode))
+}
+
+#[test]
+fn a_data_thread_that_is_stuck_does_not_keep_a_run_from_stopping() {
+    let world = World::new();
+    let fixed_set = "\n  fixed_set: {triples: 6}";
+    let one_worker = ("shards: shards", "shards: shards\n  workers: 1");
+    // Whatever reads first is stuck: the loader, or with a fixed set of the damaged photos what measures it.
+    for (changes, steps) in [
+        ([one_worker, (fixed_set, "")], 1),
+        ([one_worker, (fixed_set, "\n  fixed_set: {triples: 40, split: held_out, references: train}")], 2),
+    ] {
+        let (run, free) = (format!("stuck {steps}"), format!("free {steps}"));
+        world.experiment(&changes).unwrap();
+        for run in [&run, &free] {
+            let paused = command(&world, run).args(["--max-steps", &steps.to_string()]).status().unwrap();
+            assert!(paused.success());
+        }
+        let intact = fs::read(world.path("shards/shard-00000.parquet")).unwrap();
+        damage(&world);
+        // A row group that is left out is written down under a lock: a thread that waits for it is as stuck as one in a read.
+        let path = world.path(&run).join(QUARANTINE_FILE);
+        let lock = OpenOptions::new().append(true).create(true).open(path).unwrap();
+        lock.lock().unwrap();
+        for signal in ["TERM", "HUP"] {
+            let mut child = command(&world, &run).stderr(Stdio::null()).spawn().unwrap();
+            until(&mut child, || waited_for(&lock));
+            // What is ready is trained on before all wait.
+            thread::sleep(Duration::from_secs(1));
+            send(signal, &child);
+            let asked = Instant::now();
+            let code = loop {
+                match child.try_wait().unwrap() {
+                    Some(status) => break status.code(),
+                    None if asked.elapsed() > Duration::from_secs(60) => {
+                        child.kill().unwrap();
+                        break None;
+                    }
+                    None => thread::sleep(Duration::from_millis(20)),
+                }
+            };
+            assert_eq!(code, Some(3), "{signal}");
+            assert!(saved(&world.path(&run)).train.global_step >= steps);
+        }
+        drop(lock);
+        // Nothing of what was broken off is learnt twice, or not at all.
+        for run in [&run, &free] {
+            assert!(command(&world, run).status().unwrap().success());
+        }
+        assert!(tensors(&world.path(&run), STEPS) == tensors(&world.path(&free), STEPS));
+        fs::write(world.path("shards/shard-00000.parquet"), intact).unwrap();
+    }
+}
+
+#[test]
+fn a_terminal_that_closes_saves_the_run_unless_nohup_was_asked_for() {
+    let world = World::new();
+    world.experiment(&[("{triples: 6}", "{triples: 200}")]).unwrap();
+    let begun = |run: &str| world.path(run).join(CHECKPOINTS).is_dir();
+    // What the run still has to say goes nowhere.
+    let mut talkative = Command::new(env!("CARGO_BIN_EXE_hyperlora"));
+    talkative.args(["train", "-v"]).arg(world.path("train.yaml")).arg("--out").arg(world.path("closed"));
+    let mut child = talkative.stderr(Stdio::piped()).spawn().unwrap();
+    until(&mut child, || begun("closed"));
+    drop(child.stderr.take());
+    send("HUP", &child);
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    saved(&world.path("closed"));
+
+    let mut nohup = Command::new("nohup");
+    nohup.arg(env!("CARGO_BIN_EXE_hyperlora")).args(["train", "-q"]).arg(world.path("train.yaml")).arg("--out");
+    nohup.arg(world.path("nohup")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = nohup.spawn().unwrap();
+    until(&mut child, || begun("nohup"));
+    send("HUP", &child);
+    assert!(child.wait().unwrap().success());
 }
