@@ -245,6 +245,7 @@ fn unsupported_settings_are_refused_by_name() {
     refused("feature_extractor", "preprocessor_config.json", "\"resample\": 3", "\"resample\": 2", "resample");
     refused("scheduler", "scheduler_config.json", "\"epsilon\"", "\"sample\"", "sample");
     refused("tokenizer", "vocab.json", "<|startoftext|>", "<|start|>", "<|startoftext|>");
+    refused("tokenizer", "vocab.json", "\"!\":0", "\"!\":2147483648", "token ! has the id 2147483648");
 }
 
 #[test]

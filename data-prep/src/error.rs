@@ -74,6 +74,10 @@ impl Error {
             | Kind::FileTooLarge => {
                 Self::file(path, format!("cannot be read: {source}"), "check the path and its permissions")
             }
+            // What the file holds, and no fault of the disk: text that is none, less than its header says.
+            Kind::InvalidData | Kind::UnexpectedEof => {
+                Self::file(path, format!("cannot be read: {source}"), "fetch the file again; text has to be UTF-8")
+            }
             _ => Self::Disk {
                 path: path.into(),
                 problem: "reading failed".into(),
@@ -154,5 +158,15 @@ mod tests {
         let nul = std::fs::write("a\0b", "").map_err(|source| Error::write(Path::new("a"), source));
         assert_eq!(nul.map_err(|error| error.exit_code()), Err(2));
         assert_eq!(Error::read(Path::new("a"), io::ErrorKind::InvalidInput.into()).exit_code(), 2);
+    }
+
+    #[test]
+    fn what_a_file_holds_is_no_fault_of_the_disk() {
+        use std::io::ErrorKind as Kind;
+        let code = |kind: Kind| Error::read(Path::new("a.json"), kind.into()).exit_code();
+        for kind in [Kind::NotFound, Kind::PermissionDenied, Kind::InvalidData, Kind::UnexpectedEof] {
+            assert_eq!(code(kind), 2, "{kind}");
+        }
+        assert_eq!(code(Kind::Other), 1);
     }
 }

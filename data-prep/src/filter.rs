@@ -99,6 +99,10 @@ impl FilterConfig {
             [face] => face,
             several => return Err(Rejection::new(Reason::SeveralFaces, format!("{} faces", several.len()))),
         };
+        let numbers = face.face_box.iter().chain(face.points.as_flattened());
+        if !numbers.copied().all(f32::is_finite) {
+            return Err(Rejection::new(Reason::NoFace, "the detector tells places that are no numbers"));
+        }
         let [x0, y0, x1, y1] = face.face_box;
         let side = (x1 - x0).min(y1 - y0);
         // Points that coincide cannot be aligned; no face worth keeping has its eyes on one spot.
@@ -127,6 +131,10 @@ pub fn sharpness(photo: &RgbImage, face_box: [f32; 4]) -> f32 {
     let top = y0.clamp(0.0, photo.height() as f32) as u32;
     let width = (x1.clamp(0.0, photo.width() as f32) as u32).saturating_sub(left);
     let height = (y1.clamp(0.0, photo.height() as f32) as u32).saturating_sub(top);
+    // A face beside the photo has none.
+    if width == 0 || height == 0 {
+        return 0.0;
+    }
     let face = imageops::grayscale(&*imageops::crop_imm(photo, left, top, width, height));
     let scale = MEASURED_SIDE / width.max(height).max(1) as f32;
     if scale >= 1.0 {
@@ -191,6 +199,13 @@ mod tests {
         let mut cross_eyed = face(100.0);
         cross_eyed.points = [[50.0, 50.0]; 5];
         assert_eq!(reason(&sharp, &[cross_eyed]), Reason::FaceTooSmall);
+        for nowhere in [f32::NAN, f32::INFINITY] {
+            let (mut boxed, mut pointed) = (face(100.0), face(100.0));
+            boxed.face_box[2] = nowhere;
+            pointed.points[4][1] = nowhere;
+            assert_eq!(reason(&sharp, &[boxed]), Reason::NoFace);
+            assert_eq!(reason(&sharp, &[pointed]), Reason::NoFace);
+        }
     }
 
     #[test]
@@ -209,6 +224,8 @@ mod tests {
         let blurred = imageops::fast_blur(&sharp, 3.0);
         let whole = [-20.0, -20.0, 400.0, 400.0];
         assert!(sharpness(&sharp, whole) > 20.0 * sharpness(&blurred, whole));
-        assert_eq!(sharpness(&sharp, [200.0, 200.0, 300.0, 300.0]), 0.0);
+        for beside in [[200.0, 200.0, 300.0, 300.0], [-90.0, 20.0, -10.0, 90.0], [20.0, 160.0, 90.0, 300.0]] {
+            assert_eq!(sharpness(&sharp, beside), 0.0);
+        }
     }
 }

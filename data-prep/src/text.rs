@@ -2,6 +2,9 @@
 
 use std::fmt::{self, Display, Formatter, Write};
 
+/// The longest text that is shown whole, in characters: a file may hold a name of a megabyte.
+const LONGEST: usize = 6000;
+
 /// Shows `text` on one line: control characters escaped, secrets of URLs masked. For names and other single values.
 pub fn name(text: &str) -> impl Display + '_ {
     Shown { text, newline: "\\n" }
@@ -47,8 +50,12 @@ struct Shown<'a> {
 
 impl Display for Shown<'_> {
     fn fmt(&self, out: &mut Formatter<'_>) -> fmt::Result {
-        for letter in mask_urls(self.text).chars() {
+        let masked = mask_urls(self.text);
+        for (place, letter) in masked.chars().enumerate() {
             match letter {
+                _ if place == LONGEST => {
+                    return write!(out, "... and {} characters more", masked.chars().count() - LONGEST);
+                }
                 '\n' => out.write_str(self.newline)?,
                 '\t' => out.write_char(' ')?,
                 _ if acts(letter) => write!(out, "{}", letter.escape_unicode())?,
@@ -74,6 +81,13 @@ mod tests {
         assert_eq!(name("a\u{1b}[2Jb\r\nc\u{202e}d").to_string(), "a\\u{1b}[2Jb\\u{d}\\nc\\u{202e}d");
         assert_eq!(shown("one\ntwo\u{7}").to_string(), "one\n    two\\u{7}");
         assert_eq!(name("Zoë — 写真.png").to_string(), "Zoë — 写真.png");
+    }
+
+    #[test]
+    fn a_long_text_is_cut() {
+        assert_eq!(name(&"é".repeat(LONGEST)).to_string(), "é".repeat(LONGEST));
+        let long = shown(&"é".repeat(LONGEST + 7)).to_string();
+        assert!(long.starts_with("éé") && long.ends_with("é... and 7 characters more"));
     }
 
     #[test]

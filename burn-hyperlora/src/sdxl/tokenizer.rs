@@ -18,6 +18,9 @@ mod vocabulary;
 /// Tokens of every encoded prompt.
 pub const PROMPT_TOKENS: usize = 77;
 
+/// Ids are indices of a table of embeddings, in 32 bits.
+const LARGEST_ID: u64 = i32::MAX as u64;
+
 const START: &str = "<|startoftext|>";
 pub(super) const END: &str = "<|endoftext|>";
 /// Marks a token that ends a word.
@@ -58,6 +61,10 @@ impl ClipTokenizer {
         let broken = |problem: &dyn std::fmt::Display| {
             Error::file(origin, format!("no CLIP vocabulary: {problem}"), "use the tokenizer folder of the base model")
         };
+        let ids = vocabulary.as_object().into_iter().flatten();
+        if let Some((token, id)) = ids.into_iter().find(|(_, id)| id.as_u64().is_some_and(|id| id > LARGEST_ID)) {
+            return Err(broken(&format_args!("token {token} has the id {id}")));
+        }
         // The library's own reader takes borrowed text only, and it alone makes both sources into a model.
         let model = json!({
             "type": "BPE",

@@ -28,7 +28,7 @@ pub(crate) fn file(header: &[u8], data: &[u8]) -> Vec<u8> {
 }
 
 /// Reads a file in every way there is: as it is, as a model's weights, under other names.
-fn read_all(path: &Path) -> Result<()> {
+pub(crate) fn read_all(path: &Path) -> Result<()> {
     let file = Arc::new(SafetensorsFile::open(path)?);
     for entry in file.entries() {
         file.read_raw(&entry.name)?;

@@ -3,23 +3,18 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use burn::tensor::Device;
 use burn_hyperlora::Result;
-use peak_alloc::PeakAlloc;
 use proptest::prelude::ProptestConfig;
 use proptest::test_runner::RngSeed;
 
-#[global_allocator]
-static ALLOCATOR: PeakAlloc = PeakAlloc;
+use crate::harness::{ALLOCATOR, TURN};
 
 /// What reading a small file may take: its size and that of the tiny base many times over, and far from what a lie of a
 /// few digits asks for.
 const MEMORY: usize = 512 << 20;
-
-/// One case at a time, for its memory is measured.
-static TURN: Mutex<()> = Mutex::new(());
 
 /// The same cases every time.
 pub(crate) fn bounded(cases: u32) -> ProptestConfig {
