@@ -37,7 +37,8 @@ fn run(world: &dyn Collective) -> Result<()> {
     let took = time(world, &device)?;
     if world.leads() {
         let hosts = world.hosts().join(" ");
-        println!("{} ranks on {hosts}: all right; all-reduce of 10 MiB in {:.1} ms", world.world_size(), took * 1e3);
+        let (ranks, took) = (world.world_size(), took * 1e3);
+        output::line(format_args!("{ranks} ranks on {hosts}: all right; all-reduce of 10 MiB in {took:.1} ms"))?;
     }
     Ok(())
 }

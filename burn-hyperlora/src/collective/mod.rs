@@ -28,6 +28,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use burn::tensor::{Device, Tensor};
+use data_prep::output;
 
 use crate::error::{Error, Result};
 
@@ -154,8 +155,7 @@ pub fn run_as_rank(timeout: Duration, work: impl FnOnce(&dyn Collective) -> Resu
     };
     run().map_or_else(
         |error: Error| {
-            let line = format!("error: {error}\n");
-            eprint!("{line}");
+            output::note(format_args!("error: {error}"));
             ExitCode::from(error.exit_code())
         },
         |()| ExitCode::SUCCESS,

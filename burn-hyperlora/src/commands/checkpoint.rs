@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
+use data_prep::output;
 
 use crate::commands::Common;
 use crate::error::{Error, Result};
@@ -64,12 +65,13 @@ pub(super) fn run(command: &CheckpointCommand, common: &Common) -> Result<ExitCo
 }
 
 fn list(args: &ListArgs) -> Result<()> {
-    println!("{:>8}  {:<12}  {:>10}  {:>5}  whole", "step", "stage", "MB", "ranks");
+    output::line(format_args!("{:>8}  {:<12}  {:>10}  {:>5}  whole", "step", "stage", "MB", "ranks"))?;
     for checkpoint in archive::checkpoints(&args.path)? {
         let found = archive::summary(&checkpoint);
         let stage = found.stage.as_deref().unwrap_or("-");
         let (megabytes, whole) = (found.bytes as f64 / MEGA, if found.whole { "yes" } else { "no" });
-        println!("{:>8}  {stage:<12}  {megabytes:>10.1}  {:>5}  {whole}", found.step, found.ranks);
+        let (step, ranks) = (found.step, found.ranks);
+        output::line(format_args!("{step:>8}  {stage:<12}  {megabytes:>10.1}  {ranks:>5}  {whole}"))?;
     }
     Ok(())
 }
@@ -77,12 +79,12 @@ fn list(args: &ListArgs) -> Result<()> {
 fn verify(args: &VerifyArgs) -> Result<()> {
     for checkpoint in archive::checkpoints(&args.path)? {
         checkpoint.verify()?;
-        println!("{}: whole", checkpoint.path().display());
+        output::line(format_args!("{}: whole", checkpoint.path().display()))?;
     }
     // A checkpoint alone says nothing of the run that it may lie in.
     if args.path.join(CHECKPOINTS).is_dir() {
         verify_config(&args.path)?;
-        println!("{}: whole", args.path.join(CONFIG_FILE).display());
+        output::line(format_args!("{}: whole", args.path.join(CONFIG_FILE).display()))?;
     }
     Ok(())
 }
@@ -95,6 +97,5 @@ fn consolidate(args: &ConsolidateArgs) -> Result<()> {
         Some(output) => archive::copy_weights(&checkpoint, output).map(|()| output.as_path()),
         None => archive::consolidate(&checkpoint).map(|()| checkpoint.path()),
     }?;
-    println!("{}", made.display());
-    Ok(())
+    output::line(format_args!("{}", made.display()))
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use clap::{Args, Subcommand};
+use data_prep::output;
 
 use crate::commands::Common;
 use crate::error::Result;
@@ -30,9 +31,9 @@ pub(super) fn run(command: &EvalCommand, common: &Common, device: &Device) -> Re
     let EvalCommand::IdentityGap(args) = command;
     common.start_log(None)?;
     let gap = identity_gap::run(&args.run, device)?;
-    println!("identity gap: denoising loss with somebody else's LoRA minus that with the person's own");
-    println!("{}", line("held-out photos of known people", &gap.known));
-    println!("{}", line("people never seen", &gap.unseen));
+    let (known, unseen) = (line("held-out photos of known people", &gap.known), line("people never seen", &gap.unseen));
+    let title = "identity gap: denoising loss with somebody else's LoRA minus that with the person's own";
+    output::line(format_args!("{title}\n{known}\n{unseen}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use data_prep::output;
 
 use crate::commands::loras::CombinedArgs;
 use crate::commands::{Common, finite};
 use crate::error::Result;
-use crate::export::lora::{LoraSet, concat, reduce};
+use crate::export::lora::{LoraSet, Reduction, concat, reduce};
 
 /// Fold a Base-LoRA, at a weight, into an ID-LoRA: one file in place of two
 #[derive(Debug, Args)]
@@ -41,13 +42,13 @@ pub(super) fn run(args: &FoldArgs, common: &Common) -> Result<ExitCode> {
     let (id, base) = (LoraSet::open(&args.id)?, LoraSet::open(&args.base)?);
     let dtype = args.combined.dtype(&id, &base);
     let mut folded = concat(&[(&id, args.id_weight), (&base, args.base_weight)], dtype)?;
-    if let Some(rank) = args.rank {
-        let lost = reduce(&mut folded, rank)?;
-        println!(
-            "relative error of rank {rank}: mean {:.3e}, worst {:.3e} ({})",
-            lost.mean, lost.worst, lost.worst_module
-        );
-    }
+    let lost = args.rank.map(|rank| Ok((rank, reduce(&mut folded, rank)?))).transpose()?;
     args.combined.save(&folded, &output)?;
+    // The result first: whoever reads what is printed may be gone.
+    if let Some((rank, Reduction { mean, worst, worst_module })) = lost {
+        output::line(format_args!(
+            "relative error of rank {rank}: mean {mean:.3e}, worst {worst:.3e} ({worst_module})"
+        ))?;
+    }
     Ok(ExitCode::SUCCESS)
 }

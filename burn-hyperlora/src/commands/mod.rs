@@ -22,6 +22,7 @@ use std::str::FromStr;
 use burn::tensor::{Device, FloatDType};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use data_prep::files::restrict_modes;
+use data_prep::output;
 use safetensors::Dtype;
 
 use crate::collective::{PEER_LOST, end_process};
@@ -323,9 +324,7 @@ fn dispatch(cli: &Cli) -> ExitCode {
 
 /// Says on stderr, and in `run.log` where there is one, what ended the command.
 fn complain(problem: &dyn Display) {
-    // In one piece: ranks share their stderr.
-    let line = format!("error: {problem}\n");
-    eprint!("{line}");
+    output::note(format_args!("error: {problem}"));
     log::note_failure(problem);
 }
 

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
+use data_prep::output;
 use data_prep::shard::Manifest;
 
 use crate::commands::Common;
@@ -71,9 +72,9 @@ pub(super) fn run(args: &PlanArgs, common: &Common) -> Result<ExitCode> {
     if args.json {
         let text = serde_json::to_string_pretty(&plan)
             .map_err(|problem| Error::Fault(format!("the plan cannot be written as JSON: {problem}")))?;
-        println!("{text}");
+        output::line(format_args!("{text}"))?;
     } else {
-        print!("{plan}");
+        output::text(format_args!("{plan}"))?;
     }
     Ok(if plan.fits { ExitCode::SUCCESS } else { ExitCode::from(2) })
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use data_prep::output;
 
 use crate::commands::Common;
 use crate::error::{Error, Result};
@@ -26,9 +27,9 @@ pub(super) fn run(args: &StatusArgs, common: &Common) -> Result<ExitCode> {
     if args.json {
         let json = serde_json::to_string_pretty(&status)
             .map_err(|error| Error::Fault(format!("the status cannot be put as JSON: {error}")))?;
-        println!("{json}");
+        output::line(format_args!("{json}"))?;
     } else {
-        print!("{status}");
+        output::text(format_args!("{status}"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,8 @@
 //! The command line itself: help, refusals, silence.
 
-use std::process::Command;
+use std::fs::{self, OpenOptions};
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use crate::support::{World, hyperlora, quickstart_base, run};
 
@@ -65,6 +67,70 @@ fn a_gpu_is_refused_by_commands_that_run_no_model() {
 fn a_build_without_cuda_says_how_to_make_one() {
     let stderr = run(hyperlora(["train", "a.yaml", "--device", "cuda:0"])).with(2).stderr;
     assert!(stderr.contains("--features burn-hyperlora/cuda"), "{stderr}");
+}
+
+/// Where nothing can be printed: a pipe whose reader has left.
+fn left_pipe() -> Stdio {
+    std::io::pipe().unwrap().1.into()
+}
+
+fn full_disk() -> Stdio {
+    OpenOptions::new().write(true).open("/dev/full").unwrap().into()
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_fault_and_a_full_output_costs_no_result() {
+    let folder = tempfile::tempdir().unwrap();
+    let crate_folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = folder.path().join("folded.safetensors");
+    let [id, base] = ["kohya", "second"]
+        .map(|name| crate_folder.join("tests/fixtures/loras").join(name).with_extension("safetensors"));
+    let fold = || {
+        let mut command = hyperlora(["fold", "--base-weight", "1", "--rank", "1", "--id"]);
+        command.arg(&id).arg("--base").arg(&base).arg("-o").arg(&output);
+        command
+    };
+    let plan = || {
+        let mut command = hyperlora(["plan", "--gpu", "rtx-4090", "--images", "10"]);
+        command.arg(crate_folder.join("../experiments/quickstart/train.yaml"));
+        command
+    };
+    let ended = |mut command: Command, stdout: Stdio, stderr: Stdio| {
+        let ended = command.stdout(stdout).stderr(stderr).output().unwrap();
+        (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
+    };
+    let printed = run(fold()).with(0);
+    assert!(printed.stdout.starts_with("relative error of rank 1"), "{}", printed.stdout);
+    let expected = fs::read(&output).unwrap();
+    let made = || {
+        let bytes = fs::read(&output).unwrap();
+        fs::remove_file(&output).unwrap();
+        bytes
+    };
+    assert!(made() == expected);
+    run(plan()).with(0);
+
+    for command in [fold(), plan()] {
+        let (code, stderr) = ended(command, left_pipe(), Stdio::piped());
+        assert!(code == Some(0) && !stderr.contains("error"), "{code:?} {stderr}");
+    }
+    assert!(made() == expected);
+    for command in [fold(), plan()] {
+        let (code, stderr) = ended(command, full_disk(), Stdio::piped());
+        assert!(code == Some(1) && stderr.contains("standard output: writing failed"), "{code:?} {stderr}");
+        assert!(!stderr.contains("panicked") && !stderr.contains("fault in the program"), "{stderr}");
+    }
+    assert!(made() == expected);
+    for stderr in [left_pipe, full_disk] {
+        assert_eq!(ended(fold(), Stdio::null(), stderr()).0, Some(0));
+        assert!(made() == expected);
+        let mut refused = fold();
+        refused.args(["--id-weight", "0", "--base", "none"]);
+        assert_eq!(ended(refused, Stdio::null(), stderr()).0, Some(2));
+        let mut unread = hyperlora(["slider", "--positive", "none", "--negative", "none", "-o", "none"]);
+        unread.current_dir(folder.path());
+        assert_eq!(ended(unread, Stdio::null(), stderr()).0, Some(2));
+    }
 }
 
 #[test]
