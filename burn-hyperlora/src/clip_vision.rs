@@ -9,11 +9,12 @@ use burn::tensor::{Device, Tensor, TensorData};
 use image::RgbImage;
 use image::imageops;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::clip_vision::resize::bicubic;
 use crate::error::{Error, Result};
 use crate::sdxl::clip_encoder::{ClipEncoder, ClipEncoderConfig};
-use crate::weights::{ConfigText, Weights};
+use crate::weights::{ConfigText, Weights, parse_json, read_text};
 
 mod resize;
 
@@ -50,12 +51,16 @@ impl ClipVisionConfig {
         1 + (self.image_size / self.patch_size).pow(2)
     }
 
-    /// Reads and checks a config.
+    /// Reads and checks a config: of the image encoder, or of a whole CLIP model, which holds it as `vision_config`.
     ///
     /// # Errors
     /// Input for broken JSON and sizes that cannot be.
     pub fn parse(text: &ConfigText) -> Result<Self> {
-        let config: Self = text.parse()?;
+        let keys: Map<String, Value> = text.parse()?;
+        let config: Self = match keys.get("vision_config") {
+            Some(vision) => text.with_text(vision.to_string()).parse()?,
+            None => text.parse()?,
+        };
         match config.problem() {
             None => Ok(config),
             Some((key, problem)) => Err(Error::input(format!("{}: {key}", text.place().display()), problem, REMEDY)),
@@ -116,6 +121,10 @@ impl ClipVisionModel {
         vision.at("encoder.layers").at(num_hidden_layers - 1).ignore_all();
         vision.at("post_layernorm").ignore_all();
         root.at("visual_projection").ignore_all();
+        // The other half of a whole CLIP model.
+        root.at("text_model").ignore_all();
+        root.at("text_projection").ignore_all();
+        root.ignore("logit_scale");
 
         let positions = embeddings.at("position_embedding").tensor("weight", [config.tokens(), width]);
         let kernel = [width, config.num_channels, config.patch_size, config.patch_size];
@@ -213,9 +222,8 @@ impl ImageProcessor {
     /// Input for a missing or broken file and for settings that are not supported.
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join(PREPROCESSOR_CONFIG);
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::read(&path, source))?;
         let config: ProcessorConfig =
-            serde_json::from_str(&text).map_err(|problem| Error::file(&path, problem, REMEDY))?;
+            parse_json(&read_text(&path)?).map_err(|problem| Error::file(&path, problem, REMEDY))?;
         let refuse = |key: &str, problem: &str| Error::input(format!("{}: {key}", path.display()), problem, REMEDY);
         if !(config.do_resize && config.do_center_crop && config.do_rescale && config.do_normalize) {
             let keys = "do_resize, do_center_crop, do_rescale, do_normalize";

@@ -18,15 +18,20 @@ use crate::weights::place::Place;
 
 mod file;
 mod files;
+mod json;
 mod layers;
+mod output_name;
 mod place;
 mod rewrite;
 mod save;
 mod update;
+pub(crate) mod values;
 
-pub use file::SafetensorsFile;
+pub use file::{HASHES, SafetensorsFile};
 pub use files::{ShardIndex, has_variant, index_name, shard_name, weights_in};
+pub use json::{parse_json, read_text};
 pub use layers::WeightsAt;
+pub use output_name::check_name;
 pub use place::Form;
 pub use rewrite::rewrite;
 pub use save::{TensorEntry, bytes_of, data_of, save, save_lazily, save_with_metadata};
@@ -55,10 +60,9 @@ impl ConfigText {
     /// Reads a file.
     ///
     /// # Errors
-    /// As [`Error::read`].
+    /// As [`read_text`].
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::read(path, source))?;
-        Ok(Self { place: path.into(), text })
+        Ok(Self { place: path.into(), text: read_text(path)? })
     }
 
     /// A config that the program brings along; `place` is how messages call it.
@@ -82,12 +86,12 @@ impl ConfigText {
         &self.text
     }
 
-    /// Its values.
+    /// Its values, read as [`parse_json`] does.
     ///
     /// # Errors
     /// Input for broken JSON and values that `T` does not take, with line and column.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_json::from_str(&self.text).map_err(|problem| {
+        parse_json(&self.text).map_err(|problem| {
             Error::file(self.place(), problem, "use the config that belongs to these weights, in diffusers layout")
         })
     }
@@ -109,6 +113,8 @@ pub struct Weights {
 struct Record {
     asked: BTreeSet<String>,
     problems: Vec<String>,
+    /// Whether one of them is a type that is not read.
+    mistyped: bool,
     failure: Option<Error>,
 }
 
@@ -203,7 +209,7 @@ impl Weights {
     /// Input that lists the first ten missing, misshaped, mistyped or unexpected keys and counts them all; Disk when
     /// reading failed.
     pub fn finish(self) -> Result<()> {
-        let Record { asked, mut problems, failure } = self.record.into_inner();
+        let Record { asked, mut problems, mistyped, failure } = self.record.into_inner();
         if let Some(failure) = failure {
             return Err(failure);
         }
@@ -220,7 +226,12 @@ impl Weights {
         Err(Error::file(
             &self.path,
             format!("{count} tensors do not fit the model:\n    {}", problems.join("\n    ")),
-            "use weights of the architecture that config.json describes",
+            match mistyped {
+                true => {
+                    "give the weights in bf16, f16 or f32: other types are mostly quantised, and need what made them"
+                }
+                false => "use weights of the architecture that config.json describes",
+            },
         ))
     }
 
@@ -243,6 +254,7 @@ impl Weights {
     /// `first_row` on: the place may be a part of the tensor.
     fn read(&self, name: &str, place: &Place, first_row: usize, transpose: bool) -> Option<TensorData> {
         let mut record = self.record.borrow_mut();
+        record.mistyped |= !place.is_readable();
         let values = match self.updates.get(name) {
             None => place.read(self.dtype, transpose),
             Some(changes) => place.read(FloatDType::F32, false).map(|values| {

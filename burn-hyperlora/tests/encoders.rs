@@ -13,7 +13,8 @@ use burn_hyperlora::sdxl::clip_text::ClipTextModel;
 use burn_hyperlora::sdxl::scheduler::{EulerSampler, NoiseSchedule, ScheduleConfig};
 use burn_hyperlora::sdxl::text::TextEncoders;
 use burn_hyperlora::sdxl::tokenizer::{ClipTokenizer, PROMPT_TOKENS};
-use safetensors::SafeTensors;
+use burn_hyperlora::weights::{SafetensorsFile, TensorEntry, save_lazily};
+use safetensors::{Dtype, SafeTensors};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders")
@@ -157,6 +158,26 @@ fn the_image_processor_and_encoder_agree_with_transformers() {
 }
 
 #[test]
+fn a_whole_clip_model_serves_as_its_image_encoder() {
+    let copy = with_edited("image_encoder", "config.json", |text| format!("{{\"vision_config\": {text}}}"));
+    let path = copy.path().join("model.safetensors");
+    let source = SafetensorsFile::open(&path).unwrap();
+    let mut entries: Vec<_> = source.entries().collect();
+    for name in ["logit_scale", "text_projection.weight", "text_model.embeddings.position_ids"] {
+        entries.push(TensorEntry { name: name.into(), dtype: Dtype::I64, shape: vec![1] });
+    }
+    save_lazily(&path, Default::default(), entries, |entry| match entry.dtype {
+        Dtype::I64 => Ok(vec![0; 8]),
+        _ => source.read_raw(&entry.name),
+    })
+    .unwrap();
+    let [whole, alone] = [copy.path(), &fixtures().join("image_encoder")]
+        .map(|folder| ClipVisionModel::load(folder, &device()).unwrap());
+    let pixel_values = || Expected::open("clip_vision").tensor::<4>("pixel_values");
+    assert!(whole.penultimate(pixel_values()).into_data() == alone.penultimate(pixel_values()).into_data());
+}
+
+#[test]
 fn noise_is_added_as_diffusers_does() {
     let schedule = NoiseSchedule::load(&fixtures().join("scheduler")).unwrap();
     let expected = Expected::open("scheduler");
@@ -246,6 +267,18 @@ fn unsupported_settings_are_refused_by_name() {
     refused("scheduler", "scheduler_config.json", "\"epsilon\"", "\"sample\"", "sample");
     refused("tokenizer", "vocab.json", "<|startoftext|>", "<|start|>", "<|startoftext|>");
     refused("tokenizer", "vocab.json", "\"!\":0", "\"!\":2147483648", "token ! has the id 2147483648");
+}
+
+#[test]
+fn schedules_of_other_samplers_are_read() {
+    // As diffusers writes DPM-Solver's and DDPM's.
+    let keys = "\"lambda_min_clipped\": -Infinity,\n\"variance_type\": \"fixed_small\",\n\"prediction_type\"";
+    let copy = with_edited("scheduler", "scheduler_config.json", |text| text.replace("\"prediction_type\"", keys));
+    let plain = NoiseSchedule::load(&fixtures().join("scheduler")).unwrap();
+    assert_eq!(NoiseSchedule::load(copy.path()).unwrap().alphas_cumprod(), plain.alphas_cumprod());
+    let copy = with_edited("scheduler", "scheduler_config.json", |text| text.replace("0.012", "Infinity"));
+    let message = NoiseSchedule::load(copy.path()).unwrap_err().to_string();
+    assert!(message.contains("scheduler_config.json") && message.contains("Infinity"), "{message}");
 }
 
 #[test]

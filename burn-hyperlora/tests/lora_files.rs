@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, TensorData};
 use burn_hyperlora::lora_file::{self, BaseNames, LoraFile};
 use burn_hyperlora::sdxl::base_source::{BaseSource, Part, PartUpdates};
-use burn_hyperlora::weights::{SafetensorsFile, Weights, save, save_with_metadata};
+use burn_hyperlora::weights::{SafetensorsFile, TensorEntry, Weights, save, save_lazily, save_with_metadata};
+use safetensors::Dtype;
 
 fn device() -> Device {
     Device::flex()
@@ -142,7 +143,9 @@ fn what_is_wrong_with_a_file_is_named() {
         (refusal(&with(format!("{Q}.lora_up.weight"), &[48, 3])), "shape [48, 3], expected [48, 4]"),
         (refusal(&with(format!("{Q}.lora_down.weight"), &[4, 47])), "shape [4, 47], expected [4, 48]"),
         (refusal(&with(format!("{Q}.lora_down.weight"), &[0, 48])), "shape [0, 48]"),
-        (refusal(&with(format!("{Q}.alpha"), &[2])), "alpha: no finite number"),
+        (refusal(&with(format!("{Q}.alpha"), &[2])), "alpha: holds 2 numbers, one is needed"),
+        (refusal(&with(format!("{Q}.diff"), &[48, 48])), "a full difference of weights"),
+        (refusal(&with("base_model.model.text_model.a.lora_A.weight".into(), &[2, 8])), "nothing tells of which"),
     ];
     for (message, part) in cases {
         assert!(message.contains(part), "{part}: {message}");
@@ -176,4 +179,160 @@ fn what_is_wrong_with_a_file_is_named() {
     assert!(refusal(&path).contains("lora_adapter_metadata"));
     fs::write(&path, "<!DOCTYPE html>").unwrap();
     assert!(refusal(&path).contains("web page"));
+}
+
+type Raw = (Dtype, Vec<usize>, Vec<u8>);
+
+/// A file of these tensors, whatever their types.
+fn raw(folder: &Path, tensors: &BTreeMap<String, Raw>) -> PathBuf {
+    let path = folder.join("raw.safetensors");
+    let entries = tensors
+        .iter()
+        .map(|(name, (dtype, shape, _))| TensorEntry { name: name.clone(), dtype: *dtype, shape: shape.clone() })
+        .collect();
+    save_lazily(&path, BTreeMap::new(), entries, |entry| Ok(tensors[&entry.name].2.clone())).unwrap();
+    path
+}
+
+fn made_by(path: &Path) -> BTreeMap<String, TensorData> {
+    changed(&lora_file::sum(&[(LoraFile::open(path).unwrap(), 1.0)], &names()).unwrap())
+}
+
+fn f32s(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+#[test]
+fn alphas_may_be_of_any_type() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = SafetensorsFile::open(&fixture("kohya")).unwrap();
+    let with_alphas = |dtype: Dtype, bytes: &[u8]| {
+        let tensors = source.entries().map(|TensorEntry { name, dtype: own, shape }| {
+            let stored = source.read_raw(&name).unwrap();
+            let alpha = name.ends_with(".alpha");
+            (name, if alpha { (dtype, vec![1], bytes.to_vec()) } else { (own, shape, stored) })
+        });
+        made_by(&raw(folder.path(), &tensors.collect()))
+    };
+    let expected = with_alphas(Dtype::F32, &f32s(&[3.0]));
+    assert!(with_alphas(Dtype::F32, &f32s(&[2.0])) != expected);
+    assert!(with_alphas(Dtype::I64, &3_i64.to_le_bytes()) == expected);
+    assert!(with_alphas(Dtype::I32, &3_i32.to_le_bytes()) == expected);
+    assert!(with_alphas(Dtype::F64, &3_f64.to_le_bytes()) == expected);
+    assert!(with_alphas(Dtype::U8, &[3]) == expected);
+}
+
+#[test]
+fn one_module_is_the_same_under_every_name() {
+    const DIFFUSERS: &str = "down_blocks.1.attentions.0.transformer_blocks.0.attn1";
+    const STABILITY: &str = "input_blocks.4.1.transformer_blocks.0.attn1";
+    let folder = tempfile::tempdir().unwrap();
+    let numbers = |seed: usize| (0..4 * 48).map(|i| ((i * i * 7 + seed) as f32 * 0.3).sin()).collect::<Vec<_>>();
+    let pair = |down: &str, up: &str| {
+        BTreeMap::from([
+            (down.to_owned(), (Dtype::F32, vec![4, 48], f32s(&numbers(1)))),
+            (up.to_owned(), (Dtype::F32, vec![48, 4], f32s(&numbers(2)))),
+        ])
+    };
+    let of = |module: &str, down: &str, up: &str| {
+        let tensors = pair(&format!("{module}{down}"), &format!("{module}{up}"));
+        made_by(&raw(folder.path(), &tensors))
+    };
+    let flat = format!("lora_unet_{}_to_q", DIFFUSERS.replace('.', "_"));
+    let expected = of(&flat, ".lora_down.weight", ".lora_up.weight");
+    assert_eq!(expected.len(), 1);
+    for (module, down, up) in [
+        (format!("unet.{DIFFUSERS}.to_q"), ".lora_A.weight", ".lora_B.weight"),
+        (format!("base_model.model.{DIFFUSERS}.to_q"), ".lora_A.weight", ".lora_B.weight"),
+        (format!("base_model.model.{DIFFUSERS}.to_q"), ".lora_A.default.weight", ".lora_B.default.weight"),
+        (format!("unet.base_model.model.{DIFFUSERS}.to_q"), ".lora_A.anna.weight", ".lora_B.anna.weight"),
+        (format!("model.diffusion_model.{STABILITY}.to_q"), ".lora_down.weight", ".lora_up.weight"),
+        (format!("diffusion_model.{STABILITY}.to_q"), ".lora_A.weight", ".lora_B.weight"),
+        (format!("{DIFFUSERS}.processor.to_q"), "_lora.down.weight", "_lora.up.weight"),
+        (format!("unet.{DIFFUSERS}.processor.to_q"), "_lora.down.weight", "_lora.up.weight"),
+        (format!("{DIFFUSERS}.to_q"), ".lora.down.weight", ".lora.up.weight"),
+    ] {
+        assert!(of(&module, down, up) == expected, "{module}{down}");
+    }
+
+    // Embeddings beside the LoRA are passed over; two adapters are one too many.
+    let mut tensors = pair(&format!("{flat}.lora_down.weight"), &format!("{flat}.lora_up.weight"));
+    for part in ["clip_l", "clip_g"] {
+        tensors.insert(format!("bundle_emb.anna.{part}"), (Dtype::F32, vec![2], f32s(&[1.0, 2.0])));
+    }
+    assert!(made_by(&raw(folder.path(), &tensors)) == expected);
+    tensors.retain(|name, _| name.starts_with("bundle_emb"));
+    assert!(refusal(&raw(folder.path(), &tensors)).contains("holds no LoRA"));
+    let [mut both, second] = ["a", "b"].map(|adapter| {
+        let key = |side: &str| format!("unet.{DIFFUSERS}.to_q.lora_{side}.{adapter}.weight");
+        pair(&key("A"), &key("B"))
+    });
+    both.extend(second);
+    assert!(refusal(&raw(folder.path(), &both)).contains("has another one for the same module"));
+}
+
+#[test]
+fn the_alpha_of_a_peft_folder_lies_beside_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = SafetensorsFile::open(&fixture("peft")).unwrap();
+    let unet = source.entries().filter_map(|TensorEntry { name, dtype, shape }| {
+        let bytes = source.read_raw(&name).unwrap();
+        Some((format!("base_model.model.{}", name.strip_prefix("unet.")?), (dtype, shape, bytes)))
+    });
+    let path = folder.path().join("adapter_model.safetensors");
+    fs::rename(raw(folder.path(), &unet.collect()), &path).unwrap();
+    let metadata: serde_json::Value = serde_json::from_str(&source.metadata()["lora_adapter_metadata"]).unwrap();
+    let own = metadata.as_object().unwrap().iter();
+    let mut config: serde_json::Map<_, _> =
+        own.filter_map(|(key, value)| Some((key.strip_prefix("unet.")?.to_owned(), value.clone()))).collect();
+    let beside = folder.path().join("adapter_config.json");
+    let written = |config: &serde_json::Map<String, serde_json::Value>| {
+        fs::write(&beside, serde_json::to_vec(config).unwrap()).unwrap();
+    };
+    let mut expected = changed(&updates(&[("peft", 1.0)]));
+    expected.retain(|name, _| name.starts_with("unet."));
+    assert!(made_by(&path) != expected, "without its config every scale is 1");
+    written(&config);
+    assert!(made_by(&path) == expected);
+    config.insert("use_dora".into(), true.into());
+    written(&config);
+    assert!(refusal(&path).contains("DoRA"));
+}
+
+#[test]
+fn fp8_is_read_and_scaled_fp8_is_refused_as_such() {
+    const Q: &str = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q";
+    let folder = tempfile::tempdir().unwrap();
+    // 0.5, -1 and 0 in either format.
+    let of = |dtype: Dtype, values: [&[u8]; 3]| -> BTreeMap<String, Raw> {
+        let bytes = |seed: usize| (0..4 * 48).flat_map(|i| values[(i * i + seed) % 3].to_vec()).collect::<Vec<u8>>();
+        BTreeMap::from([
+            (format!("{Q}.lora_down.weight"), (dtype, vec![4, 48], bytes(0))),
+            (format!("{Q}.lora_up.weight"), (dtype, vec![48, 4], bytes(1))),
+            (format!("{Q}.alpha"), (Dtype::F32, vec![], f32s(&[2.0]))),
+        ])
+    };
+    let [half, one, zero] = [0.5_f32, -1.0, 0.0].map(f32::to_le_bytes);
+    let expected = made_by(&raw(folder.path(), &of(Dtype::F32, [&half, &one, &zero])));
+    assert!(made_by(&raw(folder.path(), &of(Dtype::F8_E4M3, [&[0x30], &[0xb8], &[0]]))) == expected);
+    assert!(made_by(&raw(folder.path(), &of(Dtype::F8_E5M2, [&[0x38], &[0xbc], &[0]]))) == expected);
+    let [half, one, zero] = [0.5_f64, -1.0, 0.0].map(f64::to_le_bytes);
+    assert!(made_by(&raw(folder.path(), &of(Dtype::F64, [&half, &one, &zero]))) == expected);
+
+    let mut scaled = of(Dtype::F8_E4M3, [&[0x30], &[0xb8], &[0]]);
+    scaled.insert(format!("{Q}.scale_weight"), (Dtype::F32, vec![], f32s(&[0.1])));
+    let message = refusal(&raw(folder.path(), &scaled));
+    assert!(message.contains("fp8") && message.contains("scale_weight") && message.contains("bf16"), "{message}");
+    let message = refusal(&raw(folder.path(), &of(Dtype::I8, [&[1], &[2], &[3]])));
+    assert!(message.contains("type I8, which is not read: F64, F32"), "{message}");
+}
+
+#[test]
+fn a_key_of_a_megabyte_makes_a_message_of_a_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = format!("{}\u{1b}[2J.weight", "k".repeat(1 << 20));
+    let tensors = BTreeMap::from([(key, (Dtype::F32, vec![1], f32s(&[1.0])))]);
+    let message = refusal(&raw(folder.path(), &tensors));
+    assert!(message.len() < 3000 && message.contains("no tensor of a LoRA"), "{} bytes", message.len());
+    assert!(!message.contains('\u{1b}'));
 }

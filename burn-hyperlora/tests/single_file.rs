@@ -13,7 +13,7 @@ use burn_hyperlora::sdxl::base_source::BaseSource;
 use burn_hyperlora::sdxl::scheduler::Prediction;
 use burn_hyperlora::sdxl::tokenizer::ClipTokenizer;
 use burn_hyperlora::sdxl::unet::UnetInput;
-use burn_hyperlora::weights::{SafetensorsFile, save};
+use burn_hyperlora::weights::{SafetensorsFile, save, save_with_metadata};
 use data_prep::config::ConfigPath;
 use tempfile::TempDir;
 
@@ -80,6 +80,44 @@ fn a_text_projection_may_be_a_linear_layer() {
     assert!(
         outputs(&load(&path, Some(&quickstart_base())).unwrap()) == outputs(&load(&quickstart_base(), None).unwrap())
     );
+}
+
+#[test]
+fn what_nothing_needs_is_passed_over() {
+    let mut tensors = stability();
+    for key in [
+        "conditioner.embedders.0.transformer.text_projection.weight",
+        "conditioner.embedders.0.logit_scale",
+        "conditioner.embedders.1.model.attn_mask",
+        "conditioner.embedders.1.model.text_model.embeddings.position_ids",
+        "conditioner.embedders.1.model.visual.conv1.weight",
+        "first_stage_model.loss.discriminator.main.0.weight",
+        "first_stage_model.loss.logvar",
+        "first_stage_model.model_ema.decay",
+        "model_ema.diffusion_modelinput_blocks00weight",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+        "lora_unet_mid_block_attentions_0_proj_in.alpha",
+        "embedding_manager.weight",
+    ] {
+        tensors.insert(key.into(), TensorData::from([1.0f32]));
+    }
+    let (_folder, path) = written(tensors.clone());
+    let single = load(&path, Some(&quickstart_base())).unwrap();
+    assert!(outputs(&load(&quickstart_base(), None).unwrap()) == outputs(&single));
+
+    // Names that only look like those.
+    for key in [
+        "first_stage_model.losses.weight",
+        "conditioner.embedders.1.model.attn_masks",
+        "model.diffusion_model.model_ema.decay",
+        "first_stage_model.position_ids",
+    ] {
+        let mut tensors = stability();
+        tensors.insert(key.into(), TensorData::from([1.0f32]));
+        let (_folder, path) = written(tensors);
+        let message = load(&path, Some(&quickstart_base())).map(drop).unwrap_err().to_string();
+        assert!(message.contains(&format!("{key}: not a part of this model")), "{message}");
+    }
 }
 
 #[test]
@@ -235,4 +273,14 @@ fn loras_are_merged_into_a_single_file() {
 
     let message = merge(&source(), &updates, &path).unwrap_err().to_string();
     assert!(message.contains("is the input"), "{message}");
+
+    // A hash of the tensors that were is no hash of those that are; all else that is told stays.
+    let notes = [("modelspec.hash_sha256", "0x00"), ("modelspec.title", "a base"), ("sshs_model_hash", "00")];
+    let notes = notes.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+    save_with_metadata(&path, notes, stability()).unwrap();
+    fs::remove_file(&merged).unwrap();
+    merge(&source(), &updates, &merged).unwrap();
+    assert!(outputs(&load(&merged, Some(&quickstart_base())).unwrap()) == actual);
+    let told = SafetensorsFile::open(&merged).unwrap().metadata().clone();
+    assert_eq!(told.keys().collect::<Vec<_>>(), ["format", "modelspec.title"]);
 }

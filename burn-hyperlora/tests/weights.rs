@@ -156,8 +156,23 @@ fn files_of_other_kinds_are_named() {
     assert!(refusal(b"\x80\x02}q\x00.  ").contains("Python pickle"));
     assert!(refusal(b"<!DOCTYPE html><html>").contains("web page"));
     assert!(refusal(b"version https://git-lfs.github.com/spec/v1").contains("LFS"));
+    assert!(refusal(b"GGUF\x03\x00\x00\x00").contains("GGUF"));
     assert!(refusal(b"abc").contains("ends after 3 bytes"));
     assert!(refusal(b"").contains("ends after 0 bytes"));
+}
+
+#[test]
+fn a_header_may_be_as_long_as_a_pickle_begins() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let header = r#"{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+    // The first two bytes of the file are those of a pickle, and of a web page.
+    for magic in [*b"\x80\x02", *b"\x80\x03", *b"\x80\x04", *b"\x80\x05", *b"<!", *b"<h"] {
+        let length = usize::from(u16::from_le_bytes(magic));
+        fs::write(&path, with_header(&format!("{header:<length$}"), &2.0_f32.to_le_bytes())).unwrap();
+        let weights = open(&path);
+        assert_eq!(weights.at("").tensor::<1>("t", [1]).into_scalar::<f32>(), 2.0, "{length}");
+    }
 }
 
 #[test]
@@ -192,6 +207,67 @@ fn a_broken_config_tells_the_line() {
     let problem = config::<std::collections::BTreeMap<String, usize>>(folder.path()).unwrap_err();
     let message = problem.to_string();
     assert!(message.contains("config.json") && message.contains("line 2"), "{message}");
+}
+
+#[test]
+fn a_config_may_hold_what_python_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    let read = || config::<std::collections::BTreeMap<String, serde_json::Value>>(folder.path());
+    fs::write(&path, "\u{feff}{\"a\": -Infinity, \"b\": [NaN]}").unwrap();
+    assert_eq!(read().unwrap()["a"], "-Infinity");
+    fs::write(&path, "{\n\"a\": Infinity}").unwrap();
+    let message = config::<std::collections::BTreeMap<String, f64>>(folder.path()).unwrap_err().to_string();
+    assert!(message.contains("config.json") && message.contains("Infinity") && message.contains("line 2"), "{message}");
+
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+    assert!(read().unwrap_err().to_string().contains("no regular file"));
+    fs::remove_file(&path).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    assert!(read().unwrap_err().to_string().contains("no regular file"));
+    let pipe = SafetensorsFile::open(&path).unwrap_err().to_string();
+    assert!(pipe.contains("no regular file"), "{pipe}");
+}
+
+#[test]
+fn fp8_and_doubles_are_read_in_any_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    // 1, -1.5, 0.5: an odd number of bytes, more than are converted at a time.
+    let (rows, columns) = (257, 259);
+    let value = |index: usize| [1.0_f32, -1.5, 0.5][index * index % 3];
+    let write = |dtype: Dtype, bytes: &dyn Fn(f32) -> Vec<u8>| {
+        let entry = TensorEntry { name: "a.weight".into(), dtype, shape: vec![rows, columns] };
+        let all: Vec<u8> = (0..rows * columns).flat_map(|index| bytes(value(index))).collect();
+        save_lazily(&path, BTreeMap::new(), vec![entry], |_| Ok(all.clone())).unwrap();
+    };
+    let read = || {
+        let weights = open(&path);
+        let data = weights.at("a").linear(columns, rows, false).weight.val().transpose().into_data();
+        assert_eq!(data, weights.at("").tensor("a.weight", [rows, columns]).into_data());
+        weights.finish().unwrap();
+        data
+    };
+    write(Dtype::F32, &|value| value.to_le_bytes().to_vec());
+    let expected = read();
+    write(Dtype::F64, &|value| f64::from(value).to_le_bytes().to_vec());
+    assert_eq!(read(), expected);
+    let bits =
+        |codes: [u8; 3]| move |value: f32| vec![codes[[1.0, -1.5, 0.5].iter().position(|v| *v == value).unwrap()]];
+    write(Dtype::F8_E4M3, &bits([0x38, 0xbc, 0x30]));
+    assert_eq!(read(), expected);
+    write(Dtype::F8_E5M2, &bits([0x3c, 0xbe, 0x38]));
+    assert_eq!(read(), expected);
+    write(Dtype::F8_E4M3, &|_| vec![0x7f]);
+    let weights = open(&path);
+    weights.at("").tensor::<2>("a.weight", [rows, columns]);
+    assert!(weights.finish().unwrap_err().to_string().contains("not finite"));
+    write(Dtype::F8_E8M0, &|_| vec![0x7f]);
+    let weights = open(&path);
+    weights.at("").tensor::<2>("a.weight", [rows, columns]);
+    let message = weights.finish().unwrap_err().to_string();
+    assert!(message.contains("type F8_E8M0, which is not read") && message.contains("other types"), "{message}");
 }
 
 /// A linear layer's tensors that are larger than what is converted at a time, and odd.
@@ -277,8 +353,17 @@ fn values_in(folder: &Path, variant: Option<&str>) -> [f32; 2] {
 #[test]
 fn shards_are_one_model() {
     let folder = tempfile::tempdir().unwrap();
-    sharded(folder.path(), "model.safetensors.index.json", "");
+    let index = "model.safetensors.index.json";
+    sharded(folder.path(), index, "");
     assert_eq!(values_in(folder.path(), None), [1.0, 2.0]);
+    // Sizes are nobody's need, and some tools divide before they write them.
+    let text = fs::read_to_string(folder.path().join(index)).unwrap();
+    for metadata in ["{\"total_size\":8.0}", "{\"total_size\":NaN}", "null", "\"8\""] {
+        let other = text.replace("{\"total_size\":8}", metadata);
+        assert_ne!(other, text);
+        fs::write(folder.path().join(index), other).unwrap();
+        assert_eq!(values_in(folder.path(), None), [1.0, 2.0], "{metadata}");
+    }
 }
 
 #[test]

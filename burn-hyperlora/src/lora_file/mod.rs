@@ -9,17 +9,17 @@ mod keys;
 mod merge;
 mod merge_file;
 pub mod names;
-pub(crate) mod values;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::lora_file::adapter::Adapter;
-use crate::lora_file::keys::Side;
+use crate::lora_file::keys::{Key, Side};
 use crate::sdxl::base_source::{Part, PartUpdates};
 use crate::weights::{LowRank, SafetensorsFile, TensorEntry};
 
+pub(crate) use crate::weights::values;
 pub use adapter::ADAPTER_METADATA;
 pub use base_names::BaseNames;
 pub use merge::merge;
@@ -62,7 +62,8 @@ struct Tensors {
 }
 
 impl LoraFile {
-    /// Reads the header and the alphas.
+    /// Reads the header and the alphas. Embeddings that lie in the file beside the LoRA are passed over, with a warning that
+    /// names them.
     ///
     /// # Errors
     /// Input for a missing file, one that is no safetensors, or no plain LoRA (DoRA, LoHa, LoKr, ...), or lacks tensors
@@ -71,14 +72,23 @@ impl LoraFile {
         let file = SafetensorsFile::open(path)?;
         let mut named: BTreeMap<String, Tensors> = BTreeMap::new();
         let mut problems = Vec::new();
+        let mut embeddings = BTreeSet::new();
         for entry in file.entries() {
-            if let Some(kind) = keys::other_kind(&entry.name) {
-                let remedy = "give a plain LoRA, or convert this one with the tool that made it";
-                return Err(Error::file(path, format!("is {kind} ({}), which is not supported", entry.name), remedy));
-            }
-            let Some((module, side)) = keys::side(&entry.name) else {
-                problems.push(format!("{}: no tensor of a LoRA", entry.name));
-                continue;
+            let (module, side) = match keys::parse(&entry.name) {
+                Key::Of(module, side) => (module, side),
+                Key::Embedding(name) => {
+                    embeddings.insert(name.to_owned());
+                    continue;
+                }
+                Key::OtherKind(kind) => {
+                    let remedy = "give a plain LoRA, or convert this one with the tool that made it";
+                    let problem = format!("is {kind} ({}), which is not supported", entry.name);
+                    return Err(Error::file(path, problem, remedy));
+                }
+                Key::Unknown => {
+                    problems.push(format!("{}: no tensor of a LoRA", entry.name));
+                    continue;
+                }
             };
             let tensors = named.entry(module.to_owned()).or_default();
             let place = match side {
@@ -93,33 +103,45 @@ impl LoraFile {
         if let Some(architecture) = named.keys().find_map(|name| keys::other_architecture(name)) {
             return Err(Error::file(path, format!("was made for {architecture}, not for SDXL"), REMEDY));
         }
-        if named.is_empty() {
+        if named.is_empty() && problems.is_empty() {
             return Err(Error::file(path, "holds no LoRA", "give a LoRA in the format of sd-scripts or diffusers"));
         }
 
         let adapter = Adapter::of(&file)?;
         let mut modules = Vec::with_capacity(named.len());
         for (name, tensors) in named {
-            let Some((part, module)) = keys::module(&name) else {
-                problems.push(format!("{name}: no module of an SDXL"));
-                continue;
+            let (part, module) = match keys::module(&name) {
+                Ok(found) => found,
+                Err(problem) => {
+                    problems.push(format!("{name}: {problem}"));
+                    continue;
+                }
             };
             let (Some(down), Some(up)) = (tensors.down, tensors.up) else {
                 problems.push(format!("{name}: lacks one of its two matrices"));
                 continue;
             };
             let rank = down.shape.first().copied().unwrap_or_default();
-            let alpha = match tensors.alpha.map(|entry| scalar(&file, &entry)).transpose()? {
-                Some(Some(alpha)) => alpha,
-                Some(None) => {
-                    problems.push(format!("{name}.alpha: no finite number"));
+            let alpha = match tensors.alpha {
+                Some(entry) => values::number(entry.dtype, &file.read_raw(&entry.name)?)
+                    .map_err(|problem| format!("{}: {problem}", entry.name)),
+                None => adapter.alpha(part, &module, rank),
+            };
+            let alpha = match alpha {
+                Ok(alpha) => alpha,
+                Err(problem) => {
+                    problems.push(problem);
                     continue;
                 }
-                None => adapter.alpha(part, &module, rank),
             };
             modules.push(Module { name, part, path: module, down, up, alpha });
         }
         refuse(path, &problems, "give a LoRA in the format of sd-scripts or diffusers")?;
+        if !embeddings.is_empty() {
+            let shown: Vec<_> = embeddings.iter().take(PROBLEMS_SHOWN).map(String::as_str).collect();
+            let (path, count, names) = (path.display(), embeddings.len(), shown.join(", "));
+            tracing::warn!("{path}: {count} embeddings that are bundled with the LoRA are passed over: {names}");
+        }
         Ok(Self { file, modules })
     }
 
@@ -171,7 +193,7 @@ impl LoraFile {
         // A linear layer may be written as a convolution with a kernel of one pixel, and the other way round.
         let expected = [[&[rank], &shape[1..]].concat(), vec![shape[0], rank]];
         for (entry, expected) in [down, up].into_iter().zip(expected) {
-            if rank == 0 || trimmed(&entry.shape) != trimmed(&expected) {
+            if entry.shape.contains(&0) || trimmed(&entry.shape) != trimmed(&expected) {
                 return Ok(Err(format!("{}: shape {:?}, expected {expected:?}", entry.name, entry.shape)));
             }
         }
@@ -213,16 +235,6 @@ fn refuse(path: &Path, problems: &[String], remedy: &str) -> Result<()> {
         shown.push(format!("and {} more", problems.len() - PROBLEMS_SHOWN));
     }
     Err(Error::file(path, format!("{} modules do not fit:\n    {}", problems.len(), shown.join("\n    ")), remedy))
-}
-
-/// The number that a tensor of one element holds, where it is finite.
-fn scalar(file: &SafetensorsFile, entry: &TensorEntry) -> Result<Option<f32>> {
-    let values = floats(file, entry)?;
-    Ok(values
-        .ok()
-        .filter(|values| values.len() == 1)
-        .and_then(|values| values.first().copied())
-        .filter(|v| v.is_finite()))
 }
 
 /// A tensor's values; the inner error tells a type that is no float.

@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::{fs, io};
 
 use burn::tensor::Device;
 use serde::Deserialize;
@@ -21,24 +20,43 @@ use crate::sdxl::scheduler::NoiseSchedule;
 use crate::sdxl::stability::KeyTable;
 use crate::sdxl::tokenizer::{ClipTokenizer, END};
 use crate::sdxl::unet_config::UNet2DConditionConfig;
-use crate::weights::{ConfigText, Form, SafetensorsFile, Updates, Weights, has_variant};
+use crate::weights::{ConfigText, Form, SafetensorsFile, Updates, Weights, has_variant, parse_json, read_text};
 
-/// Keys that tell what kind of single file it is, where it is not SDXL's: a key begins so, and the file is that.
-const OTHER_KINDS: [(&str, &str); 9] = [
-    ("cond_stage_model.", "a checkpoint of Stable Diffusion 1 or 2"),
-    ("conditioner.embedders.0.model.transformer.", "a checkpoint of the SDXL refiner"),
+/// Keys that tell of noise that is not SDXL's, in a file that may be whole otherwise.
+const OTHER_NOISE: [(&str, &str); 2] = [
     ("edm_mean", "a checkpoint of Playground 2.5, whose noise is not SDXL's"),
     ("edm_vpred.sigma_max", "a checkpoint with the noise of EDM, which is not SDXL's"),
+];
+
+/// What keys begin with that tell what kind of single file it is, where parts of an SDXL are missing.
+const OTHER_KINDS: [(&str, &str); 8] = [
+    ("cond_stage_model.", "a checkpoint of Stable Diffusion 1 or 2"),
+    ("conditioner.embedders.0.model.transformer.", "a checkpoint of the SDXL refiner"),
     ("model.diffusion_model.joint_blocks.", "a checkpoint of Stable Diffusion 3"),
     ("model.diffusion_model.double_blocks.", "a checkpoint of Flux"),
     ("double_blocks.", "a checkpoint of Flux"),
+    ("bundle_emb.", "a LoRA with embeddings, not a base"),
     ("lora_", "a LoRA, not a base"),
     ("unet.", "a LoRA in diffusers naming, not a base"),
 ];
 
-/// Keys of single files that belong to a part and that nothing needs.
-const UNUSED: [&str; 2] =
-    ["conditioner.embedders.0.transformer.text_projection.weight", "conditioner.embedders.1.model.logit_scale"];
+/// Keys of single files that lie among those of a part and that nothing needs; one that ends in a dot stands for all that
+/// begin with it. They are what training keeps (losses, averages), buffers, and OpenCLIP's other half.
+const UNNEEDED: [&str; 7] = [
+    "conditioner.embedders.0.transformer.text_projection.",
+    "conditioner.embedders.1.model.logit_scale",
+    "conditioner.embedders.1.model.logit_bias",
+    "conditioner.embedders.1.model.attn_mask",
+    "conditioner.embedders.1.model.visual.",
+    "first_stage_model.loss.",
+    "first_stage_model.model_ema.",
+];
+
+/// A buffer that text encoders compute by themselves, whatever module they keep it in.
+const POSITION_IDS: &str = ".position_ids";
+
+/// How many names of keys that are passed over the log spells out.
+const PASSED_SHOWN: usize = 10;
 
 /// A part of SDXL with weights of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -113,12 +131,7 @@ enum Layout {
 /// The `model_index.json` of a base, as far as it changes what is computed. Other keys are ignored.
 #[derive(Debug, Deserialize)]
 struct ModelIndex {
-    #[serde(default = "yes")]
-    force_zeros_for_empty_prompt: bool,
-}
-
-fn yes() -> bool {
-    true
+    force_zeros_for_empty_prompt: Option<bool>,
 }
 
 impl BaseSource {
@@ -155,6 +168,7 @@ impl BaseSource {
             ));
         }
         check_kind(&file)?;
+        tell_passed_over(&file);
         let layout = Layout::SingleFile { file: Arc::new(file), config: config.map(Path::to_path_buf) };
         Ok(Self { path: path.into(), layout, updates: PartUpdates::new() })
     }
@@ -251,7 +265,7 @@ impl BaseSource {
         };
         let table = self.table(part)?;
         let rename = |key: &str| {
-            let Some(name) = key.strip_prefix(prefix).filter(|_| !UNUSED.contains(&key)) else {
+            let Some(name) = key.strip_prefix(prefix).filter(|_| unneeded(key).is_none()) else {
                 return Vec::new();
             };
             let names = table.to_diffusers(name);
@@ -322,15 +336,11 @@ impl BaseSource {
     /// # Errors
     /// Input for a broken `model_index.json`.
     pub fn zeros_for_empty_prompt(&self) -> Result<bool> {
-        let Some(folder) = self.config_folder() else { return Ok(yes()) };
-        let path = folder.join("model_index.json");
-        let text = match fs::read_to_string(&path) {
-            Err(source) if source.kind() == io::ErrorKind::NotFound => "{}".into(),
-            read => read.map_err(|source| Error::read(&path, source))?,
-        };
-        let index: ModelIndex = serde_json::from_str(&text)
+        let path = self.config_folder().map(|folder| folder.join("model_index.json"));
+        let Some(path) = path.filter(|path| path.exists()) else { return Ok(true) };
+        let index: ModelIndex = parse_json(&read_text(&path)?)
             .map_err(|problem| Error::file(&path, problem, "use the model_index.json of an SDXL base"))?;
-        Ok(index.force_zeros_for_empty_prompt)
+        Ok(index.force_zeros_for_empty_prompt.unwrap_or(true))
     }
 }
 
@@ -339,15 +349,46 @@ fn check_kind(file: &SafetensorsFile) -> Result<()> {
     let remedy =
         "give a single-file checkpoint of an SDXL base, such as sd_xl_base_1.0.safetensors, or a pipeline folder";
     let has = |beginning: &str| file.entries().any(|entry| entry.name.starts_with(beginning));
-    if let Some((_, kind)) = OTHER_KINDS.iter().find(|(beginning, _)| has(beginning)) {
-        return Err(Error::file(file.path(), format!("is {kind}"), remedy));
+    let is = |kind: &str| Err(Error::file(file.path(), format!("is {kind}"), remedy));
+    if let Some((_, kind)) = OTHER_NOISE.iter().find(|(key, _)| file.entries().any(|entry| entry.name == *key)) {
+        return is(kind);
     }
-    match Part::ALL.iter().find(|part| !has(part.prefix())) {
-        None => Ok(()),
-        Some(part) => Err(Error::file(
-            file.path(),
-            format!("is no whole SDXL checkpoint: it has no keys {}* ({})", part.prefix(), part.folder()),
-            remedy,
-        )),
+    // What is whole is an SDXL, whatever else somebody's tool has left in the file.
+    let Some(part) = Part::ALL.iter().find(|part| !has(part.prefix())) else { return Ok(()) };
+    match OTHER_KINDS.iter().find(|(beginning, _)| has(beginning)) {
+        Some((_, kind)) => is(kind),
+        None => is(&format!("no whole SDXL checkpoint: it has no keys {}* ({})", part.prefix(), part.folder())),
     }
+}
+
+/// Which of the [`UNNEEDED`] a key is, where it is one.
+fn unneeded(key: &str) -> Option<&str> {
+    let known = |name: &&str| key == *name || (name.ends_with('.') && key.starts_with(*name));
+    let of_text = || key.starts_with("conditioner.embedders.") && key.ends_with(POSITION_IDS);
+    UNNEEDED.into_iter().find(known).map(|name| name.trim_end_matches('.')).or_else(|| of_text().then_some(key))
+}
+
+/// Counts in the log what a whole file holds beside the parts that are read.
+fn tell_passed_over(file: &SafetensorsFile) {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for entry in file.entries() {
+        let of_a_part = Part::ALL.iter().any(|part| entry.name.starts_with(part.prefix()));
+        let beside = || (!of_a_part).then(|| entry.name.split('.').next().unwrap_or_default());
+        if let Some(name) = unneeded(&entry.name).or_else(beside) {
+            *counts.entry(name.to_owned()).or_default() += 1;
+        }
+    }
+    if counts.is_empty() {
+        return;
+    }
+    let mut shown: Vec<_> = counts
+        .iter()
+        .take(PASSED_SHOWN)
+        .map(|(name, count)| if *count == 1 { name.clone() } else { format!("{name}.* ({count})") })
+        .collect();
+    if counts.len() > PASSED_SHOWN {
+        shown.push(format!("and {} more", counts.len() - PASSED_SHOWN));
+    }
+    let (path, total) = (file.path().display(), counts.values().sum::<usize>());
+    tracing::info!("{path}: {total} tensors that nothing needs are passed over: {}", shown.join(", "));
 }

@@ -115,24 +115,14 @@ pub struct ScheduleConfig {
     others: Map<String, Value>,
 }
 
-/// Keys with one supported value. `null` means the same.
-fn fixed_keys() -> [(&'static str, Value); 15] {
+/// Keys that change what is trained, each with the values that are supported. `null` and absence are supported too.
+fn trained_keys() -> [(&'static str, Vec<Value>); 3] {
+    // A learned variance is a second output of the UNet; all others are a sampler's affair.
+    let variances = ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"];
     [
-        ("trained_betas", Value::Null),
-        ("clip_sample", json!(false)),
-        ("thresholding", json!(false)),
-        ("interpolation_type", json!("linear")),
-        ("timestep_type", json!("discrete")),
-        ("sigma_min", Value::Null),
-        ("sigma_max", Value::Null),
-        ("use_exponential_sigmas", json!(false)),
-        ("use_beta_sigmas", json!(false)),
-        ("use_lu_lambdas", json!(false)),
-        ("use_flow_sigmas", json!(false)),
-        ("algorithm_type", json!("dpmsolver++")),
-        ("solver_order", json!(2)),
-        ("solver_type", json!("midpoint")),
-        ("variance_type", Value::Null),
+        ("trained_betas", Vec::new()),
+        ("timestep_type", vec![json!("discrete")]),
+        ("variance_type", variances.map(Value::from).to_vec()),
     ]
 }
 
@@ -146,6 +136,20 @@ fn zero() -> FinalSigmas {
 
 fn yes() -> bool {
     true
+}
+
+impl ScheduleConfig {
+    /// Says which of `keys` has a value that is not among the supported ones.
+    fn check_keys(&self, keys: &[(&str, Vec<Value>)]) -> std::result::Result<(), String> {
+        for (key, supported) in keys {
+            let value = self.others.get(*key).filter(|value| !value.is_null() && !supported.contains(value));
+            if let Some(value) = value {
+                let supported: Vec<_> = [Value::Null].iter().chain(supported).map(Value::to_string).collect();
+                return Err(format!("{key}: {value} is not supported, only {}", supported.join(", ")));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// How much of an image is left at each training timestep.
@@ -179,14 +183,7 @@ impl NoiseSchedule {
     /// The key and the problem, as a message.
     pub fn new(config: ScheduleConfig) -> std::result::Result<Self, String> {
         let ScheduleConfig { num_train_timesteps: count, beta_start: start, beta_end: end, .. } = config;
-        for (key, only) in fixed_keys() {
-            match config.others.get(key) {
-                Some(value) if !value.is_null() && *value != only => {
-                    return Err(format!("{key}: {value} is not supported, only {only}"));
-                }
-                _ => {}
-            }
-        }
+        config.check_keys(&trained_keys())?;
         if config.rescale_betas_zero_snr && config.prediction_type == Prediction::Epsilon {
             let problem = "a schedule that ends in pure noise needs prediction_type v_prediction";
             return Err(format!("rescale_betas_zero_snr: {problem}: its noise tells nothing of the image"));
@@ -251,6 +248,14 @@ impl NoiseSchedule {
         Err(Error::input("steps", format!("{steps} is not within 1 and {train}"), "20 to 30 are usual"))
     }
 
+    /// Checks the keys that `sampler` has a meaning for.
+    fn check_sampler(&self, sampler: &str, keys: &[(&str, Vec<Value>)]) -> Result<()> {
+        self.config.check_keys(keys).map_err(|problem| {
+            let remedy = "draw with another --sampler (train.samples.sampler), or change the key in the base's file";
+            Error::input("scheduler_config.json", format!("{problem} with the sampler {sampler}"), remedy)
+        })
+    }
+
     /// `sqrt(a) latents + sqrt(1 - a) noise`, all `[B, C, h, w]`, with one timestep below `num_train_timesteps` per sample.
     pub fn add_noise(&self, latents: Tensor<4>, noise: Tensor<4>, timesteps: &[usize]) -> Tensor<4> {
         let (image, rest) = self.shares(&latents, timesteps);
@@ -290,6 +295,8 @@ fn end_in_noise(shares: &mut [f64]) {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
     use super::*;
 
     #[test]
@@ -312,11 +319,38 @@ mod tests {
             ("prediction_type", "sample".into()),
             ("trained_betas", vec![0.1].into()),
             ("rescale_betas_zero_snr", true.into()),
-            ("clip_sample", true.into()),
-            ("solver_order", 3.into()),
-            ("use_beta_sigmas", true.into()),
+            ("timestep_type", "continuous".into()),
+            ("variance_type", "learned_range".into()),
         ] {
             assert!(with(key, value).is_err(), "{key} was accepted");
+        }
+    }
+
+    #[test]
+    fn only_the_sampler_that_a_key_is_for_refuses_it() {
+        let samplers = [SamplerKind::Euler, SamplerKind::DpmPp2m, SamplerKind::DpmPp2mKarras, SamplerKind::Ddim];
+        for (key, value, refusing) in [
+            ("variance_type", json!("fixed_small"), &samplers[4..]),
+            ("lambda_min_clipped", json!("-Infinity"), &samplers[4..]),
+            ("lambda_min_clipped", json!(-5.1), &samplers[1..3]),
+            ("clip_sample", json!(true), &samplers[3..]),
+            ("thresholding", json!(true), &samplers[1..]),
+            ("sigma_max", json!("Infinity"), &samplers[..1]),
+            ("use_beta_sigmas", json!(true), &samplers[..3]),
+            ("solver_order", json!(3), &samplers[1..3]),
+            ("algorithm_type", json!("sde-dpmsolver++"), &samplers[1..3]),
+        ] {
+            let mut config = json!({
+                "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            });
+            config[key] = value;
+            let config = serde_json::from_value::<ScheduleConfig>(config).map_err(|problem| problem.to_string());
+            let schedule = config.and_then(NoiseSchedule::new).expect("training needs none of these keys");
+            for sampler in samplers {
+                let made = NoiseSampler::new(&schedule, Some(sampler), 20);
+                assert_eq!(made.is_err(), refusing.contains(&sampler), "{key}, {sampler:?}");
+                assert!(made.map_err(|error| error.to_string()).err().is_none_or(|told| told.contains(key)));
+            }
         }
     }
 }

@@ -12,6 +12,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
 use crate::error::{Error, Result};
+use crate::weights::{parse_json, read_text};
 
 mod vocabulary;
 
@@ -127,7 +128,7 @@ fn read_vocabulary(folder: &Path) -> Result<(Value, Value, PathBuf)> {
     let path = folder.join("vocab.json");
     if path.is_file() {
         let merges = folder.join("merges.txt");
-        let text = std::fs::read_to_string(&merges).map_err(|source| Error::read(&merges, source))?;
+        let text = read_text(&merges)?;
         let lines = text.lines().filter(|line| !line.starts_with("#version") && !line.is_empty());
         return Ok((read_json(&path)?, lines.collect(), path));
     }
@@ -163,7 +164,6 @@ fn pad_token(folder: &Path) -> Result<String> {
 }
 
 fn read_json(path: &Path) -> Result<Value> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::read(path, source))?;
-    serde_json::from_str(&text)
+    parse_json(&read_text(path)?)
         .map_err(|problem| Error::file(path, problem, "use the tokenizer folder of the base model"))
 }

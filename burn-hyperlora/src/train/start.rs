@@ -137,17 +137,18 @@ pub(super) fn load_base(setup: &TrainSetup<'_>) -> Result<Base> {
     let base = Base::load(setup.base, setup.folder, &setup.device)?;
     base.check(&setup.place, setup.data.image_size, setup.hyper_lora.clip_dim)?;
     // What would otherwise end the run at its first pictures.
-    match &setup.train.samples {
-        Some(samples) if NoiseSampler::new(&base.schedule, samples.sampler, samples.steps).is_err() => {
-            let timesteps = base.schedule.config().num_train_timesteps;
-            Err(Error::input(
+    if let Some(samples) = &setup.train.samples {
+        let timesteps = base.schedule.config().num_train_timesteps;
+        if samples.steps > timesteps {
+            return Err(Error::input(
                 format!("{}: train.samples.steps", setup.place),
                 format!("is {}, the base's noise schedule has {timesteps} steps", samples.steps),
                 format!("give 1 to {timesteps}; 12 shows enough"),
-            ))
+            ));
         }
-        _ => Ok(base),
+        NoiseSampler::new(&base.schedule, samples.sampler, samples.steps)?;
     }
+    Ok(base)
 }
 
 /// What tells the weights apart that a new run begins with; a run that goes on has those of its checkpoint.

@@ -6,10 +6,13 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use data_prep::paths::open_regular;
 use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::weights::save::TensorEntry;
+use crate::weights::save::{ALIGNMENT, TensorEntry};
+use crate::weights::values::is_fp8;
 
 /// Bytes of the length that opens the file.
 const LENGTH_BYTES: u64 = 8;
@@ -17,11 +20,14 @@ const LENGTH_BYTES: u64 = 8;
 /// The format's own limit on the header, in bytes.
 const HEADER_LIMIT: u64 = 100_000_000;
 
+/// The key of the header beside those of tensors.
+const METADATA: &str = "__metadata__";
+
 /// The most axes of a tensor, PyTorch's own limit.
 const AXES_LIMIT: usize = 64;
 
 /// How other kinds of file that people take for safetensors begin.
-const IMPOSTORS: [(&[u8], &str); 8] = [
+const IMPOSTORS: [(&[u8], &str); 10] = [
     (b"PK\x03\x04", "a PyTorch pickle (.bin, .ckpt, .pt)"),
     (b"\x80\x02", "a Python pickle"),
     (b"\x80\x03", "a Python pickle"),
@@ -30,7 +36,25 @@ const IMPOSTORS: [(&[u8], &str); 8] = [
     (b"<!", "a web page"),
     (b"<h", "a web page"),
     (b"version ", "a Git LFS pointer, not the file it points to"),
+    (b"GGUF", "a quantised GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
 ];
+
+/// What the last part of a key is called that holds the scale of an 8-bit tensor, or tells that there are such: ComfyUI's,
+/// and those of compressed-tensors and DeepSeek.
+const FP8_SCALES: [&str; 8] = [
+    "scaled_fp8",
+    "comfy_quant",
+    "scale_weight",
+    "scale_input",
+    "weight_scale",
+    "input_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+];
+
+/// Keys of the metadata that tell a hash of the tensors: kohya's tools and Stability's.
+pub const HASHES: [&str; 3] = ["sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"];
 
 /// How many of a shape's axes an error spells out where there are too many.
 const SHOWN_AXES: usize = 8;
@@ -53,24 +77,27 @@ impl SafetensorsFile {
     ///
     /// # Errors
     /// Input for a missing file, a file that is no safetensors file (a pickle, a web page, a Git LFS pointer), and a
-    /// header that does not agree with itself or the file's length.
+    /// header that does not agree with itself or the file's length; and for 8-bit floats with scales of their own.
     pub fn open(path: &Path) -> Result<Self> {
         let read = |source| Error::read(path, source);
         let damaged =
             |problem: String| Error::file(path, problem, "fetch the file again: it is not a whole safetensors file");
-        let file = File::open(path).map_err(read)?;
+        let file = open_regular(path).map_err(read)?;
         let length = file.metadata().map_err(read)?.len();
 
-        let mut start = vec![0; length.min(LENGTH_BYTES) as usize];
+        let mut start = vec![0; length.min(LENGTH_BYTES + 1) as usize];
         file.read_exact_at(&mut start, 0).map_err(read)?;
-        if let Some((_, kind)) = IMPOSTORS.iter().find(|(magic, _)| start.starts_with(magic)) {
+        let header_length = start.first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
+        let fits = header_length.is_some_and(|header| header <= HEADER_LIMIT.min(length - LENGTH_BYTES));
+        // A header may be as long as the number is that another kind of file begins with.
+        let begins = fits && start.get(LENGTH_BYTES as usize) == Some(&b'{');
+        if let Some((_, kind)) = IMPOSTORS.iter().find(|(magic, _)| !begins && start.starts_with(magic)) {
             return Err(Error::file(path, format!("is {kind}"), "give a .safetensors file"));
         }
-        let Ok(start) = <[u8; LENGTH_BYTES as usize]>::try_from(start) else {
+        let Some(header_length) = header_length else {
             return Err(damaged(format!("ends after {length} bytes")));
         };
-        let header_length = u64::from_le_bytes(start);
-        if header_length > HEADER_LIMIT.min(length - LENGTH_BYTES) {
+        if !fits {
             return Err(damaged(format!("claims a header of {header_length} bytes, the file has {length}")));
         }
 
@@ -91,6 +118,17 @@ impl SafetensorsFile {
                 length - data_start,
                 header.data_len()
             )));
+        }
+        let names = header.tensors();
+        let is_scale = |name: &&String| name.rsplit('.').next().is_some_and(|last| FP8_SCALES.contains(&last));
+        if let Some(scale) = names.keys().find(is_scale)
+            && names.values().any(|info| is_fp8(info.dtype))
+        {
+            return Err(Error::file(
+                path,
+                format!("holds 8-bit floats (fp8) with scales of their own ({scale}), which are not read"),
+                "give the same model in bf16, f16 or f32, or in fp8 without scales",
+            ));
         }
         Ok(Self {
             path: path.into(),
@@ -147,11 +185,22 @@ impl SafetensorsFile {
         })
     }
 
-    /// Everything before the tensors: the header and its length.
+    /// Everything before the tensors, for a file of other values: the length of the header, and the header without hashes
+    /// of the tensors.
     pub(super) fn head(&self) -> Result<Vec<u8>> {
         let mut head = vec![0; self.data_start as usize];
         self.file.read_exact_at(&mut head, 0).map_err(|source| Error::read(&self.path, source))?;
-        Ok(head)
+        if !HASHES.iter().any(|key| self.metadata.contains_key(*key)) {
+            return Ok(head);
+        }
+        let fault = |problem| Error::Fault(format!("{}: {problem}", self.path.display()));
+        let mut header: Map<String, Value> = serde_json::from_slice(&head[LENGTH_BYTES as usize..]).map_err(fault)?;
+        if let Some(metadata) = header.get_mut(METADATA).and_then(Value::as_object_mut) {
+            metadata.retain(|key, _| !HASHES.contains(&key.as_str()));
+        }
+        let mut text = serde_json::to_vec(&header).map_err(fault)?;
+        text.resize(text.len().next_multiple_of(ALIGNMENT), b' ');
+        Ok([&(text.len() as u64).to_le_bytes(), text.as_slice()].concat())
     }
 
     pub(super) fn infos(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {

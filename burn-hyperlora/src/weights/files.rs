@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use data_prep::files::write_whole;
+use data_prep::paths::is_plain;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::weights::file::SafetensorsFile;
+use crate::weights::json::{parse_json, read_text};
 use crate::weights::place::Place;
 
 /// What diffusers and transformers call the weights of one model.
@@ -78,19 +80,23 @@ pub fn index_name(stem: &str) -> String {
 }
 
 /// The `*.safetensors.index.json` of sharded weights.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize)]
 pub struct ShardIndex {
-    #[serde(default)]
     metadata: ShardMetadata,
     /// Tensor -> file beside the index.
     weight_map: BTreeMap<String, String>,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Serialize)]
 struct ShardMetadata {
     /// Bytes of all tensors.
-    #[serde(default)]
     total_size: u64,
+}
+
+/// What is read of an index. Its metadata is left alone: `total_size` is a float in some files.
+#[derive(Debug, Deserialize)]
+struct ReadIndex {
+    weight_map: BTreeMap<String, String>,
 }
 
 impl ShardIndex {
@@ -111,8 +117,7 @@ impl ShardIndex {
 }
 
 fn of_shards(path: &Path) -> Result<BTreeMap<String, Place>> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::read(path, source))?;
-    let index: ShardIndex = serde_json::from_str(&text).map_err(|problem| {
+    let index: ReadIndex = parse_json(&read_text(path)?).map_err(|problem| {
         Error::file(path, format!("is no index of shards: {problem}"), "fetch the file again from where the model came")
     })?;
     let mut shards = BTreeMap::new();
@@ -120,8 +125,8 @@ fn of_shards(path: &Path) -> Result<BTreeMap<String, Place>> {
         if shards.contains_key(name) {
             continue;
         }
-        if Path::new(name).file_name().is_none_or(|file| file != name.as_str()) {
-            let problem = format!("names the shard {name:?}, which is no plain file name");
+        if !is_plain(name) || name.contains('/') {
+            let problem = format!("names the shard `{name}`, which is no plain file name");
             return Err(Error::file(path, problem, "use an index whose shards lie beside it"));
         }
         let shard = path.with_file_name(name);

@@ -12,6 +12,7 @@ use safetensors::tensor::TensorInfo;
 
 use crate::error::Result;
 use crate::weights::file::SafetensorsFile;
+use crate::weights::values::{decode_into, float_size};
 
 /// Elements converted at a time: few enough for a processor's cache, enough for a disk.
 const CHUNK: usize = 1 << 16;
@@ -91,6 +92,11 @@ impl Place {
         self.file.as_deref().map(SafetensorsFile::path)
     }
 
+    /// Whether its type is a float that is read.
+    pub(super) fn is_readable(&self) -> bool {
+        float_size(self.dtype).is_ok()
+    }
+
     pub(super) fn has_data(&self) -> bool {
         self.file.is_some()
     }
@@ -163,22 +169,22 @@ impl Place {
         let Some(file) = &self.file else {
             return Ok(Err("is known by name and shape only".into()));
         };
-        let size = match self.dtype {
-            Dtype::F32 => size_of::<f32>(),
-            Dtype::F16 | Dtype::BF16 => size_of::<u16>(),
-            other => return Ok(Err(format!("type {other}, expected F32, F16 or BF16"))),
+        let size = match float_size(self.dtype) {
+            Ok(size) => size,
+            Err(problem) => return Ok(Err(problem)),
         };
         let start = self.start + start * size;
         if self.dtype == Dtype::F32 {
             file.read_at(bytemuck::cast_slice_mut(chunk), start)?;
             return Ok(Ok(()));
         }
-        bytes.resize(chunk.len(), 0);
-        file.read_at(bytemuck::cast_slice_mut(bytes), start)?;
-        if self.dtype == Dtype::F16 {
-            bytemuck::cast_slice::<_, f16>(bytes).convert_to_f32_slice(chunk);
-        } else {
-            bytemuck::cast_slice::<_, bf16>(bytes).convert_to_f32_slice(chunk);
+        let length = chunk.len() * size;
+        bytes.resize(length.div_ceil(size_of::<u16>()), 0);
+        file.read_at(&mut bytemuck::cast_slice_mut(bytes)[..length], start)?;
+        match self.dtype {
+            Dtype::F16 => bytemuck::cast_slice::<_, f16>(bytes).convert_to_f32_slice(chunk),
+            Dtype::BF16 => bytemuck::cast_slice::<_, bf16>(bytes).convert_to_f32_slice(chunk),
+            other => return Ok(decode_into(other, &bytemuck::cast_slice(bytes)[..length], chunk)),
         }
         Ok(Ok(()))
     }

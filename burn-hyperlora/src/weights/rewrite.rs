@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::weights::file::SafetensorsFile;
 use crate::weights::save::{TensorEntry, stop};
 
-/// Writes `source` to `target` with the same header: `change` is asked for the bytes of each tensor, given those of the
+/// Writes `source` to `target` with the same header, but for hashes of the tensors: `change` is asked for the bytes of each tensor, given those of the
 /// source, and gives as many. One tensor is in memory at a time; the file appears whole or not at all.
 ///
 /// # Errors

@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 
 /// The alignment of the first tensor, in bytes.
-const ALIGNMENT: usize = 8;
+pub(super) const ALIGNMENT: usize = 8;
 
 /// Bits of a byte, the unit of a tensor's place in a file.
 const BYTE: usize = 8;

@@ -18,6 +18,8 @@ pub use combine::concat;
 pub use reduce::{Reduction, reduce};
 pub use write::Layout;
 
+const NOT_FINITE: &str = "holds values that are not finite";
+
 const REMEDY: &str = "give a plain LoRA for SDXL, in the format of sd-scripts or diffusers";
 
 /// The updates of a base's modules, by the path that diffusers gives each.
@@ -43,7 +45,7 @@ pub struct LoraModule {
 /// A tensor as a file holds it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Matrix {
-    /// F32, F16 or BF16.
+    /// F32, F16 or BF16; what a file holds in F64 or fp8 becomes F32 or F16 as it is read.
     pub dtype: Dtype,
     /// First axis first.
     pub shape: Vec<usize>,
@@ -65,8 +67,18 @@ impl LoraSet {
             let name = names::diffusers_path(module.part, &module.path)?
                 .ok_or_else(|| wrong("is no module of an SDXL".into()))?;
             let matrix = |entry: &TensorEntry| -> Result<Matrix> {
-                let bytes = file.read(entry)?;
-                Ok(Matrix { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
+                let (bytes, shape) = (file.read(entry)?, entry.shape.clone());
+                let dtype = match entry.dtype {
+                    // Every value of fp8 is one of f16.
+                    Dtype::F8_E4M3 | Dtype::F8_E5M2 => Dtype::F16,
+                    Dtype::F64 => Dtype::F32,
+                    dtype => return Ok(Matrix { dtype, shape, bytes }),
+                };
+                let values = values::decode(entry.dtype, &bytes).map_err(wrong)?;
+                if !values.iter().all(|value| value.is_finite()) {
+                    return Err(wrong(format!("{}: {NOT_FINITE}", entry.name)));
+                }
+                Matrix::of(&values, shape, dtype).map_err(wrong)
             };
             let update = LoraModule { down: matrix(&module.down)?, up: matrix(&module.up)?, alpha: module.alpha };
             update.check().map_err(wrong)?;
@@ -77,7 +89,7 @@ impl LoraSet {
         Ok(Self { modules, notes: write::notes_of(file.metadata()) })
     }
 
-    /// The widest type of the matrices of both.
+    /// The widest type of the matrices of both, F16 at least.
     pub fn wider(&self, other: &Self) -> Dtype {
         let modules = self.modules.values().chain(other.modules.values());
         let types = modules.flat_map(|module| [module.down.dtype, module.up.dtype]);
@@ -100,13 +112,16 @@ impl LoraModule {
     fn check(&self) -> std::result::Result<(), String> {
         let rank = self.rank();
         let (down, up) = (&self.down.shape, &self.up.shape);
-        let matrices = down.len() >= 2 && up.len() >= 2 && rank > 0 && up[1] == rank;
+        if down.contains(&0) || up.contains(&0) {
+            return Err(format!("down {down:?} and up {up:?} are empty: an axis is 0"));
+        }
+        let matrices = down.len() >= 2 && up.len() >= 2 && up[1] == rank;
         if !matrices || up[2..].iter().any(|&axis| axis != 1) {
             return Err(format!("down {down:?} and up {up:?} do not make an update"));
         }
         for matrix in [&self.down, &self.up] {
             if !matrix.values()?.iter().all(|value| value.is_finite()) {
-                return Err("holds values that are not finite".into());
+                return Err(NOT_FINITE.into());
             }
         }
         Ok(())

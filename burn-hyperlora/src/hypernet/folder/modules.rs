@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::lora::AttentionSite;
 use crate::lora_file::names::diffusers_path;
 use crate::sdxl::base_source::Part;
+use crate::weights::{parse_json, read_text};
 
 /// Largest width of an attention module: a JSON that lies shall not exhaust the memory.
 const LARGEST: usize = 1 << 16;
@@ -30,8 +31,7 @@ struct SiteEntry {
 pub fn read_sites(folder: &Path) -> Result<Vec<AttentionSite>> {
     let path = folder.join(MODULES_JSON);
     let wrong = |problem: String| Error::file(&path, problem, "give the file that belongs to these weights");
-    let text = std::fs::read_to_string(&path).map_err(|source| Error::read(&path, source))?;
-    let entries: Map<String, Value> = serde_json::from_str(&text).map_err(|problem| wrong(problem.to_string()))?;
+    let entries: Map<String, Value> = parse_json(&read_text(&path)?).map_err(|problem| wrong(problem.to_string()))?;
     if entries.is_empty() {
         return Err(wrong("lists no attention modules".into()));
     }

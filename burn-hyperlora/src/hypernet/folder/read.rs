@@ -67,7 +67,9 @@ impl HyperLoraConfig {
                 "give the head width that these weights were trained with (--head-dim; 64 in the released ones)",
             ));
         }
-        let layers = resampler.shapes().into_keys().filter(|key| key.ends_with(".norm_ff.weight")).count();
+        let shapes = resampler.shapes();
+        let layers =
+            (0..).take_while(|layer| shapes.contains_key(format!("layers.{layer}.norm_ff.weight").as_str())).count();
         let width = size(&projector, "2.weight", 0)?;
         let has_base = bases.shapes().contains_key("0.to_q.base_down_basis");
         let config = Self {

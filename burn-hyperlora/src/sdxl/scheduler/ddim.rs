@@ -2,6 +2,7 @@
 //! equation 12).
 
 use burn::tensor::Tensor;
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::sdxl::scheduler::{NoiseSchedule, Prediction, TimestepSpacing, spacing};
@@ -15,12 +16,19 @@ pub struct DdimSampler {
     shares: Vec<[f64; 2]>,
 }
 
+/// Keys of the config that mean something to this sampler, and the values that are supported.
+fn keys() -> [(&'static str, Vec<Value>); 2] {
+    [("clip_sample", vec![json!(false)]), ("thresholding", vec![json!(false)])]
+}
+
 impl DdimSampler {
     /// Lays `steps` over the schedule, as `DDIMScheduler.set_timesteps`.
     ///
     /// # Errors
-    /// Input unless `steps` is within 1 and the number of training timesteps, less where `steps_offset` leads beyond them.
+    /// Input unless `steps` is within 1 and the number of training timesteps, less where `steps_offset` leads beyond
+    /// them; and for keys that it does not support.
     pub fn new(schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
+        schedule.check_sampler("ddim", &keys())?;
         schedule.check_steps(steps)?;
         let config = &schedule.config;
         let spacing = config.timestep_spacing.unwrap_or(TimestepSpacing::Leading);

@@ -2,6 +2,7 @@
 //! Lu et al., arXiv 2211.01095, algorithm 2).
 
 use burn::tensor::Tensor;
+use serde_json::{Value, json};
 
 use crate::error::Result;
 use crate::sdxl::scheduler::{FinalSigmas, NoiseSchedule, Prediction, TimestepSpacing, spacing};
@@ -21,12 +22,30 @@ pub struct DpmSolverSampler {
     previous: Option<Tensor<4>>,
 }
 
+/// Keys of the config that mean something to this sampler, and the values that are supported.
+fn keys() -> [(&'static str, Vec<Value>); 9] {
+    let off = || vec![json!(false)];
+    [
+        ("thresholding", off()),
+        ("use_exponential_sigmas", off()),
+        ("use_beta_sigmas", off()),
+        ("use_lu_lambdas", off()),
+        ("use_flow_sigmas", off()),
+        ("algorithm_type", vec![json!("dpmsolver++")]),
+        ("solver_order", vec![json!(2)]),
+        ("solver_type", vec![json!("midpoint")]),
+        // As diffusers writes its default: nothing is clipped.
+        ("lambda_min_clipped", vec![json!("-Infinity")]),
+    ]
+}
+
 impl DpmSolverSampler {
     /// Lays `steps` over the schedule, as `DPMSolverMultistepScheduler.set_timesteps` with `use_karras_sigmas: karras`.
     ///
     /// # Errors
-    /// Input for no steps, and for so many that two would fall together.
+    /// Input for no steps, for so many that two would fall together, and for keys that it does not support.
     pub fn new(schedule: &NoiseSchedule, steps: usize, karras: bool) -> Result<Self> {
+        schedule.check_sampler("dpmpp-2m", &keys())?;
         schedule.check_steps(steps)?;
         let config = &schedule.config;
         let table = schedule.sigmas();

@@ -1,6 +1,7 @@
 //! Euler steps (diffusers `EulerDiscreteScheduler`; Karras et al., arXiv 2206.00364, algorithm 2 without churn).
 
 use burn::tensor::Tensor;
+use serde_json::{Value, json};
 
 use crate::error::Result;
 use crate::sdxl::scheduler::{FinalSigmas, NoiseSchedule, Prediction, TimestepSpacing, spacing};
@@ -15,12 +16,24 @@ pub struct EulerSampler {
     sigmas: Vec<f32>,
 }
 
+/// Keys of the config that mean something to this sampler, and the values that are supported.
+fn keys() -> [(&'static str, Vec<Value>); 5] {
+    [
+        ("interpolation_type", vec![json!("linear")]),
+        ("sigma_min", Vec::new()),
+        ("sigma_max", Vec::new()),
+        ("use_exponential_sigmas", vec![json!(false)]),
+        ("use_beta_sigmas", vec![json!(false)]),
+    ]
+}
+
 impl EulerSampler {
     /// Lays `steps` over the schedule, as `EulerDiscreteScheduler.set_timesteps`.
     ///
     /// # Errors
-    /// Input unless `steps` is within 1 and the number of training timesteps.
+    /// Input unless `steps` is within 1 and the number of training timesteps, and for keys that it does not support.
     pub fn new(schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
+        schedule.check_sampler("euler", &keys())?;
         schedule.check_steps(steps)?;
         let config = &schedule.config;
         let spacing = config.timestep_spacing.unwrap_or(TimestepSpacing::Linspace);
