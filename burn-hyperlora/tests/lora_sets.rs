@@ -190,6 +190,75 @@ fn what_is_no_lora_of_an_sdxl_is_named() {
     let key = (Part::Unet, "conv_in".to_owned());
     broken.modules.get_mut(&key).unwrap().up = matrix(&numbers(12, 1), [4, 3]);
     assert!(refusal(&broken).contains("do not make an update"));
+    // Nothing is in them: singular values of such matrices were sought for ever, or not at all.
+    for (down, up) in [([2, 0], [4, 2]), ([2, 5], [0, 2]), ([0, 5], [4, 0]), ([0, 0], [0, 0])] {
+        let [down, up] = [down, up].map(|shape: [usize; 2]| matrix(&numbers(shape[0] * shape[1], 1), shape));
+        let module = LoraModule { down, up, alpha: 1.0 };
+        let empty = LoraSet { modules: [(key.clone(), module)].into(), notes: BTreeMap::new() };
+        assert!(refusal(&empty).contains("conv_in: down ["), "{}", refusal(&empty));
+    }
     broken.modules.get_mut(&key).unwrap().up = matrix(&[f32::NAN; 8], [4, 2]);
     assert!(refusal(&broken).contains("conv_in: holds values that are not finite"));
+}
+
+#[test]
+fn notes_are_carried_over_only_where_they_stay_true() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lora.safetensors");
+    let with_notes = |notes: &[(&str, &str)]| {
+        let mut set = lora(&[("conv_in", 2, 1.0)]);
+        set.notes = notes.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+        set
+    };
+    let stale = [
+        ("sshs_model_hash", "00"),
+        ("sshs_legacy_hash", "00"),
+        ("modelspec.hash_sha256", "0x00"),
+        ("modelspec.title", "é 写真"),
+        ("ss_output_name", "old"),
+        ("ss_network_args", "{}"),
+    ];
+    let kept = [("modelspec.license", "CC0"), ("ss_training_comment", "trigger words: abc"), ("ss_epoch", "3")];
+    let source = with_notes(&[&stale[..], &kept].concat());
+    for layout in [Layout::Kohya, Layout::Diffusers] {
+        source.save(&path, layout).unwrap();
+        let read = LoraSet::open(&path).unwrap();
+        read.save(&path, layout).unwrap();
+        let file = SafetensorsFile::open(&path).unwrap();
+        for (key, value) in kept {
+            assert_eq!(file.metadata().get(key).map(String::as_str), Some(value), "{key}");
+        }
+        for (key, _) in stale {
+            assert_eq!(file.metadata().get(key), None, "{key}");
+        }
+    }
+
+    // A sum is neither of its parts.
+    let other = with_notes(&[("modelspec.license", "CC0"), ("ss_training_comment", "blue"), ("ss_epoch", "4")]);
+    let notes = concat(&[(&with_notes(&kept), 1.0), (&other, -1.0)], Dtype::F32).unwrap().notes;
+    let told = [("modelspec.license", "CC0"), ("ss_training_comment", "trigger words: abc | blue")];
+    assert_eq!(notes, told.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
+    assert_eq!(concat(&[(&other, 1.0), (&with_notes(&kept), 0.0)], Dtype::F32).unwrap().notes, other.notes);
+}
+
+#[test]
+fn eight_bits_become_sixteen_without_loss() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lora.safetensors");
+    let mut set = lora(&[("conv_in", 2, 1.0)]);
+    let module = set.modules.get_mut(&(Part::Unet, "conv_in".to_owned())).unwrap();
+    // 1 and -1.5 in E4M3.
+    let eight = |shape: [usize; 2]| Matrix {
+        dtype: Dtype::F8_E4M3,
+        shape: shape.to_vec(),
+        bytes: [0x38, 0xbc].into_iter().cycle().take(shape[0] * shape[1]).collect(),
+    };
+    (module.down, module.up) = (eight([2, 5]), eight([4, 2]));
+    set.save(&path, Layout::Kohya).unwrap();
+    let read = LoraSet::open(&path).unwrap();
+    let module = &read.modules[&(Part::Unet, "conv_in".to_owned())];
+    assert_eq!((module.down.dtype, &module.down.bytes[..4]), (Dtype::F16, &[0x00, 0x3c, 0x00, 0xbe][..]));
+    assert_eq!(read.wider(&read), Dtype::F16);
+    let mut folded = concat(&[(&read, 1.0), (&read, 0.5)], read.wider(&read)).unwrap();
+    assert!(reduce(&mut folded, 1).is_ok());
 }

@@ -1,21 +1,23 @@
 //! Sums of LoRAs, exact: their ranks are put side by side.
 
+use std::collections::BTreeMap;
+
 use safetensors::Dtype;
 
+use super::write::COMMENT;
 use super::{LoraModule, LoraSet, Matrix};
 use crate::error::{Error, Result};
 
 /// `sum_i weight_i * lora_i`: for each module `[scale_1 up_1, scale_2 up_2, ..] @ [down_1; down_2; ..]`, whose scale is 1.
 /// Ranks may differ, and modules that only one LoRA changes stay; a LoRA of weight 0 is left out. The values are those of
-/// the LoRAs, scaled and rounded once to `dtype`. The first LoRA's notes are kept.
+/// the LoRAs, scaled and rounded once to `dtype`. Notes are kept on which all of them agree, and every comment.
 ///
 /// # Errors
 /// Input, naming the module, for LoRAs of modules of other sizes, for values that `dtype` cannot hold, and where nothing
 /// is left.
 pub fn concat(loras: &[(&LoraSet, f32)], dtype: Dtype) -> Result<LoraSet> {
     let used: Vec<_> = loras.iter().filter(|(_, weight)| *weight != 0.0).collect();
-    let mut sum =
-        LoraSet { notes: loras.first().map(|(lora, _)| lora.notes.clone()).unwrap_or_default(), ..LoraSet::default() };
+    let mut sum = LoraSet { notes: common_notes(&used), ..LoraSet::default() };
     for key in used.iter().flat_map(|(lora, _)| lora.modules.keys()) {
         if sum.modules.contains_key(key) {
             continue;
@@ -29,6 +31,24 @@ pub fn concat(loras: &[(&LoraSet, f32)], dtype: Dtype) -> Result<LoraSet> {
         return Err(Error::input("LoRAs", "nothing is left: every weight is 0", "give one of them a weight"));
     }
     Ok(sum)
+}
+
+/// The notes that hold for every LoRA, and so for their sum; the comments, with their trigger words, one after another.
+fn common_notes(loras: &[&(&LoraSet, f32)]) -> BTreeMap<String, String> {
+    let Some((first, others)) = loras.split_first() else { return BTreeMap::new() };
+    let shared = |(key, value): &(&String, &String)| others.iter().all(|(lora, _)| lora.notes.get(*key) == Some(value));
+    let mut notes: BTreeMap<_, _> =
+        first.0.notes.iter().filter(shared).map(|(key, value)| (key.clone(), value.clone())).collect();
+    let mut comments: Vec<&str> = Vec::new();
+    for comment in loras.iter().filter_map(|(lora, _)| lora.notes.get(COMMENT)) {
+        if !comments.contains(&comment.as_str()) {
+            comments.push(comment);
+        }
+    }
+    if !comments.is_empty() {
+        notes.insert(COMMENT.into(), comments.join(" | "));
+    }
+    notes
 }
 
 /// The parts of one module; an error says what does not fit.

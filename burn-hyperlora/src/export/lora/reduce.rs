@@ -5,6 +5,9 @@ use nalgebra::DMatrix;
 use super::{LoraModule, LoraSet, Matrix};
 use crate::error::{Error, Result};
 
+/// Steps after which singular values will not converge any more; a LoRA's need a few per rank.
+const SVD_STEPS: usize = 1 << 20;
+
 /// What was lost, relative to the Frobenius norm of each module's update.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reduction {
@@ -50,7 +53,7 @@ fn truncate(module: &mut LoraModule, rank: usize, name: &str) -> Result<f64> {
 
     // up @ down = Qu (Ru Rd^T) Qd^T: what is decomposed is only as large as the ranks.
     let (up, down) = (up.qr(), down.transpose().qr());
-    let core = (up.r() * down.r().transpose()).try_svd(true, true, f64::EPSILON, 0);
+    let core = (up.r() * down.r().transpose()).try_svd(true, true, f64::EPSILON, SVD_STEPS);
     let fault = || Error::Fault(format!("{name}: the singular values do not converge"));
     let core = core.ok_or_else(fault)?;
     let (Some(left), Some(right)) = (core.u, core.v_t) else { return Err(fault()) };

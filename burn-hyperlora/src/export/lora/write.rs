@@ -10,11 +10,29 @@ use super::{LoraModule, LoraSet};
 use crate::error::{Error, Result};
 use crate::lora_file::{ADAPTER_METADATA, names};
 use crate::sdxl::base_source::Part;
-use crate::weights::{self, TensorEntry};
+use crate::weights::{self, HASHES, TensorEntry};
 
-/// Keys of the metadata that are written anew: what they tell of is not the source's any more.
-const OWN_NOTES: [&str; 6] =
-    ["format", ADAPTER_METADATA, "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha"];
+/// Keys of the metadata that are written anew, or left out as hashes are: the file that is written has other names, other
+/// bytes and another title. Tools count a hash that is missing, and believe one that is there.
+const NOT_KEPT: [&str; 14] = [
+    "format",
+    ADAPTER_METADATA,
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+    "ss_output_name",
+    "modelspec.title",
+    "modelspec.date",
+    "modelspec.thumbnail",
+    "modelspec.implementation",
+    "modelspec.architecture",
+    "modelspec.sai_model_spec",
+];
+
+/// What a person wrote about a LoRA, our trigger words among it.
+pub(super) const COMMENT: &str = "ss_training_comment";
 
 /// The layouts of LoRA files that are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +130,8 @@ struct Stored<'a> {
 
 /// The notes of a file that stay true in another layout.
 pub(super) fn notes_of(metadata: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-    let kept = metadata.iter().filter(|(key, _)| !OWN_NOTES.contains(&key.as_str()));
+    let stale = |key: &str| NOT_KEPT.contains(&key) || HASHES.contains(&key);
+    let kept = metadata.iter().filter(|(key, _)| !stale(key));
     kept.map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
