@@ -5,6 +5,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use data_prep::files::write_whole;
+use image::codecs::jpeg::JpegEncoder;
 use image::{ImageFormat, RgbImage, imageops};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -17,6 +18,13 @@ use crate::sdxl::autoencoder_kl::AutoencoderKl;
 use crate::sdxl::scheduler::{NoiseSampler, NoiseSchedule, SamplerKind};
 use crate::sdxl::text::PromptStates;
 use crate::sdxl::unet::{UNet2DConditionModel, UnetInput};
+
+/// Endings of pictures' names, and what is written under them; WebP without loss.
+const FORMATS: [(&str, ImageFormat); 4] =
+    [("png", ImageFormat::Png), ("jpg", ImageFormat::Jpeg), ("jpeg", ImageFormat::Jpeg), ("webp", ImageFormat::WebP)];
+
+/// Of 100: what the eye does not tell from the original.
+const JPEG_QUALITY: u8 = 95;
 
 /// How pictures are drawn.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -241,16 +249,39 @@ pub fn tile<Row: AsRef<[RgbImage]>>(rows: &[Row]) -> RgbImage {
     grid
 }
 
-/// Writes a picture as a PNG file, whole or not at all.
+/// The format that the name of a picture's file asks for: PNG where it asks for none.
 ///
 /// # Errors
-/// Input for a place that cannot be written to, Disk for a full or failing disk.
-pub fn write_png(path: &Path, picture: &RgbImage) -> Result<()> {
-    let mut png = Cursor::new(Vec::new());
-    picture
-        .write_to(&mut png, ImageFormat::Png)
-        .map_err(|problem| Error::Fault(format!("the picture cannot be encoded: {problem}")))?;
-    write_whole(path, png.get_ref())
+/// Input for the ending of any other format.
+pub fn picture_format(path: &Path) -> Result<ImageFormat> {
+    let Some(ending) = path.extension() else { return Ok(ImageFormat::Png) };
+    let ending = ending.to_string_lossy().to_lowercase();
+    match FORMATS.into_iter().find(|(known, _)| *known == ending) {
+        Some((_, format)) => Ok(format),
+        None => {
+            let known = FORMATS.map(|(known, _)| format!(".{known}")).join(", ");
+            Err(Error::file(
+                path,
+                format!("no picture is written as .{ending}"),
+                format!("end the name in one of {known}"),
+            ))
+        }
+    }
+}
+
+/// Writes a picture in a format that [`picture_format`] told, whole or not at all.
+///
+/// # Errors
+/// Input for a place that cannot be written to and for a picture that is too large for the format, Disk for a full or
+/// failing disk.
+pub fn write_picture(path: &Path, picture: &RgbImage, format: ImageFormat) -> Result<()> {
+    let mut file = Cursor::new(Vec::new());
+    let encoded = match format {
+        ImageFormat::Jpeg => picture.write_with_encoder(JpegEncoder::new_with_quality(&mut file, JPEG_QUALITY)),
+        format => picture.write_to(&mut file, format),
+    };
+    encoded.map_err(|problem| Error::file(path, format!("the picture cannot be encoded: {problem}"), "write a PNG"))?;
+    write_whole(path, file.get_ref())
 }
 
 /// An RGB picture of `image`, `[1, 3, H, W]` in -1..1; what lies outside is clamped.

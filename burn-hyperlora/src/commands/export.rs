@@ -12,6 +12,7 @@ use crate::export::comfyui;
 use crate::export::lora::{Layout, LoraSet};
 use crate::generate::Sizes;
 use crate::train::checkpoints::Source;
+use crate::weights::check_name;
 
 /// Write a hypernetwork or a LoRA in the format of other tools
 #[derive(Debug, Args)]
@@ -69,6 +70,7 @@ pub(super) fn run(args: &ExportArgs, common: &Common) -> Result<ExitCode> {
             Err(Error::input("--format comfyui", "is a hypernetwork's, not a LoRA's", "give --checkpoint"))
         }
         (Format::Kohya | Format::Diffusers, _, Some(path)) => {
+            check_name(&args.output)?;
             let output = OutputFile::claim(&args.output, [path])?;
             let lora = LoraSet::open(path)?;
             let layout = if args.format == Format::Kohya { Layout::Kohya } else { Layout::Diffusers };

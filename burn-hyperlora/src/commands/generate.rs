@@ -15,6 +15,7 @@ use crate::export;
 use crate::generate::photos::{PhotoReader, Portrait};
 use crate::generate::{Generator, features};
 use crate::train::checkpoints::Source;
+use crate::weights::check_name;
 
 /// Write the LoRA of a person from photos
 #[derive(Debug, Args)]
@@ -57,6 +58,7 @@ pub(super) struct GenerateArgs {
 
 pub(super) fn run(args: &GenerateArgs, common: &Common, device: &Device) -> Result<ExitCode> {
     common.start_log(None)?;
+    check_name(&args.output)?;
     let inputs = [&args.images[..], &args.models.folders(), args.features.as_slice()].concat();
     let output = OutputFile::claim(&args.output, inputs.into_iter().chain(Source::inputs(&args.checkpoint)))?;
     let start = Instant::now();

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::export::lora::LoraSet;
 use crate::lora_file::{BaseNames, LoraFile, sum};
 use crate::sdxl::base_source::{BaseSource, PartUpdates};
+use crate::weights::check_name;
 
 /// LoRA files and their weights.
 #[derive(Debug, Args)]
@@ -74,8 +75,9 @@ impl CombinedArgs {
     /// Claims the output of a command that reads `inputs`.
     ///
     /// # Errors
-    /// As [`OutputFile::claim`].
+    /// As [`check_name`] and [`OutputFile::claim`].
     pub(super) fn claim(&self, inputs: [&Path; 2]) -> Result<OutputFile> {
+        check_name(&self.output)?;
         OutputFile::claim(&self.output, inputs)
     }
 

@@ -12,6 +12,7 @@ use crate::commands::loras::LoraArgs;
 use crate::conditioning::BaseConfig;
 use crate::error::{Error, Result};
 use crate::lora_file::merge;
+use crate::weights::check_name;
 
 /// Merge LoRAs into a base, in the layout and types it came in
 #[derive(Debug, Args)]
@@ -44,6 +45,9 @@ pub(super) fn run(args: &MergeArgs, common: &Common) -> Result<ExitCode> {
     };
     apart(&args.output, args.loras.paths())?;
     let source = config.source(Path::new(""))?;
+    if source.single_file().is_some() {
+        check_name(&args.output)?;
+    }
     let updates = args.loras.updates(&source)?;
     if updates.is_empty() {
         return Err(Error::input("--lora", "there is no LoRA to merge", "give at least one"));

@@ -4,14 +4,14 @@ use std::fs;
 use std::path::Path;
 
 use burn::module::Module;
-use image::RgbImage;
+use image::{ImageFormat, RgbImage};
 
 use crate::conditioning::Base;
 use crate::data::sample::Sample;
 use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, Stage};
 use crate::lora::LoraWeights;
-use crate::sample::{SampleConfig, Sampler, tile, write_png};
+use crate::sample::{SampleConfig, Sampler, tile, write_picture};
 use crate::train::SAMPLES;
 use crate::train::config::SamplesConfig;
 use crate::train::forward::make_lora;
@@ -44,7 +44,7 @@ pub fn grid(
 pub fn write(run: &Path, step: u64, grid: &RgbImage) -> Result<()> {
     let folder = run.join(SAMPLES);
     fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
-    write_png(&folder.join(format!("step-{step:08}.png")), grid)
+    write_picture(&folder.join(format!("step-{step:08}.png")), grid, ImageFormat::Png)
 }
 
 /// One picture for each of `people`, with its caption and from its own noise.

@@ -10,7 +10,7 @@ use burn_hyperlora::export::lora::Layout;
 use burn_hyperlora::export::save_lora;
 use burn_hyperlora::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
 use burn_hyperlora::sdxl::unet::UNet2DConditionModel;
-use image::RgbImage;
+use image::{ImageFormat, RgbImage};
 
 use crate::support::{World, hyperlora, quickstart_base, run};
 
@@ -88,6 +88,47 @@ fn equal_input_draws_equal_pictures() {
     assert!(draw(&["--latents", &latents, "--seed", "1"]) == onwards);
     let picture = image::load_from_memory(&plain).unwrap();
     assert_eq!((picture.width(), picture.height()), (32, 32));
+}
+
+#[test]
+fn a_picture_is_what_its_name_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    for (name, format) in [
+        ("a.png", ImageFormat::Png),
+        ("a", ImageFormat::Png),
+        ("a.JPG", ImageFormat::Jpeg),
+        ("a.jpeg", ImageFormat::Jpeg),
+        ("a.webp", ImageFormat::WebP),
+    ] {
+        run(sample(&path(name), &[])).with(0);
+        assert_eq!(image::guess_format(&fs::read(path(name)).unwrap()).unwrap(), format, "{name}");
+    }
+    let pixels = |name: &str| image::load_from_memory(&fs::read(path(name)).unwrap()).unwrap().into_rgb8();
+    assert!(pixels("a.webp") == pixels("a.png"));
+    // Before any work: the base is not there.
+    let refused = |command: &str, output: &str, more: &[&str], parts: &[&str]| {
+        let mut command = hyperlora([command, "-q"]);
+        command.args(more).arg("-o").arg(path(output));
+        run(command).refused(2, parts);
+        assert!(!path(output).exists());
+    };
+    let sample = ["--base", "no-base", "--prompt", "a"];
+    refused("sample", "a.tiff", &sample, &["a.tiff", ".tiff", ".png, .jpg, .jpeg, .webp"]);
+    let latents = path("latents.png").display().to_string();
+    refused(
+        "sample",
+        "b.png",
+        &[&sample[..], &["--save-latents", &latents]].concat(),
+        &["latents.png", ".safetensors"],
+    );
+    let two = ["--positive", "no-a", "--negative", "no-b"];
+    refused("slider", "a.ckpt", &two, &["a.ckpt", "end the name in .safetensors"]);
+    let two = ["--id", "no-a", "--base", "no-b", "--base-weight", "1"];
+    refused("fold", "a.pt", &two, &["a.pt", "end the name in .safetensors"]);
+    refused("export", "a.bin", &["--format", "kohya", "--lora", "no-a"], &["a.bin", "end the name in .safetensors"]);
+    let person = ["--checkpoint", "no-a", "--features", "no-b"];
+    refused("generate", "a.pth", &person, &["a.pth", "end the name in .safetensors"]);
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::commands::{Common, finite};
 use crate::conditioning::{Base, BaseConfig, UnetDtype};
 use crate::error::{Error, Result};
 use crate::metrics::Progress;
-use crate::sample::{PhotoSize, SampleConfig, Sampler, write_png};
+use crate::sample::{PhotoSize, SampleConfig, Sampler, picture_format, write_picture};
 use crate::sdxl::scheduler::SamplerKind;
 use crate::sdxl::text::PromptStates;
 use crate::weights::{self, Weights};
@@ -95,13 +95,15 @@ pub(super) struct SampleArgs {
     /// Seed of the initial noise
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The PNG file
+    /// The picture: .png, .jpg or .webp (without loss)
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }
 
 pub(super) fn run(args: &SampleArgs, common: &Common, device: &Device) -> Result<ExitCode> {
     common.start_log(None)?;
+    let format = picture_format(&args.output)?;
+    args.save_latents.as_deref().map_or(Ok(()), weights::check_name)?;
     let output = OutputFile::claim(&args.output, args.inputs())?;
     let latents = args.save_latents.as_ref().map(|path| OutputFile::claim(path, args.inputs())).transpose()?;
     let picture = match (&args.grid.checkpoint, &args.base) {
@@ -109,7 +111,7 @@ pub(super) fn run(args: &SampleArgs, common: &Common, device: &Device) -> Result
         (None, Some(base)) => from_prompt(args, base, latents.as_ref(), common, device)?,
         (None, None) => return Err(Error::input("hyperlora sample", "nothing to draw", "give --base or --checkpoint")),
     };
-    write_png(output.path(), &picture)?;
+    write_picture(output.path(), &picture, format)?;
     tracing::info!("{}", args.output.display());
     Ok(ExitCode::SUCCESS)
 }
