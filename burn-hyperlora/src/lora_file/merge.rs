@@ -13,8 +13,8 @@ use crate::lora_file::merge_file::{FileChanges, merge_file};
 use crate::sdxl::base_source::{BaseSource, PartUpdates};
 use crate::weights::{Form, SafetensorsFile};
 
-/// Endings of files that hold weights, or tell where they are.
-const WEIGHTS: [&str; 8] = ["safetensors", "bin", "pt", "ckpt", "msgpack", "h5", "onnx", "index.json"];
+/// Endings of files that hold weights.
+const WEIGHTS: [&str; 8] = ["safetensors", "bin", "pt", "pth", "ckpt", "msgpack", "h5", "onnx"];
 
 /// Writes the base `source` to `target` with `updates` added to its weights: a folder for a pipeline folder, a file for a
 /// single file. One tensor is in memory at a time; the target appears whole or not at all. What no update touches is the
@@ -97,9 +97,15 @@ fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Re
     staged.commit()
 }
 
+/// Whether a file holds weights, or tells where they are: an index, which may be a variant's (`.index.fp16.json`).
 fn holds_weights(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
-    WEIGHTS.iter().any(|ending| name.ends_with(ending))
+    let parts: Vec<&str> = name.split('.').collect();
+    match parts.as_slice() {
+        [_, between @ .., "json"] => between.contains(&"index"),
+        [_, .., ending] => WEIGHTS.contains(ending),
+        _ => false,
+    }
 }
 
 /// Puts the file `from` at `to`, without its bytes where it is large and the disk can share them.
@@ -110,4 +116,26 @@ fn take_over(from: &Path, to: &Path) -> Result<()> {
         return Ok(());
     }
     copy(&from, to)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_told_by_the_parts_of_a_name() {
+        for (name, weights) in [
+            ("diffusion_pytorch_model.fp16.safetensors", true),
+            ("diffusion_pytorch_model.bin", true),
+            ("diffusion_pytorch_model.safetensors.index.json", true),
+            ("diffusion_pytorch_model.safetensors.index.fp16.json", true),
+            ("config.json", false),
+            ("index.json", false),
+            ("cabin", false),
+            ("prompt", false),
+            ("notes.txt", false),
+        ] {
+            assert_eq!(holds_weights(OsStr::new(name)), weights, "{name}");
+        }
+    }
 }

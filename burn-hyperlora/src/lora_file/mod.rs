@@ -103,8 +103,13 @@ impl LoraFile {
         if let Some(architecture) = named.keys().find_map(|name| keys::other_architecture(name)) {
             return Err(Error::file(path, format!("was made for {architecture}, not for SDXL"), REMEDY));
         }
-        if named.is_empty() && problems.is_empty() {
-            return Err(Error::file(path, "holds no LoRA", "give a LoRA in the format of sd-scripts or diffusers"));
+        if named.is_empty() {
+            let what = problems.first().map(|problem| format!(" ({problem})")).unwrap_or_default();
+            return Err(Error::file(
+                path,
+                format!("holds no LoRA{what}"),
+                "give a LoRA in the format of sd-scripts or diffusers",
+            ));
         }
 
         let adapter = Adapter::of(&file)?;
