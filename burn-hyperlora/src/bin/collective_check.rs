@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Device, Tensor};
 use burn_hyperlora::collective::{Collective, agree, run_as_rank};
 use burn_hyperlora::{Error, Result};
+use data_prep::output;
 
 /// Numbers of the timed bucket: 10 MiB.
 const BUCKET: usize = 10 << 18;
