@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+/// Longest side of a crop, in pixels. A reader of shards decodes no larger one.
+pub const LARGEST_SIDE: u32 = 8192;
+
 /// How much of the photo stays around the face.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -38,15 +41,15 @@ impl CropConfig {
     /// # Errors
     /// Input, at `place`.
     pub fn validate(&self, place: &str) -> Result<()> {
-        if self.margin < 1.0 {
+        if !self.margin.is_finite() || self.margin < 1.0 {
             let problem = format!("margin is {}: the crop would cut the face", self.margin);
             return Err(Error::input(place, problem, "give a margin of at least 1"));
         }
-        if self.max_side == 0 {
+        if !(1..=LARGEST_SIDE).contains(&self.max_side) {
             return Err(Error::input(
                 place,
-                "max_side is 0",
-                "give the longest side of a crop in pixels, such as 1024",
+                format!("max_side is {}", self.max_side),
+                format!("give the longest side of a crop in pixels, 1 to {LARGEST_SIDE}, such as 1024"),
             ));
         }
         Ok(())

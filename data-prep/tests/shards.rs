@@ -2,19 +2,28 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod foreign;
 mod shard_folder;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
-use arrow::array::{Int32Array, RecordBatch};
+use arrow::array::{ArrayRef, BinaryArray, Float32Array, Int32Array, RecordBatch, StringArray, UInt32Array};
 use arrow::datatypes::{DataType, Field, Schema};
-use data_prep::shard::manifest::sha256_of;
-use data_prep::shard::{FaceRecord, INDEX_FILE, MANIFEST_FILE, Manifest, ShardConfig, ShardFolder, ShardWriter};
+use data_prep::shard::{
+    FaceRecord, INDEX_FILE, MANIFEST_FILE, Manifest, RowGroupPiece, ShardConfig, ShardFolder, ShardWriter,
+};
+use peak_alloc::PeakAlloc;
 
-use crate::shard_folder::{record, write};
+use crate::foreign::{floats, sound, with};
+use crate::shard_folder::{labels, record, write};
+
+#[global_allocator]
+static PEAK: PeakAlloc = PeakAlloc;
 
 fn failure(dir: &Path) -> String {
     let error = ShardFolder::open(dir).unwrap_err();
@@ -38,12 +47,8 @@ fn rows_come_back_in_order_group_by_group() {
     let read: Vec<_> = folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap().unwrap()).collect();
     assert_eq!(read, records);
     assert_eq!(folder.read(&folder.row_groups()[3]).unwrap().unwrap(), records[6..8]);
-    let labels = folder.labels().unwrap();
-    let expected = |record: &FaceRecord| (record.identity.clone(), record.split.clone());
-    assert_eq!(
-        labels.into_iter().map(|label| (label.identity, label.split)).collect::<Vec<_>>(),
-        records.iter().map(expected).collect::<Vec<_>>()
-    );
+    let expected = |record: &FaceRecord| [record.identity.clone(), record.split.clone()];
+    assert_eq!(labels(&folder), records.iter().map(expected).collect::<Vec<_>>());
     assert_eq!(folder.keys(3..5).unwrap(), [&records[3].key, &records[4].key].map(String::clone));
 }
 
@@ -139,6 +144,22 @@ fn a_manifest_that_does_not_fit_is_refused() {
     assert!(message.contains("shard-00000.parquet has row group 0 outside of its place"), "{message}");
     let message = change("\"photos\"", "\"pictures\"");
     assert!(message.contains("manifest.json: is damaged: missing field `photos`"), "{message}");
+    let message = change("\"rows\": 2,", "\"rows\": 1099511627776,");
+    assert!(message.contains("shard-00000.parquet counts 4 rows"), "{message}");
+    let message = change("\"rows\": 2,", "\"rows\": 18446744073709551615,");
+    assert!(message.contains("shard-00000.parquet counts 4 rows, its row groups too many"), "{message}");
+    let message = change("\"rows\": 2,", "\"rows\": 18446744073709551616,");
+    assert!(message.contains("manifest.json: is damaged"), "{message}");
+    for name in ["/etc/passwd", "../shard-00000.parquet", "a/../b", ""] {
+        let message = change("shard-00000.parquet", name);
+        assert!(message.contains("manifest.json: names the file"), "{message}");
+        let message = change("index.parquet", name);
+        assert!(message.contains("manifest.json: names the file"), "{message}");
+    }
+    let message = change("shard-00000.parquet", "shard-00001.parquet");
+    assert!(message.contains("it lists shard-00001.parquet twice"), "{message}");
+    let message = change("\"sha256\": \"", "\"sha256\": \"/");
+    assert!(message.contains("is no SHA-256"), "{message}");
     let message = change("{", "[");
     assert!(message.contains("manifest.json: is damaged"), "{message}");
 }
@@ -155,20 +176,8 @@ fn a_parquet_file_with_other_columns_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path());
     let schema = Arc::new(Schema::new(vec![Field::new("key", DataType::Int32, false)]));
-    let batch = RecordBatch::try_new(schema.clone(), vec![Arc::new(Int32Array::from(vec![1, 2]))]).unwrap();
-    let mut bytes = Vec::new();
-    let mut writer = parquet::arrow::ArrowWriter::try_new(&mut bytes, schema, None).unwrap();
-    writer.write(&batch).unwrap();
-    writer.close().unwrap();
-    fs::write(dir.path().join("shard-00002.parquet"), &bytes).unwrap();
-    let mut manifest = Manifest::read(dir.path()).unwrap();
-    let shard = &mut manifest.shards[2];
-    let piece = &mut shard.row_groups[0];
-    (piece.offset, piece.bytes, piece.sha256) = (4, 20, sha256_of(&bytes[4..24]));
-    (shard.bytes, shard.footer_sha256) = (bytes.len() as u64, sha256_of(&bytes[24..]));
-    manifest.write(dir.path()).unwrap();
-    let folder = ShardFolder::open(dir.path()).unwrap();
-    let message = folder.read(&folder.row_groups()[4]).unwrap().unwrap_err().to_string();
+    let batch = RecordBatch::try_new(schema, vec![Arc::new(Int32Array::from(vec![1, 2]))]).unwrap();
+    let message = foreign::problem(dir.path(), &[batch]);
     assert!(message.contains("column 0 is `key` of type Int32, expected `key` of type Utf8"), "{message}");
 }
 
@@ -178,7 +187,7 @@ fn an_embedding_of_another_length_and_uneven_sizes_are_refused() {
     let mut writer = ShardWriter::new(dir.path(), &ShardConfig::default(), &BTreeMap::new());
     let wrong = FaceRecord { id_embedding: vec![0.0; 128], ..record(1) };
     assert!(writer.push(wrong).unwrap_err().to_string().contains("people/001.png: an ID embedding of 128"));
-    for (rows_per_group, rows_per_shard) in [(0, 4), (3, 4), (4, 0)] {
+    for (rows_per_group, rows_per_shard) in [(0, 4), (3, 4), (4, 0), (1 << 17, 1 << 17)] {
         let config = ShardConfig { rows_per_group, rows_per_shard };
         assert_eq!(config.validate("data.yaml: shards").unwrap_err().exit_code(), 2);
     }
@@ -202,4 +211,210 @@ fn another_embedder_is_refused_and_another_detector_told() {
     let error = compare(&[("detector", "a.onnx sha256:1"), ("embedder", "b.onnx sha256:7")]).unwrap_err();
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("made with b.onnx sha256:2, and `faces` finds b.onnx sha256:7"), "{error}");
+}
+
+/// A manifest whose numbers fit together, and yet ask for more than any machine has.
+#[test]
+fn a_manifest_that_asks_for_too_much_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let sound = Manifest::read(dir.path()).unwrap();
+    let refused = |change: fn(&mut Manifest)| {
+        let mut manifest = sound.clone();
+        change(&mut manifest);
+        manifest.write(dir.path()).unwrap();
+        assert!(Manifest::read(dir.path()).is_err());
+        failure(dir.path())
+    };
+    fn rows(manifest: &mut Manifest, rows: usize) {
+        let shard = &mut manifest.shards[2];
+        (shard.row_groups[0].rows, shard.rows, manifest.kept) = (rows, rows, 8 + rows);
+    }
+    let message = refused(|manifest| rows(manifest, 1 << 40));
+    assert!(message.contains("shard-00002.parquet has 1099511627776 rows in the "), "{message}");
+    // Fewer, but more than there are bytes.
+    let message = refused(|manifest| rows(manifest, 1 << 16));
+    assert!(message.contains("shard-00002.parquet has 65536 rows in the "), "{message}");
+    let message = refused(|manifest| manifest.shards[2].row_groups[0].offset = u64::MAX);
+    assert!(message.contains("shard-00002.parquet has row group 0 outside of its place"), "{message}");
+    let message = refused(|manifest| {
+        let shard = &mut manifest.shards[2];
+        (shard.bytes, shard.row_groups[0].bytes) = (1 << 60, 1 << 59);
+    });
+    assert!(message.contains("shard-00002.parquet has 2 rows in the 576460752303423488 bytes"), "{message}");
+    let message = refused(|manifest| manifest.shards[2].bytes = 1 << 60);
+    assert!(message.contains("shard-00002.parquet has a footer of "), "{message}");
+    let message = refused(|manifest| manifest.index.bytes = 1 << 60);
+    assert!(message.contains("index.parquet has 10 rows in 1152921504606846976 bytes"), "{message}");
+    let message = refused(|manifest| {
+        for shard in &mut manifest.shards {
+            shard.rows = usize::MAX / 2;
+            shard.row_groups = vec![RowGroupPiece { rows: usize::MAX / 2, ..shard.row_groups[0].clone() }];
+        }
+    });
+    assert!(message.contains("is damaged"), "{message}");
+}
+
+#[test]
+fn links_that_lead_out_pipes_and_huge_manifests_are_refused() {
+    let outer = tempfile::tempdir().unwrap();
+    let dir = outer.path().join("faces");
+    for name in [MANIFEST_FILE, "shard-00001.parquet", INDEX_FILE] {
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir(&dir).unwrap();
+        let records = write(&dir);
+        let (file, moved) = (dir.join(name), outer.path().join(name));
+        let open = || {
+            let folder = ShardFolder::open(&dir)?;
+            folder.verify().map(|()| folder)
+        };
+        let refused = |expected: &str| {
+            let error = open().unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains(name), "{error}");
+            assert!(error.to_string().contains(expected), "{error}");
+        };
+        fs::rename(&file, &moved).unwrap();
+        symlink(&moved, &file).unwrap();
+        refused("no links that lead out of it");
+        fs::remove_file(&file).unwrap();
+        assert!(Command::new("mkfifo").arg(&file).status().unwrap().success());
+        refused("no regular file");
+        fs::remove_file(&file).unwrap();
+        // A link within the folder is as good as the file.
+        fs::create_dir(dir.join("pool")).unwrap();
+        fs::rename(&moved, dir.join("pool/1")).unwrap();
+        symlink("pool/1", &file).unwrap();
+        let folder = open().unwrap();
+        assert_eq!(folder.read(&folder.row_groups()[2]).unwrap().unwrap(), records[4..6]);
+    }
+    // Sparse: it takes no room on the disk.
+    fs::File::create(dir.join("pool/1")).unwrap().set_len(1 << 40).unwrap();
+    fs::remove_file(dir.join(MANIFEST_FILE)).unwrap();
+    symlink("pool/1", dir.join(MANIFEST_FILE)).unwrap();
+    assert!(failure(&dir).contains("it holds more than"));
+}
+
+#[test]
+fn rows_that_are_no_faces_are_told_with_row_and_column() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let sound = sound(dir.path());
+    let problem = |name: &str, column: ArrayRef| foreign::problem(dir.path(), &[with(&sound, name, column)]);
+    let numbers = |values: [f32; 2]| -> ArrayRef { Arc::new(Float32Array::from(values.to_vec())) };
+    let sides = |values: [u32; 2]| -> ArrayRef { Arc::new(UInt32Array::from(values.to_vec())) };
+    let row = |row: usize, problem: &str| format!("row {row}, `people/{:03}.png`: {problem}", 8 + row);
+    let of_second = |values: &[f32], length: i32| {
+        let sound = floats(&sound, if length == 4 { "face_box" } else { "id_embedding" });
+        let values: Vec<f32> = sound[..length as usize].iter().chain(values).copied().collect();
+        foreign::fixed_lists(length, values)
+    };
+    for (name, column, expected) in [
+        ("score", numbers([0.5, f32::NAN]), row(1, "`score` is NaN, not between 0 and 1")),
+        ("score", numbers([1.5, 0.5]), row(0, "`score` is 1.5, not between 0 and 1")),
+        ("score", Arc::new(Float32Array::from(vec![Some(0.5), None])), "column `score` is null in row 1".into()),
+        ("caption", Arc::new(StringArray::from(vec![None, Some("x")])), "column `caption` is null in row 0".into()),
+        ("width", sides([92, 0]), row(1, "`width` is 0, not 1 to 8192 pixels")),
+        ("height", sides([13_000, 112]), row(0, "`height` is 13000, not 1 to 8192 pixels")),
+        ("face_box", of_second(&[1.0, f32::NAN, 2.0, 3.0], 4), row(1, "`face_box` has a coordinate of NaN")),
+        ("face_box", of_second(&[9.0, 1.0, 2.0, 3.0], 4), row(1, "`face_box` is [9.0, 1.0, 2.0, 3.0]: no box")),
+        ("face_box", of_second(&[1.0, 2.0, 3.0, 1e9], 4), row(1, "`face_box` has a coordinate of 1000000000")),
+        ("face_box", of_second(&[-30.0, 2.0, -3.0, 9.0], 4), row(1, "`face_box` lies outside of the picture")),
+        ("points", foreign::fixed_lists(10, vec![f32::INFINITY; 20]), row(0, "`points` has a coordinate of inf")),
+        ("points", foreign::lists(&[&[1.0; 10], &[1.0; 9]]), row(1, "`points` has an odd number of coordinates")),
+        ("landmarks", foreign::lists(&[&[1.0; 136], &[1.0; 136]]), row(0, "`landmarks` are all on one line")),
+        ("landmarks", foreign::lists(&[&[1.0, 2.0], &[]]), row(0, "`landmarks` has 1 points")),
+        ("id_embedding", of_second(&[0.0; 512], 512), row(1, "`id_embedding` is 0 long, not 1")),
+        ("id_embedding", of_second(&[f32::NAN; 512], 512), row(1, "`id_embedding` is NaN long, not 1")),
+        ("id_embedding", of_second(&[1.0; 512], 512), row(1, "`id_embedding` is 22.627417 long, not 1")),
+        ("id_embedding", foreign::fixed_lists(128, vec![0.1; 256]), row(0, "`id_embedding` has 128 values, not 512")),
+        ("identity", Arc::new(StringArray::from(vec!["x".repeat(5000), "y".into()])), row(0, "`identity` has 5000")),
+    ] {
+        let message = problem(name, column);
+        assert!(message.contains(&expected), "{name}: `{message}` instead of `{expected}`");
+    }
+    foreign::replace(dir.path(), &[sound]);
+    let folder = ShardFolder::open(dir.path()).unwrap();
+    assert_eq!(folder.read(&folder.row_groups()[4]).unwrap().unwrap(), [record(8), record(9)]);
+}
+
+/// Small files whose content would take gigabytes.
+#[test]
+fn bombs_are_refused_before_they_take_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let sound = sound(dir.path());
+    let one = sound.slice(0, 1);
+    let text = |bytes: usize| -> ArrayRef { Arc::new(StringArray::from(vec!["x".repeat(bytes)])) };
+    let huge = 150 << 20;
+    // One text that is written once and repeated 1000 times; an image, and a text, that shrink to nothing; a face with a
+    // million landmarks.
+    let repeated = vec![with(&one, "caption", text(1 << 20)); 1000];
+    let image: ArrayRef = Arc::new(BinaryArray::from_vec(vec![&vec![0; huge]]));
+    for (name, batches) in [
+        ("repeated", repeated),
+        ("image", vec![with(&one, "image", image)]),
+        ("caption", vec![with(&one, "caption", text(huge))]),
+        ("landmarks", vec![with(&one, "landmarks", foreign::lists(&[&vec![1.0; 10_000_000]]))]),
+    ] {
+        foreign::replace(dir.path(), &batches);
+        drop(batches);
+        let file = fs::metadata(dir.path().join("shard-00002.parquet")).unwrap().len();
+        let folder = ShardFolder::open(dir.path()).unwrap();
+        let before = PEAK.current_usage();
+        PEAK.reset_peak_usage();
+        let damage = folder.read(&folder.row_groups()[4]).unwrap().unwrap_err().to_string();
+        let taken = PEAK.peak_usage().saturating_sub(before);
+        assert!(damage.contains("more bytes would be decoded"), "{name}: {damage}");
+        assert!(file < 300_000 && taken < 80 << 20, "{name}: {taken} bytes for a file of {file}");
+    }
+}
+
+#[test]
+fn a_changed_shard_with_right_checksums_is_read_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let (whole, end) = foreign::bytes(dir.path());
+    for at in (4..end).step_by(97).chain((end..whole.len()).step_by(11)) {
+        for value in [whole[at] ^ 1, 0xff] {
+            let mut bytes = whole.clone();
+            bytes[at] = value;
+            foreign::seal(dir.path(), &bytes, end, 2);
+            let folder = ShardFolder::open(dir.path()).unwrap();
+            let _ = folder.read(&folder.row_groups()[4]).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_index_whose_keys_repeat_or_are_not_in_order_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let problem = |batches: &[RecordBatch]| {
+        foreign::replace_index(dir.path(), batches);
+        let folder = ShardFolder::open(dir.path()).unwrap();
+        let error = folder.labels(|_, _| ()).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        error.to_string()
+    };
+    let index = foreign::index(dir.path());
+    let (one, rest) = (index.slice(0, 1), index.slice(1, 9));
+    let message = problem(&[one.clone(), one.clone(), rest.slice(0, 8)]);
+    let expected =
+        "index.parquet: has the key `people/000.png` in row 1, behind `people/000.png`: not in order, or twice";
+    assert!(message.contains(expected), "{message}");
+    let message = problem(&[rest, one.clone()]);
+    assert!(message.contains("has the key `people/000.png` in row 9, behind `people/009.png`"), "{message}");
+    let message = problem(&[index.slice(0, 9)]);
+    assert!(message.contains("index.parquet: holds 9 rows instead of 10"), "{message}");
+    let message = problem(&[index.clone(), with(&one, "key", Arc::new(StringArray::from(vec!["z"])))]);
+    assert!(message.contains("it has more rows than the shards"), "{message}");
+    // A name that is written once and repeated a million times takes no memory, and a long one is no name.
+    let named = with(&one, "identity", Arc::new(StringArray::from(vec!["x".repeat(5000)])));
+    let message = problem(&[named, index.slice(1, 9)]);
+    assert!(message.contains("has a name of more than 4096 bytes in row 0"), "{message}");
+    let null = with(&one, "key", Arc::new(StringArray::from(vec![None::<&str>])));
+    let message = problem(&[null]);
+    assert!(message.contains("other columns than key, identity and split"), "{message}");
+    let message = problem(&[with(&one, "identity", Arc::new(Int32Array::from(vec![1])))]);
+    assert!(message.contains("other columns than key, identity and split"), "{message}");
 }

@@ -1,84 +1,106 @@
 //! `index.parquet`: key, person and split of every row of a shard folder, so that an epoch can be planned, and what is
 //! damaged be named, without touching a shard.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Schema};
 use arrow::error::ArrowError;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use parquet::file::properties::WriterProperties;
 
 use crate::error::{Error, Result};
 use crate::shard::FaceRecord;
+use crate::shard::limits::{Budget, LABEL_BYTES};
 use crate::shard::manifest::{IndexFile, Piece, sha256_of_file};
-use crate::shard::reader::{REMEDY, ShardFolder};
+use crate::shard::pages::batches;
+use crate::shard::reader::{REMEDY, ShardFolder, reader_options};
 use crate::shard::writer::{reproducible, write_error};
 
 /// Name of the index in its folder.
 pub const INDEX_FILE: &str = "index.parquet";
 
-/// The labels of one row.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct RowLabel {
-    /// Who it is, where the source says so.
-    pub identity: Option<String>,
-    /// Which part of an experiment the photo belongs to, where the source says so.
-    pub split: Option<String>,
-}
+/// Rows that are decoded at once.
+const BATCH: usize = 1024;
+
+/// Key, identity and split of a row.
+type Row<'a> = (&'a str, Option<&'a str>, Option<&'a str>);
 
 impl ShardFolder {
-    /// The labels of all rows, in order.
+    /// Shows who is on each row's photo and its split to `visit`, in the order of the rows.
     ///
     /// # Errors
-    /// Input for a missing or damaged index, Disk for a failing disk.
-    pub fn labels(&self) -> Result<Vec<RowLabel>> {
-        let mut labels = Vec::with_capacity(self.manifest().kept);
-        self.scan_index(["identity", "split"], |[identities, splits]| {
-            let owned = |text: Option<&str>| text.map(str::to_owned);
-            let rows = identities.iter().zip(splits);
-            labels.extend(rows.map(|(identity, split)| RowLabel { identity: owned(identity), split: owned(split) }));
+    /// Input for a missing or damaged index, one whose keys are not in order and unique, and one of more or fewer rows than
+    /// the shards have; Disk for a failing disk.
+    pub fn labels(&self, mut visit: impl FnMut(Option<&str>, Option<&str>)) -> Result<()> {
+        let (mut rows, mut last) = (0, String::new());
+        self.scan_index(|(key, identity, split)| {
+            let (row, labels) = (rows, [Some(key), identity, split]);
+            rows += 1;
+            if labels.into_iter().flatten().any(|label| label.len() > LABEL_BYTES) {
+                return Err(format!("has a name of more than {LABEL_BYTES} bytes in row {row}"));
+            }
+            if row > 0 && *key <= *last {
+                return Err(format!("has the key `{key}` in row {row}, behind `{last}`: not in order, or twice"));
+            }
+            last.replace_range(.., key);
+            visit(identity, split);
+            Ok(())
         })?;
-        if labels.len() != self.manifest().kept {
-            return Err(self.bad_index(format!("holds {} rows instead of {}", labels.len(), self.manifest().kept)));
-        }
-        Ok(labels)
+        let expected = self.manifest().kept;
+        if rows == expected { Ok(()) } else { Err(self.bad_index(format!("holds {rows} rows instead of {expected}"))) }
     }
 
     /// The keys of some rows, by their number in the folder.
     ///
     /// # Errors
-    /// As [`labels`](Self::labels).
+    /// Input for a missing or damaged index, Disk for a failing disk.
     pub fn keys(&self, rows: Range<usize>) -> Result<Vec<String>> {
-        let mut keys = Vec::with_capacity(rows.len());
-        let mut first = 0;
-        self.scan_index(["key"], |[column]| {
-            let of_batch = column.iter().enumerate().filter(|(row, _)| rows.contains(&(first + row)));
-            keys.extend(of_batch.filter_map(|(_, key)| key.map(str::to_owned)));
-            first += column.len();
+        let (mut row, mut keys) = (0, Vec::new());
+        self.scan_index(|(key, ..)| {
+            if rows.contains(&row) {
+                keys.push(key.to_owned());
+            }
+            row += 1;
+            Ok(())
         })?;
         Ok(keys)
     }
 
-    /// Shows the named columns to `visit`, batch by batch.
-    fn scan_index<const N: usize>(&self, names: [&str; N], mut visit: impl FnMut([&StringArray; N])) -> Result<()> {
+    /// Shows the rows to `visit` until it tells what is wrong with one.
+    fn scan_index(&self, mut visit: impl FnMut(Row<'_>) -> std::result::Result<(), String>) -> Result<()> {
         let IndexFile { file, bytes, sha256 } = self.manifest().index.clone();
         let read = self.store().read_piece(&file, &Piece { offset: 0, bytes, sha256 })?;
-        let bytes = read.map_err(|damage| self.bad_index(format!("is damaged: {damage}")))?;
-        let unreadable = |error: &dyn std::fmt::Display| self.bad_index(format!("is damaged: {error}"));
-        let builder = ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(|error| unreadable(&error))?;
-        let columns = ProjectionMask::columns(builder.parquet_schema(), names);
-        let batches = builder.with_projection(columns).build().map_err(|error| unreadable(&error))?;
-        for batch in batches {
-            let batch = batch.map_err(|error| unreadable(&error))?;
-            let strings = |name: &str| batch.column_by_name(name).and_then(|column| column.as_string_opt::<i32>());
-            let found: Vec<&StringArray> = names.iter().filter_map(|name| strings(name)).collect();
-            visit(found.try_into().map_err(|_| unreadable(&format_args!("not every one of {names:?} is a string")))?);
+        let bytes = Arc::new(read.map_err(|damage| self.bad_index(format!("is damaged: {damage}")))?);
+        let damaged = |error: &dyn Display| self.bad_index(format!("is damaged: {error}"));
+        let metadata = ArrowReaderMetadata::load(bytes.as_ref(), reader_options()).map_err(|error| damaged(&error))?;
+        let expected = schema();
+        if metadata.schema().fields() != expected.fields() {
+            return Err(damaged(&"it has other columns than key, identity and split"));
+        }
+        let mut left = self.manifest().kept;
+        for group in 0..metadata.metadata().num_row_groups() {
+            let (what, budget) = ((expected.fields(), ProjectionMask::all()), Arc::new(Budget::of_index()));
+            let batches = batches(&bytes, metadata.metadata(), group, what, (BATCH, &budget));
+            for batch in batches.map_err(|error| damaged(&error))? {
+                let batch = batch.map_err(|error| damaged(&error))?;
+                left =
+                    left.checked_sub(batch.num_rows()).ok_or_else(|| damaged(&"it has more rows than the shards"))?;
+                let column = |number: usize| {
+                    let column = batch.columns().get(number).and_then(|column| column.as_string_view_opt());
+                    column.ok_or_else(|| damaged(&"it has other columns than key, identity and split"))
+                };
+                for ((key, identity), split) in column(0)?.iter().zip(column(1)?).zip(column(2)?) {
+                    let key = key.ok_or_else(|| damaged(&"a key is null"))?;
+                    visit((key, identity, split)).map_err(|problem| self.bad_index(problem))?;
+                }
+            }
         }
         Ok(())
     }

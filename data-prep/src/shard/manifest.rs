@@ -1,7 +1,6 @@
 //! `manifest.json`: what a shard folder holds, where it came from, and the checksums that prove it.
 
-use std::collections::BTreeMap;
-use std::fs::File;
+use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
 use std::path::Path;
 
@@ -10,7 +9,10 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::files::write_whole;
+use crate::paths::{Root, below, open_regular};
+use crate::shard::limits::{FOOTER_BYTES, GROUP_BYTES, INDEX_BYTES, INDEX_ROWS_PER_BYTE, ROWS, ROWS_PER_GROUP};
 use crate::shard::schema::SCHEMA_VERSION;
+use crate::shard::store::read_manifest;
 
 /// Name of the manifest in its folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
@@ -36,6 +38,12 @@ pub struct Manifest {
     pub index: IndexFile,
     /// The resolved configuration.
     pub config: serde_json::Value,
+}
+
+/// The one field that every version has.
+#[derive(Deserialize)]
+struct Version {
+    schema_version: Option<u64>,
 }
 
 /// One shard of a folder.
@@ -100,21 +108,59 @@ impl ShardFile {
         Piece { offset, bytes: self.bytes - offset, sha256: self.footer_sha256.clone() }
     }
 
-    /// What does not fit together, in words.
+    /// What does not fit together, or asks for more than a reader gives, in words.
     fn contradiction(&self) -> Option<String> {
-        let rows: usize = self.row_groups.iter().map(|group| group.rows).sum();
-        if rows != self.rows {
+        let rows = sum(self.row_groups.iter().map(|group| group.rows));
+        if rows != Some(self.rows) {
+            let rows = rows.map_or("too many".into(), |rows| rows.to_string());
             return Some(format!("counts {} rows, its row groups {rows}", self.rows));
         }
         let mut end = 0;
         for (index, group) in self.row_groups.iter().enumerate() {
-            if group.offset < end || group.bytes > self.bytes || group.offset > self.bytes - group.bytes {
+            let behind = group.offset.checked_add(group.bytes).filter(|behind| *behind <= self.bytes);
+            let Some(behind) = behind.filter(|_| group.offset >= end) else {
                 return Some(format!("has row group {index} outside of its place"));
+            };
+            // Every row has bytes of its own.
+            if group.bytes > GROUP_BYTES || group.rows > ROWS_PER_GROUP || group.rows as u64 > group.bytes {
+                let RowGroupPiece { rows, bytes, .. } = group;
+                return Some(format!("has {rows} rows in the {bytes} bytes of row group {index}, which are not read"));
             }
-            end = group.offset + group.bytes;
+            end = behind;
         }
-        None
+        if self.bytes - end > FOOTER_BYTES {
+            return Some(format!("has a footer of {} bytes, more than {FOOTER_BYTES}", self.bytes - end));
+        }
+        let checksums = self.row_groups.iter().map(|group| &group.sha256).chain([&self.sha256, &self.footer_sha256]);
+        unknown_checksum(checksums)
     }
+}
+
+impl IndexFile {
+    /// What it asks for more than a reader gives, for `rows` rows.
+    fn contradiction(&self, rows: usize) -> Option<String> {
+        let most = usize::try_from(self.bytes).unwrap_or(usize::MAX).saturating_mul(INDEX_ROWS_PER_BYTE);
+        if self.bytes > INDEX_BYTES || rows > most {
+            return Some(format!("has {rows} rows in {} bytes, which are not read", self.bytes));
+        }
+        unknown_checksum([&self.sha256])
+    }
+}
+
+/// Names a checksum that is none: it would name a file of a cache.
+fn unknown_checksum<'a>(checksums: impl IntoIterator<Item = &'a String>) -> Option<String> {
+    let bad = checksums.into_iter().find(|text| !is_sha256(text))?;
+    Some(format!("has the checksum `{bad}`, which is no SHA-256"))
+}
+
+/// Whether `text` is a SHA-256 in lower-case hexadecimal.
+pub(super) fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|letter| matches!(letter, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// `None` beyond what a number holds.
+fn sum(mut numbers: impl Iterator<Item = usize>) -> Option<usize> {
+    numbers.try_fold(0_usize, usize::checked_add)
 }
 
 impl Manifest {
@@ -127,15 +173,14 @@ impl Manifest {
         if !path.exists() {
             return Err(no_manifest(dir));
         }
-        Self::parse(&std::fs::read(&path).map_err(|source| Error::read(&path, source))?, &path)
+        Self::parse(&read_manifest(&Root::open(dir)?)?, &path)
     }
 
     /// The manifest with the given content; errors name `path`.
     pub(super) fn parse(text: &[u8], path: &Path) -> Result<Self> {
         let damaged = |error: serde_json::Error| bad(path, error);
         // The version is read first: another version may have other fields.
-        let json: serde_json::Value = serde_json::from_slice(text).map_err(damaged)?;
-        let version = json.get("schema_version").and_then(serde_json::Value::as_u64);
+        let Version { schema_version: version } = serde_json::from_slice(text).map_err(damaged)?;
         if version != Some(SCHEMA_VERSION.into()) {
             let found = version.map_or("none".into(), |version| version.to_string());
             return Err(Error::file(
@@ -144,15 +189,28 @@ impl Manifest {
                 "prepare the data again with the `data-prep` of this release",
             ));
         }
-        let manifest: Self = serde_json::from_value(json).map_err(damaged)?;
+        let manifest: Self = serde_json::from_slice(text).map_err(damaged)?;
+        let mut files = HashSet::new();
+        for file in manifest.shards.iter().map(|shard| &shard.file).chain([&manifest.index.file]) {
+            below(Path::new(""), file, path)?;
+            if !files.insert(file) {
+                return Err(bad(path, format_args!("it lists {file} twice")));
+            }
+        }
         for shard in &manifest.shards {
             if let Some(contradiction) = shard.contradiction() {
                 return Err(bad(path, format_args!("{} {contradiction}", shard.file)));
             }
         }
-        let rows: usize = manifest.shards.iter().map(|shard| shard.rows).sum();
+        let rows = sum(manifest.shards.iter().map(|shard| shard.rows)).filter(|rows| *rows <= ROWS);
+        let Some(rows) = rows else {
+            return Err(bad(path, format_args!("its shards hold more than {ROWS} faces")));
+        };
         if rows != manifest.kept {
             return Err(bad(path, format_args!("it counts {} faces, its shards hold {rows}", manifest.kept)));
+        }
+        if let Some(contradiction) = manifest.index.contradiction(rows) {
+            return Err(bad(path, format_args!("{} {contradiction}", manifest.index.file)));
         }
         Ok(manifest)
     }
@@ -209,7 +267,7 @@ pub fn sha256_of(bytes: &[u8]) -> String {
 /// As [`Error::read`].
 pub fn sha256_of_file(path: &Path) -> Result<String> {
     let failed = |source| Error::read(path, source);
-    let mut file = File::open(path).map_err(failed)?;
+    let mut file = open_regular(path).map_err(failed)?;
     let mut hasher = Sha256::new();
     let mut piece = vec![0; 1 << 16];
     loop {

@@ -3,17 +3,21 @@
 //! `docs/data-format.md` describes the format for readers in other languages.
 
 pub mod index;
+mod limits;
 pub mod manifest;
+mod pages;
 #[cfg(feature = "cloud")]
 mod piece_cache;
 pub mod reader;
 #[cfg(feature = "cloud")]
 mod remote;
+mod rows;
 pub mod schema;
 pub mod store;
 pub mod writer;
 
-pub use index::{INDEX_FILE, RowLabel};
+pub use index::INDEX_FILE;
+pub use limits::ROWS_PER_GROUP;
 pub use manifest::{IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, ShardFile, hex, sha256_of, sha256_of_file};
 pub use reader::{RowGroup, ShardFolder};
 pub use schema::{EMBEDDING_DIM, SCHEMA_VERSION};

@@ -1,18 +1,24 @@
 //! Reads a shard folder, one row group at a time.
 
+use std::fmt::Display;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 
 use crate::error::{Error, Result};
+use crate::paths::Root;
 use crate::shard::FaceRecord;
+use crate::shard::limits::Budget;
 use crate::shard::manifest::{MANIFEST_FILE, Manifest, ShardFile, no_manifest, sha256_of};
-use crate::shard::schema::{difference, from_batch};
-use crate::shard::store::{Damage, RemoteConfig, Store};
+use crate::shard::pages::batches;
+use crate::shard::schema::{columns, difference, from_batch};
+use crate::shard::store::{Damage, RemoteConfig, Store, unreadable};
 
 pub(super) const REMEDY: &str = "restore the file, or prepare the data again with `data-prep build`";
 
@@ -48,10 +54,12 @@ impl ShardFolder {
         if !dir.join(MANIFEST_FILE).exists() {
             return Err(no_manifest(dir));
         }
-        let folder = Self::of_store(Store::Folder(dir.into()))?;
+        let root = Root::open(dir)?;
+        let folder = Self::of_store(Store::Folder(Root::open(dir)?))?;
         for shard in &folder.manifest.shards {
             let path = dir.join(&shard.file);
-            let bytes = std::fs::metadata(&path).map_err(|source| Error::read(&path, source))?.len();
+            let found = root.open_file(Path::new(&shard.file)).and_then(|file| file.metadata());
+            let bytes = found.map_err(|source| unreadable(&path, source))?.len();
             if bytes != shard.bytes {
                 let problem = format!("holds {bytes} bytes, manifest.json says {}", shard.bytes);
                 return Err(Error::file(&path, problem, REMEDY));
@@ -108,10 +116,11 @@ impl ShardFolder {
         self.manifest.shards.get(group.shard).map_or("", |shard| shard.file.as_str())
     }
 
-    /// The faces of one row group, in order; its checksum is compared.
+    /// The faces of one row group, in order; its checksum is compared, and that each of them can be a face.
     ///
     /// # Errors
-    /// Input or Disk where the file cannot be read. What can be read but is not what was written is the inner error.
+    /// Input or Disk where the file cannot be read. What can be read but is not what was written, or no face, is the inner
+    /// error.
     pub fn read(&self, group: &RowGroup) -> Result<std::result::Result<Vec<FaceRecord>, Damage>> {
         let shard = self.manifest.shards.get(group.shard);
         let Some((shard, piece)) = shard.and_then(|shard| Some((shard, shard.row_group(group.index)?))) else {
@@ -133,7 +142,7 @@ impl ShardFolder {
     /// # Errors
     /// Input, with the file: the content is not what was written.
     pub fn verify(&self) -> Result<()> {
-        self.labels()?;
+        self.labels(|_, _| ())?;
         for shard in &self.manifest.shards {
             let groups = (0..shard.row_groups.len()).filter_map(|index| Some((Some(index), shard.row_group(index)?)));
             for (index, piece) in groups.chain([(None, shard.footer())]) {
@@ -156,28 +165,39 @@ impl ShardFolder {
 }
 
 fn decode(footer: Window, rows: Window, group: &RowGroup) -> std::result::Result<Vec<FaceRecord>, Damage> {
-    let damage = |error: &dyn std::fmt::Display| Damage(error.to_string());
-    let metadata = ArrowReaderMetadata::load(&footer, ArrowReaderOptions::new()).map_err(|error| damage(&error))?;
+    let damage = |error: &dyn Display| Damage(error.to_string());
+    let metadata = ArrowReaderMetadata::load(&footer, reader_options()).map_err(|error| damage(&error))?;
     if let Some(difference) = difference(metadata.schema().fields()) {
         return Err(Damage(difference));
     }
-    if group.index >= metadata.metadata().num_row_groups() {
+    let metadata = metadata.metadata();
+    if group.index >= metadata.num_row_groups() {
         return Err(Damage("the file has fewer row groups".into()));
     }
-    let batches = ParquetRecordBatchReaderBuilder::new_with_metadata(rows, metadata)
-        .with_row_groups(vec![group.index])
-        .with_batch_size(group.rows.max(1))
-        .build()
-        .map_err(|error| damage(&error))?;
+    let found = metadata.row_group(group.index).num_rows();
+    if usize::try_from(found) != Ok(group.rows) {
+        return Err(Damage(format!("the footer counts {found} rows, manifest.json {}", group.rows)));
+    }
+    let budget = Arc::new(Budget::of_group(rows.bytes.len() as u64));
+    let what = (&columns(), ProjectionMask::all());
+    let batches = batches(&Arc::new(rows), metadata, group.index, what, (group.rows.max(1), &budget));
     let mut records = Vec::with_capacity(group.rows);
-    for batch in batches {
+    for batch in batches.map_err(|error| damage(&error))? {
         let batch = batch.map_err(|error| damage(&error))?;
-        records.extend(from_batch(&batch).map_err(|error| damage(&error))?);
+        if records.len() + batch.num_rows() > group.rows {
+            return Err(Damage(format!("it holds more than {} rows", group.rows)));
+        }
+        records.extend(from_batch(&batch, &budget)?);
     }
     if records.len() != group.rows {
         return Err(Damage(format!("{} rows instead of {}", records.len(), group.rows)));
     }
     Ok(records)
+}
+
+/// Arrow's own notes on the columns are passed over: the columns tell enough.
+pub(super) fn reader_options() -> ArrowReaderOptions {
+    ArrowReaderOptions::new().with_skip_arrow_metadata(true)
 }
 
 /// A part of a Parquet file that stands for the whole: the rest is not asked for.
@@ -199,12 +219,12 @@ impl ChunkReader for Window {
     type T = Box<dyn Read + Send + Sync>;
 
     fn get_read(&self, start: u64) -> std::result::Result<Self::T, ParquetError> {
-        let length = (self.offset + self.bytes.len() as u64).saturating_sub(start);
-        Ok(Box::new(self.get_bytes(start, length as usize)?.reader()))
+        let length = self.offset.saturating_add(self.bytes.len() as u64).saturating_sub(start);
+        Ok(Box::new(self.get_bytes(start, usize::try_from(length)?)?.reader()))
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> std::result::Result<Bytes, ParquetError> {
-        let from = start.checked_sub(self.offset).map(|from| from as usize);
+        let from = start.checked_sub(self.offset).and_then(|from| usize::try_from(from).ok());
         let range = from.and_then(|from| Some(from..from.checked_add(length)?));
         match range {
             Some(range) if range.end <= self.bytes.len() => Ok(self.bytes.slice(range)),

@@ -3,14 +3,17 @@
 use std::sync::Arc;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray, BinaryArray, FixedSizeListArray, Float32Array, ListArray, RecordBatch, StringArray,
-    UInt32Array,
+    Array, ArrayRef, AsArray, BinaryArray, BinaryViewArray, FixedSizeListArray, Float32Array, ListArray, RecordBatch,
+    StringArray, StringViewArray, UInt32Array,
 };
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields, Float32Type, Schema, UInt32Type};
 use arrow::error::ArrowError;
 
 use crate::shard::FaceRecord;
+use crate::shard::limits::Budget;
+use crate::shard::rows;
+use crate::shard::store::Damage;
 
 /// Version of the columns and the manifest. A reader refuses any other.
 pub const SCHEMA_VERSION: u32 = 2;
@@ -37,10 +40,22 @@ pub fn schema() -> Schema {
     ])
 }
 
+/// The same columns as a Parquet file has them without Arrow's own notes: no list has a fixed length. Those notes are not
+/// read, they could say anything.
+pub(super) fn columns() -> Fields {
+    let column = |field: &Arc<Field>| match field.data_type() {
+        DataType::FixedSizeList(element, _) => {
+            field.as_ref().clone().with_data_type(DataType::List(Arc::clone(element)))
+        }
+        _ => field.as_ref().clone(),
+    };
+    schema().fields().iter().map(column).collect()
+}
+
 /// The first column of `found` that is not the expected one, in words; `None` where all columns are as expected.
 pub(super) fn difference(found: &Fields) -> Option<String> {
-    let expected = schema();
-    for (position, field) in expected.fields().iter().enumerate() {
+    let expected = columns();
+    for (position, field) in expected.iter().enumerate() {
         match found.get(position) {
             Some(column) if column.name() == field.name() && column.data_type() == field.data_type() => {}
             Some(column) => {
@@ -55,7 +70,7 @@ pub(super) fn difference(found: &Fields) -> Option<String> {
             None => return Some(format!("column {position}, `{}`, is missing", field.name())),
         }
     }
-    let extra = found.get(expected.fields().len())?;
+    let extra = found.get(expected.len())?;
     Some(format!("unknown column `{}`", extra.name()))
 }
 
@@ -86,55 +101,81 @@ pub(super) fn to_batch(records: &[FaceRecord]) -> Result<RecordBatch, ArrowError
     RecordBatch::try_new(Arc::new(schema()), columns)
 }
 
-/// One Arrow batch to rows; the batch has the columns of [`schema`].
-pub(super) fn from_batch(batch: &RecordBatch) -> Result<Vec<FaceRecord>, ArrowError> {
+/// One Arrow batch to rows; the batch has [`columns`], with views in place of texts and binaries. Copies within `budget`.
+///
+/// # Errors
+/// A row that does not hold what training reads of it, by its number and its key.
+pub(super) fn from_batch(batch: &RecordBatch, budget: &Budget) -> Result<Vec<FaceRecord>, Damage> {
     let columns = Columns::new(batch)?;
-    (0..batch.num_rows()).map(|row| columns.record(row)).collect()
+    let copied: usize = (0..batch.num_rows()).map(|row| columns.copied_bytes(row)).sum();
+    budget.take(copied as u64).map_err(|error| Damage(error.to_string()))?;
+    let record = |row: usize| {
+        let key = columns.key.value(row);
+        let of_row = |problem: String| Damage(format!("row {row}, `{key}`: {problem}"));
+        let record = columns.record(row).map_err(of_row)?;
+        rows::problem(&record).map_or(Ok(record), |problem| Err(of_row(problem)))
+    };
+    (0..batch.num_rows()).map(record).collect()
 }
 
 /// The columns of a batch, each as what it holds.
 struct Columns<'a> {
-    key: &'a StringArray,
-    image: &'a BinaryArray,
+    key: &'a StringViewArray,
+    image: &'a BinaryViewArray,
     width: &'a UInt32Array,
     height: &'a UInt32Array,
-    face_box: &'a FixedSizeListArray,
-    points: &'a FixedSizeListArray,
+    face_box: &'a ListArray,
+    points: &'a ListArray,
     landmarks: &'a ListArray,
     score: &'a Float32Array,
-    id_embedding: &'a FixedSizeListArray,
-    caption: &'a StringArray,
-    sha256: &'a StringArray,
-    identity: &'a StringArray,
-    split: &'a StringArray,
+    id_embedding: &'a ListArray,
+    caption: &'a StringViewArray,
+    sha256: &'a StringViewArray,
+    identity: &'a StringViewArray,
+    split: &'a StringViewArray,
 }
 
 impl<'a> Columns<'a> {
-    fn new(batch: &'a RecordBatch) -> Result<Self, ArrowError> {
-        let get = |name: &str| batch.column_by_name(name).ok_or_else(|| misread(name, "is missing"));
-        let strings = |name: &str| get(name)?.as_string_opt::<i32>().ok_or_else(|| misread(name, "is no string"));
-        let lists = |name: &str| get(name)?.as_fixed_size_list_opt().ok_or_else(|| misread(name, "is no fixed list"));
-        let numbers =
-            |name: &str| get(name)?.as_primitive_opt::<UInt32Type>().ok_or_else(|| misread(name, "is no u32"));
+    fn new(batch: &'a RecordBatch) -> Result<Self, Damage> {
+        let column = |name: &str| batch.column_by_name(name).ok_or_else(|| misread(name, "is missing"));
+        // A null reads as a zero or as nothing.
+        let filled = |name: &str| {
+            let column = column(name)?;
+            match (0..column.len()).find(|row| column.is_null(*row)) {
+                Some(row) => Err(misread(name, &format!("is null in row {row}"))),
+                None => Ok(column),
+            }
+        };
+        let text =
+            |column: &'a ArrayRef, name: &str| column.as_string_view_opt().ok_or_else(|| misread(name, "is no string"));
+        let list = |name: &str| {
+            let list = filled(name)?.as_list_opt::<i32>().ok_or_else(|| misread(name, "is no list"))?;
+            if list.values().null_count() > 0 {
+                return Err(misread(name, "holds nulls"));
+            }
+            Ok(list)
+        };
+        let number =
+            |name: &str| filled(name)?.as_primitive_opt::<UInt32Type>().ok_or_else(|| misread(name, "is no u32"));
         Ok(Self {
-            key: strings("key")?,
-            image: get("image")?.as_binary_opt().ok_or_else(|| misread("image", "is not binary"))?,
-            width: numbers("width")?,
-            height: numbers("height")?,
-            face_box: lists("face_box")?,
-            points: lists("points")?,
-            landmarks: get("landmarks")?.as_list_opt().ok_or_else(|| misread("landmarks", "is no list"))?,
-            score: get("score")?.as_primitive_opt().ok_or_else(|| misread("score", "is no f32"))?,
-            id_embedding: lists("id_embedding")?,
-            caption: strings("caption")?,
-            sha256: strings("sha256")?,
-            identity: strings("identity")?,
-            split: strings("split")?,
+            key: text(filled("key")?, "key")?,
+            image: filled("image")?.as_binary_view_opt().ok_or_else(|| misread("image", "is not binary"))?,
+            width: number("width")?,
+            height: number("height")?,
+            face_box: list("face_box")?,
+            points: list("points")?,
+            landmarks: list("landmarks")?,
+            score: filled("score")?.as_primitive_opt().ok_or_else(|| misread("score", "is no f32"))?,
+            id_embedding: list("id_embedding")?,
+            caption: text(filled("caption")?, "caption")?,
+            sha256: text(filled("sha256")?, "sha256")?,
+            identity: text(column("identity")?, "identity")?,
+            split: text(column("split")?, "split")?,
         })
     }
 
-    fn record(&self, row: usize) -> Result<FaceRecord, ArrowError> {
-        let optional = |column: &StringArray| column.is_valid(row).then(|| column.value(row).to_owned());
+    fn record(&self, row: usize) -> Result<FaceRecord, String> {
+        let optional = |column: &StringViewArray| column.is_valid(row).then(|| column.value(row).to_owned());
         let face_box = floats(&self.face_box.value(row), "face_box")?;
         let points = pairs(&self.points.value(row), "points")?;
         Ok(FaceRecord {
@@ -142,8 +183,8 @@ impl<'a> Columns<'a> {
             image: self.image.value(row).into(),
             width: self.width.value(row),
             height: self.height.value(row),
-            face_box: face_box.try_into().map_err(|_| misread("face_box", "has not 4 values"))?,
-            points: points.try_into().map_err(|_| misread("points", "has not 5 points"))?,
+            face_box: face_box.try_into().map_err(|_| "`face_box` has not 4 values")?,
+            points: points.try_into().map_err(|_| "`points` has not 5 points")?,
             landmarks: pairs(&self.landmarks.value(row), "landmarks")?,
             score: self.score.value(row),
             id_embedding: floats(&self.id_embedding.value(row), "id_embedding")?,
@@ -152,6 +193,12 @@ impl<'a> Columns<'a> {
             identity: optional(self.identity),
             split: optional(self.split),
         })
+    }
+
+    /// What the texts and the image of a row take once each is a copy of its own.
+    fn copied_bytes(&self, row: usize) -> usize {
+        let texts = [self.key, self.caption, self.sha256, self.identity, self.split];
+        self.image.value(row).len() + texts.map(|text| text.value(row).len()).iter().sum::<usize>()
     }
 }
 
@@ -174,17 +221,17 @@ fn lists<'a>(rows: impl Iterator<Item = &'a [f32]> + Clone) -> Result<ArrayRef, 
     Ok(Arc::new(ListArray::try_new(Arc::new(element()), offsets, values, None)?))
 }
 
-fn floats(list: &ArrayRef, column: &str) -> Result<Vec<f32>, ArrowError> {
-    let values = list.as_primitive_opt::<Float32Type>().ok_or_else(|| misread(column, "holds no f32"))?;
+fn floats(list: &ArrayRef, column: &str) -> Result<Vec<f32>, String> {
+    let values = list.as_primitive_opt::<Float32Type>().ok_or_else(|| format!("`{column}` holds no f32"))?;
     Ok(values.values().to_vec())
 }
 
-fn pairs(list: &ArrayRef, column: &str) -> Result<Vec<[f32; 2]>, ArrowError> {
+fn pairs(list: &ArrayRef, column: &str) -> Result<Vec<[f32; 2]>, String> {
     let values = floats(list, column)?;
     let (pairs, rest) = values.as_chunks();
-    if rest.is_empty() { Ok(pairs.to_vec()) } else { Err(misread(column, "has an odd number of coordinates")) }
+    if rest.is_empty() { Ok(pairs.to_vec()) } else { Err(format!("`{column}` has an odd number of coordinates")) }
 }
 
-fn misread(column: &str, problem: &str) -> ArrowError {
-    ArrowError::SchemaError(format!("column `{column}` {problem}"))
+fn misread(column: &str, problem: &str) -> Damage {
+    Damage(format!("column `{column}` {problem}"))
 }

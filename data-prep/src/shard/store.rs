@@ -1,7 +1,7 @@
 //! Where the files of a shard folder lie, and how parts of them are read and checked.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,6 +9,8 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::error::{Error, Result};
+use crate::paths::Root;
+use crate::shard::limits::MANIFEST_BYTES;
 use crate::shard::manifest::{MANIFEST_FILE, Piece, sha256_of};
 #[cfg(feature = "cloud")]
 use crate::shard::remote::Remote;
@@ -43,8 +45,8 @@ pub struct RemoteConfig {
 /// The place of a shard folder.
 #[derive(Debug)]
 pub(super) enum Store {
-    /// A folder of this machine.
-    Folder(PathBuf),
+    /// A folder of this machine. No name in it leads out.
+    Folder(Root),
     /// A folder behind a URL.
     #[cfg(feature = "cloud")]
     Remote(Box<Remote>),
@@ -73,7 +75,7 @@ impl Store {
     /// The place of one file, for messages.
     pub(super) fn place(&self, file: &str) -> PathBuf {
         match self {
-            Self::Folder(dir) => dir.join(file),
+            Self::Folder(root) => root.path().join(file),
             #[cfg(feature = "cloud")]
             Self::Remote(remote) => remote.place(file),
         }
@@ -82,10 +84,7 @@ impl Store {
     /// The whole manifest.
     pub(super) fn read_manifest(&self) -> Result<Bytes> {
         match self {
-            Self::Folder(dir) => {
-                let path = dir.join(MANIFEST_FILE);
-                std::fs::read(&path).map(Bytes::from).map_err(|source| Error::read(&path, source))
-            }
+            Self::Folder(root) => read_manifest(root).map(Bytes::from),
             #[cfg(feature = "cloud")]
             Self::Remote(remote) => remote.read_manifest(),
         }
@@ -97,19 +96,43 @@ impl Store {
     /// Input or Disk where it cannot be read; what could be read but is not what was written is the inner error.
     pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
         match self {
-            Self::Folder(dir) => read_local(&dir.join(file), piece),
+            Self::Folder(root) => read_local(root, file, piece),
             #[cfg(feature = "cloud")]
             Self::Remote(remote) => remote.read_piece(file, piece),
         }
     }
 }
 
-fn read_local(path: &Path, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
-    let mut bytes = vec![0; piece.bytes as usize];
-    match File::open(path).and_then(|file| file.read_exact_at(&mut bytes, piece.offset)) {
-        Ok(()) if sha256_of(&bytes) == piece.sha256 => Ok(Ok(bytes.into())),
-        Ok(()) => Ok(Err(Damage::of_checksum())),
+/// The manifest of a folder.
+pub(super) fn read_manifest(root: &Root) -> Result<Vec<u8>> {
+    root.read(Path::new(MANIFEST_FILE), MANIFEST_BYTES)
+        .map_err(|source| unreadable(&root.path().join(MANIFEST_FILE), source))
+}
+
+fn read_local(root: &Root, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
+    let read = |file: File| {
+        // A file that ends before is not made room for.
+        if file.metadata()?.len().checked_sub(piece.bytes).is_none_or(|last| last < piece.offset) {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        let mut bytes = vec![0; piece.bytes as usize];
+        file.read_exact_at(&mut bytes, piece.offset).map(|()| bytes)
+    };
+    match root.open_file(Path::new(file)).and_then(read) {
+        Ok(bytes) if sha256_of(&bytes) == piece.sha256 => Ok(Ok(bytes.into())),
+        Ok(_) => Ok(Err(Damage::of_checksum())),
         Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(Err(Damage::of_end())),
-        Err(source) => Err(Error::read(path, source)),
+        Err(source) => Err(unreadable(&root.path().join(file), source)),
+    }
+}
+
+/// Why a file of a folder is not read: the folder's fault, or the disk's.
+pub(super) fn unreadable(path: &Path, source: io::Error) -> Error {
+    match source.kind() {
+        ErrorKind::InvalidInput | ErrorKind::PermissionDenied | ErrorKind::FileTooLarge => {
+            let remedy = "a shard folder holds plain files that this user may read, and no links that lead out of it";
+            Error::file(path, format!("cannot be read: {source}"), remedy)
+        }
+        _ => Error::read(path, source),
     }
 }

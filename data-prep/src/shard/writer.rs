@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 use crate::shard::FaceRecord;
 use crate::shard::index::IndexWriter;
+use crate::shard::limits::ROWS_PER_GROUP;
 use crate::shard::manifest::{IndexFile, RowGroupPiece, ShardFile, hex, sha256_of};
 use crate::shard::schema::{EMBEDDING_DIM, SCHEMA_VERSION, schema, to_batch};
 
@@ -36,10 +37,10 @@ impl Default for ShardConfig {
 }
 
 impl ShardConfig {
-    /// Checks that full files hold whole row groups.
+    /// Checks that full files hold whole row groups, as large as they are read.
     ///
     /// # Errors
-    /// Input, at `place`: zero, or not a multiple.
+    /// Input, at `place`: zero, not a multiple, or row groups of more than [`ROWS_PER_GROUP`].
     pub fn validate(&self, place: &str) -> Result<()> {
         if self.rows_per_group == 0
             || self.rows_per_shard == 0
@@ -50,6 +51,10 @@ impl ShardConfig {
                 format!("rows_per_shard is {}, rows_per_group is {}", self.rows_per_shard, self.rows_per_group),
                 "make rows_per_shard a positive multiple of rows_per_group",
             ));
+        }
+        if self.rows_per_group > ROWS_PER_GROUP {
+            let problem = format!("rows_per_group is {}", self.rows_per_group);
+            return Err(Error::input(place, problem, format!("give at most {ROWS_PER_GROUP}; 64 reads well")));
         }
         Ok(())
     }

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use data_prep::shard::{EMBEDDING_DIM, FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter};
+use data_prep::shard::{EMBEDDING_DIM, FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardFolder, ShardWriter};
 
 pub(crate) fn record(number: usize) -> FaceRecord {
     let value = number as f32;
+    let embedding: Vec<f32> = (0..EMBEDDING_DIM).map(|i| ((i + number) as f32).sin()).collect();
+    let length = embedding.iter().map(|x| x * x).sum::<f32>().sqrt();
     FaceRecord {
         key: format!("people/{number:03}.png"),
         image: vec![number as u8; 100 + number],
@@ -16,7 +18,7 @@ pub(crate) fn record(number: usize) -> FaceRecord {
         points: [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], [9.0, value]],
         landmarks: (0..68).map(|i| [i as f32, value - i as f32]).collect(),
         score: 0.5 + value / 100.0,
-        id_embedding: (0..EMBEDDING_DIM).map(|i| ((i + number) as f32).sin()).collect(),
+        id_embedding: embedding.iter().map(|x| x / length).collect(),
         caption: "a photo of a person".into(),
         sha256: format!("{number:064x}"),
         identity: (!number.is_multiple_of(3)).then(|| format!("s{number:02}")),
@@ -47,4 +49,11 @@ pub(crate) fn write(dir: &Path) -> Vec<FaceRecord> {
     };
     manifest.write(dir).unwrap();
     records
+}
+
+/// Identity and split of all rows, as the index has them.
+pub(crate) fn labels(folder: &ShardFolder) -> Vec<[Option<String>; 2]> {
+    let mut labels = Vec::new();
+    folder.labels(|identity, split| labels.push([identity, split].map(|name| name.map(str::to_owned)))).unwrap();
+    labels
 }
