@@ -75,7 +75,7 @@ impl Kept {
     }
 
     fn put(&mut self, group: u32, records: Records) {
-        let bytes = records.iter().map(|record| record.image.len() + size_of::<FaceRecord>()).sum();
+        let bytes = records.iter().map(bytes_of).sum();
         if let Some(replaced) = self.groups.remove(&group) {
             self.bytes -= replaced.bytes;
         }
@@ -88,6 +88,15 @@ impl Kept {
         self.bytes += bytes;
         self.groups.insert(group, Group { records, bytes, used: self.clock });
     }
+}
+
+/// All that a record holds.
+fn bytes_of(record: &FaceRecord) -> usize {
+    let FaceRecord { key, image, landmarks, id_embedding, caption, sha256, identity, split, .. } = record;
+    let texts = [Some(key), Some(caption), Some(sha256), identity.as_ref(), split.as_ref()];
+    let texts: usize = texts.into_iter().flatten().map(String::len).sum();
+    let numbers = size_of_val(landmarks.as_slice()) + size_of_val(id_embedding.as_slice());
+    size_of::<FaceRecord>() + image.len() + texts + numbers
 }
 
 #[cfg(test)]
@@ -146,6 +155,18 @@ mod tests {
         };
         let two = Cache::new(2 * (1000 + size_of::<FaceRecord>()));
         assert_eq!([1, 2, 1, 3, 1, 2].map(|number| read(&two, number)), [true, true, false, true, false, true]);
+        // Whatever they hold counts, not pictures alone.
+        let caption = |number: u32, cache: &Cache| {
+            let mut missed = false;
+            let records = cache.get_or_read(number, || {
+                missed = true;
+                Ok(Some(Arc::new(vec![FaceRecord { caption: "x".repeat(2 << 20), ..group(0)[0].clone() }])))
+            });
+            assert!(records.unwrap().is_some());
+            missed
+        };
+        let small = Cache::new(3 << 20);
+        assert_eq!([1, 1, 2, 1].map(|number| caption(number, &small)), [true, false, true, true]);
         let none = Cache::new(0);
         assert_eq!([1, 1, 2, 1].map(|number| read(&none, number)), [true, false, true, true]);
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use data_prep::shard::{Damage, FaceRecord, ShardFolder};
+use data_prep::shard::{Damage, FaceRecord, RowGroup, ShardFolder};
 
 use crate::data::Reference;
 use crate::data::cache::{Cache, Records};
@@ -48,12 +48,14 @@ struct Names {
 }
 
 impl Names {
-    fn number(&mut self, name: String) -> u32 {
+    fn number(&mut self, name: &str) -> u32 {
+        if let Some(&known) = self.numbers.get(name) {
+            return known;
+        }
         let next = self.names.len() as u32;
-        *self.numbers.entry(name).or_insert_with_key(|name| {
-            self.names.push(name.clone());
-            next
-        })
+        self.names.push(name.to_owned());
+        self.numbers.insert(name.to_owned(), next);
+        next
     }
 }
 
@@ -72,7 +74,7 @@ impl Deref for RecordHandle {
 }
 
 impl Dataset {
-    /// The rows of `shards`; up to `cache_mib` MiB of their photos are kept in memory.
+    /// The rows of `shards`; up to `cache_mib` MiB of them are kept in memory.
     ///
     /// # Errors
     /// Input for a missing or damaged index.
@@ -80,17 +82,19 @@ impl Dataset {
         let mut rows: Vec<Row> = Vec::new();
         let (mut identities, mut splits) = (Names::default(), Names::default());
         let mut photos: Vec<Vec<u32>> = Vec::new();
-        let places =
+        let mut places =
             (0..).zip(shards.row_groups()).flat_map(|(group, of)| (0..of.rows as u32).map(move |row| (group, row)));
-        for ((group, place), label) in places.zip(shards.labels()?) {
-            let identity = label.identity.map(|name| identities.number(name));
-            let split = label.split.map(|name| splits.number(name));
+        shards.labels(|identity, split| {
+            let Some((group, place)) = places.next() else { return };
+            let identity = identity.map(|name| identities.number(name));
+            let split = split.map(|name| splits.number(name));
             photos.resize_with(identities.names.len(), Vec::new);
             if let Some(person) = identity {
                 photos[person as usize].push(rows.len() as u32);
             }
             rows.push(Row { group, place, identity, split });
-        }
+        })?;
+        drop(places);
         let (path, cache) = (shards.place(), Cache::new(cache_mib << 20));
         let groups_read = AtomicU64::new(0);
         Ok(Self { path, shards, rows, identities, splits, photos, cache, quarantine: None, groups_read })
@@ -137,11 +141,24 @@ impl Dataset {
         }
         self.cache.get_or_read(group, || {
             self.groups_read.fetch_add(1, Ordering::Relaxed);
-            match self.shards.read(&self.shards.row_groups()[group as usize])? {
+            let place = &self.shards.row_groups()[group as usize];
+            let of_index = |records: Vec<FaceRecord>| self.mislabelled(place, &records).map_or(Ok(records), Err);
+            match self.shards.read(place)?.and_then(of_index) {
                 Ok(records) => Ok(Some(Arc::new(records))),
                 Err(damage) => self.leave_out(group, &damage).map(|()| None),
             }
         })
+    }
+
+    /// A row that the index, from which the pairs were made, has under another name or in another split.
+    fn mislabelled(&self, group: &RowGroup, records: &[FaceRecord]) -> Option<Damage> {
+        let mut rows = records.iter().enumerate();
+        let (row, record) = rows.find(|(row, record)| {
+            let split = self.rows[group.first_row + row].split.map(|split| self.splits.names[split as usize].as_str());
+            let labels = [self.identity(group.first_row + row), split];
+            labels != [record.identity.as_deref(), record.split.as_deref()]
+        })?;
+        Some(Damage(format!("row {row}, `{}`: `identity` or `split` is not what index.parquet says", record.key)))
     }
 
     fn leave_out(&self, group: u32, damage: &Damage) -> Result<()> {

@@ -58,7 +58,7 @@ pub struct DataConfig {
     /// Row groups of a stream whose rows are shuffled among each other.
     #[serde(default = "default_shuffle_window")]
     pub shuffle_window: usize,
-    /// Encoded photos kept in memory, in MiB.
+    /// Rows kept in memory, their photos encoded, in MiB.
     #[serde(default = "default_cache_mib")]
     pub cache_mib: usize,
     /// Damaged row groups that a run leaves out before it stops.
@@ -159,6 +159,9 @@ pub enum Reference {
     SameIdentity,
 }
 
+/// Largest memory in MiB: 16 TiB.
+const LARGEST_MIB: usize = 1 << 24;
+
 /// Largest value of a size in pixels or a count: a mistyped one shall not exhaust the memory.
 const LARGEST: usize = 8192;
 
@@ -189,6 +192,12 @@ impl DataConfig {
             if !(1..=LARGEST).contains(&value) {
                 let remedy = format!("give 1 to {LARGEST}");
                 return Err(Error::input(format!("{place}: data.{key}"), format!("is {value}"), remedy));
+            }
+        }
+        for (key, mib) in [("cache_mib", self.cache_mib), ("prefetch_mib", self.prefetch_mib)] {
+            if mib > LARGEST_MIB {
+                let remedy = format!("give at most {LARGEST_MIB}, in MiB");
+                return Err(Error::input(format!("{place}: data.{key}"), format!("is {mib}"), remedy));
             }
         }
         Ok(())

@@ -2,17 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use data_prep::files::append;
+use data_prep::paths::{open_regular, read_limited, read_regular};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// Name of the file in a run folder.
 pub const QUARANTINE_FILE: &str = "quarantine.jsonl";
+
+/// Largest such file: a line names the photos of a row group.
+const LARGEST: u64 = 256 << 20;
 
 /// One row group that is left out: a line of [`QUARANTINE_FILE`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,7 +56,8 @@ impl Quarantine {
         let file = run.join(QUARANTINE_FILE);
         let text = read(&file)?;
         let known: BTreeMap<u32, BadRowGroup> = entries(&text, shards).map(|bad| (bad.group, bad)).collect();
-        within_budget(&file, budget, &known)?;
+        let last = known.values().next_back().map_or("", |bad| bad.reason.as_str());
+        within_budget(&file, budget, &known, last)?;
         Ok(Self { file, budget, known: Mutex::new(known) })
     }
 
@@ -82,17 +87,22 @@ impl Quarantine {
         }
         let of_all = self.write_down(&bad).map_err(|source| Error::write(&self.file, source))?;
         tracing::warn!("{}: row group {} is left out: {}", bad.file, bad.row_group, bad.reason);
+        let last = bad.reason;
         known.extend(of_all.into_iter().map(|bad| (bad.group, bad)));
-        within_budget(&self.file, self.budget, &known)
+        within_budget(&self.file, self.budget, &known, &last)
     }
 
     /// Appends a line under a lock; tells what all ranks have written down.
     fn write_down(&self, bad: &BadRowGroup) -> std::io::Result<Vec<BadRowGroup>> {
+        // A pipe in its place would hold the run up.
+        match open_regular(&self.file) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
         let mut file = append(&self.file)?;
         // A file system without locks may let a row group be written down twice: it is counted once all the same.
         let _ = File::lock(&file);
-        let mut text = String::new();
-        file.read_to_string(&mut text)?;
+        let text = lossy(read_limited(file.try_clone()?, LARGEST)?);
         let mut of_all: Vec<BadRowGroup> = entries(&text, &bad.shards).collect();
         if of_all.iter().all(|other| other.group != bad.group) {
             let broken = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
@@ -122,14 +132,20 @@ pub fn count(run: &Path, shards: Option<&str>) -> Result<usize> {
 
 /// The file's text, of which a missing one has none.
 fn read(file: &Path) -> Result<String> {
-    match std::fs::read_to_string(file) {
+    match read_regular(file, LARGEST) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
-        text => text.map_err(|source| Error::read(file, source)),
+        text => text.map(lossy).map_err(|source| Error::read(file, source)),
     }
 }
 
-/// Checks that no more row groups are left out than may be: for a run that goes on as for one at work.
-fn within_budget(file: &Path, budget: usize, known: &BTreeMap<u32, BadRowGroup>) -> Result<()> {
+/// A dying process may have cut a letter in two: its line is passed over, not the file.
+fn lossy(text: Vec<u8>) -> String {
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+/// Checks that no more row groups are left out than may be: for a run that goes on as for one at work. `last` is what is
+/// wrong with one of them.
+fn within_budget(file: &Path, budget: usize, known: &BTreeMap<u32, BadRowGroup>, last: &str) -> Result<()> {
     if known.len() <= budget {
         return Ok(());
     }
@@ -137,8 +153,8 @@ fn within_budget(file: &Path, budget: usize, known: &BTreeMap<u32, BadRowGroup>)
     let (count, files) = (files.len(), files.join(", "));
     Err(Error::file(
         file,
-        format!("{count} row groups are damaged: {files}; data.bad_row_groups allows {budget}"),
-        "restore these files and remove the lines from quarantine.jsonl, or allow more",
+        format!("{count} row groups are damaged: {files}; data.bad_row_groups allows {budget}; such as: {last}"),
+        "restore these files, or prepare the data again, and remove the lines from quarantine.jsonl; or allow more",
     ))
 }
 
@@ -191,9 +207,19 @@ mod tests {
         quarantine.add(bad(7)).unwrap();
         let path = run.path().join(QUARANTINE_FILE);
         let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::write(&path, format!("{text}{}", &text[..30])).unwrap();
+        std::fs::write(&path, [text.as_bytes(), &text.as_bytes()[..30], &"é".as_bytes()[..1]].concat()).unwrap();
         quarantine.add(bad(8)).unwrap();
         let again = Quarantine::open(run.path(), 9, "abc").unwrap();
         assert!(again.holds(7) && again.holds(8) && again.len() == 2);
+    }
+
+    #[test]
+    fn a_pipe_in_its_place_is_refused() {
+        let run = tempfile::tempdir().unwrap();
+        let quarantine = Quarantine::open(run.path(), 9, "abc").unwrap();
+        let path = run.path().join(QUARANTINE_FILE);
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        assert!(Quarantine::open(run.path(), 9, "abc").is_err());
+        assert!(quarantine.add(bad(7)).is_err());
     }
 }

@@ -60,11 +60,12 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// Memory that it takes, but for what its two texts do.
+    /// Memory that it takes.
     pub(crate) fn bytes(&self) -> usize {
         let numbers =
             [&self.pixels, &self.id_pixels, &self.base_pixels, &self.id_embedding, &self.posterior_noise, &self.noise];
-        size_of::<Self>() + numbers.iter().map(|values| size_of_val(values.as_slice())).sum::<usize>()
+        let texts = self.key.len() + self.caption.len();
+        size_of::<Self>() + texts + numbers.iter().map(|values| size_of_val(values.as_slice())).sum::<usize>()
     }
 }
 

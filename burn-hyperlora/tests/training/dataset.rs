@@ -1,6 +1,7 @@
 //! Shards to batches: pairs, order, the bounded cache, and samples that hang on nothing but their draw.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::sync::Arc;
 
 use burn_hyperlora::data::Reference;
@@ -10,8 +11,8 @@ use burn_hyperlora::data::loader::{Loader, LoaderConfig};
 use burn_hyperlora::data::rank::Rank;
 use burn_hyperlora::data::sample::{SampleMaker, SampleShape};
 use burn_hyperlora::data::scenario::Scenarios;
-
-use data_prep::shard::ShardFolder;
+use burn_hyperlora::status::Status;
+use data_prep::shard::{INDEX_FILE, Manifest, ShardConfig, ShardFolder, ShardWriter};
 
 use crate::world::World;
 
@@ -132,4 +133,51 @@ fn people_with_a_single_photo_are_left_out_and_an_empty_split_is_refused() {
     assert_eq!(dataset.pairs("held_out", "train", Reference::SameIdentity).unwrap().as_slice().len(), 4);
     let error = dataset.pairs("validation", "train", Reference::Target).unwrap_err();
     assert!(error.to_string().contains("held_out") && error.exit_code() == 2, "{error}");
+}
+
+#[test]
+fn a_row_that_the_index_has_under_another_name_is_told() {
+    let world = World::new();
+    let shards = ShardFolder::open(&world.path("shards")).unwrap();
+    for (name, row) in [("identity", 7), ("split", 11)] {
+        let folder = world.path(name);
+        fs::create_dir(&folder).unwrap();
+        let mut writer = ShardWriter::new(&folder, &ShardConfig { rows_per_group: 5, rows_per_shard: 20 }, []);
+        for (number, mut record) in
+            shards.row_groups().iter().flat_map(|group| shards.read(group).unwrap().unwrap()).enumerate()
+        {
+            match name {
+                "identity" if number == row => record.identity = Some("somebody else".into()),
+                "split" if number == row => record.split = None,
+                _ => {}
+            }
+            writer.push(record).unwrap();
+        }
+        // The shards as they are now, the index as it was.
+        let manifest = Manifest { shards: writer.finish().unwrap().shards, ..shards.manifest().clone() };
+        manifest.write(&folder).unwrap();
+        fs::copy(world.path("shards").join(INDEX_FILE), folder.join(INDEX_FILE)).unwrap();
+        let dataset = Dataset::open(ShardFolder::open(&folder).unwrap(), 64).unwrap();
+        assert!(dataset.record(0).is_ok());
+        let error = dataset.record(row).map(|_| ()).unwrap_err();
+        let place = format!("row group {} is damaged: row {}, `", row / 5, row % 5);
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains(&place) && error.to_string().contains("index.parquet"), "{error}");
+    }
+}
+
+#[test]
+fn a_trigger_that_leaves_no_room_is_refused_and_captions_that_it_cuts_are_counted() {
+    let world = World::new();
+    // Every `x` is a token.
+    let trigger = |words: usize| format!("recompute: false\n  trigger: \"{}\"", "x ".repeat(words));
+    let error = world.train(&world.experiment(&[("recompute: false", &trigger(75))]).unwrap(), "full", Some(1));
+    let error = error.unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("train.yaml: train.trigger: fills the 75 tokens"), "{error}");
+    let share = |run: &str| Status::read(&world.path(run)).unwrap().cut_captions;
+    world.train(&world.experiment(&[("recompute: false", &trigger(72))]).unwrap(), "long", None).unwrap();
+    assert!(share("long").is_some_and(|share| share > 0.5), "{:?}", share("long"));
+    world.train(&world.experiment(&[]).unwrap(), "short", Some(2)).unwrap();
+    assert_eq!(share("short"), None);
 }
