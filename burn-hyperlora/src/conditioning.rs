@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -13,6 +14,7 @@ use crate::sdxl::autoencoder_kl::AutoencoderKl;
 use crate::sdxl::base_source::{BaseSource, Part};
 use crate::sdxl::scheduler::NoiseSchedule;
 use crate::sdxl::text::{PromptStates, TextEncoders};
+use crate::sdxl::tokenizer::TEXT_TOKENS;
 use crate::sdxl::unet::{UNet2DConditionModel, UnetInput};
 use crate::sdxl::unet_config::{TIME_IDS, UNet2DConditionConfig};
 
@@ -34,8 +36,18 @@ pub struct Base {
     /// Prompts to states.
     pub text: TextEncoders,
     vision: Option<Vision>,
-    prompts: Mutex<HashMap<String, PromptStates>>,
+    prompts: Mutex<HashMap<String, Prompt>>,
+    /// Samples whose captions were longer than the text encoders take.
+    cut_captions: AtomicU64,
     device: Device,
+}
+
+/// A prompt as the text encoders have it.
+#[derive(Clone)]
+struct Prompt {
+    states: PromptStates,
+    /// Tokens at its end that are left out.
+    surplus: usize,
 }
 
 /// What condition images go through.
@@ -151,6 +163,7 @@ impl Base {
             text: TextEncoders::open(source, device)?,
             vision: None,
             prompts: Mutex::default(),
+            cut_captions: AtomicU64::default(),
             device: device.clone(),
         };
         base.check_parts(unet.place())?;
@@ -265,7 +278,16 @@ impl Base {
     /// # Errors
     /// Fault when a caption cannot be tokenised.
     pub fn noisy(&self, samples: &[Sample], trigger: &str) -> Result<(UnetInput, Tensor<4>)> {
-        let PromptStates { prompt_embeds, pooled } = self.prompts(samples, trigger)?;
+        let prompts = self.prompts_of(samples, trigger)?;
+        for (sample, Prompt { surplus, .. }) in samples.iter().zip(&prompts).filter(|(_, prompt)| prompt.surplus > 0) {
+            if self.cut_captions.fetch_add(1, Ordering::Relaxed) == 0 {
+                let key = &sample.key;
+                tracing::warn!(
+                    "{key}: the last {surplus} tokens of its caption, which may follow the trigger words, are left out: the text encoders take {TEXT_TOKENS}; others like it are counted"
+                );
+            }
+        }
+        let PromptStates { prompt_embeds, pooled } = side_by_side(prompts);
         let (count, device) = (samples.len(), &self.device);
         let side = samples.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
         let images = stack(samples, |sample| &sample.pixels, [count, 3, side, side], device);
@@ -322,28 +344,43 @@ impl Base {
     /// # Errors
     /// Fault when a caption cannot be tokenised.
     pub fn prompts(&self, samples: &[Sample], trigger: &str) -> Result<PromptStates> {
-        let states = samples.iter().map(|sample| {
+        Ok(side_by_side(self.prompts_of(samples, trigger)?))
+    }
+
+    fn prompts_of(&self, samples: &[Sample], trigger: &str) -> Result<Vec<Prompt>> {
+        let prompt = |sample: &Sample| {
             let trigger = if sample.request.scenario.trigger() { trigger } else { "" };
-            self.prompt(&format!("{trigger}{}", sample.caption)).map(|states| (states.prompt_embeds, states.pooled))
-        });
-        let (prompt_embeds, pooled) = states.collect::<Result<(Vec<_>, Vec<_>)>>()?;
-        Ok(PromptStates { prompt_embeds: Tensor::cat(prompt_embeds, 0), pooled: Tensor::cat(pooled, 0) })
+            self.prompt(&format!("{trigger}{}", sample.caption))
+        };
+        samples.iter().map(prompt).collect()
+    }
+
+    /// Samples that were [encoded](Self::encode) so far with captions whose end was left out.
+    pub fn cut_captions(&self) -> u64 {
+        self.cut_captions.load(Ordering::Relaxed)
     }
 
     /// The states of one prompt. Each is encoded by itself, so that its bits never depend on its neighbours in a batch.
-    fn prompt(&self, prompt: &str) -> Result<PromptStates> {
+    fn prompt(&self, prompt: &str) -> Result<Prompt> {
         // Whole entries come and go: a thread that died left nothing half done.
         let mut prompts = self.prompts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = prompts.get(prompt) {
             return Ok(known.clone());
         }
-        let states = self.text.encode(&[prompt])?;
+        let new = Prompt { states: self.text.encode(&[prompt])?, surplus: self.text.surplus(prompt)? };
         if prompts.len() == PROMPT_CACHE {
             prompts.clear();
         }
-        prompts.insert(prompt.into(), states.clone());
-        Ok(states)
+        prompts.insert(prompt.into(), new.clone());
+        Ok(new)
     }
+}
+
+/// The states of a batch, one row for each prompt.
+fn side_by_side(prompts: Vec<Prompt>) -> PromptStates {
+    let parts = |Prompt { states, .. }: Prompt| (states.prompt_embeds, states.pooled);
+    let (prompt_embeds, pooled): (Vec<_>, Vec<_>) = prompts.into_iter().map(parts).unzip();
+    PromptStates { prompt_embeds: Tensor::cat(prompt_embeds, 0), pooled: Tensor::cat(pooled, 0) }
 }
 
 /// One tensor of the samples' flat parts, in their order.

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::sdxl::base_source::{BaseSource, Part};
 use crate::sdxl::clip_text::{ClipTextConfig, ClipTextModel};
-use crate::sdxl::tokenizer::{ClipTokenizer, PROMPT_TOKENS};
+use crate::sdxl::tokenizer::{ClipTokenizer, PROMPT_TOKENS, TEXT_TOKENS};
 
 /// Encoded prompts.
 #[derive(Debug, Clone)]
@@ -101,6 +101,26 @@ impl TextEncoders {
         })
     }
 
+    /// Tokens at the end of `prompt` that neither encoder is given.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn surplus(&self, prompt: &str) -> Result<usize> {
+        surplus(&self.tokenizers, prompt)
+    }
+
+    /// [`encode`](Self::encode) for one prompt of the user, with a warning where its end is left out; `name` tells which.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_and_warn(&self, name: &str, prompt: &str) -> Result<PromptStates> {
+        let surplus = self.surplus(prompt)?;
+        if surplus > 0 {
+            tracing::warn!("{name}: its last {surplus} tokens are left out: the text encoders take {TEXT_TOKENS}");
+        }
+        self.encode(&[prompt])
+    }
+
     /// Encodes prompts as the SDXL pipeline of diffusers does (clip skip 2).
     ///
     /// # Errors
@@ -117,4 +137,13 @@ impl TextEncoders {
         let pooled = pooled.ok_or_else(|| Error::Fault("the second text encoder gave no pooled output".into()))?;
         Ok(PromptStates { prompt_embeds: Tensor::cat(states, 2), pooled })
     }
+}
+
+/// Tokens of `prompt` beyond those that the encoders take.
+///
+/// # Errors
+/// Fault when the prompt cannot be tokenised.
+pub fn surplus(tokenizers: &[ClipTokenizer; 2], prompt: &str) -> Result<usize> {
+    let counts = [tokenizers[0].count(prompt)?, tokenizers[1].count(prompt)?];
+    Ok(counts.into_iter().max().unwrap_or(0).saturating_sub(TEXT_TOKENS))
 }

@@ -22,6 +22,9 @@ pub const PROMPT_TOKENS: usize = 77;
 /// Ids are indices of a table of embeddings, in 32 bits.
 const LARGEST_ID: u64 = i32::MAX as u64;
 
+/// Those of them that a text may fill: it stands between a start and an end.
+pub const TEXT_TOKENS: usize = PROMPT_TOKENS - 2;
+
 const START: &str = "<|startoftext|>";
 pub(super) const END: &str = "<|endoftext|>";
 /// Marks a token that ends a word.
@@ -102,6 +105,14 @@ impl ClipTokenizer {
         self.tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
+    /// Tokens of `text`, of which [`encode`](Self::encode) takes the first [`TEXT_TOKENS`].
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn count(&self, text: &str) -> Result<usize> {
+        Ok(self.tokenizer.encode_fast(text, false).map_err(fault)?.len())
+    }
+
     /// Token ids of `text`: start, at most 75 of the text, end, then padding up to [`PROMPT_TOKENS`].
     ///
     /// # Errors
@@ -110,7 +121,7 @@ impl ClipTokenizer {
         let encoding = self.tokenizer.encode_fast(text, false).map_err(fault)?;
         let mut ids = Vec::with_capacity(PROMPT_TOKENS);
         ids.push(self.start);
-        for &id in encoding.get_ids().iter().take(PROMPT_TOKENS - 2) {
+        for &id in encoding.get_ids().iter().take(TEXT_TOKENS) {
             ids.push(i32::try_from(id).map_err(|problem| fault(problem.into()))?);
         }
         ids.push(self.end);

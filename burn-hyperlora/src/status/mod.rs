@@ -16,7 +16,7 @@ use crate::data::quarantine;
 use crate::error::{Error, Result};
 use crate::experiment::Experiment;
 use crate::metrics::{LastScalars, StageSummary, Summary};
-use crate::train::curves::{IMAGES_PER_SECOND, RANKS};
+use crate::train::curves::{CUT_CAPTIONS, IMAGES_PER_SECOND, RANKS};
 use crate::train::state::TrainState;
 use crate::train::{CHECKPOINTS, TENSORBOARD, is_claimed, skipped};
 
@@ -79,6 +79,8 @@ pub struct Status {
     pub stages: Vec<StageSummary>,
     /// Steps that were skipped because they would have done harm.
     pub skipped_steps: u64,
+    /// The share of the captions whose ends were left out, where some were.
+    pub cut_captions: Option<f64>,
     /// Row groups that are left out because they are damaged.
     pub quarantined_row_groups: u64,
     /// The end of `run.log`, where the run did not finish and nobody is at work.
@@ -147,6 +149,7 @@ impl Status {
             losses: losses.map(|(tag, loss)| (tag.clone(), *loss)).collect(),
             stages: Summary::read(run)?.stages,
             skipped_steps: skipped::count(run)? as u64,
+            cut_captions: curves.values.get(CUT_CAPTIONS).copied().filter(|share| *share > 0.0),
             quarantined_row_groups: quarantine::count(run, shards)? as u64,
             last_lines: if over { Vec::new() } else { last_lines(&run.join("run.log"))? },
             name: experiment.name,

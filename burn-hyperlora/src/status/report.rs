@@ -60,6 +60,12 @@ impl Display for Status {
         if self.skipped_steps > 0 {
             row("skipped", format!("{} steps that would have done harm: skipped.jsonl", self.skipped_steps))?;
         }
+        if let Some(share) = self.cut_captions {
+            row(
+                "captions",
+                format!("{:.1} % have their ends left out: longer than the text encoders take", 100.0 * share),
+            )?;
+        }
         if self.quarantined_row_groups > 0 {
             let count = self.quarantined_row_groups;
             row("left out", format!("{count} damaged row groups: quarantine.jsonl"))?;

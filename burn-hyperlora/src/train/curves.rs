@@ -11,6 +11,8 @@ use crate::train::step::{StepReport, StepTerms};
 
 /// Images per second of all ranks, in the curves.
 pub const IMAGES_PER_SECOND: &str = "speed/images_per_second";
+/// The share of rank 0's captions in this start of the stage whose ends were left out, in the curves.
+pub const CUT_CAPTIONS: &str = "data/cut_captions";
 /// The number of ranks, in the curves.
 pub const RANKS: &str = ranks::COUNT;
 

@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, ParameterVisitor};
 use crate::optim::{OptimConfig, Optimizer, Share, Wire};
 use crate::sdxl::scheduler::NoiseSampler;
+use crate::sdxl::text;
+use crate::sdxl::tokenizer::TEXT_TOKENS;
 use crate::train::checkpoints::{self, SavedState, Source, WEIGHTS};
 use crate::train::config::StageEntry;
 use crate::train::moments::MomentFiles;
@@ -120,6 +122,7 @@ pub(super) fn check_same_start(
 /// # Errors
 /// Input for what is missing or damaged, Disk for a failing disk.
 pub(super) fn open(setup: &TrainSetup<'_>, common: Value) -> Result<(Arc<Dataset>, Value)> {
+    check_trigger(setup)?;
     let dataset = open_dataset(setup.data, setup.folder, setup.run)?;
     if let Some(set) = &setup.train.fixed_set {
         let place = format!("{}: train.fixed_set.split", setup.place);
@@ -127,6 +130,20 @@ pub(super) fn open(setup: &TrainSetup<'_>, common: Value) -> Result<(Arc<Dataset
     }
     let settings = binding_settings(common, fingerprint::of_base(setup.base, setup.folder)?, dataset.checksum());
     Ok((dataset, settings))
+}
+
+/// Checks that words of a caption have room behind the trigger.
+fn check_trigger(setup: &TrainSetup<'_>) -> Result<()> {
+    // A letter and a space are the shortest caption.
+    let with_a_word = format!("{} a", setup.train.trigger);
+    match text::surplus(&setup.base.source(setup.folder)?.tokenizers()?, &with_a_word)? {
+        0 => Ok(()),
+        _ => Err(Error::input(
+            format!("{}: train.trigger", setup.place),
+            format!("fills the {TEXT_TOKENS} tokens that the text encoders take: no word of a caption would be learnt"),
+            "give a few rare words, such as the default's three",
+        )),
+    }
 }
 
 /// The base's models, checked against each other and against the YAML.

@@ -21,9 +21,10 @@ use crate::data::sample::SampleMaker;
 use crate::error::{Error, Result};
 use crate::hypernet::Stage;
 use crate::metrics::{Display, MetricsWriter, Progress, StageSummary, WaitClock};
+use crate::sdxl::tokenizer::TEXT_TOKENS;
 use crate::train::checkpoints;
 use crate::train::config::{SamplesConfig, StageEntry};
-use crate::train::curves::{Curves, StepTime};
+use crate::train::curves::{CUT_CAPTIONS, Curves, StepTime};
 use crate::train::fixed_set::FixedSet;
 use crate::train::spikes::Remedy;
 use crate::train::start::{
@@ -184,6 +185,7 @@ impl<'a> Trainer<'a> {
         let world = Timed::new(setup.world);
         let mut progress = Progress::new(entry.name(), self.state.stage_step, config.steps, display);
         let mut waits = WaitClock::default();
+        let (cut_before, mut images) = (self.base.cut_captions(), 0_usize);
         while self.state.stage_step < config.steps {
             self.writer.advance(setup.world)?;
             if let Some(signal) = asked_to_stop(setup.world, self.options.stop.raised_by())? {
@@ -219,6 +221,7 @@ impl<'a> Trainer<'a> {
                     curves.add(&report, &terms, time);
                 }
             }
+            images += report.losses.len() / setup.world.world_size();
             progress.step(self.state.stage_step, report.mean_loss(), report.losses.len());
             let done = self.state.stage_step;
             let last = done == config.steps;
@@ -229,6 +232,8 @@ impl<'a> Trainer<'a> {
                 if setup.world.leads() {
                     values.push(("data/left_out_row_groups".into(), self.left_out() as f64));
                 }
+                let cut = self.base.cut_captions() - cut_before;
+                values.push((CUT_CAPTIONS.into(), cut as f64 / images.max(1) as f64));
                 values.push(("optim/skipped_steps".into(), self.state.spikes.skipped as f64));
                 self.log(&values);
             }
@@ -246,6 +251,13 @@ impl<'a> Trainer<'a> {
             }
         }
         progress.finish();
+        let cut = self.base.cut_captions() - cut_before;
+        if cut > 0 {
+            let name = entry.name();
+            tracing::warn!(
+                "stage {name}: the ends of {cut} of {images} captions were left out, beyond {TEXT_TOKENS} tokens"
+            );
+        }
         Ok(End::Done)
     }
 

@@ -46,6 +46,20 @@ fn sample(output: &Path, more: &[&str]) -> Command {
 }
 
 #[test]
+fn words_that_no_encoder_reads_are_told() {
+    let world = World::new();
+    let long = "a face ".repeat(40);
+    let mut command = hyperlora(["sample", "--steps", "1", "--size", "32", "--base"]);
+    command
+        .arg(quickstart_base())
+        .args(["--negative-prompt", "a hat", "--prompt", &long, "-o"])
+        .arg(world.path("a.png"));
+    let said = run(command).with(0).stderr;
+    assert!(said.contains("--prompt: its last 5 tokens are left out: the text encoders take 75"), "{said}");
+    assert!(!said.contains("--negative-prompt"), "{said}");
+}
+
+#[test]
 fn equal_input_draws_equal_pictures() {
     let world = World::new();
     let lora = world.path("lora.safetensors");

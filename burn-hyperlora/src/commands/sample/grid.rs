@@ -57,7 +57,8 @@ pub(super) fn draw(args: &SampleArgs, checkpoint: &Path, common: &Common, device
     let mut config = args.config(&base);
     let text = args.prompt.as_deref().unwrap_or("a photo of a person");
     let plain = base.text.encode(&[text])?;
-    let triggered = base.text.encode(&[format!("{}{text}", generator.trigger())])?;
+    let triggered =
+        base.text.encode_and_warn("--prompt with the trigger words", &format!("{}{text}", generator.trigger()))?;
 
     let mut progress = Progress::new("grid", 0, portraits.len() as u64, common.display());
     let mut rows = Vec::with_capacity(portraits.len());

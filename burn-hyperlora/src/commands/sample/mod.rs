@@ -179,7 +179,7 @@ fn from_prompt(
     let base = Base::from_source(&source.with_updates(updates), args.dtype, device)?;
     let config = args.config(&base);
 
-    let prompt = base.text.encode(&[args.prompt.as_deref().unwrap_or_default()])?;
+    let prompt = base.text.encode_and_warn("--prompt", args.prompt.as_deref().unwrap_or_default())?;
     let negative = negative(args, &base, &prompt)?;
     let initial = match &args.latents {
         Some(path) => load_latents(path, &base, &config, device)?,
@@ -199,7 +199,7 @@ fn from_prompt(
 /// What guidance leads away from: the encoded `--negative-prompt`, or what the base was trained with.
 fn negative(args: &SampleArgs, base: &Base, prompt: &PromptStates) -> Result<PromptStates> {
     match &args.negative_prompt {
-        Some(text) => base.text.encode(&[text]),
+        Some(text) => base.text.encode_and_warn("--negative-prompt", text),
         None => base.text.negative(prompt),
     }
 }
