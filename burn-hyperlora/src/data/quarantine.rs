@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use data_prep::files::append;
-use data_prep::paths::{open_regular, read_limited, read_regular};
+use data_prep::paths::{read_limited, read_regular};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -94,11 +94,6 @@ impl Quarantine {
 
     /// Appends a line under a lock; tells what all ranks have written down.
     fn write_down(&self, bad: &BadRowGroup) -> std::io::Result<Vec<BadRowGroup>> {
-        // A pipe in its place would hold the run up.
-        match open_regular(&self.file) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
         let mut file = append(&self.file)?;
         // A file system without locks may let a row group be written down twice: it is counted once all the same.
         let _ = File::lock(&file);
