@@ -1,13 +1,15 @@
 //! Ranks that die, hang, or are asked to stop, in the middle of a training.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use burn_hyperlora::checkpoint::CheckpointStore;
+use burn_hyperlora::data::quarantine::QUARANTINE_FILE;
 use burn_hyperlora::train::CHECKPOINTS;
 
 use crate::mpirun::{end_of, mpirun};
@@ -24,14 +26,14 @@ struct Run<'a> {
 }
 
 /// A long training of [`RANKS`] ranks that has saved at least twice.
-fn under_way(world: &World) -> Run<'_> {
+fn under_way<'a>(world: &'a World, more: &[(&str, &str)]) -> Run<'a> {
     let changes = [
         ("global_batch: 4", "global_batch: 12"),
         ("{every: 2, keep: 9}", "{every: 1, keep: 2}"),
         ("recompute: false", "recompute: false\n  collective_timeout_s: 20"),
         ("base: {steps: 2", "base: {steps: 100000"),
     ];
-    world.experiment(&changes).unwrap();
+    world.experiment(&[&changes[..], more].concat()).unwrap();
     let mut command = mpirun(RANKS);
     command.arg(PROGRAM).arg("train").arg(world.path("train.yaml"));
     command.arg("--out").arg(world.path("run")).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -89,7 +91,7 @@ fn goes_on(world: &World) {
 #[test]
 fn a_killed_rank_ends_the_others_and_leaves_a_whole_checkpoint() {
     let world = World::new();
-    let run = under_way(&world);
+    let run = under_way(&world, &[]);
     run.signal(1, "-KILL");
     let clock = Instant::now();
     let (code, text) = run.end();
@@ -101,7 +103,7 @@ fn a_killed_rank_ends_the_others_and_leaves_a_whole_checkpoint() {
 #[test]
 fn a_hung_rank_is_named_within_the_deadline() {
     let world = World::new();
-    let run = under_way(&world);
+    let run = under_way(&world, &[]);
     run.signal(1, "-STOP");
     let clock = Instant::now();
     let (code, text) = run.end();
@@ -114,10 +116,40 @@ fn a_hung_rank_is_named_within_the_deadline() {
 #[test]
 fn a_signal_to_one_rank_stops_all_at_the_same_step_with_everything_saved() {
     let world = World::new();
-    let run = under_way(&world);
+    let run = under_way(&world, &[]);
     run.signal(2, "-TERM");
     let (code, text) = run.end();
     assert!(code == Some(3) && text.contains("stopped by SIGTERM after"), "{code:?} {text}");
+    goes_on(&world);
+}
+
+#[test]
+fn a_rank_whose_data_are_stuck_stops_and_saves_with_the_others() {
+    let world = World::new();
+    // Nothing is kept in memory: what is damaged is met again.
+    let run = under_way(&world, &[("shards: shards", "shards: shards\n  cache_mib: 0\n  prefetch_mib: 0")]);
+    // A row group that is left out is written down under a lock: a thread that waits for it is as stuck as one in a read.
+    let lock = OpenOptions::new().append(true).create(true).open(world.path("run").join(QUARANTINE_FILE)).unwrap();
+    lock.lock().unwrap();
+    let inode = format!(":{} ", lock.metadata().unwrap().ino());
+    let shard = world.path("shards/shard-00000.parquet");
+    let mut bytes = fs::read(&shard).unwrap();
+    bytes[200] ^= 1;
+    fs::write(shard, bytes).unwrap();
+    let begun = Instant::now();
+    let waited_for = |lock: &str| lock.contains("->") && lock.contains(&inode);
+    while !fs::read_to_string("/proc/locks").unwrap().lines().any(waited_for) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "nobody reads the damaged row group");
+        thread::sleep(Duration::from_millis(5));
+    }
+    // The others wait for its losses now.
+    thread::sleep(Duration::from_secs(1));
+    for rank in 0..RANKS {
+        run.signal(rank, "-TERM");
+    }
+    let (code, text) = run.end();
+    assert!(code == Some(3) && text.contains("stopped by SIGTERM after"), "{code:?} {text}");
+    drop(lock);
     goes_on(&world);
 }
 
