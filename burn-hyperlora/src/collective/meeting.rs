@@ -308,4 +308,28 @@ mod tests {
         assert!(hears(true).is_loopback());
         assert!(hears(false).is_unspecified());
     }
+
+    #[test]
+    fn the_first_who_say_nothing_make_room_and_those_who_spoke_stay() {
+        let listener = bind(0, true).unwrap();
+        let call = || TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let token = Token::Given("ours".into());
+        let meeting = Meeting { rank: 0, world_size: 2, address: ("", 0), one_machine: true, token: &token, host: "" };
+        let mut door = Door { meeting: &meeting, token: b"ours", guests: Vec::new(), turned_away: 0 };
+        let mut rank = call();
+        rank.write_all(&hello(1, &[1; WORD])).unwrap();
+        while door.guests.first().is_none_or(|guest| guest.handshake.is_none()) {
+            door.let_in(&listener);
+            assert!(door.hear().is_empty());
+        }
+        let mut silent = Vec::new();
+        while door.turned_away < 10 {
+            silent.push(call());
+            door.let_in(&listener);
+        }
+        assert_eq!(door.guests.len(), MOST_GUESTS);
+        assert!(door.guests[0].handshake.is_some());
+        let (last, newest) = (door.guests.last().unwrap(), silent.last().unwrap());
+        assert_eq!(last.from, newest.local_addr().unwrap());
+    }
 }

@@ -208,12 +208,13 @@ fn what_one_rank_alone_cannot_read_it_tells_the_others() {
     told(&each_its_own(&world, Path::new(PROGRAM), &[]), "other.yaml");
     fs::write(world.path("other.yaml"), "name: [").unwrap();
     told(&each_its_own(&world, Path::new(PROGRAM), &[]), "other.yaml");
+    fs::create_dir(world.path("no-models")).unwrap();
     let elsewhere = |place: &str| [("shards: shards", place.to_owned())];
     for (shards, faces, problem) in [
         ("nowhere", "", "/nowhere"),
         ("${UNSET_ON_RANK_1}", "", "UNSET_ON_RANK_1"),
-        ("nowhere", "faces: {models: .}\n", "/nowhere"),
-        ("shards", "faces: {models: .}\n", "holds no ONNX files"),
+        ("nowhere", "faces: {models: no-models}\n", "/nowhere"),
+        ("shards", "faces: {models: no-models}\n", "holds no ONNX files"),
     ] {
         let [(from, to)] = elsewhere(&format!("shards: {shards}"));
         told(&at_odds(&world, &[(from, &to), ("data:\n", &format!("{faces}data:\n"))], &[]), problem);
