@@ -3,34 +3,66 @@
 //! Every part of the program keeps its own config struct with `#[serde(deny_unknown_fields)]` and its defaults
 //! resolved while parsing; this module only turns text into such structs, the same way everywhere.
 
-use std::path::{Path, PathBuf};
+mod path;
 
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_saphyr::options::NonFiniteFloatPolicy;
 use serde_saphyr::{Error as YamlError, Options};
 
+use crate::config::path::{Origin, reading};
 use crate::error::{Error, Result};
+use crate::paths::{open_regular, read_limited};
 
-/// Reads the YAML file at `path` into `T`.
+pub use crate::config::path::{ConfigPath, is_url};
+
+/// Largest YAML file, far above any that somebody writes.
+const LARGEST: u64 = 16 << 20;
+
+/// Reads the YAML file at `path` into `T`. The user named the file, so that its [paths](ConfigPath) may hold variables.
 ///
 /// # Errors
-/// Input: the file cannot be read, or as [`parse`].
+/// Input: the file cannot be read or is above 16 MiB, or as [`parse`].
 pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::InvalidData => Error::file(path, "is not UTF-8 text", "give a YAML file"),
-        _ => Error::read(path, source),
-    })?;
-    parse(&text, path)
+    parse(&read(path, File::open(path))?, path)
 }
 
-/// Reads YAML `text` into `T`; `origin` is the file that errors name.
+/// As [`load`], for a file that was found in a folder which may be a stranger's, such as a run folder: no variable is
+/// expanded in its paths, and a pipe or a device is refused.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_found<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = read(path, open_regular(path))?;
+    parse_from(&text, path, Origin::Found(path.into()))
+}
+
+fn read(path: &Path, file: io::Result<File>) -> Result<String> {
+    let bytes = file.and_then(|file| read_limited(file, LARGEST)).map_err(|source| match source.kind() {
+        io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput => {
+            Error::file(path, format!("is no YAML file: {source}"), "give a YAML file")
+        }
+        _ => Error::read(path, source),
+    })?;
+    String::from_utf8(bytes).map_err(|_| Error::file(path, "is not UTF-8 text", "give a YAML file"))
+}
+
+/// Reads YAML `text` into `T`; `origin` is the file that errors name, one that the user named.
 ///
 /// # Errors
 /// Input, with `origin:line:column`: malformed YAML, an unknown, missing or repeated key, a value of the wrong type,
 /// a float that is not finite.
 pub fn parse<T: DeserializeOwned>(text: &str, origin: &Path) -> Result<T> {
-    reject_non_finite(text).and_then(|()| serde_saphyr::from_str_with_options(text, options())).map_err(|error| {
+    parse_from(text, origin, Origin::Started)
+}
+
+fn parse_from<T: DeserializeOwned>(text: &str, origin: &Path, of_paths: Origin) -> Result<T> {
+    let typed = || reading(of_paths, || serde_saphyr::from_str_with_options(text, options()));
+    reject_non_finite(text).and_then(|()| typed()).map_err(|error| {
         let error = error.without_snippet();
         let place = match error.location() {
             Some(at) => format!("{}:{}:{}", origin.display(), at.line(), at.column()),
@@ -48,45 +80,6 @@ pub fn parse<T: DeserializeOwned>(text: &str, origin: &Path) -> Result<T> {
 pub fn to_yaml<T: Serialize>(value: &T) -> Result<String> {
     serde_saphyr::to_string(value)
         .map_err(|error| Error::Fault(format!("the config cannot be written as YAML: {error}")))
-}
-
-/// A path as the YAML spells it; [`resolve`](Self::resolve) turns it into one that can be opened.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct ConfigPath(PathBuf);
-
-impl ConfigPath {
-    /// A path spelled as `text`.
-    pub fn new(text: impl Into<PathBuf>) -> Self {
-        Self(text.into())
-    }
-
-    /// The path with `${VAR}`, `${VAR:-default}` and a leading `~` expanded; a relative one starts at `base_dir`, the
-    /// folder of the YAML file. A URL stays one.
-    ///
-    /// # Errors
-    /// Input: a variable that is not set and has no default, or `${` without `}`.
-    pub fn resolve(&self, base_dir: &Path) -> Result<PathBuf> {
-        self.resolve_with(base_dir, &|name| std::env::var(name).ok())
-    }
-
-    fn resolve_with(&self, base_dir: &Path, variable: &dyn Fn(&str) -> Option<String>) -> Result<PathBuf> {
-        let spelled = self.0.to_string_lossy();
-        let expanded = expand_variables(&spelled, variable)?;
-        let expanded = match expanded.strip_prefix('~') {
-            Some(rest) if rest.is_empty() || rest.starts_with('/') => {
-                let home = variable("HOME").ok_or_else(|| unset(&spelled, "HOME"))?;
-                format!("{home}{rest}")
-            }
-            _ => expanded,
-        };
-        Ok(if is_url(&expanded) { expanded.into() } else { base_dir.join(expanded) })
-    }
-}
-
-/// Whether a resolved path is a URL, which only some keys take.
-pub fn is_url(path: &str) -> bool {
-    path.split_once("://").is_some_and(|(scheme, _)| scheme.chars().all(|letter| letter.is_ascii_alphanumeric()))
 }
 
 fn options() -> Options {
@@ -148,43 +141,11 @@ fn suggest(kind: &str, given: &str, known: &[&str]) -> (String, String) {
     (problem, remedy)
 }
 
-fn expand_variables(spelled: &str, variable: &dyn Fn(&str) -> Option<String>) -> Result<String> {
-    let mut expanded = String::with_capacity(spelled.len());
-    let mut rest = spelled;
-    while let Some((before, after)) = rest.split_once("${") {
-        let (inside, after) = after
-            .split_once('}')
-            .ok_or_else(|| Error::input(spelled, "`${` is never closed", "close it with `}`, as in ${HOME}/photos"))?;
-        let (name, default) = match inside.split_once(":-") {
-            Some((name, default)) => (name, Some(default)),
-            None => (inside, None),
-        };
-        // As in the shell, `:-` also replaces a variable that is set but empty.
-        let value = match (variable(name), default) {
-            (Some(value), None) => value,
-            (Some(value), Some(_)) if !value.is_empty() => value,
-            (_, Some(default)) => default.into(),
-            (None, None) => return Err(unset(spelled, name)),
-        };
-        expanded.push_str(before);
-        expanded.push_str(&value);
-        rest = after;
-    }
-    expanded.push_str(rest);
-    Ok(expanded)
-}
-
-fn unset(spelled: &str, name: &str) -> Error {
-    Error::input(
-        spelled,
-        format!("the environment variable {name} is not set"),
-        format!("set {name}, or write a default: ${{{name}:-/some/folder}}"),
-    )
-}
-
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use serde::Deserialize;
 
     use super::*;
 
@@ -299,28 +260,22 @@ mod tests {
     }
 
     #[test]
-    fn paths_expand_variables_and_home_and_start_at_the_yaml() {
-        let variable = |name: &str| match name {
-            "HOME" => Some("/home/ada".to_owned()),
-            "CACHE" => Some("/cache".to_owned()),
-            "EMPTY" => Some(String::new()),
-            _ => None,
-        };
-        let resolve = |text: &str| ConfigPath::new(text).resolve_with(Path::new("/run"), &variable);
-        for (text, expected) in [
-            ("faces", "/run/faces"),
-            ("/faces", "/faces"),
-            ("~", "/home/ada"),
-            ("~/faces", "/home/ada/faces"),
-            ("a~b", "/run/a~b"),
-            ("${CACHE}/x/${CACHE}", "/cache/x//cache"),
-            ("${UNSET:-~/.cache/hyperlora}/photos", "/home/ada/.cache/hyperlora/photos"),
-            ("${EMPTY:-/d}/photos", "/d/photos"),
-            ("${CACHE:-/d}/photos", "/cache/photos"),
-        ] {
-            assert_eq!(resolve(text).unwrap(), Path::new(expected), "{text}");
+    fn a_file_is_bounded_and_a_found_one_regular() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("train.yaml");
+        std::fs::write(&path, "learning_rate: 0.1\n").unwrap();
+        assert_eq!(load::<Training>(&path).unwrap(), load_found::<Training>(&path).unwrap());
+        for load in [load::<Training>, load_found::<Training>] {
+            let error = load(Path::new("/dev/zero")).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains("is no YAML file"), "{error}");
         }
-        assert!(resolve("${UNSET}/x").unwrap_err().to_string().contains("UNSET is not set"));
-        assert!(resolve("${CACHE/x").unwrap_err().to_string().contains("never closed"));
+        let file = File::options().append(true).open(&path).unwrap();
+        file.set_len(LARGEST + 1).unwrap();
+        let error = load::<Training>(&path).unwrap_err();
+        assert!(error.exit_code() == 2 && error.to_string().contains("more than"), "{error}");
+        // A pipe that nobody writes into: only a named one is waited for.
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        assert_eq!(load_found::<Training>(&pipe).unwrap_err().exit_code(), 2);
     }
 }

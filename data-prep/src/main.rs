@@ -64,6 +64,7 @@ fn main() -> ExitCode {
         (false, _) => "debug",
     };
     tracing_subscriber::fmt()
+        .fmt_fields(data_prep::text::log_fields())
         .with_env_filter(level)
         .with_writer(std::io::stderr)
         .without_time()

@@ -1,6 +1,11 @@
 //! Text from outside in messages: no control characters that act on a terminal, no secrets of a URL.
 
-use std::fmt::{self, Display, Formatter, Write};
+use std::fmt::{self, Debug, Display, Formatter, Write};
+
+use tracing::field::Field;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::field::delimited::Delimited;
+use tracing_subscriber::fmt::format::{FieldFn, Writer, debug_fn};
 
 /// The longest text that is shown whole, in characters: a file may hold a name of a megabyte.
 const LONGEST: usize = 6000;
@@ -16,7 +21,25 @@ pub fn shown(text: &str) -> impl Display + '_ {
     Shown { text, newline: "\n    " }
 }
 
-/// Masks in `text` the user, the password and the query of every URL: a signed URL carries its signature there.
+/// Writes the fields of log entries as [`shown`] does: for every log of the program.
+pub fn log_fields() -> LogFields {
+    let write: WriteField = |out, field, value| match field.name() {
+        "message" => write!(out, "{}", shown(&format!("{value:?}"))),
+        // Where a dependency's entry stands in its source.
+        name if name.starts_with("log.") => Ok(()),
+        name => write!(out, "{name}={}", shown(&format!("{value:?}"))),
+    };
+    debug_fn(write).delimited(" ")
+}
+
+/// How [`log_fields`] writes.
+pub type LogFields = Delimited<&'static str, FieldFn<WriteField>>;
+
+/// Writes one field.
+pub type WriteField = fn(&mut Writer<'_>, &Field, &dyn Debug) -> fmt::Result;
+
+/// Masks in `text` the user, the password, the query and the fragment of every URL: a signed URL carries its signature
+/// there.
 pub fn mask_urls(text: &str) -> String {
     let mut masked = String::with_capacity(text.len());
     let mut rest = text;
@@ -30,9 +53,9 @@ pub fn mask_urls(text: &str) -> String {
         if host_start > 0 {
             masked.push_str("***@");
         }
-        match url[host_start..].find('?') {
-            Some(query) => {
-                masked.push_str(&url[host_start..=host_start + query]);
+        match url[host_start..].find(['?', '#']) {
+            Some(end) => {
+                masked.push_str(&url[host_start..=host_start + end]);
                 masked.push_str("***");
             }
             None => masked.push_str(&url[host_start..]),
@@ -74,6 +97,10 @@ fn acts(letter: char) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::sync::{Arc, Mutex};
+
     use super::*;
 
     #[test]
@@ -100,8 +127,38 @@ mod tests {
             ("https://user:p@ss@host/x", "https://***@host/x"),
             ("no URL: // here", "no URL: // here"),
             ("https://h/a@b", "https://h/a@b"),
+            ("https://h/a#token", "https://h/a#***"),
         ] {
             assert_eq!(mask_urls(text), expected);
         }
+    }
+
+    #[test]
+    fn log_entries_show_names_and_urls_as_messages_do() {
+        #[derive(Clone, Default)]
+        struct Log(Arc<Mutex<Vec<u8>>>);
+        impl std::io::Write for Log {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.lock().unwrap().write(bytes)
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let log = Log::default();
+        let written = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .fmt_fields(log_fields())
+            .with_ansi(false)
+            .without_time()
+            .with_target(false)
+            .with_writer(move || written.clone());
+        tracing::subscriber::with_default(subscriber.finish(), || {
+            let name = "a\u{1b}[2J\nERROR all is lost";
+            tracing::warn!(url = "https://me:pass@h/x?sig=1", "{name}: https://h/y?sig=1");
+        });
+        let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let shown = " WARN a\\u{1b}[2J\n    ERROR all is lost: https://h/y?*** url=\"https://***@h/x?***\"\n";
+        assert_eq!(log, shown);
     }
 }

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use data_prep::config::ConfigPath;
@@ -76,6 +77,92 @@ fn a_folder_without_a_role_says_which_and_what_it_holds() {
     let folder = pack();
     fs::create_dir(folder.path().join("more.onnx")).unwrap();
     assert!(refusal(folder.path()).contains("more.onnx: is not a file"));
+}
+
+/// A protobuf field of bytes.
+fn field(number: u8, content: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for mut number in [u64::from(number) << 3 | 2, content.len() as u64] {
+        while number >= 0x80 {
+            bytes.push(number as u8 | 0x80);
+            number >>= 7;
+        }
+        bytes.push(number as u8);
+    }
+    [bytes, content.to_vec()].concat()
+}
+
+/// A tensor of one number that lies in another file.
+fn external_tensor(location: &str) -> Vec<u8> {
+    let entry = [field(1, b"location"), field(2, location.as_bytes())].concat();
+    // dims 1, FLOAT, its name, external_data, EXTERNAL
+    [&[0x08, 1, 0x10, 1], &field(8, b"stray")[..], &field(13, &entry), &[0x70, 1]].concat()
+}
+
+#[test]
+fn weights_are_read_from_the_models_own_folder_alone() {
+    let whole = fs::read(fixture("antelopev2/glintr100.onnx")).unwrap();
+    let outer = tempfile::tempdir().unwrap();
+    let folder = outer.path().join("pack");
+    fs::create_dir(&folder).unwrap();
+    for file in PACK {
+        fs::copy(fixture("antelopev2").join(file), folder.join(file)).unwrap();
+    }
+    for path in [outer.path().join("secret"), folder.join("weights.bin")] {
+        fs::write(path, 1.0_f32.to_le_bytes()).unwrap();
+    }
+    symlink("../secret", folder.join("link.bin")).unwrap();
+    let absolute = outer.path().join("secret").display().to_string();
+    fs::create_dir_all(folder.join("*/_ORT_MEM_ADDR_")).unwrap();
+    fs::write(folder.join("*/_ORT_MEM_ADDR_/*"), 1.0_f32.to_le_bytes()).unwrap();
+    // In the graph, in a sparse tensor, in a node's attribute, in the graph of an attribute, in a function, in a training.
+    let ways: [fn(Vec<u8>) -> Vec<u8>; 6] = [
+        |tensor| field(7, &field(5, &tensor)),
+        |tensor| field(7, &field(15, &field(1, &tensor))),
+        |tensor| field(7, &field(1, &field(5, &field(5, &tensor)))),
+        |tensor| field(7, &field(1, &field(5, &field(6, &field(5, &tensor))))),
+        |tensor| field(25, &field(7, &field(5, &field(10, &tensor)))),
+        |tensor| field(20, &field(1, &field(5, &tensor))),
+    ];
+    for way in ways {
+        for location in ["../secret", &absolute, "link.bin", "nothing.bin", "*/_ORT_MEM_ADDR_/*"] {
+            fs::write(folder.join("glintr100.onnx"), [way(external_tensor(location)), whole.clone()].concat()).unwrap();
+            let message = refusal(&folder);
+            assert!(message.contains(&format!("glintr100.onnx: keeps weights in `{location}`")), "{message}");
+        }
+    }
+    fs::write(folder.join("glintr100.onnx"), [ways[0](external_tensor("weights.bin")), whole].concat()).unwrap();
+    load(&folder).unwrap();
+}
+
+#[test]
+fn models_lie_in_the_folder_that_is_named() {
+    let outer = tempfile::tempdir().unwrap();
+    let outside = outer.path().join("glintr100.onnx");
+    fs::copy(fixture("antelopev2/glintr100.onnx"), &outside).unwrap();
+    let folder = pack();
+    for name in [outside.to_str().unwrap(), "../glintr100.onnx"] {
+        let models = ConfigPath::new(folder.path());
+        let config = FaceConfig { models, embedder: Some(name.into()), ..FaceConfig::default() };
+        let message = FaceAnalyser::load(&config, Path::new("")).unwrap_err().to_string();
+        assert!(message.contains(&format!("`embedder: {name}` leads out of the models' folder")), "{message}");
+    }
+}
+
+#[test]
+fn no_library_beside_the_models_or_in_their_config_is_loaded() {
+    let outer = tempfile::tempdir().unwrap();
+    let folder = outer.path().join("models");
+    fs::create_dir_all(outer.path().join("lib")).unwrap();
+    fs::create_dir(&folder).unwrap();
+    for file in PACK {
+        fs::copy(fixture("antelopev2").join(file), folder.join(file)).unwrap();
+    }
+    let library = outer.path().join("lib/libonnxruntime.so");
+    fs::write(&library, "no library").unwrap();
+    let runtime = Some(library.display().to_string());
+    let config = FaceConfig { models: ConfigPath::new(&folder), runtime, ..FaceConfig::default() };
+    FaceAnalyser::load(&config, Path::new("")).unwrap();
 }
 
 /// Some tens of cases, the same ones every time: ONNX Runtime is no code of ours to fuzz for long.

@@ -20,6 +20,7 @@ mod scrfd;
 mod yunet;
 
 use std::path::Path;
+use std::sync::Once;
 
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
@@ -42,9 +43,9 @@ pub use crate::face::models::FaceModels;
 pub struct FaceConfig {
     /// Folder of the ONNX files, such as insightface's antelopev2.
     pub models: ConfigPath,
-    /// ONNX Runtime's library. Default: `../lib/libonnxruntime.so` beside `models`, else `ORT_DYLIB_PATH`, else the one
-    /// that `ci/assets.sh` brings.
-    pub runtime: Option<ConfigPath>,
+    /// Passed over, with a warning: a file that comes with data or a run loads no library. Only `ORT_DYLIB_PATH` names one.
+    #[serde(skip_serializing)]
+    pub runtime: Option<String>,
     /// File of the face detector: SCRFD with points, or YuNet (2023mar).
     pub detector: Option<String>,
     /// File of the landmark model: 106 points from 192 x 192 RGB, or 68 from 64 x 64 grey.
@@ -96,6 +97,21 @@ impl FaceConfig {
     }
 }
 
+impl FaceConfig {
+    /// Says once that a library which the YAML names is not loaded.
+    fn warn_of_runtime(&self) {
+        static SAID: Once = Once::new();
+        if let Some(library) = &self.runtime {
+            SAID.call_once(|| {
+                tracing::warn!(
+                    "`runtime: {library}` of the face models is passed over: to load another ONNX Runtime than that of \
+                     ci/assets.sh, set ORT_DYLIB_PATH to its path"
+                );
+            });
+        }
+    }
+}
+
 /// What a face is: where its parts are, and whose it is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FaceDescription {
@@ -124,9 +140,9 @@ impl FaceAnalyser {
     /// Input: the library or a model file is missing, broken, or not of the expected shape.
     pub fn load(config: &FaceConfig, base_dir: &Path) -> Result<Self> {
         config.validate("face")?;
+        config.warn_of_runtime();
         let models = FaceModels::find(config, base_dir)?;
-        let library = config.runtime.as_ref().map(|path| path.resolve(base_dir)).transpose()?;
-        let runtime = Runtime::load(library, &models.folder)?;
+        let runtime = Runtime::load()?;
         let sides = config.detector_sides.clone();
         Ok(Self {
             detector: Detector::load(&runtime, &models.detector, config.min_score, sides)?,

@@ -1,5 +1,6 @@
 //! ONNX Runtime, loaded once per process, and a model with one input.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -11,11 +12,15 @@ use ort::value::Tensor;
 
 use crate::config::ConfigPath;
 use crate::error::{Error, Result};
+use crate::face::onnx::check_external_data;
 
 /// The process can hold one copy of the library; the first path that loads stays.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
-const REMEDY: &str = "run ci/assets.sh, or set `runtime` or ORT_DYLIB_PATH to libonnxruntime.so (1.31 or newer)";
+/// Names the library.
+const VARIABLE: &str = "ORT_DYLIB_PATH";
+
+const REMEDY: &str = "run ci/assets.sh, or set ORT_DYLIB_PATH to the whole path of libonnxruntime.so (1.31 or newer)";
 
 /// Where `ci/assets.sh` puts the library.
 const ASSET: &str = "${HYPERLORA_CACHE:-~/.cache/hyperlora}/lib/libonnxruntime.so";
@@ -31,13 +36,13 @@ impl fmt::Debug for Runtime {
 }
 
 impl Runtime {
-    /// Loads `library`, by default the one beside the folder `models`, else the one that `ORT_DYLIB_PATH` names, else the
-    /// one that `ci/assets.sh` brings.
+    /// Loads the library that `ORT_DYLIB_PATH` names, else the one that `ci/assets.sh` brings. Nothing else names one: its
+    /// code runs, and folders of models, data and runs come from strangers.
     ///
     /// # Errors
     /// Input: no library there, or one that does not load.
-    pub(super) fn load(library: Option<PathBuf>, models: &Path) -> Result<Self> {
-        let library = library.map_or_else(|| default_library(models), Ok)?;
+    pub(super) fn load() -> Result<Self> {
+        let library = library(std::env::var_os(VARIABLE), ConfigPath::new(ASSET).resolve(Path::new("")))?;
         let mut environment = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(loaded) = environment.as_ref() {
             return Ok(Self(loaded.clone()));
@@ -56,14 +61,17 @@ impl Runtime {
     }
 }
 
-/// Beside the models, else what the environment names, else where `ci/assets.sh` puts it.
-fn default_library(models: &Path) -> Result<PathBuf> {
-    let beside = models.parent().unwrap_or(Path::new("..")).join("lib/libonnxruntime.so");
-    match std::env::var_os("ORT_DYLIB_PATH") {
-        _ if beside.is_file() => Ok(beside),
-        Some(path) if !path.is_empty() => Ok(path.into()),
-        _ => ConfigPath::new(ASSET).resolve(Path::new("")),
+/// The library's path. A relative one would be looked for in the current folder, and a bare name by the system.
+fn library(named: Option<OsString>, asset: Result<PathBuf>) -> Result<PathBuf> {
+    let (place, path) = match named {
+        Some(path) if !path.is_empty() => (VARIABLE, path.into()),
+        _ => ("HYPERLORA_CACHE", asset?),
+    };
+    if path.is_absolute() {
+        return Ok(path);
     }
+    let problem = format!("leads to ONNX Runtime by `{}`, which is no absolute path", path.display());
+    Err(Error::input(place, problem, "give the whole path: a library is not searched for"))
 }
 
 /// An ONNX model with one input, run on one thread: the same numbers every time.
@@ -82,8 +90,9 @@ impl Model {
     /// Loads `file`, whose header was looked at before.
     ///
     /// # Errors
-    /// Input: the file is broken, or uses what ONNX Runtime does not know.
+    /// Input: the file is broken, uses what ONNX Runtime does not know, or keeps weights outside of its folder.
     pub(super) fn load(runtime: &Runtime, file: &Path) -> Result<Self> {
+        check_external_data(file)?;
         let session = open(runtime, file).map_err(|error| {
             let remedy = "fetch the file again, and check that this ONNX Runtime is new enough for it";
             Error::file(file, format!("is not a usable ONNX model: {error}"), remedy)
@@ -128,4 +137,28 @@ fn open(runtime: &Runtime, file: &Path) -> ort::Result<Session> {
         .with_deterministic_compute(true)?
         .with_log_level(LogLevel::Error)?
         .commit_from_file(file)
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn the_library_is_named_by_a_whole_path_or_pinned() {
+        let found = |named: Option<&str>, asset: &str| library(named.map(OsString::from), Ok(asset.into()));
+        assert_eq!(found(Some("/opt/ort.so"), "/cache/ort.so").unwrap(), Path::new("/opt/ort.so"));
+        for none in [None, Some("")] {
+            assert_eq!(found(none, "/cache/ort.so").unwrap(), Path::new("/cache/ort.so"));
+        }
+        for (named, asset, place) in [
+            (Some("libonnxruntime.so"), "/cache/ort.so", VARIABLE),
+            (Some("./lib/libonnxruntime.so"), "/cache/ort.so", VARIABLE),
+            (None, "cache/ort.so", "HYPERLORA_CACHE"),
+        ] {
+            let message = found(named, asset).unwrap_err().to_string();
+            assert!(message.starts_with(place) && message.contains("no absolute path"), "{message}");
+        }
+    }
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::face::FaceConfig;
 use crate::face::onnx::{Header, Slot, read_header};
+use crate::paths::is_plain;
 use crate::shard::manifest::sha256_of_file;
 
 /// The models of a folder by their roles.
@@ -153,7 +154,7 @@ impl FaceModels {
             files = onnx_files(&folder)?.iter().map(|path| ModelFile::open(path)).collect::<Result<Vec<_>>>()?;
         }
         let needed = |role: &Role, name: &Option<String>| match name {
-            Some(name) => role.named(&folder.join(name)),
+            Some(name) => role.named(&folder, name),
             None => role.find(&folder, &files)?.ok_or_else(|| role.missing(&folder, &files)),
         };
         Ok(Self {
@@ -161,7 +162,7 @@ impl FaceModels {
             landmarker: needed(&LANDMARKER, &config.landmarker)?,
             embedder: needed(&EMBEDDER, &config.embedder)?,
             independent: match &config.independent_embedder {
-                Some(name) => Some(INDEPENDENT.named(&folder.join(name))?),
+                Some(name) => Some(INDEPENDENT.named(&folder, name)?),
                 None => INDEPENDENT.find(&folder, &files)?,
             },
             folder,
@@ -206,8 +207,13 @@ impl ModelFile {
 }
 
 impl Role {
-    /// The file that the configuration names.
-    fn named(&self, path: &Path) -> Result<ModelFile> {
+    /// The file of `folder` that the configuration names.
+    fn named(&self, folder: &Path, name: &str) -> Result<ModelFile> {
+        if !is_plain(name) {
+            let problem = format!("`{}: {name}` leads out of the models' folder", self.key);
+            return Err(Error::file(folder, problem, "name a file of this folder, or give another folder"));
+        }
+        let path = &folder.join(name);
         let file = ModelFile::open(path)?;
         // Any embedder may judge; it only has to be another one than training's.
         let fits = self.kinds.contains(&file.kind)

@@ -4,13 +4,14 @@
 //! named here are looked at; the rest is stepped over, so that the headers of a folder of models cost next to nothing, and
 //! a damaged file is told with its remedy before a native library sees it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::paths::{Root, is_plain, open_regular};
 
 /// Inputs, outputs and the beginning of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,17 +50,7 @@ const LONGEST_NAME: u64 = 4096;
 /// # Errors
 /// Input: missing, no ONNX file, or one that ends early. Disk: reading failed.
 pub(super) fn read_header(file: &Path) -> Result<Header> {
-    let failed = |source| Error::read(file, source);
-    let opened = File::open(file).map_err(failed)?;
-    let metadata = opened.metadata().map_err(failed)?;
-    if !metadata.is_file() {
-        return Err(Error::file(file, "is not a file", "give the ONNX file's own path"));
-    }
-    let mut reader = BufReader::new(opened);
-    refuse_lookalikes(file, reader.fill_buf().map_err(failed)?)?;
-
-    let mut walker = Walker { file, reader, at: 0 };
-    let mut model = Fields { at: 0, end: metadata.len() };
+    let (mut walker, mut model) = Walker::open(file)?;
     let (mut version, mut graph) = (None, None);
     while let Some(field) = walker.next(&mut model)? {
         match field {
@@ -73,6 +64,70 @@ pub(super) fn read_header(file: &Path) -> Result<Header> {
         _ => Err(walker.damaged("holds no model graph")),
     }
 }
+
+/// Checks that the weights which a model keeps in other files lie in files below its own folder: ONNX Runtime would read
+/// whatever they name.
+///
+/// # Errors
+/// As [`read_header`]; Input for a name that leads elsewhere.
+pub(super) fn check_external_data(file: &Path) -> Result<()> {
+    let (mut walker, model) = Walker::open(file)?;
+    let mut names = BTreeSet::new();
+    walker.external_data(Message::Model, model, 0, &mut names)?;
+    if names.is_empty() {
+        return Ok(());
+    }
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let root = Root::open(folder)?;
+    for name in names {
+        // A name with `*` stands for an address in memory: `*/_ORT_MEM_ADDR_/*`.
+        let opened = if is_plain(&name) && !name.contains('*') {
+            root.open_file(Path::new(&name)).map_err(|source| source.to_string())
+        } else {
+            Err("which leads out of the model's folder".into())
+        };
+        if let Err(problem) = opened {
+            let remedy = "use a model whose weights lie in regular files beside it, or in its own file";
+            return Err(Error::file(file, format!("keeps weights in `{name}`: {problem}"), remedy));
+        }
+    }
+    Ok(())
+}
+
+/// A message of onnx.proto that holds weights, or others that do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Message {
+    Model,
+    Training,
+    Function,
+    Graph,
+    Node,
+    Attribute,
+    SparseTensor,
+    Tensor,
+    /// A `StringStringEntryProto` in `TensorProto.external_data`.
+    External,
+}
+
+impl Message {
+    /// The message in the field with this number.
+    fn inner(self, number: u64) -> Option<Self> {
+        Some(match (self, number) {
+            (Self::Model, 7) | (Self::Training, 1 | 2) | (Self::Attribute, 6 | 11) => Self::Graph,
+            (Self::Model, 20) => Self::Training,
+            (Self::Model, 25) => Self::Function,
+            (Self::Graph, 1) | (Self::Function, 7) => Self::Node,
+            (Self::Node, 5) | (Self::Function, 11) => Self::Attribute,
+            (Self::Graph, 15) | (Self::Attribute, 22 | 23) => Self::SparseTensor,
+            (Self::Graph, 5) | (Self::Attribute, 5 | 10) | (Self::SparseTensor, 1 | 2) => Self::Tensor,
+            (Self::Tensor, 13) => Self::External,
+            _ => return None,
+        })
+    }
+}
+
+/// Messages within each other that protobuf reads.
+const DEEPEST: usize = 100;
 
 /// What downloads leave in a model's place.
 fn refuse_lookalikes(file: &Path, start: &[u8]) -> Result<()> {
@@ -113,7 +168,47 @@ struct Walker<'a> {
     at: u64,
 }
 
-impl Walker<'_> {
+impl<'a> Walker<'a> {
+    /// At the beginning of a file, and the fields of the model.
+    fn open(file: &'a Path) -> Result<(Self, Fields)> {
+        let failed = |source: std::io::Error| match source.kind() {
+            ErrorKind::InvalidInput => Error::file(file, "is not a file", "give the ONNX file's own path"),
+            _ => Error::read(file, source),
+        };
+        let opened = open_regular(file).map_err(failed)?;
+        let end = opened.metadata().map_err(failed)?.len();
+        let mut reader = BufReader::new(opened);
+        refuse_lookalikes(file, reader.fill_buf().map_err(failed)?)?;
+        Ok((Self { file, reader, at: 0 }, Fields { at: 0, end }))
+    }
+
+    /// Adds the names of all files that a message keeps weights in.
+    fn external_data(
+        &mut self,
+        message: Message,
+        mut fields: Fields,
+        depth: usize,
+        names: &mut BTreeSet<String>,
+    ) -> Result<()> {
+        if depth > DEEPEST {
+            return Err(self.damaged("has too many graphs within each other"));
+        }
+        let (mut is_location, mut values) = (false, Vec::new());
+        while let Some((number, value)) = self.next(&mut fields)? {
+            match (value, message.inner(number)) {
+                (Value::Bytes(inner), Some(kind)) => self.external_data(kind, inner, depth + 1, names)?,
+                (Value::Bytes(text), None) if message == Message::External => match number {
+                    1 => is_location |= self.text(text)? == "location",
+                    2 => values.push(self.text(text)?),
+                    _ => {}
+                },
+                _ => {}
+            }
+        }
+        names.extend(values.into_iter().filter(|_| is_location));
+        Ok(())
+    }
+
     fn graph(&mut self, mut graph: Fields) -> Result<Header> {
         let mut header = Header { inputs: Vec::new(), outputs: Vec::new(), first_nodes: Vec::new() };
         let mut stored = HashSet::new();
