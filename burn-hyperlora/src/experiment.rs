@@ -1,9 +1,11 @@
 //! The YAML of a run: composes the configurations of all parts, fills in their defaults and checks them once.
 
+mod places;
+
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use data_prep::config::{self, ConfigPath, is_url};
+use data_prep::config;
 use data_prep::face::{FaceConfig, FaceModels};
 use data_prep::paths::is_plain;
 use data_prep::shard::{EMBEDDING_DIM, MANIFEST_FILE, Manifest};
@@ -11,11 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::collective::{Collective, WorldOfOne};
 use crate::conditioning::BaseConfig;
-use crate::data::DataConfig;
+use crate::data::{DataConfig, RemoteShards};
 use crate::error::{Error, Result};
 use crate::hypernet::HyperLoraConfig;
 use crate::train::config::TrainConfig;
-use crate::train::{self, CONFIG_FILE, Outcome, TrainOptions, TrainSetup, all_or_none};
+use crate::train::{self, CONFIG_FILE, Outcome, PATHS_FILE, Resolved, TrainOptions, TrainSetup, all_or_none};
 
 /// Everything that describes a run; cluster facts are no part of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -85,19 +87,19 @@ impl Default for IdentityGapConfig {
 }
 
 impl Experiment {
-    /// Reads, completes and checks a YAML.
+    /// Reads, completes and checks a YAML that the user named. The `config.yaml` of a run is read as such.
     ///
     /// # Errors
     /// Input, naming file, position and key.
     pub fn load(path: &Path) -> Result<Self> {
-        let mut experiment: Self = config::load(path)?;
-        experiment.origin = path.into();
-        experiment.train.resolve();
-        experiment.validate()?;
-        Ok(experiment)
+        match path.file_name() {
+            Some(name) if name == CONFIG_FILE && path.with_file_name(PATHS_FILE).exists() => Self::load_run(path),
+            _ => config::load::<Self>(path)?.complete(path),
+        }
     }
 
-    /// Reads the resolved configuration of a run folder.
+    /// Reads the configuration of a run folder, which may be a stranger's: no variable is expanded, and nothing is written
+    /// where it says.
     ///
     /// # Errors
     /// Input for a folder that holds no run.
@@ -110,7 +112,25 @@ impl Experiment {
                 "give a folder that `hyperlora train` wrote",
             ));
         }
-        Self::load(&path)
+        Self::load_run(&path)
+    }
+
+    fn load_run(path: &Path) -> Result<Self> {
+        let mut experiment: Self = config::load_found(path)?;
+        let places = path.with_file_name(PATHS_FILE);
+        if places.exists() {
+            experiment.take_places(&places)?;
+        }
+        // A cache makes room for itself: what lies in it is deleted.
+        experiment.data.remote.cache = RemoteShards::default().cache;
+        experiment.complete(path)
+    }
+
+    fn complete(mut self, origin: &Path) -> Result<Self> {
+        self.origin = origin.into();
+        self.train.resolve();
+        self.validate()?;
+        Ok(self)
     }
 
     /// The folder that the paths of the YAML start at.
@@ -124,32 +144,13 @@ impl Experiment {
         self.origin.display().to_string()
     }
 
-    /// The configuration with all defaults written out and all paths absolute, so that it holds in any folder.
+    /// The configuration with all defaults written out, without what tells of this machine, and beside it where all that it
+    /// names lies here.
     ///
     /// # Errors
-    /// Input for a path with an unset variable.
-    pub fn resolved_yaml(&self) -> Result<String> {
-        let folder = std::path::absolute(self.folder()).map_err(|source| Error::read(self.folder(), source))?;
-        let absolute = |path: &mut ConfigPath| -> Result<()> {
-            let resolved = path.resolve(&folder)?;
-            *path = ConfigPath::new(resolved.canonicalize().unwrap_or(resolved));
-            Ok(())
-        };
-        let mut resolved = self.clone();
-        absolute(&mut resolved.base.path)?;
-        absolute(&mut resolved.data.shards)?;
-        if is_url(&resolved.data.shards.resolve(&folder)?.to_string_lossy()) {
-            absolute(&mut resolved.data.remote.cache)?;
-        }
-        let base = &mut resolved.base;
-        let beside_base = [&mut base.config, &mut base.image_encoder, &mut base.feature_extractor];
-        let optional = beside_base.into_iter().chain([&mut resolved.train.init_from]);
-        optional.flatten().try_for_each(absolute)?;
-        if let Some(faces) = &mut resolved.faces {
-            absolute(&mut faces.models)?;
-            faces.runtime.as_mut().map_or(Ok(()), absolute)?;
-        }
-        config::to_yaml(&resolved)
+    /// Input for a path that cannot be resolved.
+    pub fn resolved(&self) -> Result<Resolved> {
+        Ok(Resolved { config: config::to_yaml(self)?, paths: self.places_yaml()? })
     }
 
     /// Checks that `faces`, whose paths start at `base_dir`, finds the embedder that made the shards; warns of another
@@ -158,10 +159,8 @@ impl Experiment {
     /// # Errors
     /// Input for another embedder, and for a folder without usable models.
     pub fn check_faces(&self, faces: &FaceConfig, base_dir: &Path) -> Result<()> {
-        let shards = self.data.shards.resolve(self.folder())?;
-        if !shards.join(MANIFEST_FILE).is_file() {
-            return Ok(());
-        }
+        let shards = self.data.shards.resolve(self.folder()).ok();
+        let Some(shards) = shards.filter(|shards| shards.join(MANIFEST_FILE).is_file()) else { return Ok(()) };
         compare_models(faces, base_dir, &Manifest::read(&shards)?, &shards)
     }
 
@@ -186,7 +185,7 @@ impl Experiment {
         options: &TrainOptions,
     ) -> Result<Outcome> {
         let patience = self.train.long_timeout();
-        let resolved_yaml = all_or_none(world, "all ranks to resolve the configuration", patience, || {
+        let resolved = all_or_none(world, "all ranks to resolve the configuration", patience, || {
             // Training itself needs no face models: a machine without them trains, one with the wrong ones does not begin.
             if let Some(faces) = &self.faces
                 && faces.models.resolve(self.folder())?.is_dir()
@@ -194,7 +193,7 @@ impl Experiment {
                 let shards = self.data.open_shards(self.folder())?;
                 compare_models(faces, self.folder(), shards.manifest(), &self.data.shards.resolve(self.folder())?)?;
             }
-            self.resolved_yaml()
+            self.resolved()
         })?;
         let setup = TrainSetup {
             place: self.place(),
@@ -206,7 +205,7 @@ impl Experiment {
             data: &self.data,
             hyper_lora: &self.hyper_lora,
             train: &self.train,
-            resolved_yaml,
+            resolved,
             device: device.clone(),
             world,
         };

@@ -9,6 +9,7 @@ mod loras;
 mod merge;
 mod plan;
 mod sample;
+mod settings;
 mod slider;
 mod status;
 mod train;
@@ -129,7 +130,7 @@ impl DeviceChoice {
             #[cfg(feature = "cuda")]
             Self::Cuda(asked) => {
                 let local_rank = crate::collective::Placement::of_process()?.map(|placement| placement.local_rank);
-                name_kernel_cache(local_rank.unwrap_or(0));
+                settings::keep_kernels(local_rank.unwrap_or(0))?;
                 let visible = Device::enumerate(burn::tensor::DeviceType::Cuda).len();
                 Ok(Device::cuda(choose_gpu(asked, local_rank, visible)?))
             }
@@ -141,21 +142,6 @@ impl DeviceChoice {
             )),
         }
     }
-}
-
-/// Names the file in which compiled and tuned kernels are kept for the next start: by machine and rank, so that no two ranks of
-/// a run write to the same one, nor two machines over a network file system. A name that the user gave stays.
-#[cfg(feature = "cuda")]
-fn name_kernel_cache(local_rank: usize) {
-    use cubecl_runtime::config::environment::EnvironmentConfig;
-    use cubecl_runtime::config::{CubeClRuntimeConfig, RuntimeConfig};
-
-    let mut config = CubeClRuntimeConfig::from_current_dir().override_from_env();
-    if config.environment.name == EnvironmentConfig::default().name {
-        config.environment.name = format!("{}-{local_rank}", crate::collective::host_name());
-    }
-    // Where it is read already, it stays as it is.
-    CubeClRuntimeConfig::try_set(config);
 }
 
 /// The number of the GPU to use, of the `visible` ones: `asked`, or that of the rank. A launcher may show each rank its own GPU
@@ -290,6 +276,7 @@ fn finite<T: FromStr + Into<f64> + Copy>(text: &str) -> std::result::Result<T, S
 /// saved, 1 a fault, 75 another rank of the run was lost or fell silent.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
+    settings::pass_over_current_folder();
     // The tensor library panics where memory runs out or shapes disagree: one clear end for whatever got past the checks.
     catch_unwind(AssertUnwindSafe(|| dispatch(&cli))).unwrap_or_else(|_| {
         complain(&"a fault in the program (above)\n  remedy: run it again with RUST_BACKTRACE=1 and report what it prints; checkpoints are intact");

@@ -1,10 +1,11 @@
 //! Reading curves back: the last value of every scalar.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use data_prep::paths::open_regular;
 use prost::Message;
 
 use crate::error::{Error, Result};
@@ -48,7 +49,7 @@ impl LastScalars {
     }
 
     fn read_file(&mut self, path: &Path) -> io::Result<()> {
-        let mut file = BufReader::new(File::open(path)?);
+        let mut file = BufReader::new(open_regular(path)?);
         let end = file.get_ref().metadata()?.len();
         let mut at = 0;
         let mut head = [0; 12];

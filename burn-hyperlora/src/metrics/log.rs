@@ -6,19 +6,21 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use data_prep::files::append;
+use data_prep::text::log_fields;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::{fmt, util::SubscriberInitExt};
 
 use crate::error::{Error, Result};
+use crate::metrics::anonymous::{Anonymous, Entry};
 use crate::metrics::progress::around_bars;
 
 /// Starts the log, once per process.
 ///
 /// `verbosity` is the number of `-v` less that of `-q`: below 0 stderr shows warnings only, 0 adds progress and results,
-/// 1 details, 2 everything, dependencies included. `run.log` in `run` is appended to and holds the details always; when
-/// its disk is full, lines are lost and the run goes on.
+/// 1 details, 2 everything, dependencies included. `run.log` in `run` is appended to and holds the details always, but no
+/// absolute paths and no names of machines; when its disk is full, lines are lost and the run goes on.
 ///
 /// # Errors
 /// Input when `run.log` cannot be opened for writing, Disk for a failing disk, Fault when a log was started before.
@@ -45,10 +47,13 @@ fn start(verbosity: i8, run: Option<&Path>, prefix: String) -> Result<()> {
     };
     let shown = shown.with_target(FAILURE, LevelFilter::OFF);
     // Where stderr is gone, as after a SIGHUP, saying so there would panic.
-    let stderr = fmt::layer().without_time().with_target(verbosity > 0).with_ansi(false).log_internal_errors(false);
-    let stderr = stderr.with_writer(BesideBars { prefix });
+    let stderr = fmt::layer().fmt_fields(log_fields()).with_ansi(false).log_internal_errors(false);
+    let stderr = stderr.without_time().with_target(verbosity > 0).with_writer(BesideBars { prefix });
     let file = match run {
-        Some(run) => Some(fmt::layer().with_ansi(false).log_internal_errors(false).with_writer(open(run)?)),
+        Some(run) => {
+            let layer = fmt::layer().fmt_fields(log_fields()).with_ansi(false).log_internal_errors(false);
+            Some(layer.with_writer(RunLog(Anonymous::new(open(run)?))))
+        }
         None => None,
     };
     tracing_subscriber::registry()
@@ -72,6 +77,17 @@ const OWN: [&str; 3] = ["hyperlora", "burn_hyperlora", "data_prep"];
 fn open(run: &Path) -> Result<File> {
     let path = run.join("run.log");
     fs::create_dir_all(run).and_then(|()| append(&path)).map_err(|source| Error::write(&path, source))
+}
+
+/// `run.log`.
+struct RunLog(Anonymous<File>);
+
+impl<'a> MakeWriter<'a> for RunLog {
+    type Writer = Entry<'a, File>;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        self.0.entry()
+    }
 }
 
 /// Stderr, written to while the progress bars are out of the way.
@@ -115,10 +131,12 @@ mod tests {
 
         init(-1, Some(&run)).unwrap();
         tracing::debug!("learning rate 1e-4");
+        tracing::debug!("going on from {}\u{7}, https://a:b@h/x", run.join("checkpoints").display());
         tracing::trace!("too small to note");
         note_failure(&"the disk is full");
         let text = fs::read_to_string(run.join("run.log")).unwrap();
         assert!(text.contains("DEBUG") && text.contains("learning rate 1e-4") && !text.contains("too small"), "{text}");
+        assert!(text.contains("going on from …/checkpoints\\u{7}, https://***@h/x\n"), "{text}");
         assert!(text.contains("ERROR") && text.contains("the disk is full"), "{text}");
         assert_eq!(init(0, None).unwrap_err().exit_code(), 1);
     }

@@ -1,5 +1,6 @@
 //! What a run tells about itself: TensorBoard events, progress, the log, `summary.json`, and what it uses of the machine.
 
+mod anonymous;
 mod event;
 mod history;
 pub mod log;

@@ -1,10 +1,10 @@
 //! `summary.json`: the run in numbers. Training and evaluation each write their part and keep the other's.
 
-use std::fs;
 use std::io;
 use std::path::Path;
 
 use data_prep::files::write_whole;
+use data_prep::paths::read_regular;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -12,6 +12,9 @@ use crate::error::{Error, Result};
 
 /// The file's name in the run folder.
 const FILE: &str = "summary.json";
+
+/// Largest file that can be a summary, in bytes.
+const LARGEST: u64 = 16 << 20;
 
 /// What is known about a run; fields that this version does not know stay as they are.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -80,11 +83,11 @@ impl Summary {
     /// Input for a file that is no summary, Disk for a failing disk.
     pub fn read(run: &Path) -> Result<Self> {
         let path = run.join(FILE);
-        let text = match fs::read_to_string(&path) {
+        let text = match read_regular(&path, LARGEST) {
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             text => text.map_err(|source| Error::read(&path, source))?,
         };
-        serde_json::from_str(&text).map_err(|source| {
+        serde_json::from_slice(&text).map_err(|source| {
             Error::file(
                 &path,
                 format!("is not a summary: {source}"),
@@ -119,6 +122,8 @@ impl Summary {
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::fs;
 
     use super::*;
 

@@ -5,10 +5,10 @@ use std::io::{self, Cursor, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use data_prep::text::mask_urls;
 use image::{ImageFormat, RgbImage};
 use prost::Message;
 
-use crate::collective::host_name;
 use crate::error::{Error, Result};
 use crate::metrics::event::{
     Content, Dim, Event, Image, PluginData, SESSION_START, SessionLog, Summary, SummaryMetadata, Tensor, TensorShape,
@@ -42,8 +42,8 @@ impl MetricsWriter {
         // Files are read in the order of their names, so the time in the name must be later than any other's there.
         let now = seconds_since_1970() as u64;
         let seconds = latest_start(folder).map_err(failed)?.map_or(now, |latest| now.max(latest + 1));
-        let host = host_name();
-        let name = format!("events.out.tfevents.{seconds:010}.{host}.{}", std::process::id());
+        // Others put the machine's name between the numbers, which those who get the file need not know.
+        let name = format!("events.out.tfevents.{seconds:010}.hyperlora.{}", std::process::id());
         Self::append_to(&folder.join(name), first_step)
     }
 
@@ -101,7 +101,7 @@ impl MetricsWriter {
         let tensor = Tensor {
             dtype: STRING,
             shape: Some(TensorShape { dim: vec![Dim { size: 1 }] }),
-            string_val: vec![text.into()],
+            string_val: vec![mask_urls(text).into()],
         };
         let value = Value {
             tag: tag.into(),
@@ -220,6 +220,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let paths = [0, 1, 2].map(|step| MetricsWriter::create(folder.path(), step).unwrap().path().to_path_buf());
         assert!(paths.is_sorted_by(|earlier, later| earlier < later), "{paths:?}");
+        let name = paths[0].file_name().unwrap().to_string_lossy();
+        let parts: Vec<&str> = name.split('.').collect();
+        assert_eq!((parts[..3].join("."), parts[4]), ("events.out.tfevents".into(), "hyperlora"));
+        // Older files have the machine's name there.
+        let old = folder.path().join("events.out.tfevents.9999999998.gpu07.example.org.4711");
+        fs::write(old, "").unwrap();
+        let after = MetricsWriter::create(folder.path(), 3).unwrap();
+        let name = after.path().file_name().unwrap().to_string_lossy();
+        assert!(name.starts_with("events.out.tfevents.9999999999."), "{name}");
     }
 
     #[test]

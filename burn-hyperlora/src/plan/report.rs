@@ -2,6 +2,8 @@
 
 use std::fmt::{self, Display, Formatter};
 
+use data_prep::text::name;
+
 use crate::plan::hardware::PER_MACHINE;
 use crate::plan::{Memory, Part, Plan, StagePlan};
 
@@ -111,7 +113,7 @@ impl Plan {
             writeln!(f, "assumed: {inside:.1} us per hop")?;
         }
         for assumed in &self.assumed {
-            writeln!(f, "assumed: {assumed}")?;
+            writeln!(f, "assumed: {}", name(assumed))?;
         }
         writeln!(
             f,

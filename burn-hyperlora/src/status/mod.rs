@@ -3,11 +3,13 @@
 mod report;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use data_prep::paths::open_regular;
+use data_prep::text;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -185,17 +187,18 @@ fn last_checkpoint(run: &Path) -> Result<Option<(LastCheckpoint, Value)>> {
 
 fn last_lines(log: &Path) -> Result<Vec<String>> {
     let failed = |source| Error::read(log, source);
-    let mut file = match File::open(log) {
+    let mut file = match open_regular(log) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         file => file.map_err(failed)?,
     };
     let length = file.metadata().map_err(failed)?.len();
     let mut bytes = Vec::new();
     file.seek(SeekFrom::Start(length.saturating_sub(LAST_BYTES))).map_err(failed)?;
-    file.read_to_end(&mut bytes).map_err(failed)?;
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().collect();
-    Ok(lines[lines.len().saturating_sub(LAST_LINES)..].iter().map(|line| (*line).to_owned()).collect())
+    file.take(LAST_BYTES).read_to_end(&mut bytes).map_err(failed)?;
+    let bytes = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = bytes.lines().collect();
+    // The folder may be a stranger's, or older than what keeps secrets out of the log.
+    Ok(lines[lines.len().saturating_sub(LAST_LINES)..].iter().map(|line| text::shown(line).to_string()).collect())
 }
 
 fn now() -> f64 {

@@ -3,6 +3,7 @@
 use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
 
+use data_prep::text::name;
 use indicatif::HumanDuration;
 
 use crate::status::{Activity, Status};
@@ -20,7 +21,7 @@ impl Display for Status {
             _ => String::new(),
         };
         writeln!(f, "{}: {activity}{ranks}", self.name)?;
-        let mut row = |name: &str, text: String| writeln!(f, "  {name:<11} {text}");
+        let mut row = |key: &str, text: String| writeln!(f, "  {key:<11} {text}");
         let in_all = format!("{} of {} steps", self.step, self.steps);
         match &self.stage {
             Some(stage) => row(
@@ -37,20 +38,21 @@ impl Display for Status {
             row("speed", format!("{speed:.1} images/s{left}"))?;
         }
         for (curve, loss) in &self.losses {
-            row("loss", format!("{loss:.5}  {curve}"))?;
+            row("loss", format!("{loss:.5}  {}", name(curve)))?;
         }
         for stage in &self.stages {
             if let (Some(before), Some(after)) = (stage.fixed_set_loss_before, stage.fixed_set_loss_after) {
+                let stage_name = name(&stage.name);
                 row(
                     "learnt",
-                    format!("{before:.5} -> {after:.5} on the fixed set in {} steps of {}", stage.steps, stage.name),
+                    format!("{before:.5} -> {after:.5} on the fixed set in {} steps of {stage_name}", stage.steps),
                 )?;
             }
         }
         match &self.checkpoint {
             Some(last) => {
-                let (age, path) = (human(last.age_seconds as f64), last.path.display());
-                row("checkpoint", format!("step {}, {age} ago: {path}", last.step))?;
+                let (age, path) = (human(last.age_seconds as f64), last.path.to_string_lossy());
+                row("checkpoint", format!("step {}, {age} ago: {}", last.step, name(&path)))?;
             }
             None => row("checkpoint", "none yet".into())?,
         }

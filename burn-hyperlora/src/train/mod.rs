@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Device;
+use data_prep::files::write_whole;
 
 use crate::collective::Collective;
 use crate::conditioning::BaseConfig;
@@ -43,6 +44,8 @@ pub use run_folder::{is_claimed, move_aside, verify_config};
 
 /// Name of the resolved configuration in a run folder.
 pub const CONFIG_FILE: &str = "config.yaml";
+/// Name of the file in a run folder that tells where on this machine lies what the configuration names.
+pub const PATHS_FILE: &str = "paths.yaml";
 /// Folder of the checkpoints in a run folder.
 pub const CHECKPOINTS: &str = "checkpoints";
 /// Folder of the event files in a run folder.
@@ -72,12 +75,22 @@ pub struct TrainSetup<'a> {
     pub hyper_lora: &'a HyperLoraConfig,
     /// How it is trained.
     pub train: &'a TrainConfig,
-    /// The whole configuration with its defaults written out.
-    pub resolved_yaml: String,
+    /// The whole configuration as the run folder keeps it.
+    pub resolved: Resolved,
     /// The plain device to train on.
     pub device: Device,
     /// The ranks of the run, this process among them.
     pub world: &'a dyn Collective,
+}
+
+/// A configuration as files of a run folder, in YAML.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    /// [`CONFIG_FILE`]: everything, with defaults written out. It tells nothing of the machine, and goes along when a run
+    /// is shared.
+    pub config: String,
+    /// [`PATHS_FILE`]: where on this machine lies what it names.
+    pub paths: String,
 }
 
 /// What the command line adds.
@@ -140,7 +153,10 @@ pub fn run(setup: &TrainSetup<'_>, options: &TrainOptions) -> Result<Outcome> {
     // A quarter: the ranks must not give each other up while one looks for the folder.
     let _claim = claim_together(world, setup.run, patience, setup.train.collective_timeout() / 4)?;
     let mut trainer = Trainer::prepare(setup, options)?;
-    lead_alone(world, "rank 0 to write the configuration", patience, || write_config(setup.run, &setup.resolved_yaml))?;
+    lead_alone(world, "rank 0 to write the configuration", patience, || {
+        write_whole(&setup.run.join(PATHS_FILE), setup.resolved.paths.as_bytes())?;
+        write_config(setup.run, &setup.resolved.config)
+    })?;
     loop {
         match trainer.run_stage() {
             Ok(None) => {}

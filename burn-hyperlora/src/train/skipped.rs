@@ -1,11 +1,11 @@
 //! The steps that were not taken: a line each in `skipped.jsonl`, with the photos of the batch.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
 use data_prep::files;
+use data_prep::paths::read_regular;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -38,6 +38,9 @@ pub(super) fn note(setup: &TrainSetup<'_>, step: u64, stage: &str, reason: &str,
     })
 }
 
+/// Largest file that is read, in bytes: some hundred thousand steps.
+const LARGEST: u64 = 1 << 28;
+
 /// Appends a line in one write. One that a dying process left half-written ends first.
 fn append(path: &Path, line: &str) -> io::Result<()> {
     let mut file = files::append(path)?;
@@ -54,7 +57,7 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
 /// As [`Error::read`].
 pub fn count(run: &Path) -> Result<usize> {
     let path = run.join(SKIPPED);
-    let text = match fs::read(&path) {
+    let text = match read_regular(&path, LARGEST) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
         text => text.map_err(|source| Error::read(&path, source))?,
     };
@@ -67,6 +70,8 @@ pub fn count(run: &Path) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::fs;
 
     use super::*;
 

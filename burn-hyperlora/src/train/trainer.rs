@@ -97,7 +97,7 @@ impl<'a> Trainer<'a> {
         })?;
         let mut trainer =
             Self { setup, options, base, dataset, settings, state, learner, checkpoints, writer, metrics, rank };
-        trainer.record(|metrics, step| metrics.text(step, "config", &format!("```yaml\n{}```", setup.resolved_yaml)));
+        trainer.record(|metrics, step| metrics.text(step, "config", &format!("```yaml\n{}```", setup.resolved.config)));
         Ok(trainer)
     }
 

@@ -17,6 +17,7 @@ mod runs;
 #[path = "../common/stability.rs"]
 mod stability;
 mod status;
+mod strangers;
 mod support;
 mod urls;
 #[path = "../common/world.rs"]

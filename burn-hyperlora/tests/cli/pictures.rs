@@ -225,7 +225,7 @@ fn a_lora_is_made_of_photos_of_one_face() {
 
     run(sample(&world.path("a.png"), &["--lora", &output.display().to_string()])).with(0);
 
-    let settings = world.path("run/config.yaml");
+    let settings = world.path("run/paths.yaml");
     let text = fs::read_to_string(&settings).unwrap();
     fs::write(&settings, text.replace("/models", "/no-models")).unwrap();
     run(generate(&[&photo], &[])).refused(2, &["/no-models", "ci/assets.sh"]);

@@ -175,7 +175,7 @@ fn a_released_folder_draws_the_grid_of_its_run() {
     grid("run", &[&["--dtype", "bf16"]]).with(2);
 
     // The run's own base can be another one than that to draw with.
-    let settings = world.path("run/config.yaml");
+    let settings = world.path("run/paths.yaml");
     let text = fs::read_to_string(&settings).unwrap();
     fs::write(&settings, text.replace(base[1], "/no-base")).unwrap();
     grid("run", &[&models]).refused(2, &["/no-base"]);
