@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use data_prep::output;
+use data_prep::text::name;
 
 use crate::commands::Common;
 use crate::error::{Error, Result};
@@ -68,7 +69,7 @@ fn list(args: &ListArgs) -> Result<()> {
     output::line(format_args!("{:>8}  {:<12}  {:>10}  {:>5}  whole", "step", "stage", "MB", "ranks"))?;
     for checkpoint in archive::checkpoints(&args.path)? {
         let found = archive::summary(&checkpoint);
-        let stage = found.stage.as_deref().unwrap_or("-");
+        let stage = name(found.stage.as_deref().unwrap_or("-")).to_string();
         let (megabytes, whole) = (found.bytes as f64 / MEGA, if found.whole { "yes" } else { "no" });
         let (step, ranks) = (found.step, found.ranks);
         output::line(format_args!("{step:>8}  {stage:<12}  {megabytes:>10.1}  {ranks:>5}  {whole}"))?;
