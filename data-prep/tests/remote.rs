@@ -30,6 +30,10 @@ enum Mischief {
     HalfOfIt,
     /// One bit is another.
     FlippedBit,
+    /// More than was asked for.
+    TooMuch,
+    /// A content that never ends, as it says.
+    Endless,
     /// A page for people.
     Page,
     /// Nothing, until the client goes.
@@ -47,6 +51,15 @@ impl Mischief {
             }
             Self::FlippedBit => {
                 answer.body[answer.length / 2] ^= 4;
+                Some(answer)
+            }
+            Self::TooMuch => {
+                answer.body.extend(vec![b'x'; 1 << 20]);
+                answer.length = answer.body.len();
+                Some(answer)
+            }
+            Self::Endless => {
+                answer.length = 1 << 60;
                 Some(answer)
             }
             Self::Page => Some(Answer::new("200 OK", "<!DOCTYPE html><title>Sign in</title>")),
@@ -259,6 +272,14 @@ fn what_is_not_what_was_written_is_asked_for_once_more_and_then_counts_as_damage
     world.plan(&[Mischief::FlippedBit]);
     assert_eq!(rows(&remote), world.records);
 
+    // More than was asked for is not waited for.
+    fs::remove_dir_all(world.cache()).unwrap();
+    let remote = world.open_well();
+    world.plan(&[Mischief::TooMuch, Mischief::TooMuch]);
+    assert!(remote.read(&remote.row_groups()[0]).unwrap().unwrap_err().to_string().contains("SHA-256"));
+    world.plan(&[Mischief::Endless]);
+    assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: is no manifest: it holds more than"]);
+
     // Damaged where it lies, and not in a cache: that row group alone is refused, twice asked for.
     fs::remove_dir_all(world.cache()).unwrap();
     let remote = world.open_well();
@@ -306,6 +327,12 @@ fn what_is_no_shard_folder_is_refused_with_its_cause() {
     let error = remote.read(&remote.row_groups()[0]).unwrap_err();
     assert_refused(&error, 2, &["/faces/shard-00000.parquet: the server sent something else"]);
 
+    // A folder of somebody else is no cache.
+    fs::write(world.dir.path().join("faces/holiday.jpg"), "mine").unwrap();
+    let config = RemoteConfig { cache: world.file(""), ..world.config(60) };
+    let error = ShardFolder::open_remote(&world.server.url("faces"), &config).unwrap_err();
+    assert_refused(&error, 2, &["/faces/: holds `"]);
+
     for (url, problem) in [
         ("ftp://host/faces", "cannot be opened"),
         ("az://container/faces", "cannot be opened"),
@@ -326,7 +353,7 @@ fn the_cache_keeps_to_its_size_and_the_longest_unused_goes_first() {
     labels(&remote);
     let pieces = || {
         let files = fs::read_dir(world.cache()).unwrap().map(|entry| entry.unwrap().path());
-        files.filter(|path| path.is_file()).collect::<Vec<_>>()
+        files.filter(|path| path.is_file() && !path.ends_with("CACHEDIR.TAG")).collect::<Vec<_>>()
     };
     let size = |pieces: &[PathBuf]| pieces.iter().map(|path| fs::metadata(path).unwrap().len()).sum::<u64>();
     let of_group =
@@ -355,7 +382,7 @@ fn what_changed_in_the_cache_is_read_anew_and_a_manifest_names_nothing_else() {
     assert_eq!(rows(&world.open_well()), world.records);
     for entry in fs::read_dir(world.cache()).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_file() {
+        if path.is_file() && !path.ends_with("CACHEDIR.TAG") {
             fs::write(path, "changed").unwrap();
         }
     }

@@ -1,6 +1,9 @@
 //! Parts of remote shards on this machine's disk, each a file named by its checksum: whole or absent, up to a size.
 
-use std::fs::{self, File, FileTimes, TryLockError};
+use std::fs::{self, DirBuilder, File, FileTimes, OpenOptions, TryLockError};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -9,7 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 
 use crate::error::{Error, Result};
-use crate::shard::manifest::sha256_of;
+use crate::paths::read_regular;
+use crate::shard::manifest::{is_sha256, sha256_of};
 
 /// Half-written files of this age belong to no living process.
 const STALE: Duration = Duration::from_secs(3600);
@@ -20,6 +24,17 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// Folder of the files that processes lock, one for each piece that is being asked for.
 const LOCKS: &str = "locks";
 
+/// Marks the folder as ours, and as one that backups pass over (<https://bford.info/cachedir/>).
+const MARK: &str = "CACHEDIR.TAG";
+const MARK_TEXT: &str =
+    "Signature: 8a477f597d28d172789f06886806bc55\n# Parts of shards that hyperlora read from a URL.\n";
+
+/// Ending of the file that tells the checksum of what a place held last.
+const LATEST: &str = ".latest";
+
+/// Ending of half-written files.
+const PARTIAL: &str = ".partial";
+
 /// A folder that several processes may share.
 #[derive(Debug)]
 pub(super) struct PieceCache {
@@ -27,8 +42,6 @@ pub(super) struct PieceCache {
     limit: u64,
     /// Bytes written since the folder was last looked through.
     written: AtomicU64,
-    /// Makes names of half-written files unique.
-    count: AtomicU64,
     warned: AtomicBool,
 }
 
@@ -50,24 +63,56 @@ impl PieceCache {
     /// A cache of `limit` bytes; a little more while it is written to.
     ///
     /// # Errors
-    /// Input or Disk for a folder that cannot be made.
+    /// Input for a folder that holds files of others, which must not be counted against the limit or removed; Input or Disk
+    /// for one that cannot be made.
     pub(super) fn open(folder: &Path, limit: u64) -> Result<Self> {
+        let (written, warned) = Default::default();
+        let cache = Self { folder: folder.into(), limit, written, warned };
+        let make = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
+        make(folder).map_err(|source| Error::write(folder, source))?;
+        if !cache.is_marked() {
+            if let Some(other) = cache.foreign()? {
+                let problem = format!("holds `{other}`, which no cache of shards does");
+                return Err(Error::file(folder, problem, "name an empty folder in `data.remote.cache`"));
+            }
+            cache.write(&folder.join(MARK), MARK_TEXT.as_bytes());
+        }
         let locks = folder.join(LOCKS);
-        fs::create_dir_all(&locks).map_err(|source| Error::write(&locks, source))?;
-        let (written, count, warned) = Default::default();
-        let cache = Self { folder: folder.into(), limit, written, count, warned };
+        make(&locks).map_err(|source| Error::write(&locks, source))?;
         cache.shrink();
         Ok(cache)
     }
 
-    /// The piece with this checksum, where it is there and still has it.
-    pub(super) fn get(&self, sha256: &str) -> Option<Bytes> {
+    fn is_marked(&self) -> bool {
+        let limit = MARK_TEXT.len() as u64;
+        read_regular(&self.folder.join(MARK), limit).is_ok_and(|text| text == MARK_TEXT.as_bytes())
+    }
+
+    /// A file of somebody else in a folder without mark. Who begins at the same moment writes its mark and its locks first;
+    /// the locks lie in the folders of older versions, too.
+    fn foreign(&self) -> Result<Option<String>> {
+        let entries = fs::read_dir(&self.folder).map_err(|source| Error::read(&self.folder, source))?;
+        let names: Vec<String> =
+            entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        let is_cache = names.iter().any(|name| name == LOCKS);
+        let own = |name: &String| match &**name {
+            MARK => self.is_marked(),
+            name => is_partial(name) || is_cache && (name == LOCKS || is_piece(name)),
+        };
+        Ok(names.into_iter().find(|name| !own(name)))
+    }
+
+    /// The piece with this checksum, of at most `limit` bytes, where it is there and still has it.
+    pub(super) fn get(&self, sha256: &str, limit: u64) -> Option<Bytes> {
         let path = self.path(sha256)?;
-        let bytes = fs::read(&path).ok()?;
-        if sha256_of(&bytes) != sha256 {
-            let _ = fs::remove_file(&path);
-            return None;
-        }
+        let bytes = match read_regular(&path, limit) {
+            Ok(bytes) if sha256_of(&bytes) == sha256 => bytes,
+            Err(error) if error.kind() != ErrorKind::FileTooLarge => return None,
+            _ => {
+                let _ = fs::remove_file(&path);
+                return None;
+            }
+        };
         // The time of the last use decides what goes first; a folder that cannot be changed keeps the time of writing.
         let now = FileTimes::new().set_modified(SystemTime::now());
         let _ = File::options().append(true).open(&path).and_then(|file| file.set_times(now));
@@ -87,8 +132,9 @@ impl PieceCache {
     }
 
     /// What [`put_latest`](Self::put_latest) kept last for `place`.
-    pub(super) fn latest(&self, place: &Path) -> Option<Bytes> {
-        self.get(&fs::read_to_string(self.path_of_latest(place)).ok()?)
+    pub(super) fn latest(&self, place: &Path, limit: u64) -> Option<Bytes> {
+        let sha256 = read_regular(&self.path_of_latest(place), 64).ok()?;
+        self.get(&String::from_utf8(sha256).ok()?, limit)
     }
 
     /// Keeps the content of a place whose checksum nobody knows beforehand.
@@ -102,7 +148,9 @@ impl PieceCache {
     /// in vain, and on a file system without locks: everybody may ask.
     pub(super) fn turn(&self, sha256: &str, until: Instant) -> Option<Turn> {
         let path = self.folder.join(LOCKS).join(self.path(sha256)?.file_name()?);
-        let file = File::options().create(true).append(true).open(&path).ok()?;
+        // A link that somebody laid there makes no file elsewhere, a pipe holds nobody up.
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = OpenOptions::new().create(true).append(true).custom_flags(flags).mode(0o600).open(&path).ok()?;
         loop {
             match file.try_lock() {
                 Ok(()) => return Some(Turn { path, _file: file }),
@@ -114,47 +162,79 @@ impl PieceCache {
 
     /// `None` for what is no checksum: a manifest from elsewhere must not name other files.
     fn path(&self, sha256: &str) -> Option<PathBuf> {
-        let is_checksum = sha256.len() == 64 && sha256.bytes().all(|letter| letter.is_ascii_hexdigit());
-        is_checksum.then(|| self.folder.join(sha256))
+        is_sha256(sha256).then(|| self.folder.join(sha256))
     }
 
     fn path_of_latest(&self, place: &Path) -> PathBuf {
-        self.folder.join(format!("{}.latest", sha256_of(place.as_os_str().as_encoded_bytes())))
+        self.folder.join(format!("{}{LATEST}", sha256_of(place.as_os_str().as_encoded_bytes())))
     }
 
     fn write(&self, path: &Path, bytes: &[u8]) {
-        let number = self.count.fetch_add(1, Ordering::Relaxed);
+        let written = self.begin(path).and_then(|(partial, mut file)| {
+            let whole = file.write_all(bytes).and_then(|()| fs::rename(&partial, path));
+            whole.inspect_err(|_| drop(fs::remove_file(&partial)))
+        });
+        if let Err(error) = written
+            && !self.warned.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!("{}: cannot keep what was read: {error}", self.folder.display());
+        }
+    }
+
+    /// A file beside `path` that no other process writes to, of another machine neither: process ids say nothing there.
+    fn begin(&self, path: &Path) -> std::io::Result<(PathBuf, File)> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let partial = self.folder.join(format!(".{name}.{}.{number}.partial", std::process::id()));
-        if let Err(error) = fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, path)) {
-            let _ = fs::remove_file(&partial);
-            if !self.warned.swap(true, Ordering::Relaxed) {
-                tracing::warn!("{}: cannot keep what was read: {error}", self.folder.display());
+        loop {
+            let number = RandomState::new().build_hasher().finish();
+            let partial = self.folder.join(format!(".{name}.{number:016x}{PARTIAL}"));
+            match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&partial) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                file => return Ok((partial, file?)),
             }
         }
     }
 
-    /// Removes what was not used for longest until the rest keeps to the limit.
+    /// Removes what was not used for longest until the rest keeps to the limit. Other files than the cache's own are left
+    /// alone, and not counted.
     fn shrink(&self) {
         let Ok(entries) = fs::read_dir(&self.folder) else { return };
         // What another process removes meanwhile is passed over.
         let files = entries.flatten().filter_map(|entry| {
             let metadata = entry.metadata().ok().filter(fs::Metadata::is_file)?;
-            Some((metadata.modified().ok()?, metadata.len(), entry.path()))
+            let name = entry.file_name().into_string().ok()?;
+            Some((metadata.modified().ok()?, metadata.len(), name))
         });
-        let mut files: Vec<(SystemTime, u64, PathBuf)> = files.collect();
+        let mut files: Vec<(SystemTime, u64, String)> =
+            files.filter(|(_, _, name)| is_piece(name) || is_partial(name)).collect();
         files.sort_unstable();
         let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
-        for (used, bytes, path) in files {
-            let is_partial = path.extension().is_some_and(|extension| extension == "partial");
+        for (used, bytes, name) in files {
             let is_in_excess =
-                if is_partial { used.elapsed().is_ok_and(|age| age > STALE) } else { total > self.limit };
+                if is_partial(&name) { used.elapsed().is_ok_and(|age| age > STALE) } else { total > self.limit };
             if is_in_excess {
-                let _ = fs::remove_file(&path);
+                let _ = fs::remove_file(self.folder.join(name));
                 total -= bytes;
             }
         }
     }
+}
+
+/// Whether a file of this name is a piece, or tells of one.
+fn is_piece(name: &str) -> bool {
+    is_sha256(name.strip_suffix(LATEST).unwrap_or(name))
+}
+
+/// Whether a file of this name is a half-written file of the cache, of this version or an older one.
+fn is_partial(name: &str) -> bool {
+    let Some(name) = name.strip_prefix('.').and_then(|name| name.strip_suffix(PARTIAL)) else { return false };
+    let number = match name.split_at_checked(64) {
+        Some((sha256, rest)) if is_sha256(sha256) => Some(rest.strip_prefix(LATEST).unwrap_or(rest)),
+        _ => name.strip_prefix(MARK),
+    };
+    // Older ones have the process before the number.
+    number.is_some_and(|number| {
+        number.starts_with('.') && number.bytes().all(|letter| letter == b'.' || letter.is_ascii_hexdigit())
+    })
 }
 
 #[cfg(test)]
@@ -177,5 +257,88 @@ mod tests {
         drop(turns);
         assert!(turn(&one).is_some());
         assert_eq!(fs::read_dir(dir.path().join(LOCKS)).unwrap().count(), 0);
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    fn aged(path: &Path, text: &[u8]) {
+        fs::write(path, text).unwrap();
+        let file = File::options().append(true).open(path).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(3 * 3600)).unwrap();
+    }
+
+    #[test]
+    fn files_of_others_are_neither_removed_nor_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let others = ["holiday.jpg", "notes.partial", ".thesis.tex.12.0.partial", "model.latest"];
+        let piece = "a".repeat(64);
+        for (other, alone) in others.iter().map(|other| (*other, true)).chain([(&*piece, false)]) {
+            // Our names in a folder that is not ours say nothing: others name files by checksums, too.
+            let folder = dir.path().join(other);
+            fs::create_dir(&folder).unwrap();
+            aged(&folder.join(other), b"mine");
+            if !alone {
+                aged(&folder.join("holiday.jpg"), b"mine");
+            }
+            let before = names(&folder);
+            let error = PieceCache::open(&folder, 0).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains("data.remote.cache"), "{error}");
+            assert_eq!(names(&folder), before);
+        }
+        // They came later.
+        let folder = dir.path().join("cache");
+        PieceCache::open(&folder, 0).unwrap();
+        others.iter().for_each(|other| aged(&folder.join(other), b"mine"));
+        for own in [
+            piece.clone(),
+            format!("{piece}.latest"),
+            format!(".{piece}.7.0.partial"),
+            format!(".{piece}.00ff.partial"),
+        ] {
+            aged(&folder.join(own), b"ours");
+        }
+        PieceCache::open(&folder, 0).unwrap().put(&sha256_of(b"new"), b"new");
+        let mut expected: Vec<&str> = others.into_iter().chain([LOCKS, MARK]).collect();
+        expected.sort_unstable();
+        assert_eq!(names(&folder), expected);
+    }
+
+    #[test]
+    fn a_cache_of_an_older_version_is_taken_over_and_processes_that_begin_at_once_share_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = dir.path().join("old");
+        fs::create_dir_all(old.join(LOCKS)).unwrap();
+        let sha256 = sha256_of(b"piece");
+        fs::write(old.join(&sha256), b"piece").unwrap();
+        assert_eq!(PieceCache::open(&old, 100).unwrap().get(&sha256, 5).unwrap(), &b"piece"[..]);
+        let new = dir.path().join("new");
+        thread::scope(|scope| {
+            for number in 0..8_u8 {
+                let new = &new;
+                scope.spawn(move || {
+                    let cache = PieceCache::open(new, 1 << 20).unwrap();
+                    let sha256 = sha256_of(&[number]);
+                    (0..20).for_each(|_| cache.put(&sha256, &[number]));
+                    assert_eq!(cache.get(&sha256, 1).unwrap(), &[number][..]);
+                });
+            }
+        });
+        assert_eq!(names(&new).len(), 8 + 2);
+    }
+
+    #[test]
+    fn a_piece_that_grew_and_a_pipe_are_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = PieceCache::open(dir.path(), 1 << 20).unwrap();
+        let (grown, pipe) = (sha256_of(b"1"), sha256_of(b"2"));
+        File::create(dir.path().join(&grown)).unwrap().set_len(1 << 40).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(dir.path().join(&pipe)).status().unwrap().success());
+        assert!(cache.get(&grown, 1).is_none() && cache.get(&pipe, 1).is_none());
+        assert_eq!(names(dir.path()), [pipe.as_str(), MARK, LOCKS]);
     }
 }

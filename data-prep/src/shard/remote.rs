@@ -5,19 +5,21 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::StreamExt;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::http::HttpBuilder;
 use object_store::path::Path as ObjectPath;
 use object_store::{
-    BackoffConfig, ClientConfigKey, Error as StoreError, GetOptions, GetRange, ObjectStore, ObjectStoreScheme,
-    RetryConfig,
+    BackoffConfig, ClientConfigKey, Error as StoreError, GetOptions, GetRange, GetResult, ObjectStore,
+    ObjectStoreScheme, RetryConfig,
 };
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::{sleep, timeout_at};
 use url::{Position, Url};
 
 use crate::error::{Error, Result};
+use crate::shard::limits::MANIFEST_BYTES;
 use crate::shard::manifest::{MANIFEST_FILE, Piece, sha256_of};
 use crate::shard::piece_cache::PieceCache;
 use crate::shard::store::{Damage, RemoteConfig};
@@ -74,17 +76,20 @@ impl Remote {
     /// The manifest as it is now; where nobody answers, as it came last.
     pub(super) fn read_manifest(&self) -> Result<Bytes> {
         let place = self.place(MANIFEST_FILE);
-        match self.get(MANIFEST_FILE, GetOptions::default(), Instant::now() + self.deadline) {
-            Ok(text) if text.starts_with(b"{") => {
+        let remedy = "check that the URL is the folder's own and needs no sign-in page";
+        match self.get(MANIFEST_FILE, GetOptions::default(), MANIFEST_BYTES, Instant::now() + self.deadline) {
+            Ok(Some(text)) if text.starts_with(b"{") => {
                 self.cache.put_latest(&place, &text);
                 Ok(text)
             }
-            Ok(text) => {
+            Ok(None) => {
+                Err(Error::file(&place, format!("is no manifest: it holds more than {MANIFEST_BYTES} bytes"), remedy))
+            }
+            Ok(Some(text)) => {
                 let begin: String = String::from_utf8_lossy(&text).chars().take(20).collect();
-                let remedy = "check that the URL is the folder's own and needs no sign-in page";
                 Err(Error::file(&place, format!("is no manifest: it begins with {begin:?}"), remedy))
             }
-            Err(error) => match (self.failure(MANIFEST_FILE, &error), self.cache.latest(&place)) {
+            Err(error) => match (self.failure(MANIFEST_FILE, &error), self.cache.latest(&place, MANIFEST_BYTES)) {
                 (Error::Disk { .. }, Some(text)) => {
                     let cause = cause(&error);
                     tracing::warn!("{}: cannot be reached ({cause}): read as it was last time", place.display());
@@ -97,20 +102,21 @@ impl Remote {
 
     /// A part of an object, from the cache where it is there. What arrives with another checksum is asked for once more.
     pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
-        if let Some(bytes) = self.cache.get(&piece.sha256) {
+        if let Some(bytes) = self.cache.get(&piece.sha256, piece.bytes) {
             return Ok(Ok(bytes));
         }
         // One process of this machine asks; the others wait and take what it kept.
         let _turn = self.cache.turn(&piece.sha256, Instant::now() + self.deadline);
-        if let Some(bytes) = self.cache.get(&piece.sha256) {
+        if let Some(bytes) = self.cache.get(&piece.sha256, piece.bytes) {
             return Ok(Ok(bytes));
         }
         // Who waited in vain has not asked yet.
         let until = Instant::now() + self.deadline;
         let range = GetRange::Bounded(piece.offset..piece.offset + piece.bytes);
         for _ in 0..2 {
-            match self.get(file, GetOptions { range: Some(range.clone()), ..GetOptions::default() }, until) {
-                Ok(bytes) if sha256_of(&bytes) == piece.sha256 => {
+            let options = GetOptions { range: Some(range.clone()), ..GetOptions::default() };
+            match self.get(file, options, piece.bytes, until) {
+                Ok(Some(bytes)) if sha256_of(&bytes) == piece.sha256 => {
                     self.cache.put(&piece.sha256, &bytes);
                     return Ok(Ok(bytes));
                 }
@@ -122,14 +128,15 @@ impl Remote {
         Ok(Err(Damage::of_checksum()))
     }
 
-    /// Asks until the deadline. The client tries failed requests again, but not every content that stops to come.
-    fn get(&self, file: &str, options: GetOptions, until: Instant) -> object_store::Result<Bytes> {
+    /// Asks until the deadline. The client tries failed requests again, but not every content that stops to come. `None` for
+    /// content of more than `limit` bytes.
+    fn get(&self, file: &str, options: GetOptions, limit: u64, until: Instant) -> object_store::Result<Option<Bytes>> {
         let path = self.folder.clone().join(file);
         let mut stopped = None;
         let answer = self.runtime.block_on(async {
             let asking = async {
                 loop {
-                    match self.store.get_opts(&path, options.clone()).await?.bytes().await {
+                    match content(self.store.get_opts(&path, options.clone()).await?, limit).await {
                         Ok(content) => return Ok(content),
                         Err(error) => stopped = Some(error),
                     }
@@ -209,6 +216,23 @@ fn open_store(url: &Url, deadline: Duration) -> object_store::Result<(Box<dyn Ob
         other => return Err(StoreError::NotSupported { source: format!("{other:?} is not read").into() }),
     };
     Ok((store, folder))
+}
+
+/// What an answer holds; `None` beyond `limit` bytes, said or sent.
+async fn content(answer: GetResult, limit: u64) -> object_store::Result<Option<Bytes>> {
+    let said = answer.range.end.saturating_sub(answer.range.start);
+    if said > limit {
+        return Ok(None);
+    }
+    let mut content = Vec::with_capacity(usize::try_from(said).unwrap_or(0));
+    let mut parts = answer.into_stream();
+    while let Some(part) = parts.next().await.transpose()? {
+        if (content.len() + part.len()) as u64 > limit {
+            return Ok(None);
+        }
+        content.extend_from_slice(&part);
+    }
+    Ok(Some(content.into()))
 }
 
 /// The innermost reason of an error, in one line: the outer ones only wrap it.
