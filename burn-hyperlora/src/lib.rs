@@ -33,7 +33,7 @@ pub mod sample;
 
 pub mod checkpoint;
 
-pub mod signals;
+pub use data_prep::signals;
 
 pub mod metrics;
 

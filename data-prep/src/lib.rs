@@ -16,6 +16,7 @@ pub mod pipeline;
 mod prepared;
 pub mod report;
 pub mod shard;
+pub mod signals;
 pub mod source;
 pub mod text;
 
