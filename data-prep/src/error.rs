@@ -64,20 +64,17 @@ impl Error {
     /// Reading failed: a missing or unreadable file is the user's to mend, the rest is the disk's.
     pub fn read(path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Kind;
+        let unreadable = |remedy: &str| Self::file(path, format!("cannot be read: {source}"), remedy);
         match source.kind() {
             Kind::NotFound
             | Kind::PermissionDenied
             | Kind::IsADirectory
             | Kind::NotADirectory
-            | Kind::InvalidFilename
-            | Kind::InvalidInput
-            | Kind::FileTooLarge => {
-                Self::file(path, format!("cannot be read: {source}"), "check the path and its permissions")
-            }
+            | Kind::InvalidFilename => unreadable("check the path and its permissions"),
+            Kind::InvalidInput => unreadable("give a regular file below the folder that it belongs to"),
+            Kind::FileTooLarge => unreadable("give a smaller file, if this is the right one at all"),
             // What the file holds, and no fault of the disk: text that is none, less than its header says.
-            Kind::InvalidData | Kind::UnexpectedEof => {
-                Self::file(path, format!("cannot be read: {source}"), "fetch the file again; text has to be UTF-8")
-            }
+            Kind::InvalidData | Kind::UnexpectedEof => unreadable("fetch the file again; text has to be UTF-8"),
             _ => Self::Disk {
                 path: path.into(),
                 problem: "reading failed".into(),

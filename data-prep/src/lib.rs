@@ -10,6 +10,7 @@ pub mod error;
 pub mod face;
 pub mod files;
 pub mod filter;
+pub mod notes;
 pub mod output;
 pub mod paths;
 pub mod pipeline;

@@ -8,10 +8,12 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{ArgAction, Parser, Subcommand};
-use data_prep::Result;
 use data_prep::files::restrict_modes;
 use data_prep::pipeline::{PrepConfig, Progress, build};
 use data_prep::report::{CONTACT_SHEET_FILE, describe_counts};
+use data_prep::signals::StopFlag;
+use data_prep::text::name;
+use data_prep::{Result, output};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Photos in, Parquet shards of filtered, embedded faces out.
@@ -31,7 +33,8 @@ enum Command {
     /// Find, filter, embed, crop and caption the faces of a folder of photos.
     #[command(
         after_help = "Example:\n  data-prep build experiments/quickstart/data.yaml --out runs/quickstart-data\n\n\
-        Exit codes: 0 done, 2 the input needs mending, 1 the disk or the program failed."
+        Exit codes: 0 done, 2 the input needs mending, 3 stopped by a signal with nothing changed, 1 the disk or the \
+        program failed."
     )]
     Build {
         /// The YAML that says where photos are and which faces stay.
@@ -71,15 +74,14 @@ fn main() -> ExitCode {
         .with_target(false)
         .init();
     match catch_unwind(AssertUnwindSafe(|| run(&config, &out, workers, quiet))) {
-        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Ok(code)) => code,
         Ok(Err(error)) => {
-            eprintln!("error: {error}");
+            output::note(format_args!("error: {error}"));
             ExitCode::from(error.exit_code())
         }
         Err(_) => {
-            eprintln!(
-                "error: a fault in the program (above)\n  remedy: run it again with RUST_BACKTRACE=1 and report what it prints"
-            );
+            let remedy = "run it again with RUST_BACKTRACE=1 and report what it prints";
+            output::note(format_args!("error: a fault in the program (above)\n  remedy: {remedy}"));
             ExitCode::from(1)
         }
     }
@@ -93,24 +95,37 @@ fn only_cpu(name: &str) -> std::result::Result<String, String> {
     }
 }
 
-fn run(config_path: &Path, out: &Path, workers: Option<NonZeroUsize>, quiet: bool) -> Result<()> {
+/// The exit code of a build that a signal stopped.
+const STOPPED: u8 = 3;
+
+fn run(config_path: &Path, out: &Path, workers: Option<NonZeroUsize>, quiet: bool) -> Result<ExitCode> {
     restrict_modes()?;
     let started = Instant::now();
+    let stop = StopFlag::install()?;
     let config = PrepConfig::load(config_path)?;
     let base_dir = config_path.parent().unwrap_or(Path::new("."));
     let workers = workers.or_else(|| std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
 
     let mut display = Display::new(quiet);
-    let manifest = build(&config, base_dir, out, workers, &mut |progress| display.show(progress))?;
+    let manifest = build(&config, base_dir, out, workers, &stop, &mut |progress| display.show(progress))?;
     display.finish();
+    let Some(manifest) = manifest else {
+        let signal = stop.raised_by().unwrap_or("a signal");
+        output::note(format_args!("stopped by {signal}: nothing is written, {} is as it was", out.display()));
+        return Ok(ExitCode::from(STOPPED));
+    };
     if !quiet {
         let splits = describe_counts(&manifest.splits);
-        println!("kept {} of {} photos ({splits})", manifest.kept, manifest.photos);
-        println!("left out: {}", describe_counts(&manifest.rejected));
-        println!("{} shards in {}, {:.1} s", manifest.shards.len(), out.display(), started.elapsed().as_secs_f32());
-        println!("look at {}", out.join(CONTACT_SHEET_FILE).display());
+        output::line(format_args!("kept {} of {} photos ({})", manifest.kept, manifest.photos, name(&splits)))?;
+        output::line(format_args!("left out: {}", describe_counts(&manifest.rejected)))?;
+        if !manifest.notes.is_empty() {
+            output::line(format_args!("noted: {}", manifest.notes))?;
+        }
+        let (shards, seconds) = (manifest.shards.len(), started.elapsed().as_secs_f32());
+        output::line(format_args!("{shards} shards in {}, {seconds:.1} s", out.display()))?;
+        output::line(format_args!("look at {}", out.join(CONTACT_SHEET_FILE).display()))?;
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A bar on a terminal, a line now and then elsewhere, nothing when quiet.
@@ -143,7 +158,7 @@ impl Display {
             Self::Lines { last } => {
                 const EVERY: Duration = Duration::from_secs(5);
                 if done == total || last.elapsed() >= EVERY {
-                    eprintln!("{done}/{total} photos, {kept} kept");
+                    output::note(format_args!("{done}/{total} photos, {kept} kept"));
                     *last = Instant::now();
                 }
             }

@@ -1,7 +1,8 @@
 //! Source -> face -> filter -> crop -> caption -> shard: the whole of `data-prep build`.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
-use std::io::Cursor;
+use std::io::{Cursor, ErrorKind};
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -16,14 +17,15 @@ use crate::caption::Captioner;
 use crate::config;
 use crate::crop::CropConfig;
 use crate::error::{Error, Result};
-use crate::face::{FaceAnalyser, FaceConfig, FaceModels};
+use crate::face::{FaceAnalyser, FaceConfig, FaceModels, Upright};
 use crate::files::{StagedFolder, apart};
 use crate::filter::{FilterConfig, Reason, Rejection};
 use crate::prepared::PREPARED;
 use crate::report::{Cell, Report};
 use crate::shard::manifest::hex;
 use crate::shard::{FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter, Written};
-use crate::source::{DecodeConfig, Photo, SourceConfig};
+use crate::signals::StopFlag;
+use crate::source::{DecodeConfig, Decoded, Photo, Source, SourceConfig, SourceFiles};
 
 /// The YAML of `data-prep build`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -83,7 +85,8 @@ impl PrepConfig {
 }
 
 /// Prepares the photos of `config` into the folder `out`, which appears whole or not at all. Relative paths of `config`
-/// start at `base_dir`. The bytes in `out` depend on the photos, the models and the config, not on `workers`.
+/// start at `base_dir`. The bytes in `out` depend on the photos, the models and the config, not on `workers`. `None` where
+/// `stop` was raised before the end: then nothing has changed.
 ///
 /// # Errors
 /// Input: `out` holds something else, lies in the source or around it, or is being written by another process; the source or
@@ -94,23 +97,27 @@ pub fn build(
     base_dir: &Path,
     out: &Path,
     workers: NonZeroUsize,
+    stop: &StopFlag,
     progress: &mut dyn FnMut(Progress),
-) -> Result<Manifest> {
+) -> Result<Option<Manifest>> {
     // 1. Everything that can be refused is refused before the work begins.
     apart(out, config.source.places(base_dir)?)?;
     apart(out, [config.face.models.resolve(base_dir)?])?;
     let staged = StagedFolder::new(out, PREPARED)?;
-    let photos = config.source.photos(base_dir)?;
+    let Source { photos, files, mut notes } = config.source.open(base_dir, config.caption.reads_files())?;
     let models = FaceModels::find(&config.face, base_dir)?.fingerprints()?;
-    let analysers = Analysers::load(config, base_dir, workers)?;
+    let analysers = Analysers::load(config, base_dir, workers, &files)?;
 
     // 2. Photos go through in key order, a chunk at a time.
     let mut writer = ShardWriter::new(staged.path(), &config.shards, &models);
     let mut report = Report::new(staged.path())?;
-    let mut first_of: HashMap<[u8; 32], &str> = HashMap::new();
+    let mut first_of = analysers.labelled_copies(&photos);
     let mut splits = BTreeMap::new();
     let mut done = 0;
     for chunk in photos.chunks(workers.get() * PHOTOS_PER_WORKER) {
+        if stop.raised_by().is_some() {
+            return Ok(None);
+        }
         let files = analysers.read_all(chunk);
         let files = chunk.iter().zip(files).map(|(photo, file)| {
             let file = file?;
@@ -120,7 +127,8 @@ pub fn build(
         let files = files.collect();
         for (photo, outcome) in chunk.iter().zip(analysers.process_all(chunk, files)) {
             match outcome? {
-                Outcome::Kept { record, cell } => {
+                Outcome::Kept { record, cell, changes } => {
+                    changes.iter().for_each(|change| notes.add(change, &photo.key));
                     if let Some(split) = &record.split {
                         *splits.entry(split.clone()).or_insert(0) += 1;
                     }
@@ -149,15 +157,16 @@ pub fn build(
         kept: report.kept_count(),
         splits,
         rejected: report.rejected_counts(),
+        notes,
         models,
         shards,
         index,
         config: as_json(config)?,
     };
-    report.finish()?;
+    report.finish(&manifest.notes)?;
     manifest.write(staged.path())?;
     staged.commit()?;
-    Ok(manifest)
+    Ok(Some(manifest))
 }
 
 /// A photo's file in memory.
@@ -172,32 +181,42 @@ type ReadOutcome = std::result::Result<PhotoFile, Rejection>;
 /// The same with the key of the earlier photo that it repeats.
 type FileOutcome<'a> = std::result::Result<(PhotoFile, Option<&'a str>), Rejection>;
 
-fn read(photo: &Photo, config: &PrepConfig) -> ReadOutcome {
-    let unreadable = |error: std::io::Error| Rejection::new(Reason::Undecodable, error);
-    let size = std::fs::metadata(&photo.path).map_err(unreadable)?.len();
-    if size > config.decode.max_bytes {
-        return Err(Rejection::new(Reason::Undecodable, format!("file of {size} bytes")));
-    }
-    let bytes = std::fs::read(&photo.path).map_err(unreadable)?;
+fn read(photo: &Photo, config: &PrepConfig, files: &SourceFiles) -> ReadOutcome {
+    let limit = config.decode.max_bytes;
+    let unreadable = |error: std::io::Error| match error.kind() {
+        ErrorKind::FileTooLarge => format!("its file is larger than decode.max_bytes allows ({limit})"),
+        _ => format!("it cannot be read: {error}"),
+    };
+    let bytes = files.read(&photo.path, limit);
+    let bytes = bytes.map_err(|error| Rejection::new(Reason::Undecodable, unreadable(error)))?;
     let sha256 = Sha256::digest(&bytes).into();
     Ok(PhotoFile { bytes, sha256 })
 }
 
 /// What became of a photo.
 enum Outcome {
-    Kept { record: Box<FaceRecord>, cell: Cell },
-    Rejected { why: Rejection, cell: Cell },
+    Kept {
+        record: Box<FaceRecord>,
+        cell: Cell,
+        /// What was changed or filled in.
+        changes: Vec<&'static str>,
+    },
+    Rejected {
+        why: Rejection,
+        cell: Cell,
+    },
 }
 
 /// The workers, and one set of models for each.
 struct Analysers<'a> {
     config: &'a PrepConfig,
+    files: &'a SourceFiles,
     pool: rayon::ThreadPool,
     models: Vec<Mutex<FaceAnalyser>>,
 }
 
 impl<'a> Analysers<'a> {
-    fn load(config: &'a PrepConfig, base_dir: &Path, workers: NonZeroUsize) -> Result<Self> {
+    fn load(config: &'a PrepConfig, base_dir: &Path, workers: NonZeroUsize, files: &'a SourceFiles) -> Result<Self> {
         let models = (0..workers.get())
             .map(|_| Ok(Mutex::new(FaceAnalyser::load(&config.face, base_dir)?)))
             .collect::<Result<_>>()?;
@@ -205,11 +224,37 @@ impl<'a> Analysers<'a> {
             .num_threads(workers.get())
             .build()
             .map_err(|error| Error::Fault(format!("{workers} worker threads: {error}")))?;
-        Ok(Self { config, pool, models })
+        Ok(Self { config, files, pool, models })
     }
 
     fn read_all(&self, photos: &[Photo]) -> Vec<ReadOutcome> {
-        self.pool.install(|| photos.par_iter().map(|photo| read(photo, self.config)).collect())
+        self.pool.install(|| photos.par_iter().map(|photo| read(photo, self.config, self.files)).collect())
+    }
+
+    /// Of photos with the same bytes the first in key order stays, unless a later one is labelled better: then that one,
+    /// which this tells by checksum. Only files of one size are read for it, and only where some are labelled better.
+    fn labelled_copies<'p>(&self, photos: &'p [Photo]) -> HashMap<[u8; 32], &'p str> {
+        let labels = |photo: &Photo| usize::from(photo.identity.is_some()) + usize::from(photo.split.is_some());
+        let differ = |photos: &[&Photo]| photos.iter().any(|photo| labels(photo) != labels(photos[0]));
+        if !differ(&photos.iter().collect::<Vec<_>>()) {
+            return HashMap::new();
+        }
+        let mut by_size: HashMap<u64, Vec<&Photo>> = HashMap::new();
+        for photo in photos {
+            by_size.entry(self.files.size(&photo.path)).or_default().push(photo);
+        }
+        let alike: Vec<&Photo> = by_size.into_values().filter(|alike| differ(alike)).flatten().collect();
+        let checksum = |photo: &&'p Photo| Some((read(photo, self.config, self.files).ok()?.sha256, *photo));
+        let checksums: Vec<_> = self.pool.install(|| alike.par_iter().filter_map(checksum).collect());
+        let mut best: HashMap<[u8; 32], &Photo> = HashMap::new();
+        for (checksum, photo) in checksums {
+            let rank = |photo: &'p Photo| (labels(photo), Reverse(&photo.key));
+            let kept = best.entry(checksum).or_insert(photo);
+            if rank(photo) > rank(*kept) {
+                *kept = photo;
+            }
+        }
+        best.into_iter().map(|(checksum, photo)| (checksum, photo.key.as_str())).collect()
     }
 
     fn process_all(&self, photos: &[Photo], files: Vec<FileOutcome<'_>>) -> Vec<Result<Outcome>> {
@@ -222,8 +267,8 @@ impl<'a> Analysers<'a> {
             Ok(file) => file,
             Err(why) => return Ok(Outcome::Rejected { why, cell: Cell::blank() }),
         };
-        let pixels = match self.config.decode.decode(&file.bytes) {
-            Ok(pixels) => pixels,
+        let Decoded { pixels, transparent } = match self.config.decode.decode(&file.bytes) {
+            Ok(decoded) => decoded,
             Err(error) => {
                 let why = Rejection::new(Reason::Undecodable, error);
                 return Ok(Outcome::Rejected { why, cell: Cell::blank() });
@@ -235,12 +280,12 @@ impl<'a> Analysers<'a> {
         }
         let worker = rayon::current_thread_index().unwrap_or(0);
         let mut analyser = self.models[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let found = analyser.detect(&pixels)?;
+        let Upright { photo: pixels, faces: found, turned } = analyser.detect_upright(pixels)?;
         let (face, sharpness) = match self.config.filter.select(&pixels, &found) {
             Ok(selected) => selected,
             Err(why) => return Ok(Outcome::Rejected { why, cell: Cell::rejected(&pixels, &found) }),
         };
-        let caption = match self.config.caption.caption(&photo.path) {
+        let caption = match self.config.caption.caption(self.files, &photo.path) {
             Ok(caption) => caption,
             Err(why) => return Ok(Outcome::Rejected { why, cell: Cell::rejected(&pixels, &found) }),
         };
@@ -256,13 +301,16 @@ impl<'a> Analysers<'a> {
             landmarks: description.landmarks.into_iter().map(|point| crop.place(point)).collect(),
             score: face.score,
             id_embedding: description.id_embedding,
-            caption,
+            caption: caption.text,
             sha256: hex(&file.sha256),
             identity: photo.identity.clone(),
             split: photo.split.clone(),
         };
         let cell = Cell::kept(&crop.image, &record, sharpness);
-        Ok(Outcome::Kept { record: Box::new(record), cell })
+        let changes =
+            [(caption.fallback, "caption_fallback"), (transparent, "transparent_on_white"), (turned, "turned_upright")];
+        let changes = changes.into_iter().filter_map(|(made, change)| made.then_some(change)).collect();
+        Ok(Outcome::Kept { record: Box::new(record), cell, changes })
     }
 }
 

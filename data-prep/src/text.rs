@@ -1,4 +1,5 @@
-//! Text from outside in messages: no control characters that act on a terminal, no secrets of a URL.
+//! Text from outside: what its bytes say, and how it is shown in messages, without control characters that act on a
+//! terminal and without secrets of a URL.
 
 use std::fmt::{self, Debug, Display, Formatter, Write};
 
@@ -66,6 +67,19 @@ pub fn mask_urls(text: &str) -> String {
     masked
 }
 
+/// The text in the `bytes` of a file. A byte-order mark, which editors put before it, is no part of it.
+///
+/// # Errors
+/// What they are instead of UTF-8 text, in words that follow the file's name.
+pub fn decode(mut bytes: Vec<u8>) -> Result<String, &'static str> {
+    match bytes[..] {
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => return Err("is UTF-16 text: save it as UTF-8"),
+        [0xef, 0xbb, 0xbf, ..] => drop(bytes.drain(..3)),
+        _ => {}
+    }
+    String::from_utf8(bytes).map_err(|_| "is not UTF-8 text")
+}
+
 struct Shown<'a> {
     text: &'a str,
     newline: &'static str,
@@ -115,6 +129,14 @@ mod tests {
         assert_eq!(name(&"é".repeat(LONGEST)).to_string(), "é".repeat(LONGEST));
         let long = shown(&"é".repeat(LONGEST + 7)).to_string();
         assert!(long.starts_with("éé") && long.ends_with("é... and 7 characters more"));
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_text() {
+        assert_eq!(decode(b"\xef\xbb\xbfa woman".to_vec()), Ok("a woman".into()));
+        assert_eq!(decode("a \u{feff}b".into()), Ok("a \u{feff}b".into()));
+        assert!(decode(b"\xff\xfea\0".to_vec()).is_err_and(|problem| problem.contains("UTF-16")));
+        assert!(decode(b"\xe9".to_vec()).is_err_and(|problem| problem.contains("not UTF-8")));
     }
 
     #[test]

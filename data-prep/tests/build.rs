@@ -8,12 +8,14 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use data_prep::files::{Ownership, StagedFolder, UMASK};
 use data_prep::pipeline::{PrepConfig, Progress, build};
-use data_prep::shard::{Manifest, ShardFolder};
-use image::imageops;
+use data_prep::shard::{FaceRecord, Manifest, ShardFolder};
+use data_prep::signals::StopFlag;
+use image::codecs::jpeg::JpegEncoder;
+use image::{ImageEncoder, RgbImage, Rgba, RgbaImage, imageops};
 
 const CONFIG: &str = "
 source:
@@ -75,7 +77,14 @@ fn workplace() -> tempfile::TempDir {
 
 fn prepare(dir: &Path, out: &str, workers: usize) -> data_prep::Result<Manifest> {
     let config = PrepConfig::load(&dir.join("data.yaml"))?;
-    build(&config, dir, &dir.join(out), NonZeroUsize::new(workers).unwrap(), &mut |_| {})
+    let workers = NonZeroUsize::new(workers).unwrap();
+    Ok(build(&config, dir, &dir.join(out), workers, &StopFlag::default(), &mut |_| {})?.unwrap())
+}
+
+fn rows(folder: &Path) -> Vec<FaceRecord> {
+    let folder = ShardFolder::open(folder).unwrap();
+    folder.verify().unwrap();
+    folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap().unwrap()).collect()
 }
 
 fn bytes_of(dir: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -110,9 +119,10 @@ fn good_photos_become_rows_bad_ones_are_counted_and_workers_change_nothing() {
     assert_eq!(manifest.rejected, expected);
     assert_eq!(manifest.splits, BTreeMap::from([("held_out".into(), 1), ("train".into(), 4)]));
 
-    let folder = ShardFolder::open(&dir.path().join("one")).unwrap();
-    folder.verify().unwrap();
-    let rows: Vec<_> = folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap().unwrap()).collect();
+    let noted = "caption_fallback 5 (colour.png and more), unlabelled_photo 10 (bad-blurred.png and more)";
+    assert_eq!(manifest.notes.to_string(), noted);
+
+    let rows = rows(&dir.path().join("one"));
     let keys: Vec<_> = rows.iter().map(|row| row.key.as_str()).collect();
     let kept = ["colour.png", "orl/s1-1.pgm", "orl/s1-2.pgm", "orl/s1-9.pgm", "orl/s2-1.pgm", "orl/s2-2.pgm"];
     assert_eq!(keys, kept);
@@ -147,10 +157,150 @@ fn progress_counts_every_photo() {
     let dir = workplace();
     let config = PrepConfig::load(&dir.path().join("data.yaml")).unwrap();
     let mut seen = Vec::new();
-    build(&config, dir.path(), &dir.path().join("out"), NonZeroUsize::MIN, &mut |progress| seen.push(progress))
-        .unwrap();
+    let stop = StopFlag::default();
+    let mut note = |progress| seen.push(progress);
+    build(&config, dir.path(), &dir.path().join("out"), NonZeroUsize::MIN, &stop, &mut note).unwrap();
     assert!(seen.is_sorted_by_key(|progress| progress.done) && seen.len() > 2);
     assert_eq!(seen.last(), Some(&Progress { done: 15, total: 15, kept: 6 }));
+}
+
+/// The JPEG of a photo whose camera lay as `orientation` says (EXIF 2.3, tag 0x112).
+fn jpeg(photo: &RgbImage, orientation: u8) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut encoder = JpegEncoder::new_with_quality(&mut bytes, 95);
+    let exif = [&b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0"[..], &[orientation, 0, 0, 0, 0, 0, 0]].concat();
+    encoder.set_exif_metadata(exif).unwrap();
+    encoder.write_image(photo, photo.width(), photo.height(), image::ExtendedColorType::Rgb8).unwrap();
+    bytes
+}
+
+#[test]
+fn what_is_not_whole_or_not_ours_becomes_no_row_and_what_is_changed_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let photos = dir.path().join("photos");
+    fs::create_dir_all(photos.join(".ipynb_checkpoints")).unwrap();
+    fs::create_dir_all(photos.join("copies")).unwrap();
+    fs::write(dir.path().join("data.yaml"), CONFIG).unwrap();
+    let portrait = image::open(asset("portraits/astronaut.png")).unwrap().into_rgb8();
+
+    // The copies of a labelled photo: in a hidden folder, and with a name that comes first.
+    let labelled = fs::read(asset("orl/s01/1.pgm")).unwrap();
+    for name in ["s1.pgm", "copies/s1.pgm", ".ipynb_checkpoints/s1-checkpoint.pgm"] {
+        fs::write(photos.join(name), &labelled).unwrap();
+    }
+    fs::write(dir.path().join("labels.csv"), "\u{feff}key,identity,split\ns1.pgm,s1,train\n").unwrap();
+    fs::write(photos.join("s1.txt"), "\u{feff}a man").unwrap();
+
+    // Cut as a broken download leaves it, and with an end put on it.
+    let whole = jpeg(&portrait, 1);
+    let cut = &whole[..whole.len() * 3 / 10];
+    fs::write(photos.join("bad-cut.jpg"), cut).unwrap();
+    fs::write(photos.join("bad-cut-ended.jpg"), [cut, b"\xff\xd9"].concat()).unwrap();
+    fs::write(photos.join("bad-name.jpg"), b"\0\0\0\x18ftypheic").unwrap();
+
+    // Turned with and without a word of it.
+    fs::write(photos.join("turned.png"), png(&imageops::rotate90(&portrait))).unwrap();
+    fs::write(photos.join("turned-exif.jpg"), jpeg(&imageops::rotate270(&portrait), 6)).unwrap();
+    // Behind every transparent pixel lies noise.
+    let mut cut_out = RgbaImage::from_fn(portrait.width(), portrait.height(), |x, y| {
+        let [r, g, b] = portrait.get_pixel(x, y).0;
+        let inside = (150..300).contains(&x) && (20..220).contains(&y);
+        if inside { Rgba([r, g, b, 255]) } else { Rgba([(x * y) as u8, (x * 7 + y) as u8, (x ^ y) as u8, 0]) }
+    });
+    cut_out.put_pixel(0, 0, Rgba([0, 0, 0, 0]));
+    cut_out.save(photos.join("transparent.png")).unwrap();
+
+    // What a stranger lays there: pipes, and links to files of the machine.
+    for pipe in ["pipe.jpg", "transparent.txt"] {
+        assert!(Command::new("mkfifo").arg(photos.join(pipe)).status().unwrap().success());
+    }
+    fs::write(photos.join("secret.png"), png(&imageops::rotate180(&portrait))).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", photos.join("secret.txt")).unwrap();
+    std::os::unix::fs::symlink(asset("portraits/obama.jpg"), photos.join("obama.jpg")).unwrap();
+    fs::write(photos.join("phone.heic"), "").unwrap();
+    fs::write(photos.join("phone.caption"), "").unwrap();
+
+    let manifest = prepare(dir.path(), "out", 2).unwrap();
+    let rejected = [("bad_caption", 2), ("duplicate", 1), ("undecodable", 3)];
+    assert_eq!(manifest.rejected, rejected.map(|(name, count)| (name.to_owned(), count)).into());
+    let noted = "caption_fallback 2 (turned-exif.jpg and more), caption_file 1 (phone.caption), \
+                 heic_file 1 (phone.heic), hidden_folder 1 (.ipynb_checkpoints), \
+                 link_out_of_folder 2 (obama.jpg and more), no_regular_file 1 (pipe.jpg), \
+                 turned_upright 1 (turned.png), unlabelled_photo 8 (bad-cut-ended.jpg and more)";
+    assert_eq!(manifest.notes.to_string(), noted);
+    let out = dir.path().join("out");
+    let list = fs::read_to_string(out.join("rejected.csv")).unwrap();
+    for line in [
+        "copies/s1.pgm,duplicate,s1.pgm\n",
+        "bad-name.jpg,undecodable,it is a HEIC or AVIF file\n",
+        "bad-cut.jpg,undecodable,the file ends before its picture does\n",
+        "secret.png,bad_caption,the caption cannot be read: a path led outside",
+        "transparent.png,bad_caption,\"the caption cannot be read: it is a pipe",
+    ] {
+        assert!(list.contains(line), "{list}");
+    }
+    let found = rows(&out);
+    let keys: Vec<_> = found.iter().map(|row| row.key.as_str()).collect();
+    assert_eq!(keys, ["s1.pgm", "turned-exif.jpg", "turned.png"]);
+    assert_eq!((found[0].identity.as_deref(), found[0].caption.as_str()), (Some("s1"), "a man"));
+    let alike: f32 = found[1].id_embedding.iter().zip(&found[2].id_embedding).map(|(a, b)| a * b).sum();
+    assert!(alike > 0.95, "{alike}");
+
+    fs::remove_file(photos.join("transparent.txt")).unwrap();
+    let manifest = prepare(dir.path(), "out", 2).unwrap();
+    assert_eq!(manifest.notes.get("transparent_on_white").map(|noted| noted.count), Some(1));
+    let row = rows(&out).into_iter().find(|row| row.key == "transparent.png").unwrap();
+    let crop = image::load_from_memory(&row.image).unwrap().into_rgb8();
+    assert_eq!(crop.get_pixel(0, crop.height() / 2).0, [255; 3]);
+}
+
+fn png(photo: &RgbImage) -> Vec<u8> {
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    photo.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+    bytes.into_inner()
+}
+
+#[test]
+fn a_signal_ends_the_build_and_leaves_nothing_behind() {
+    let dir = workplace();
+    let names = || fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    let before = names().len();
+    for (signal, name) in [("-TERM", "SIGTERM"), ("-INT", "SIGINT")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_data-prep"));
+        command.args(["build", "data.yaml", "--out", "out", "--workers", "1"]).current_dir(dir.path());
+        let child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        // Photos are looked at from then on.
+        while names().len() == before {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{said}");
+        assert!(said.contains(&format!("stopped by {name}: nothing is written")), "{said}");
+        assert_eq!(names().len(), before, "{:?}", names());
+    }
+}
+
+#[test]
+fn the_result_is_there_though_nobody_reads_what_is_printed() {
+    let dir = workplace();
+    for (out, print, code) in [("closed", Stdio::piped(), 0), ("full", full(), 1)] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_data-prep"));
+        command.args(["build", "data.yaml", "--out", out, "--workers", "2"]).current_dir(dir.path());
+        let mut child = command.stdout(print).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(!said.contains("panicked"), "{said}");
+        assert_eq!(Manifest::read(&dir.path().join(out)).unwrap().kept, 6);
+    }
+}
+
+/// A standard output on a disk without space.
+fn full() -> Stdio {
+    fs::OpenOptions::new().write(true).open("/dev/full").unwrap().into()
 }
 
 #[test]

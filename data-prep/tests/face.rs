@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use data_prep::face::{Detection, FaceAnalyser, FaceConfig};
-use image::RgbImage;
+use image::{RgbImage, imageops};
 
 fn photos() -> PathBuf {
     let cache = std::env::var_os("HYPERLORA_CACHE").map(PathBuf::from);
@@ -115,14 +115,51 @@ fn colour_portraits_of_one_person_are_alike_and_results_repeat() {
 }
 
 #[test]
+fn a_face_on_its_side_or_on_its_head_is_set_upright() {
+    let mut analyser = analyser();
+    let turns: [fn(&RgbImage) -> RgbImage; 3] = [imageops::rotate90, imageops::rotate180, imageops::rotate270];
+    for name in ["portraits/astronaut.png", "orl/s01/1.pgm", "orl/s22/1.pgm"] {
+        let photo = open(name);
+        let upright = analyser.detect_upright(photo.clone()).unwrap();
+        assert!(upright.faces.len() == 1 && !upright.turned && upright.photo == photo, "{name}");
+        let embedding = analyser.describe(&photo, &upright.faces[0]).unwrap().id_embedding;
+        for turn in turns {
+            let view = turn(&photo);
+            let found = analyser.detect_upright(view.clone()).unwrap();
+            // A face that is not seen at all is left out and counted.
+            if found.faces.is_empty() {
+                continue;
+            }
+            assert!(found.turned && found.photo == photo && found.faces == upright.faces, "{name}: {:?}", found.faces);
+            // As it lies it would be another person.
+            if let [face] = &analyser.detect(&view).unwrap()[..] {
+                let askew = analyser.describe(&view, face).unwrap().id_embedding;
+                assert!(cosine(&embedding, &askew) < 0.5, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn upright_photos_stay_as_they_are() {
+    let mut analyser = analyser();
+    let orl = (1..=40).map(|person| format!("orl/s{person:02}/{}.pgm", 1 + person % 10));
+    let portraits = ["obama.jpg", "obama2.jpg", "obama3.jpg", "biden.jpg"].map(|name| format!("portraits/{name}"));
+    for name in orl.chain(portraits) {
+        let found = analyser.detect_upright(open(&name)).unwrap();
+        assert!(found.faces.len() == 1 && !found.turned, "{name}: {:?}", found.faces);
+    }
+}
+
+#[test]
 fn a_face_that_fills_the_photo_is_found_at_a_smaller_size() {
     let config = FaceConfig { detector_sides: vec![640], min_score: Some(0.85), ..FaceConfig::default() };
     let mut large_only = FaceAnalyser::load(&config, Path::new("")).unwrap();
     let config = FaceConfig { detector_sides: vec![640, 320], ..config };
     let mut retrying = FaceAnalyser::load(&config, Path::new("")).unwrap();
     // From brow to chin, nothing around it.
-    let close_up = image::imageops::crop_imm(&open("portraits/astronaut.png"), 192, 80, 64, 77).to_image();
-    let close_up = image::imageops::resize(&close_up, 384, 462, image::imageops::FilterType::Triangle);
+    let close_up = imageops::crop_imm(&open("portraits/astronaut.png"), 192, 80, 64, 77).to_image();
+    let close_up = imageops::resize(&close_up, 384, 462, imageops::FilterType::Triangle);
     assert_eq!(large_only.detect(&close_up).unwrap().len(), 0);
     assert_eq!(retrying.detect(&close_up).unwrap().len(), 1);
 }

@@ -1,12 +1,12 @@
 //! A person from photos: face models and CLIP.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use data_prep::config::ConfigPath;
 use data_prep::face::mask::{self, MaskConfig};
-use data_prep::face::{Detection, FaceAnalyser, FaceConfig};
+use data_prep::face::{Detection, FaceAnalyser, FaceConfig, Upright};
+use data_prep::paths::read_regular;
 use data_prep::source::DecodeConfig;
 use image::RgbImage;
 
@@ -81,21 +81,23 @@ impl PhotoReader {
         })
     }
 
-    /// Finds and measures the one face of a photo.
+    /// Finds and measures the one face of a photo, by the rules of data preparation: the photo is whole, on white where it
+    /// is transparent, and turned where the face is not upright.
     ///
     /// # Errors
     /// Input for a file that is no photo, or shows no face or several.
     pub fn portrait(&mut self, path: &Path) -> Result<Portrait> {
-        let bytes = fs::read(path).map_err(|source| Error::read(path, source))?;
-        let photo = DecodeConfig::default().decode(&bytes).map_err(|problem| {
-            Error::file(
-                path,
-                format!("is no photo that can be decoded: {problem}"),
-                "give a PNG, JPEG, WebP, BMP or PGM file",
-            )
-        })?;
-        let found = self.analyser.detect(&photo)?;
-        let [face]: [Detection; 1] = found.try_into().map_err(|found: Vec<Detection>| {
+        const REMEDY: &str = "give a whole PNG, JPEG, WebP, BMP or PGM file, or save the photo smaller";
+        let limits = DecodeConfig::default();
+        let bytes = read_regular(path, limits.max_bytes).map_err(|source| Error::read(path, source))?;
+        let photo = limits
+            .decode(&bytes)
+            .map_err(|problem| Error::file(path, format!("is no photo that can be decoded: {problem}"), REMEDY))?;
+        let Upright { photo, faces, turned } = self.analyser.detect_upright(photo.pixels)?;
+        if turned {
+            tracing::info!("{}: turned, so that the face is upright", path.display());
+        }
+        let [face]: [Detection; 1] = faces.try_into().map_err(|found: Vec<Detection>| {
             Error::file(
                 path,
                 format!("shows {} faces, one is needed", found.len()),

@@ -215,6 +215,15 @@ fn a_lora_is_made_of_photos_of_one_face() {
     let id_only = written(&[]);
     assert!(id_only != with_base);
 
+    // On its side the same photo gives the same LoRA.
+    let turned = world.path("turned.png");
+    image::open(&photo).unwrap().rotate90().save(&turned).unwrap();
+    run(generate(&[&turned, &photo.with_file_name("2.pgm")], &[])).with(0);
+    assert!(fs::read(&output).unwrap() == id_only);
+    let pipe = world.path("pipe.png");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    run(generate(&[&photo, &pipe], &[])).refused(2, &["pipe.png", "no regular file"]);
+
     let (text, blank) = (world.path("text.png"), world.path("blank.png"));
     fs::write(&text, "This is a text.").unwrap();
     RgbImage::new(96, 96).save(&blank).unwrap();

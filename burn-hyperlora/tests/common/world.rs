@@ -68,6 +68,7 @@ impl World {
             kept: people * photos,
             splits: Default::default(),
             rejected: Default::default(),
+            notes: Default::default(),
             models: Default::default(),
             shards: written.shards,
             index: written.index,

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::filter::{Reason, Rejection};
+use crate::source::SourceFiles;
+use crate::text;
 
 /// A caption longer than this is no caption but a wrong file.
 const MAX_BYTES: u64 = 64 * 1024;
@@ -26,7 +28,21 @@ pub enum Captioner {
     },
 }
 
+/// What is said of one photo.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caption {
+    /// The words, on one line.
+    pub text: String,
+    /// Whether they are said for want of others.
+    pub fallback: bool,
+}
+
 impl Captioner {
+    /// Whether the text files beside photos are their captions.
+    pub fn reads_files(&self) -> bool {
+        matches!(self, Self::Sidecar { .. })
+    }
+
     /// Checks that the fixed words are words only. They hold no placeholder on purpose: a name in the caption would
     /// tell the text encoder who it is, and the hypernetwork would not have to learn it.
     ///
@@ -44,32 +60,27 @@ impl Captioner {
         Ok(())
     }
 
-    /// The caption of the photo at `path`.
+    /// The caption of the photo at `path` in `files`.
     ///
     /// # Errors
     /// Why the photo is left out: a sidecar file that cannot be read, is not UTF-8, or is no caption by its size.
-    pub fn caption(&self, path: &Path) -> std::result::Result<String, Rejection> {
-        match self {
-            Self::Template { text } => Ok(text.clone()),
-            Self::Sidecar { fallback } => {
-                Ok(read_sidecar(&path.with_extension("txt"))?.unwrap_or_else(|| fallback.clone()))
-            }
-        }
+    pub fn caption(&self, files: &SourceFiles, path: &Path) -> std::result::Result<Caption, Rejection> {
+        let (text, found) = match self {
+            Self::Template { text } => (text, None),
+            Self::Sidecar { fallback } => (fallback, read_sidecar(files, &path.with_extension("txt"))?),
+        };
+        let fallback = found.is_none() && self.reads_files();
+        Ok(Caption { text: found.unwrap_or_else(|| text.clone()), fallback })
     }
 }
 
-fn read_sidecar(path: &Path) -> std::result::Result<Option<String>, Rejection> {
-    let bad = |problem: String| Rejection::new(Reason::BadCaption, problem);
-    let unreadable = |error: std::io::Error| bad(format!("the caption cannot be read: {error}"));
-    let size = match std::fs::metadata(path) {
+fn read_sidecar(files: &SourceFiles, path: &Path) -> std::result::Result<Option<String>, Rejection> {
+    let bad = |problem: String| Rejection::new(Reason::BadCaption, format!("the caption {problem}"));
+    let bytes = match files.read(path, MAX_BYTES) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(unreadable)?.len(),
+        other => other.map_err(|error| bad(format!("cannot be read: {error}")))?,
     };
-    if size > MAX_BYTES {
-        return Err(bad(format!("the caption holds {size} bytes")));
-    }
-    let bytes = std::fs::read(path).map_err(unreadable)?;
-    let text = String::from_utf8(bytes).map_err(|_| bad("the caption is not UTF-8 text".into()))?;
+    let text = text::decode(bytes).map_err(|problem| bad(problem.into()))?;
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     Ok((!line.is_empty()).then_some(line))
 }
@@ -83,17 +94,32 @@ mod tests {
     #[test]
     fn a_sidecar_wins_over_the_fallback() {
         let dir = tempfile::tempdir().unwrap();
+        let write = |content: &[u8]| std::fs::write(dir.path().join("x.txt"), content).unwrap();
+        std::fs::write(dir.path().join("x.jpg"), "").unwrap();
+        let source = format!("folder: {{root: '{}'}}", dir.path().display());
+        let source: crate::source::SourceConfig = crate::config::parse(&source, Path::new("data.yaml")).unwrap();
+        let files = source.open(dir.path(), true).unwrap().files;
         let captioner = Captioner::Sidecar { fallback: "a photo of a person".into() };
-        let photo = dir.path().join("x.jpg");
-        assert_eq!(captioner.caption(&photo).unwrap(), "a photo of a person");
-        std::fs::write(dir.path().join("x.txt"), " a woman\n in a hat \n").unwrap();
-        assert_eq!(captioner.caption(&photo).unwrap(), "a woman in a hat");
-        std::fs::write(dir.path().join("x.txt"), " \n").unwrap();
-        assert_eq!(captioner.caption(&photo).unwrap(), "a photo of a person");
-        std::fs::write(dir.path().join("x.txt"), [0xff, 0xfe]).unwrap();
-        assert_eq!(captioner.caption(&photo).unwrap_err().reason, Reason::BadCaption);
-        std::fs::write(dir.path().join("x.txt"), vec![b'a'; 70_000]).unwrap();
-        assert_eq!(captioner.caption(&photo).unwrap_err().detail, "the caption holds 70000 bytes");
+        let caption = || captioner.caption(&files, Path::new("x.jpg"));
+        let fallback = Caption { text: "a photo of a person".into(), fallback: true };
+        assert_eq!(caption().unwrap(), fallback);
+        write(b" a woman\n in a hat \n");
+        assert_eq!(caption().unwrap(), Caption { text: "a woman in a hat".into(), fallback: false });
+        write(b"\xef\xbb\xbfa woman in orange");
+        assert_eq!(caption().unwrap().text, "a woman in orange");
+        write(b" \n");
+        assert_eq!(caption().unwrap(), fallback);
+        write(&[0xff, 0xfe]);
+        assert_eq!(caption().unwrap_err().reason, Reason::BadCaption);
+        write(&[b'a'; 70_000]);
+        assert_eq!(caption().unwrap_err().detail, "the caption cannot be read: it holds more than 65536 bytes");
+
+        std::fs::remove_file(dir.path().join("x.txt")).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("x.txt")).unwrap();
+        assert_eq!(caption().unwrap_err().reason, Reason::BadCaption);
+        std::fs::remove_file(dir.path().join("x.txt")).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(dir.path().join("x.txt")).status().unwrap().success());
+        assert_eq!(caption().unwrap_err().reason, Reason::BadCaption);
     }
 
     #[test]

@@ -59,12 +59,12 @@ impl Detector {
         Ok(Self { family, min_score: min_score.unwrap_or(usual), sides })
     }
 
-    /// The faces of a photo, best score first. Where the first side shows none, the photo is shown smaller: a face that
-    /// fills the photo is otherwise larger than what the model knows.
+    /// The faces of a photo, best score first, and the side at which they were seen. Where the first side shows none, the
+    /// photo is shown smaller: a face that fills the photo is otherwise larger than what the model knows.
     ///
     /// # Errors
     /// Fault: the model cannot be run. Input: it is not the expected model.
-    pub(super) fn detect(&mut self, photo: &RgbImage) -> Result<Vec<Detection>> {
+    pub(super) fn detect(&mut self, photo: &RgbImage) -> Result<(Vec<Detection>, u32)> {
         let mut tried = 0;
         for side in self.sides.clone() {
             let side = match &self.family {
@@ -75,15 +75,31 @@ impl Detector {
                 continue;
             }
             tried = side;
-            let faces = match &mut self.family {
-                Family::YuNet(yunet) => yunet.detect_at(photo, side, self.min_score)?,
-                Family::Scrfd(scrfd) => scrfd.detect_at(photo, side, self.min_score)?,
-            };
+            let faces = self.detect_at(photo, side)?;
             if !faces.is_empty() {
-                return Ok(faces);
+                return Ok((faces, side));
             }
         }
-        Ok(Vec::new())
+        Ok((Vec::new(), tried))
+    }
+
+    /// The faces that are seen when the photo's longest side takes `side` pixels of the model's view, best score first.
+    ///
+    /// # Errors
+    /// As [`detect`](Self::detect).
+    pub(super) fn detect_at(&mut self, photo: &RgbImage, side: u32) -> Result<Vec<Detection>> {
+        match &mut self.family {
+            Family::YuNet(yunet) => yunet.detect_at(photo, side, self.min_score),
+            Family::Scrfd(scrfd) => scrfd.detect_at(photo, side, self.min_score),
+        }
+    }
+
+    /// Whether a face with this score is upright without a doubt.
+    pub(super) fn is_surely_upright(&self, face: &Detection) -> bool {
+        match &self.family {
+            Family::YuNet(_) => face.score >= YuNet::UPRIGHT_SCORE,
+            Family::Scrfd(_) => false,
+        }
     }
 }
 

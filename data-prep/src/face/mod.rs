@@ -23,6 +23,7 @@ use std::path::Path;
 use std::sync::Once;
 
 use image::RgbImage;
+use image::imageops::{rotate90, rotate180, rotate270};
 use serde::{Deserialize, Serialize};
 
 use crate::config::ConfigPath;
@@ -121,6 +122,17 @@ pub struct FaceDescription {
     pub id_embedding: Vec<f32>,
 }
 
+/// A photo whose face is upright, and the faces in it.
+#[derive(Debug, Clone)]
+pub struct Upright {
+    /// The photo.
+    pub photo: RgbImage,
+    /// Its faces, best score first.
+    pub faces: Vec<Detection>,
+    /// Whether the photo had to be turned.
+    pub turned: bool,
+}
+
 /// One set of ONNX sessions, one thread each: make one per worker.
 #[derive(Debug)]
 pub struct FaceAnalyser {
@@ -159,7 +171,35 @@ impl FaceAnalyser {
     /// # Errors
     /// Fault: the model cannot be run. Input: it is not the expected model.
     pub fn detect(&mut self, photo: &RgbImage) -> Result<Vec<Detection>> {
-        self.detector.detect(photo)
+        Ok(self.detector.detect(photo)?.0)
+    }
+
+    /// The faces of a photo, which is turned by quarters where that shows its one face better. A detector sees faces that
+    /// lie on their side or stand on their head as well, but puts their points as if they were upright: the portrait would
+    /// be embedded askew. Its score tells, which is best where the face is upright. With no face or several, the photo
+    /// stays as it is.
+    ///
+    /// # Errors
+    /// As [`detect`](Self::detect).
+    pub fn detect_upright(&mut self, photo: RgbImage) -> Result<Upright> {
+        let (faces, side) = self.detector.detect(&photo)?;
+        let [face] = &faces[..] else { return Ok(Upright { photo, faces, turned: false }) };
+        if self.detector.is_surely_upright(face) {
+            return Ok(Upright { photo, faces, turned: false });
+        }
+        let turns: [fn(&RgbImage) -> RgbImage; 3] = [rotate90, rotate180, rotate270];
+        let (mut best, mut turned) = (face.score, None);
+        for turn in turns {
+            let view = turn(&photo);
+            let score = self.detector.detect_at(&view, side)?.first().map_or(0.0, |face| face.score);
+            if score > best {
+                (best, turned) = (score, Some(view));
+            }
+        }
+        Ok(match turned {
+            Some(photo) => Upright { faces: self.detect(&photo)?, photo, turned: true },
+            None => Upright { photo, faces, turned: false },
+        })
     }
 
     /// Landmarks and ID embedding of one detected face.

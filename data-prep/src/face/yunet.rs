@@ -25,6 +25,9 @@ pub(super) struct YuNet {
 impl YuNet {
     /// Faces with a lower score do not count, unless said otherwise.
     pub(super) const MIN_SCORE: f32 = 0.6;
+    /// Faces with this score are upright. Twenty faces of the ORL database and of portraits scored 0.92 to 0.95, and at
+    /// most 0.90 after a turn of 90, 180 or 270 degrees.
+    pub(super) const UPRIGHT_SCORE: f32 = 0.91;
 
     pub(super) fn new(model: Model) -> Self {
         Self { model }

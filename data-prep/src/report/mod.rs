@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::face::Detection;
 use crate::files::write_whole_with;
 use crate::filter::{Reason, Rejection};
+use crate::notes::Notes;
 use crate::report::canvas::{Canvas, TEXT_HEIGHT, TEXT_WIDTH};
 use crate::shard::FaceRecord;
 
@@ -132,14 +133,14 @@ impl Report {
         describe_counts(&self.rejected_counts())
     }
 
-    /// Completes the list and draws the contact sheet.
+    /// Completes the list and draws the contact sheet, with what was noted beside the photos.
     ///
     /// # Errors
     /// Disk: a full or failing one.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(mut self, notes: &Notes) -> Result<()> {
         let list = self.dir.join(REJECTED_FILE);
         self.list.flush().map_err(|source| Error::write(&list, source))?;
-        let sheet = self.draw();
+        let sheet = self.draw(notes);
         let path = self.dir.join(CONTACT_SHEET_FILE);
         write_whole_with(&path, |file| {
             sheet.write_to(&mut std::io::BufWriter::new(file), image::ImageFormat::Png).map_err(|error| match error {
@@ -159,12 +160,15 @@ impl Report {
         })
     }
 
-    fn draw(&self) -> RgbImage {
+    fn draw(&self, notes: &Notes) -> RgbImage {
         let photos = self.kept.count + self.rejected.values().map(|sample| sample.count).sum::<usize>();
         let kept = (format!("{} of {photos} photos kept", self.kept.count), GREEN, self.kept.in_key_order());
         let left_out = self.rejected.values().flat_map(Sample::in_key_order).collect();
         let left_out = (format!("left out: {}", self.reasons()), RED, left_out);
-        let sections = if self.rejected.is_empty() { vec![kept] } else { vec![kept, left_out] };
+        let mut sections = if self.rejected.is_empty() { vec![kept] } else { vec![kept, left_out] };
+        if !notes.is_empty() {
+            sections.push((format!("noted: {notes}"), INK, Vec::new()));
+        }
 
         let title = TEXT_HEIGHT + 2 * GAP;
         let rows = |shown: &Vec<&Shown>| shown.len().div_ceil(COLUMNS) as u32;
@@ -278,7 +282,7 @@ mod tests {
         report.rejected("b, c.png", &Rejection::new(Reason::NoFace, ""), Cell::rejected(&photo(50), &[])).unwrap();
         report.rejected("d.png", &Rejection::new(Reason::Undecodable, "cut \"off\""), Cell::blank()).unwrap();
         assert_eq!(report.reasons(), "no_face 1, undecodable 1");
-        report.finish().unwrap();
+        report.finish(&Notes::default()).unwrap();
 
         let list = std::fs::read_to_string(dir.path().join(REJECTED_FILE)).unwrap();
         assert_eq!(list, "key,reason,detail\n\"b, c.png\",no_face,\nd.png,undecodable,\"cut \"\"off\"\"\"\n");

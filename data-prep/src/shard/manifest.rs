@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::files::write_whole;
+use crate::notes::Notes;
 use crate::paths::{Root, below, open_regular};
 use crate::shard::limits::{FOOTER_BYTES, GROUP_BYTES, INDEX_BYTES, INDEX_ROWS_PER_BYTE, ROWS, ROWS_PER_GROUP};
 use crate::shard::schema::SCHEMA_VERSION;
@@ -30,6 +31,9 @@ pub struct Manifest {
     pub splits: BTreeMap<String, usize>,
     /// Photos that were left out, by reason.
     pub rejected: BTreeMap<String, usize>,
+    /// What was passed over or changed without a photo being left out for it.
+    #[serde(default, skip_serializing_if = "Notes::is_empty")]
+    pub notes: Notes,
     /// The models that looked at the photos: role to file name and checksum.
     pub models: BTreeMap<String, String>,
     /// The shards, in the order of their rows.

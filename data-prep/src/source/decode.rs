@@ -2,10 +2,11 @@
 
 use std::io::Cursor;
 
-use image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::source::jpeg;
 
 /// What a photo may cost. A larger one counts as undecodable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +24,15 @@ impl Default for DecodeConfig {
     }
 }
 
+/// A photo's pixels.
+#[derive(Debug, Clone)]
+pub struct Decoded {
+    /// 8-bit RGB, upright by the EXIF orientation; on white where the photo is transparent.
+    pub pixels: RgbImage,
+    /// Whether it is transparent somewhere.
+    pub transparent: bool,
+}
+
 impl DecodeConfig {
     /// Checks that something can be decoded at all.
     ///
@@ -35,31 +45,67 @@ impl DecodeConfig {
         Ok(())
     }
 
-    /// The photo in `bytes` as 8-bit RGB, upright by its EXIF orientation.
+    /// The photo in `bytes`.
     ///
     /// # Errors
-    /// Why it cannot be decoded: an unknown format, damage, or a limit.
-    pub fn decode(&self, bytes: &[u8]) -> std::result::Result<RgbImage, ImageError> {
-        let mut limits = Limits::default();
-        limits.max_image_width = Some(self.max_side);
-        limits.max_image_height = Some(self.max_side);
+    /// Why it cannot be decoded, in words: an unknown format, damage, a part that is missing, or a limit.
+    pub fn decode(&self, bytes: &[u8]) -> std::result::Result<Decoded, String> {
+        let mut limits = Limits::no_limits();
         limits.max_alloc = Some(self.max_bytes);
-
-        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-        reader.limits(limits.clone());
-        let mut decoder = reader.into_decoder()?;
-        // Not every decoder checks its limits by itself.
+        let failed = |error: ImageError| match error {
+            ImageError::Limits(_) => {
+                format!("decoding it needs more memory than decode.max_bytes allows ({} bytes)", self.max_bytes)
+            }
+            ImageError::Unsupported(_) if is_heif(bytes) => "it is a HEIC or AVIF file".into(),
+            other => other.to_string(),
+        };
+        let mut reader =
+            ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| error.to_string())?;
+        reader.limits(limits);
+        let format = reader.format();
+        let mut decoder = reader.into_decoder().map_err(failed)?;
+        // Not every decoder checks its limits by itself, and none names them.
         let (width, height) = decoder.dimensions();
-        limits.check_dimensions(width, height)?;
-        limits.reserve(decoder.total_bytes())?;
+        let allowed = |key: &str, limit: u64| format!("more than decode.{key} allows ({limit})");
+        if width.max(height) > self.max_side {
+            let allowed = allowed("max_side", self.max_side.into());
+            return Err(format!("it is {width} x {height} pixels large, {allowed}"));
+        }
+        let bytes_needed = decoder.total_bytes();
+        if bytes_needed > self.max_bytes {
+            let allowed = allowed("max_bytes", self.max_bytes);
+            return Err(format!("its {width} x {height} pixels take {bytes_needed} bytes, {allowed}"));
+        }
         // Orientation that cannot be read is no reason to lose the photo.
         let orientation = decoder.orientation().ok();
-        let mut photo = DynamicImage::from_decoder(decoder)?;
+        let mut photo = match (format, decoder.color_type()) {
+            (Some(ImageFormat::Jpeg), colours) => jpeg::decode(bytes, [width, height], colours)?,
+            _ => DynamicImage::from_decoder(decoder).map_err(failed)?,
+        };
         if let Some(orientation) = orientation {
             photo.apply_orientation(orientation);
         }
-        Ok(photo.into_rgb8())
+        Ok(on_white(photo))
     }
+}
+
+/// A transparent pixel has a colour too, which no viewer shows: rubbish that must not become the picture.
+fn on_white(photo: DynamicImage) -> Decoded {
+    if !photo.color().has_alpha() {
+        return Decoded { pixels: photo.into_rgb8(), transparent: false };
+    }
+    let photo = photo.into_rgba8();
+    let transparent = photo.pixels().any(|pixel| pixel.0[3] != 255);
+    let pixels = RgbImage::from_fn(photo.width(), photo.height(), |x, y| {
+        let [r, g, b, alpha] = photo.get_pixel(x, y).0.map(u32::from);
+        image::Rgb([r, g, b].map(|value| ((value * alpha + 255 * (255 - alpha) + 127) / 255) as u8))
+    });
+    Decoded { pixels, transparent }
+}
+
+/// The container of HEIC and AVIF (ISO/IEC 14496-12), which phones write and people rename.
+fn is_heif(bytes: &[u8]) -> bool {
+    bytes.get(4..8) == Some(b"ftyp")
 }
 
 #[cfg(test)]
@@ -80,10 +126,39 @@ mod tests {
     fn good_bytes_decode_and_bad_ones_do_not() {
         let limits = DecodeConfig::default();
         let whole = png(30, 20);
-        assert_eq!(limits.decode(&whole).unwrap().dimensions(), (30, 20));
+        assert_eq!(limits.decode(&whole).unwrap().pixels.dimensions(), (30, 20));
         assert!(limits.decode(&whole[..whole.len() / 2]).is_err());
         assert!(limits.decode(b"not an image").is_err());
         assert!(limits.decode(b"").is_err());
+    }
+
+    #[test]
+    fn no_format_fills_in_what_is_missing() {
+        let photo = image::DynamicImage::from(RgbImage::from_fn(61, 47, |x, y| {
+            image::Rgb([(x * 37 ^ y * 91) as u8, (x * y) as u8, (x + 3 * y) as u8])
+        }));
+        use ImageFormat::{Bmp, Jpeg, Png, Pnm, WebP};
+        for format in [Bmp, Jpeg, Png, Pnm, WebP] {
+            let mut bytes = Cursor::new(Vec::new());
+            photo.write_to(&mut bytes, format).unwrap();
+            let whole = bytes.into_inner();
+            let decode = |bytes: &[u8]| DecodeConfig::default().decode(bytes);
+            assert_eq!(decode(&whole).unwrap().pixels.dimensions(), (61, 47), "{format:?}");
+            // The last bytes of a PNG say that it ends, and a line of a BMP is filled up.
+            for cut in (0..whole.len() - 16).step_by(7) {
+                assert!(decode(&whole[..cut]).is_err(), "{format:?} cut at {cut} of {}", whole.len());
+            }
+        }
+    }
+
+    #[test]
+    fn transparent_pixels_are_white_whatever_their_colour() {
+        let photo = image::RgbaImage::from_fn(3, 1, |x, _| image::Rgba([200, 100, 0, [0, 255, 128][x as usize]]));
+        let mut bytes = Cursor::new(Vec::new());
+        photo.write_to(&mut bytes, ImageFormat::Png).unwrap();
+        let decoded = DecodeConfig::default().decode(&bytes.into_inner()).unwrap();
+        assert!(decoded.transparent);
+        assert_eq!(decoded.pixels.into_raw(), [255, 255, 255, 200, 100, 0, 227, 177, 127]);
     }
 
     #[test]
@@ -93,7 +168,10 @@ mod tests {
         assert!(narrow.decode(&png(26, 2)).is_err());
         let small = DecodeConfig { max_bytes: 3 * 100 * 100, ..DecodeConfig::default() };
         assert!(small.decode(&png(100, 100)).is_ok());
-        assert!(small.decode(&png(100, 101)).is_err());
+        let message = small.decode(&png(100, 101)).unwrap_err();
+        assert_eq!(message, "its 100 x 101 pixels take 30300 bytes, more than decode.max_bytes allows (30000)");
+        let message = narrow.decode(&png(2, 26)).unwrap_err();
+        assert_eq!(message, "it is 2 x 26 pixels large, more than decode.max_side allows (25)");
         // A header that promises far more than the file holds.
         let bomb = b"P6\n16000 16000\n255\n\0\0\0";
         assert!(small.decode(bomb).is_err());

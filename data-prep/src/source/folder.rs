@@ -1,16 +1,20 @@
 //! A folder of image files, with an optional CSV list of identities and splits.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use walkdir::WalkDir;
+use walkdir::{DirEntry, WalkDir};
 
 use crate::config::ConfigPath;
 use crate::error::{Error, Result};
-use crate::source::Photo;
+use crate::notes::Notes;
+use crate::paths::{Root, read_regular};
+use crate::source::labels::{self, Label};
+use crate::source::{Photo, Source, SourceFiles};
 
-/// A folder that is searched through all its subfolders.
+/// A folder that is searched through all its subfolders, but for hidden ones and those that tools keep.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FolderConfig {
@@ -22,56 +26,58 @@ pub struct FolderConfig {
     /// Extensions of the files to look at, in lower case; files in any case match.
     #[serde(default = "image_extensions")]
     pub extensions: Vec<String>,
+    /// Whether links are followed that lead out of the folder. Those that stay in it are followed anyway, where they are
+    /// relative.
+    #[serde(default)]
+    pub follow_links: bool,
 }
 
 fn image_extensions() -> Vec<String> {
     ["bmp", "jpeg", "jpg", "pgm", "png", "ppm", "webp"].map(String::from).to_vec()
 }
 
-/// A row of the list.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Label {
-    key: String,
-    identity: Option<String>,
-    split: Option<String>,
-}
+/// What systems and tools keep beside photos, in names that do not begin with a dot: thumbnails, waste bins, copies.
+const KEPT_BY_TOOLS: [&str; 9] = [
+    "@eaDir",
+    "@Recycle",
+    "@__thumb",
+    "__MACOSX",
+    "#recycle",
+    "#snapshot",
+    "$RECYCLE.BIN",
+    "lost+found",
+    "System Volume Information",
+];
 
 impl FolderConfig {
-    pub(super) fn photos(&self, base_dir: &Path) -> Result<Vec<Photo>> {
+    pub(super) fn open(&self, base_dir: &Path, captions_beside: bool) -> Result<Source> {
         let root = self.root.resolve(base_dir)?;
         if !root.is_dir() {
             return Err(Error::file(&root, "is not a folder", "set source.folder.root to the folder of the photos"));
         }
-        let mut labels = match &self.labels {
-            Some(path) => read_labels(&path.resolve(base_dir)?)?,
-            None => HashMap::new(),
+        let real_root = root.canonicalize().map_err(|source| Error::read(&root, source))?;
+        let files = SourceFiles { root: Root::open(&root)?, follow_links: self.follow_links };
+        let list = self.labels.as_ref().map(|path| path.resolve(base_dir)).transpose()?;
+        let labels = list.as_deref().map(|path| read_labels(path, &root, &files)).transpose()?;
+        let search = Search {
+            config: self,
+            root: &root,
+            real_root,
+            list: list.as_deref(),
+            captions_beside,
+            paths: Vec::new(),
+            texts: Vec::new(),
+            notes: Notes::default(),
         };
-        let mut photos = Vec::new();
-        for entry in WalkDir::new(&root).follow_links(true) {
-            let path = match entry {
-                Ok(entry) if entry.file_type().is_file() && self.wants(entry.path()) => entry.into_path(),
-                Ok(_) => continue,
-                // Below the root it is one photo's trouble: reading that photo fails too, and is counted.
-                Err(error) => match error.path().filter(|_| error.depth() > 0) {
-                    Some(path) => path.to_path_buf(),
-                    None => return Err(walk_error(&root, error)),
-                },
-            };
-            let key = key_of(path.strip_prefix(&root).unwrap_or(&path));
-            let label = labels.remove(&key);
-            let (identity, split) = label.map_or((None, None), |label| (label.identity, label.split));
-            photos.push(Photo { key, path, identity, split });
-        }
+        let (photos, notes) = search.run()?.labelled(labels);
         if photos.is_empty() {
-            let problem = format!("holds no files ending in {}", self.extensions.join(", "));
+            let mut problem = format!("holds no files ending in {}", self.extensions.join(", "));
+            if !notes.is_empty() {
+                problem += &format!("; passed over: {notes}");
+            }
             return Err(Error::file(&root, problem, "set source.folder.root and extensions to where photos are"));
         }
-        if !labels.is_empty() {
-            tracing::warn!("{} photos of the label list are not in {}", labels.len(), root.display());
-        }
-        photos.sort_unstable_by(|a, b| a.key.cmp(&b.key));
-        Ok(photos)
+        Ok(Source { photos, files, notes })
     }
 
     fn wants(&self, path: &Path) -> bool {
@@ -80,31 +86,169 @@ impl FolderConfig {
     }
 }
 
-fn read_labels(path: &Path) -> Result<HashMap<String, Label>> {
-    const REMEDY: &str = "write it as CSV with the header `key,identity,split`, each key once";
-    let file = std::fs::File::open(path).map_err(|source| Error::read(path, source))?;
-    let mut labels = HashMap::new();
-    let mut rows = csv::Reader::from_reader(file);
-    let mut row = csv::StringRecord::new();
-    let broken = |error: csv::Error| {
-        let line = error.position().map_or(1, csv::Position::line);
-        Error::input(format!("{}:{line}", path.display()), error, REMEDY)
-    };
-    let header = rows.headers().map_err(broken)?.clone();
-    while rows.read_record(&mut row).map_err(broken)? {
-        let label: Label = row.deserialize(Some(&header)).map_err(broken)?;
-        let line = row.position().map_or(1, csv::Position::line);
-        if let Some(twice) = labels.insert(label.key.clone(), label) {
-            let place = format!("{}:{line}", path.display());
-            return Err(Error::input(place, format!("the key `{}` stands here a second time", twice.key), REMEDY));
-        }
-    }
-    Ok(labels)
+/// The walk through a folder.
+struct Search<'a> {
+    config: &'a FolderConfig,
+    root: &'a Path,
+    real_root: PathBuf,
+    list: Option<&'a Path>,
+    captions_beside: bool,
+    /// Keys and paths of the photos.
+    paths: Vec<(String, PathBuf)>,
+    /// Keys of the text files that are captions, if they stand beside a photo.
+    texts: Vec<String>,
+    notes: Notes,
 }
 
-/// Path parts joined by `/` on every system.
-fn key_of(relative: &Path) -> String {
-    relative.iter().map(|part| part.to_string_lossy()).collect::<Vec<_>>().join("/")
+impl Search<'_> {
+    fn run(mut self) -> Result<Self> {
+        let mut entries = WalkDir::new(self.root).follow_links(true).into_iter();
+        while let Some(entry) = entries.next() {
+            match entry {
+                Ok(entry) if entry.depth() == 0 => {}
+                Ok(entry) => {
+                    if !self.look_at(&entry) && entry.file_type().is_dir() {
+                        entries.skip_current_dir();
+                    }
+                }
+                Err(error) => match error.path().filter(|_| error.depth() > 0) {
+                    Some(path) => self.fail_at(path, &error),
+                    None => return Err(walk_error(self.root, error)),
+                },
+            }
+        }
+        self.paths.sort_unstable();
+        for text in std::mem::take(&mut self.texts) {
+            if !self.is_beside_photo(&text) {
+                self.notes.add("txt_file", &text);
+            }
+        }
+        Ok(self)
+    }
+
+    /// Tells whether to go on into the entry, where it is a folder.
+    fn look_at(&mut self, entry: &DirEntry) -> bool {
+        let path = entry.path();
+        let relative = path.strip_prefix(self.root).unwrap_or(path);
+        let (key, folder) = (key_of(relative), entry.file_type().is_dir());
+        let name = entry.file_name().as_bytes();
+        if name.starts_with(b".") || KEPT_BY_TOOLS.iter().any(|kept| name.eq_ignore_ascii_case(kept.as_bytes())) {
+            self.notes.add(if folder { "hidden_folder" } else { "hidden_file" }, &key);
+            return false;
+        }
+        if entry.path_is_symlink() && !self.config.follow_links && self.leads_out(path) {
+            self.notes.add("link_out_of_folder", &key);
+            return false;
+        }
+        if !folder {
+            if self.config.wants(path) {
+                if entry.file_type().is_file() {
+                    self.paths.push((key, relative.into()));
+                } else {
+                    self.notes.add("no_regular_file", &key);
+                }
+            } else if self.captions_beside && path.extension().is_some_and(|extension| extension == "txt") {
+                self.texts.push(key);
+            } else if self.list != Some(path) {
+                self.pass_over(path, &key);
+            }
+        }
+        true
+    }
+
+    /// An entry that cannot be looked at.
+    fn fail_at(&mut self, path: &Path, error: &walkdir::Error) {
+        let relative = path.strip_prefix(self.root).unwrap_or(path);
+        let key = key_of(relative);
+        if error.loop_ancestor().is_some() {
+            self.notes.add("link_loop", &key);
+        } else if !path.is_symlink() {
+            tracing::warn!("{error}: the photos in this folder are missing");
+            self.notes.add("unreadable_folder", &key);
+        } else if self.config.wants(path) {
+            // One photo's trouble: reading it fails too, and is counted.
+            self.paths.push((key, relative.into()));
+        } else {
+            self.notes.add("broken_link", &key);
+        }
+    }
+
+    /// Counts a file that is neither photo nor caption by its extension.
+    fn pass_over(&mut self, path: &Path, key: &str) {
+        // Enough for every format that photos and captions come in; a stranger's extensions do not fill the manifest.
+        const MOST_KINDS: usize = 40;
+        let extension = path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
+        let kind = match extension {
+            Some(extension) if extension.len() <= 10 && extension.chars().all(char::is_alphanumeric) => {
+                format!("{extension}_file")
+            }
+            _ => "other_file".into(),
+        };
+        let known = self.notes.get(&kind).is_some() || self.notes.kinds() < MOST_KINDS;
+        self.notes.add(if known { &kind } else { "other_file" }, key);
+    }
+
+    /// Whether a link leads out of the folder. An absolute one does so on the next machine.
+    fn leads_out(&self, link: &Path) -> bool {
+        let inside = |real: PathBuf| real.starts_with(&self.real_root);
+        !(link.read_link().is_ok_and(|target| target.is_relative()) && link.canonicalize().is_ok_and(inside))
+    }
+
+    /// Whether a photo has the name of a text file but for the extension.
+    fn is_beside_photo(&self, text: &str) -> bool {
+        let stem = text.strip_suffix("txt").unwrap_or(text);
+        let start = self.paths.partition_point(|(key, _)| key.as_str() < stem);
+        let alike = self.paths[start..].iter().map_while(|(key, _)| key.strip_prefix(stem));
+        alike.into_iter().any(|extension| !extension.contains(['.', '/']))
+    }
+
+    /// The photos with their labels.
+    fn labelled(mut self, labels: Option<HashMap<String, Label>>) -> (Vec<Photo>, Notes) {
+        let listed = labels.is_some();
+        let mut labels = labels.unwrap_or_default();
+        let photos = self.paths.into_iter().map(|(key, path)| {
+            let label = labels.remove(&key);
+            if listed && label.is_none() {
+                self.notes.add("unlabelled_photo", &key);
+            }
+            if key.contains(char::REPLACEMENT_CHARACTER) {
+                self.notes.add("name_not_utf8", &key);
+            }
+            let (identity, split) = label.map_or((None, None), |label| (label.identity, label.split));
+            Photo { key, path, identity, split }
+        });
+        let photos = photos.collect();
+        for key in labels.keys() {
+            self.notes.add("label_without_photo", key);
+        }
+        (photos, self.notes)
+    }
+}
+
+/// The list is the user's where it lies outside of the photos' folder, and as foreign as these where it lies in it.
+fn read_labels(path: &Path, root: &Path, files: &SourceFiles) -> Result<HashMap<String, Label>> {
+    let bytes = match path.strip_prefix(root) {
+        Ok(inside) => files.read(inside, labels::MAX_BYTES),
+        Err(_) => read_regular(path, labels::MAX_BYTES),
+    };
+    labels::parse(bytes.map_err(|source| Error::read(path, source))?, path)
+}
+
+/// A path from the root as a key: UTF-8, and no two paths share one. A byte that is not UTF-8 becomes U+FFFD and two
+/// hexadecimal digits, and so do the bytes of U+FFFD itself.
+pub(super) fn key_of(relative: &Path) -> String {
+    let mut key = String::new();
+    let escape = |key: &mut String, bytes: &[u8]| bytes.iter().for_each(|byte| *key += &format!("\u{fffd}{byte:02x}"));
+    for chunk in relative.as_os_str().as_bytes().utf8_chunks() {
+        for (index, part) in chunk.valid().split('\u{fffd}').enumerate() {
+            if index > 0 {
+                escape(&mut key, "\u{fffd}".as_bytes());
+            }
+            key += part;
+        }
+        escape(&mut key, chunk.invalid());
+    }
+    key
 }
 
 fn walk_error(root: &Path, error: walkdir::Error) -> Error {
@@ -119,43 +263,157 @@ fn walk_error(root: &Path, error: walkdir::Error) -> Error {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+    use std::ffi::OsStr;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use cap_std::ambient_authority;
+    use cap_std::fs::Dir;
+
     use super::*;
 
     fn folder(labels: &str) -> (tempfile::TempDir, FolderConfig) {
         let dir = tempfile::tempdir().unwrap();
         for name in ["b/2.PNG", "b/10.jpg", "a.pgm", "notes.txt"] {
-            let path = dir.path().join("photos").join(name);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, b"x").unwrap();
+            put(dir.path(), name);
         }
-        std::fs::write(dir.path().join("list.csv"), labels).unwrap();
+        fs::write(dir.path().join("list.csv"), labels).unwrap();
         let config = FolderConfig {
             root: ConfigPath::new("photos"),
             labels: Some(ConfigPath::new("list.csv")),
             extensions: image_extensions(),
+            follow_links: false,
         };
         (dir, config)
     }
 
+    fn put(dir: &Path, name: impl AsRef<Path>) {
+        let path = dir.join("photos").join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, b"x").unwrap();
+    }
+
+    fn keys(source: &Source) -> Vec<&str> {
+        source.photos.iter().map(|photo| photo.key.as_str()).collect()
+    }
+
     #[test]
     fn photos_come_in_key_order_with_their_labels() {
-        let (dir, config) = folder("key,identity,split\nb/2.PNG,ada,train\nb/10.jpg,,unseen\nmissing.png,x,y\n");
-        let photos = config.photos(dir.path()).unwrap();
+        // With the mark that some editors put before a text.
+        let list = "\u{feff}key,identity,split\nb/2.PNG,ada,train\nb/10.jpg,,unseen\nmissing.png,x,y\n";
+        let (dir, config) = folder(list);
+        let Source { photos, files, notes } = config.open(dir.path(), false).unwrap();
         let seen: Vec<_> = photos.iter().map(|p| (p.key.as_str(), p.identity.as_deref(), p.split.as_deref())).collect();
         let expected =
             [("a.pgm", None, None), ("b/10.jpg", None, Some("unseen")), ("b/2.PNG", Some("ada"), Some("train"))];
         assert_eq!(seen, expected);
-        assert!(photos.iter().all(|photo| photo.path.is_file()));
+        assert!(photos.iter().all(|photo| files.read(&photo.path, 1).unwrap() == b"x" && files.size(&photo.path) == 1));
+        let noted = "label_without_photo 1 (missing.png), txt_file 1 (notes.txt), unlabelled_photo 1 (a.pgm)";
+        assert_eq!(notes.to_string(), noted);
     }
 
     #[test]
-    fn what_cannot_be_read_below_the_root_is_a_photo_that_reading_rejects() {
-        let (dir, config) = folder("key,identity,split\n");
-        let photos = dir.path().join("photos");
-        std::os::unix::fs::symlink("nowhere.png", photos.join("dangling.png")).unwrap();
-        std::os::unix::fs::symlink("..", photos.join("b/loop")).unwrap();
-        let keys: Vec<_> = config.photos(dir.path()).unwrap().into_iter().map(|photo| photo.key).collect();
-        assert_eq!(keys, ["a.pgm", "b/10.jpg", "b/2.PNG", "b/loop", "dangling.png"]);
+    fn what_is_no_photo_is_counted_by_its_kind() {
+        let (dir, config) = folder("key,identity,split\na.pgm,,\nb/2.PNG,,\nb/10.jpg,,\n");
+        for name in ["x.heic", "y.HEIC", "a.txt", "a.pgm.txt", "b/10.caption", "README", "b/10.x.txt"] {
+            put(dir.path(), name);
+        }
+        let source = config.open(dir.path(), true).unwrap();
+        assert_eq!(keys(&source), ["a.pgm", "b/10.jpg", "b/2.PNG"]);
+        let noted = "caption_file 1 (b/10.caption), heic_file 2 (x.heic and more), other_file 1 (README), \
+                     txt_file 3 (a.pgm.txt and more)";
+        assert_eq!(source.notes.to_string(), noted);
+        (0..100).for_each(|number| put(dir.path(), format!("z.e{number}")));
+        assert!(config.open(dir.path(), true).unwrap().notes.kinds() < 50);
+    }
+
+    #[test]
+    fn hidden_folders_and_those_of_tools_are_not_searched() {
+        let (dir, mut config) = folder("");
+        config.labels = None;
+        for name in
+            [".ipynb_checkpoints/a-checkpoint.pgm", "b/@eaDir/2.PNG", "__MACOSX/a.pgm", "._a.pgm", "@EADIR/1.jpg"]
+        {
+            put(dir.path(), name);
+        }
+        let source = config.open(dir.path(), true).unwrap();
+        assert_eq!(keys(&source), ["a.pgm", "b/10.jpg", "b/2.PNG"]);
+        let noted = "hidden_file 1 (._a.pgm), hidden_folder 4 (.ipynb_checkpoints and more), txt_file 1 (notes.txt)";
+        assert_eq!(source.notes.to_string(), noted);
+        // The folder that the user names may be hidden itself.
+        config.root = ConfigPath::new("photos/.ipynb_checkpoints");
+        assert_eq!(keys(&config.open(dir.path(), true).unwrap()), ["a-checkpoint.pgm"]);
+    }
+
+    #[test]
+    fn links_stay_in_the_folder_unless_the_user_wants_them() {
+        let (dir, mut config) = folder("");
+        config.labels = None;
+        let (photos, outside) = (dir.path().join("photos"), dir.path().join("outside"));
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("o.png"), b"secret").unwrap();
+        for (target, link) in [
+            ("nowhere.png", "dangling.png"),
+            ("..", "b/loop"),
+            ("../a.pgm", "b/inside.pgm"),
+            ("b", "c"),
+            ("../outside", "out"),
+            ("../outside/o.png", "o.png"),
+            ("/dev/zero", "zero.png"),
+            ("/etc/hostname", "a.txt"),
+        ] {
+            symlink(target, photos.join(link)).unwrap();
+        }
+        let pipe = std::process::Command::new("mkfifo").arg(photos.join("pipe.jpg")).status().unwrap();
+        assert!(pipe.success());
+        let source = config.open(dir.path(), true).unwrap();
+        let inside =
+            ["a.pgm", "b/10.jpg", "b/2.PNG", "b/inside.pgm", "c/10.jpg", "c/2.PNG", "c/inside.pgm", "dangling.png"];
+        assert_eq!(keys(&source), inside);
+        let noted = "link_loop 2 (b/loop and more), link_out_of_folder 4 (a.txt and more), \
+                     no_regular_file 1 (pipe.jpg), txt_file 1 (notes.txt)";
+        assert_eq!(source.notes.to_string(), noted);
+        assert_eq!(source.files.read(Path::new("c/inside.pgm"), 9).unwrap(), b"x");
+        for refused in ["dangling.png", "out/o.png", "o.png", "zero.png", "a.txt", "pipe.jpg"] {
+            assert!(source.files.read(Path::new(refused), 1 << 20).is_err(), "{refused}");
+        }
+
+        config.follow_links = true;
+        let source = config.open(dir.path(), true).unwrap();
+        assert!(keys(&source).ends_with(&["dangling.png", "o.png", "out/o.png"]), "{:?}", keys(&source));
+        assert_eq!(source.files.read(Path::new("out/o.png"), 9).unwrap(), b"secret");
+        assert!(source.files.read(Path::new("zero.png"), 9).is_err());
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_read_is_counted_as_one() {
+        let (dir, mut config) = folder("");
+        config.labels = None;
+        // Deeper than a path may be long: nobody can open the last ones by their paths, not even root.
+        let mut at = Dir::open_ambient_dir(dir.path().join("photos"), ambient_authority()).unwrap();
+        for _ in 0..17 {
+            at.create_dir("d".repeat(250)).unwrap();
+            at = at.open_dir("d".repeat(250)).unwrap();
+        }
+        at.write("lost.jpg", b"x").unwrap();
+        let source = config.open(dir.path(), true).unwrap();
+        assert_eq!(keys(&source), ["a.pgm", "b/10.jpg", "b/2.PNG"]);
+        let noted = source.notes.get("unreadable_folder").unwrap();
+        assert!(noted.count == 1 && noted.first.starts_with("dddd"), "{noted:?}");
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_have_keys_of_their_own() {
+        let (dir, config) = folder("key,identity,split\n\u{fffd}.jpg,ada,\n");
+        for name in [&b"\xff.jpg"[..], b"\xfe.jpg", "\u{fffd}.jpg".as_bytes()] {
+            put(dir.path(), OsStr::from_bytes(name));
+        }
+        let source = config.open(dir.path(), true).unwrap();
+        let escaped = ["\u{fffd}ef\u{fffd}bf\u{fffd}bd.jpg", "\u{fffd}fe.jpg", "\u{fffd}ff.jpg"];
+        assert_eq!(keys(&source)[3..], escaped);
+        assert_eq!(source.photos[3].identity.as_deref(), Some("ada"));
+        assert_eq!(source.notes.get("name_not_utf8").map(|noted| noted.count), Some(3));
+        assert!(source.photos.iter().all(|photo| source.files.read(&photo.path, 1).is_ok()));
     }
 
     #[test]
@@ -164,9 +422,11 @@ mod tests {
             ("key,identity,split\na,b,c\nd,e\n", ":3: ", "fields"),
             ("key,identity,split\na,b,c\na,b,c\n", ":3: ", "second time"),
             ("key,person,split\na,b,c\n", ":2: ", "person"),
+            ("key,identity,split\na,b,c\n../../etc/shadow,b,c\n", ":3: ", "no plain relative path"),
+            ("key,identity,split\n/etc/shadow,b,c\n", ":2: ", "no plain relative path"),
         ] {
             let (dir, config) = folder(labels);
-            let error = config.photos(dir.path()).unwrap_err();
+            let error = config.open(dir.path(), true).unwrap_err();
             assert_eq!(error.exit_code(), 2);
             let message = error.to_string();
             assert!(message.contains(&format!("list.csv{line}")) && message.contains(word), "{message}");
@@ -174,11 +434,26 @@ mod tests {
     }
 
     #[test]
+    fn a_list_is_a_regular_file() {
+        let (dir, mut config) = folder("");
+        symlink("/etc/passwd", dir.path().join("photos/labels.csv")).unwrap();
+        for list in ["/dev/zero", "photos/labels.csv", "photos"] {
+            config.labels = Some(ConfigPath::new(list));
+            let error = config.open(dir.path(), true).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains("cannot be read"), "{error}");
+        }
+        fs::write(dir.path().join("list.csv"), b"\xff\xfek\0e\0y\0").unwrap();
+        config.labels = Some(ConfigPath::new("list.csv"));
+        assert!(config.open(dir.path(), true).unwrap_err().to_string().contains("is UTF-16 text"));
+    }
+
+    #[test]
     fn a_missing_or_empty_folder_is_named() {
         let (dir, mut config) = folder("key,identity,split\n");
         config.extensions = vec!["webp".into()];
-        assert!(config.photos(dir.path()).unwrap_err().to_string().contains("holds no files ending in webp"));
+        let message = config.open(dir.path(), true).unwrap_err().to_string();
+        assert!(message.contains("holds no files ending in webp; passed over: jpg_file 1 (b/10.jpg)"), "{message}");
         config.root = ConfigPath::new("nowhere");
-        assert!(config.photos(dir.path()).unwrap_err().to_string().contains("nowhere: is not a folder"));
+        assert!(config.open(dir.path(), true).unwrap_err().to_string().contains("nowhere: is not a folder"));
     }
 }

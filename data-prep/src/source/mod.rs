@@ -2,15 +2,20 @@
 
 mod decode;
 mod folder;
+mod jpeg;
+mod labels;
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use decode::DecodeConfig;
+pub use decode::{DecodeConfig, Decoded};
 pub use folder::FolderConfig;
 
 use crate::error::Result;
+use crate::notes::Notes;
+use crate::paths::{Root, read_regular};
 
 /// The source of the photos; tagged in the YAML by the kind, as in `source: {folder: {root: photos}}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,17 +25,51 @@ pub enum SourceConfig {
     Folder(FolderConfig),
 }
 
+/// What a source holds.
+#[derive(Debug)]
+pub struct Source {
+    /// All photos, in the order of their keys.
+    pub photos: Vec<Photo>,
+    /// Where their files are read.
+    pub files: SourceFiles,
+    /// What was passed over.
+    pub notes: Notes,
+}
+
 /// One photo that has not been read yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Photo {
     /// Its name in the source: unique, the same on every machine.
     pub key: String,
-    /// The file.
+    /// Its file, from the source's root.
     pub path: PathBuf,
     /// Who it shows, where the source says so.
     pub identity: Option<String>,
     /// The split it belongs to, where the source says so.
     pub split: Option<String>,
+}
+
+/// The files of a source. Whoever filled the folder may be a stranger: nothing but regular files is read, and no link is
+/// followed out of it unless the user wants that.
+#[derive(Debug)]
+pub struct SourceFiles {
+    root: Root,
+    follow_links: bool,
+}
+
+impl SourceFiles {
+    /// Reads the file at `path` from the root, which may hold `limit` bytes.
+    ///
+    /// # Errors
+    /// As [`Root::read`].
+    pub fn read(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+        if self.follow_links { read_regular(&self.root.path().join(path), limit) } else { self.root.read(path, limit) }
+    }
+
+    /// Number of bytes of the file at `path` from the root, 0 where it cannot be told.
+    pub fn size(&self, path: &Path) -> u64 {
+        std::fs::metadata(self.root.path().join(path)).map_or(0, |file| file.len())
+    }
 }
 
 impl SourceConfig {
@@ -48,13 +87,14 @@ impl SourceConfig {
         }
     }
 
-    /// All photos of the source in the order of their keys; relative paths start at `base_dir`.
+    /// Opens the source; relative paths start at `base_dir`. `captions_beside` tells whether the text files beside photos
+    /// are their captions.
     ///
     /// # Errors
     /// Input: a source that is missing, empty or wrongly labelled.
-    pub fn photos(&self, base_dir: &Path) -> Result<Vec<Photo>> {
+    pub fn open(&self, base_dir: &Path, captions_beside: bool) -> Result<Source> {
         match self {
-            Self::Folder(folder) => folder.photos(base_dir),
+            Self::Folder(folder) => folder.open(base_dir, captions_beside),
         }
     }
 }

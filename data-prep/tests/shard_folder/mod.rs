@@ -42,6 +42,7 @@ pub(crate) fn write(dir: &Path) -> Vec<FaceRecord> {
         kept: 10,
         splits: BTreeMap::from([("train".into(), 5)]),
         rejected: BTreeMap::from([("no_face".into(), 2)]),
+        notes: Default::default(),
         models,
         shards: written.shards,
         index: written.index,

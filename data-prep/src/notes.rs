@@ -1,0 +1,81 @@
+//! What is passed over or changed on the way, without a photo being left out for it: nothing of the kind is silent.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Display, Formatter};
+
+use serde::{Deserialize, Serialize};
+
+use crate::text::name;
+
+/// Things of one kind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Noted {
+    /// How many there are.
+    pub count: usize,
+    /// The name of one: the first in the order of names.
+    pub first: String,
+}
+
+/// What was noted, by kind.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Notes(BTreeMap<String, Noted>);
+
+impl Notes {
+    /// Counts `thing` among those of `kind`.
+    pub fn add(&mut self, kind: &str, thing: &str) {
+        match self.0.get_mut(kind) {
+            Some(noted) => {
+                noted.count += 1;
+                if thing < noted.first.as_str() {
+                    noted.first = thing.into();
+                }
+            }
+            None => {
+                self.0.insert(kind.into(), Noted { count: 1, first: thing.into() });
+            }
+        }
+    }
+
+    /// What was noted of `kind`.
+    pub fn get(&self, kind: &str) -> Option<&Noted> {
+        self.0.get(kind)
+    }
+
+    /// Whether nothing was noted.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Number of kinds.
+    pub fn kinds(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// In words: `caption_fallback 5 (a.png and more), hidden_folder 1 (.git)`.
+impl Display for Notes {
+    fn fmt(&self, out: &mut Formatter<'_>) -> fmt::Result {
+        for (index, (kind, Noted { count, first })) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            let more = if *count > 1 { " and more" } else { "" };
+            write!(out, "{comma}{} {count} ({}{more})", name(kind), name(first))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_is_counted_and_named_once_whatever_the_order() {
+        let mut notes = Notes::default();
+        for (kind, thing) in [("heic_file", "b.heic"), ("hidden_folder", ".git\n"), ("heic_file", "a.heic")] {
+            notes.add(kind, thing);
+        }
+        assert_eq!(notes.to_string(), "heic_file 2 (a.heic and more), hidden_folder 1 (.git\\n)");
+        assert_eq!(Notes::default().to_string(), "");
+    }
+}

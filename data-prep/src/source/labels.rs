@@ -1,0 +1,54 @@
+//! The CSV list of identities and splits.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+use crate::paths::is_plain;
+use crate::source::folder::key_of;
+use crate::text;
+
+/// A longer list is no list: ten million rows take less.
+pub(super) const MAX_BYTES: u64 = 1 << 30;
+
+const REMEDY: &str = "write it as CSV with the header `key,identity,split`, each key once";
+
+/// A row of the list.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Label {
+    pub(super) key: String,
+    pub(super) identity: Option<String>,
+    pub(super) split: Option<String>,
+}
+
+/// The rows in `bytes`, the content of the list at `path`, by their keys.
+///
+/// # Errors
+/// Input that names the line: no CSV with this header, a key that stands there twice or is no plain relative path.
+pub(super) fn parse(bytes: Vec<u8>, path: &Path) -> Result<HashMap<String, Label>> {
+    let text = text::decode(bytes).map_err(|problem| Error::file(path, format!("it {problem}"), REMEDY))?;
+    let mut labels = HashMap::new();
+    let mut rows = csv::Reader::from_reader(text.as_bytes());
+    let mut row = csv::StringRecord::new();
+    let broken = |error: csv::Error| {
+        let line = error.position().map_or(1, csv::Position::line);
+        Error::input(format!("{}:{line}", path.display()), error, REMEDY)
+    };
+    let header = rows.headers().map_err(broken)?.clone();
+    while rows.read_record(&mut row).map_err(broken)? {
+        let label: Label = row.deserialize(Some(&header)).map_err(broken)?;
+        let line = row.position().map_or(1, csv::Position::line);
+        let place = || format!("{}:{line}", path.display());
+        if !is_plain(&label.key) {
+            let remedy = "write keys as the photos' paths from source.folder.root, such as ada/1.jpg";
+            return Err(Error::input(place(), format!("the key `{}` is no plain relative path", label.key), remedy));
+        }
+        if let Some(twice) = labels.insert(key_of(Path::new(&label.key)), label) {
+            return Err(Error::input(place(), format!("the key `{}` stands here a second time", twice.key), REMEDY));
+        }
+    }
+    Ok(labels)
+}
