@@ -76,6 +76,7 @@ fn samples() {
             kept: 1,
             splits: Default::default(),
             rejected: Default::default(),
+            notes: Default::default(),
             models: Default::default(),
             shards: written.shards,
             index: written.index,

@@ -1,6 +1,7 @@
 //! The list of labels, and captions beside photos.
 
 use std::fs;
+use std::path::Path;
 
 use data_prep::caption::Captioner;
 use data_prep::config::ConfigPath;
@@ -21,6 +22,7 @@ fn labels() {
         root: ConfigPath::new("photos"),
         labels: Some(ConfigPath::new("list.csv")),
         extensions: vec!["png".into(), "jpg".into()],
+        follow_links: false,
     });
     let seeds = [
         "key,identity,split\na.png,ada,train\nb/c.jpg,,unseen\n",
@@ -29,7 +31,7 @@ fn labels() {
     ];
     fuzz("labels", 2000, 8 << 20, "list.csv", |case| {
         fs::write(folder.path().join("list.csv"), case.one_text(&seeds, &WORDS)).unwrap();
-        let photos = source.photos(folder.path())?;
+        let photos = source.open(folder.path(), false)?.photos;
         assert_eq!(photos.len(), 2);
         Ok(())
     });
@@ -38,6 +40,14 @@ fn labels() {
 #[test]
 fn captions() {
     let folder = scratch();
+    fs::write(folder.path().join("x.jpg"), "x").unwrap();
+    let source = SourceConfig::Folder(FolderConfig {
+        root: ConfigPath::new("."),
+        labels: None,
+        extensions: vec!["jpg".into()],
+        follow_links: false,
+    });
+    let files = source.open(folder.path(), true).unwrap().files;
     let captioner = Captioner::Sidecar { fallback: "a photo".into() };
     let seeds = [b"a woman in a hat\n".to_vec(), b"\xef\xbb\xbf a man \r\n with glasses".to_vec(), b" \n".to_vec()];
     fuzz("captions", 4000, 4 << 20, "", |case| {
@@ -47,7 +57,7 @@ fn captions() {
             false => case.text(&seeds[seed], &["\u{2028}", "\u{0}", "\t", "\u{1b}", "é", "\u{a0}"]),
         };
         fs::write(folder.path().join("x.txt"), bytes).unwrap();
-        let caption = captioner.caption(&folder.path().join("x.jpg")).map_err(|why| Refusal::Reason(why.detail))?;
+        let caption = captioner.caption(&files, Path::new("x.jpg")).map_err(|why| Refusal::Reason(why.detail))?.text;
         assert!(!caption.is_empty() && !caption.contains('\n'), "{caption:?}");
         Ok(())
     });
