@@ -6,7 +6,7 @@ use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Li
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::source::jpeg;
+use crate::source::{jpeg, webp};
 
 /// What a photo may cost. A larger one counts as undecodable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +63,9 @@ impl DecodeConfig {
             ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| error.to_string())?;
         reader.limits(limits);
         let format = reader.format();
+        if format == Some(ImageFormat::WebP) {
+            webp::check(bytes)?;
+        }
         let mut decoder = reader.into_decoder().map_err(failed)?;
         // Not every decoder checks its limits by itself, and none names them.
         let (width, height) = decoder.dimensions();

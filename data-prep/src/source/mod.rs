@@ -4,6 +4,7 @@ mod decode;
 mod folder;
 mod jpeg;
 mod labels;
+mod webp;
 
 use std::io;
 use std::path::{Path, PathBuf};

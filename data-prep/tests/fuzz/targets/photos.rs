@@ -47,6 +47,11 @@ fn png() {
 }
 
 #[test]
+fn webp() {
+    photos("webp", &["webp"]);
+}
+
+#[test]
 fn bmp() {
     photos("bmp", &["bmp"]);
 }

@@ -1,0 +1,104 @@
+//! What a WebP file says of its sizes (RFC 9649), held against each other before a decoder believes one of them: it would
+//! make room for a frame of 16383 x 16383 before it sees that the picture has 17 x 13.
+
+/// Checks that every chunk lies in the file and every frame is as large as the picture, or the animation's frame, that it
+/// is of. What else is wrong is left to the decoder.
+///
+/// # Errors
+/// What does not fit, in words.
+pub(super) fn check(file: &[u8]) -> Result<(), String> {
+    let mut rest = file.get(12..).unwrap_or_default();
+    let mut picture = None;
+    while let Some((name, content, behind)) = next(rest)? {
+        rest = behind;
+        match name {
+            b"VP8X" => picture = content.get(4..10).map(size),
+            b"ANMF" => {
+                let frame = content.get(6..12).map(size);
+                let mut rest = content.get(16..).unwrap_or_default();
+                while let Some((name, content, behind)) = next(rest)? {
+                    rest = behind;
+                    compare(name, content, frame)?;
+                }
+            }
+            _ => compare(name, content, picture)?,
+        }
+    }
+    Ok(())
+}
+
+/// A chunk's name and content, and what follows it; `None` at the end.
+fn next(file: &[u8]) -> Result<Option<(&[u8; 4], &[u8], &[u8])>, String> {
+    let Some(([name @ .., a, b, c, d], rest)) = file.split_first_chunk::<8>() else { return Ok(None) };
+    let length = u32::from_le_bytes([*a, *b, *c, *d]) as usize;
+    let (content, rest) = rest
+        .split_at_checked(length)
+        .ok_or_else(|| format!("the file ends within its chunk {}", name.escape_ascii()))?;
+    // The next one begins at an even place.
+    Ok(Some((name, content, rest.get(length % 2..).unwrap_or_default())))
+}
+
+/// Width and height, each less 1 in three bytes.
+fn size(bytes: &[u8]) -> [u32; 2] {
+    let number = |place: usize| (0..3).rev().fold(1, |sum, byte| sum + (u32::from(bytes[place + byte]) << (8 * byte)));
+    [number(0), number(3)]
+}
+
+/// Compares the size in a lossy frame's own header with the one that it was announced with.
+fn compare(name: &[u8; 4], content: &[u8], announced: Option<[u32; 2]>) -> Result<(), String> {
+    let (b"VP8 ", Some(&[a, b, c, d]), Some([width, height])) = (name, content.get(6..10), announced) else {
+        return Ok(());
+    };
+    // The two highest bits tell of scaling.
+    let own = [[a, b], [c, d]].map(|bytes| u32::from(u16::from_le_bytes(bytes) & 0x3fff));
+    if own == [width, height] {
+        return Ok(());
+    }
+    Err(format!("a frame of {} x {} pixels stands in a picture of {width} x {height}", own[0], own[1]))
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    fn chunk(name: &[u8; 4], content: &[u8]) -> Vec<u8> {
+        let padding = if content.len() % 2 == 1 { &[0][..] } else { &[] };
+        [name, &(content.len() as u32).to_le_bytes()[..], content, padding].concat()
+    }
+
+    fn file(chunks: &[Vec<u8>]) -> Vec<u8> {
+        [&b"RIFF\0\0\0\0WEBP"[..], &chunks.concat()].concat()
+    }
+
+    /// The beginning of a lossy frame.
+    fn frame(width: u16, height: u16) -> Vec<u8> {
+        let header = [&[0; 3][..], &[0x9d, 1, 0x2a], &width.to_le_bytes(), &height.to_le_bytes(), &[7]].concat();
+        chunk(b"VP8 ", &header)
+    }
+
+    #[test]
+    fn a_frame_is_as_large_as_what_it_is_of() {
+        let canvas = chunk(b"VP8X", &[0, 0, 0, 0, 16, 0, 0, 12, 0, 0]);
+        let animated = |frame: Vec<u8>| chunk(b"ANMF", &[&[0; 6][..], &[4, 0, 0, 5, 0, 0], &[0; 4], &frame].concat());
+        for good in
+            [vec![frame(17, 13)], vec![canvas.clone(), frame(17, 13)], vec![canvas.clone(), animated(frame(5, 6))]]
+        {
+            check(&file(&good)).unwrap();
+        }
+        for bad in [frame(16383, 16383), animated(frame(17, 13))] {
+            let problem = check(&file(&[canvas.clone(), chunk(b"EXIF", b"odd"), bad])).unwrap_err();
+            assert!(problem.starts_with("a frame of 1"), "{problem}");
+        }
+    }
+
+    #[test]
+    fn a_chunk_lies_in_the_file() {
+        let mut cut = file(&[chunk(b"VP8X", &[0; 10]), chunk(b"EXIF", &[0; 30])]);
+        check(&cut).unwrap();
+        cut.pop();
+        assert_eq!(check(&cut).unwrap_err(), "the file ends within its chunk EXIF");
+        check(b"RIFF").unwrap();
+    }
+}
