@@ -11,7 +11,7 @@ const PIECE: usize = 64 << 10;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
     /// A rank's word in an exchange; from rank 0 the words of all.
     Note,
     /// From rank 0: why the world has ended, for every rank to say.
@@ -51,7 +51,10 @@ pub(super) fn write_frame(stream: &mut TcpStream, kind: Kind, payload: &[u8], un
 }
 
 /// Takes the next frame, which must be here at `until`.
-pub(super) fn read_frame(stream: &mut TcpStream, until: Instant) -> io::Result<(Kind, Vec<u8>)> {
+///
+/// # Errors
+/// The system's; `InvalidData` for bytes that are no frame of ours.
+pub fn read_frame(stream: &mut TcpStream, until: Instant) -> io::Result<(Kind, Vec<u8>)> {
     let mut head = [0; 9];
     read_until(stream, &mut head, until)?;
     let kind = Kind::of(head[0])?;

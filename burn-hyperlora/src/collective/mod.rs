@@ -10,7 +10,8 @@
 mod agreement;
 mod environment;
 mod failure;
-mod frames;
+#[doc(hidden)]
+pub mod frames;
 mod handshake;
 mod meeting;
 #[cfg(feature = "mpi")]

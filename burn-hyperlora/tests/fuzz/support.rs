@@ -10,7 +10,7 @@ use burn_hyperlora::Result;
 use proptest::prelude::ProptestConfig;
 use proptest::test_runner::RngSeed;
 
-use crate::harness::{ALLOCATOR, TURN};
+use crate::harness::{ALLOCATOR, TURN, scratch};
 
 /// What reading a small file may take: its size and that of the tiny base many times over, and far from what a lie of a
 /// few digits asks for.
@@ -36,7 +36,7 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
 
 /// A folder like `original`, but for the file `name`, which holds `bytes`.
 pub(crate) fn with_file(original: &Path, name: &str, bytes: &[u8]) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = scratch();
     link(original, folder.path());
     let path = folder.path().join(name);
     fs::remove_file(&path).unwrap();

@@ -4,4 +4,7 @@
 
 mod harness;
 mod mutate;
+#[expect(dead_code, reason = "the folder here is a smaller one")]
+#[path = "../shard_folder/mod.rs"]
+mod shard_folder;
 mod targets;

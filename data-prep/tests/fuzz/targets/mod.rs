@@ -4,5 +4,6 @@ mod faces;
 mod models;
 mod names;
 mod photos;
+mod shards;
 mod sources;
 mod yaml;
