@@ -156,6 +156,8 @@ impl ScheduleConfig {
 #[derive(Debug, Clone)]
 pub struct NoiseSchedule {
     config: ScheduleConfig,
+    /// The file that it comes from, for messages.
+    place: String,
     alphas_cumprod: Vec<f32>,
 }
 
@@ -173,8 +175,9 @@ impl NoiseSchedule {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn parse(text: &ConfigText) -> Result<Self> {
-        Self::new(text.parse()?)
-            .map_err(|problem| Error::file(text.place(), problem, "use the scheduler_config.json of an SDXL base"))
+        let schedule = Self::new(text.parse()?)
+            .map_err(|problem| Error::file(text.place(), problem, "use the scheduler_config.json of an SDXL base"))?;
+        Ok(Self { place: text.place().display().to_string(), ..schedule })
     }
 
     /// Computes the schedule; an error tells the key that does not hold.
@@ -217,7 +220,8 @@ impl NoiseSchedule {
         if config.rescale_betas_zero_snr {
             end_in_noise(&mut shares);
         }
-        Ok(Self { config, alphas_cumprod: shares.into_iter().map(|share| share as f32).collect() })
+        let place = "scheduler_config.json".into();
+        Ok(Self { config, place, alphas_cumprod: shares.into_iter().map(|share| share as f32).collect() })
     }
 
     /// What the schedule was made from.
@@ -252,7 +256,7 @@ impl NoiseSchedule {
     fn check_sampler(&self, sampler: &str, keys: &[(&str, Vec<Value>)]) -> Result<()> {
         self.config.check_keys(keys).map_err(|problem| {
             let remedy = "draw with another --sampler (train.samples.sampler), or change the key in the base's file";
-            Error::input("scheduler_config.json", format!("{problem} with the sampler {sampler}"), remedy)
+            Error::input(&self.place, format!("{problem} with the sampler {sampler}"), remedy)
         })
     }
 

@@ -26,8 +26,15 @@ fn until(child: &mut Child, moment: impl Fn() -> bool) {
     }
 }
 
+/// The program as a terminal starts it, also where these tests run under nohup.
+fn program() -> Command {
+    let mut program = Command::new("env");
+    program.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_hyperlora")]);
+    program
+}
+
 fn command(world: &World, run: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hyperlora"));
+    let mut command = program();
     command.args(["train", "-q"]).arg(world.path("train.yaml")).arg("--out").arg(world.path(run));
     command
 }
@@ -164,7 +171,7 @@ fn a_terminal_that_closes_saves_the_run_unless_nohup_was_asked_for() {
     world.experiment(&[("{triples: 6}", "{triples: 200}")]).unwrap();
     let begun = |run: &str| world.path(run).join(CHECKPOINTS).is_dir();
     // What the run still has to say goes nowhere.
-    let mut talkative = Command::new(env!("CARGO_BIN_EXE_hyperlora"));
+    let mut talkative = program();
     talkative.args(["train", "-v"]).arg(world.path("train.yaml")).arg("--out").arg(world.path("closed"));
     let mut child = talkative.stderr(Stdio::piped()).spawn().unwrap();
     until(&mut child, || begun("closed"));
