@@ -250,7 +250,7 @@ impl<'a> Analysers<'a> {
         for (checksum, photo) in checksums {
             let rank = |photo: &'p Photo| (labels(photo), Reverse(&photo.key));
             let kept = best.entry(checksum).or_insert(photo);
-            if rank(photo) > rank(*kept) {
+            if rank(photo) > rank(kept) {
                 *kept = photo;
             }
         }

@@ -91,6 +91,8 @@ struct Pages<R: ChunkReader> {
     packed: SerializedPageReader<R>,
     /// Where they are.
     decompressor: Option<Decompressor<'static>>,
+    /// Whether the chunk's dictionary has come: the library panics where values refer to one that is not there.
+    dictionary: bool,
     budget: Arc<Budget>,
 }
 
@@ -106,12 +108,21 @@ impl<R: ChunkReader> Pages<R> {
             other => return Err(general(format!("it is compressed with {other}: only zstd is read"))),
         };
         let as_it_lies = chunk.clone().into_builder().set_compression(Compression::UNCOMPRESSED).build()?;
-        Ok(Self { packed: SerializedPageReader::new(reader, &as_it_lies, rows, None)?, decompressor, budget })
+        let packed = SerializedPageReader::new(reader, &as_it_lies, rows, None)?;
+        Ok(Self { packed, decompressor, dictionary: false, budget })
     }
 
     fn unpack(&mut self, mut page: Page) -> Result<Page> {
         if page.encoding() == Encoding::DELTA_BYTE_ARRAY {
             return Err(general("its texts are written as differences, which are not read"));
+        }
+        let refers = matches!(page.encoding(), Encoding::RLE_DICTIONARY | Encoding::PLAIN_DICTIONARY);
+        match page {
+            Page::DictionaryPage { .. } => self.dictionary = true,
+            _ if refers && !self.dictionary => {
+                return Err(general("its values refer to a dictionary that is not there"));
+            }
+            _ => {}
         }
         self.budget.take(u64::from(page.num_values()) * PER_VALUE)?;
         match &mut page {

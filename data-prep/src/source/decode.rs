@@ -138,7 +138,7 @@ mod tests {
     #[test]
     fn no_format_fills_in_what_is_missing() {
         let photo = image::DynamicImage::from(RgbImage::from_fn(61, 47, |x, y| {
-            image::Rgb([(x * 37 ^ y * 91) as u8, (x * y) as u8, (x + 3 * y) as u8])
+            image::Rgb([((x * 37) ^ (y * 91)) as u8, (x * y) as u8, (x + 3 * y) as u8])
         }));
         use ImageFormat::{Bmp, Jpeg, Png, Pnm, WebP};
         for format in [Bmp, Jpeg, Png, Pnm, WebP] {

@@ -27,8 +27,11 @@ pub(super) fn check(file: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// A chunk's name and content, and what follows it; `None` at the end.
-fn next(file: &[u8]) -> Result<Option<(&[u8; 4], &[u8], &[u8])>, String> {
+/// A chunk's name and content, and the bytes that follow it.
+type Chunk<'a> = (&'a [u8; 4], &'a [u8], &'a [u8]);
+
+/// Reads the first chunk of `file`; `None` at the end.
+fn next(file: &[u8]) -> Result<Option<Chunk<'_>>, String> {
     let Some(([name @ .., a, b, c, d], rest)) = file.split_first_chunk::<8>() else { return Ok(None) };
     let length = u32::from_le_bytes([*a, *b, *c, *d]) as usize;
     let (content, rest) = rest
