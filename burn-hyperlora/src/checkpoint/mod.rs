@@ -272,7 +272,7 @@ fn leftover(name: &str) -> Option<(&str, &str)> {
     step_of(target).map(|_| (target, role))
 }
 
-/// What a checkpoint's own list says that it holds.
+/// Lists the files that a checkpoint's own checksums name.
 fn listing(folder: &Path) -> Option<Listing> {
     Some(listing_of(&Checkpoint { step: 0, path: folder.into() }.sums().ok()?))
 }

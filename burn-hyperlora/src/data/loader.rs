@@ -182,7 +182,7 @@ impl Aside {
         Ok(Self { pool: data_threads(rayon::current_num_threads())? })
     }
 
-    /// What `work` makes, unless the run is to stop before.
+    /// Runs `work`, unless the run is to stop before.
     ///
     /// # Errors
     /// Those of `work`; Fault where it panics.

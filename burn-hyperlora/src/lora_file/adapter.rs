@@ -15,7 +15,7 @@ pub const ADAPTER_METADATA: &str = "lora_adapter_metadata";
 /// The names under which PEFT saves an adapter and its `LoraConfig`.
 const PEFT_FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
 
-/// What a path is not made of, and a regular expression is; a dot in one is taken for itself.
+/// Tell a regular expression from a path; a dot is taken for itself.
 const OF_EXPRESSIONS: &str = "\\^$*+?()[]{}|";
 
 /// What the metadata says; empty where there is none.
@@ -44,7 +44,7 @@ impl Adapter {
         Ok(Self(values))
     }
 
-    /// What PEFT's own config beside the file says, of the UNet: a text encoder's file does not tell which one it is for.
+    /// Reads PEFT's own config beside the file, for the UNet: a text encoder's file does not tell which one it is for.
     fn beside(path: &Path) -> crate::Result<Self> {
         let config = path.with_file_name(PEFT_FILES[1]);
         if path.file_name().is_none_or(|name| name != PEFT_FILES[0]) || !config.exists() {

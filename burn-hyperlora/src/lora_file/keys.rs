@@ -20,14 +20,14 @@
 
 use crate::sdxl::base_source::Part;
 
-/// What a key is.
+/// Kind of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Key<'a> {
     /// A tensor of the module of this full name.
     Of(&'a str, Side),
-    /// Of an embedding of this name that lies in the file beside the LoRA.
+    /// An embedding of this name that lies in the file beside the LoRA.
     Embedding(&'a str),
-    /// Of a file that is no plain LoRA, but this.
+    /// A part of this other kind of file, which is no plain LoRA.
     OtherKind(&'static str),
     /// None of these.
     Unknown,

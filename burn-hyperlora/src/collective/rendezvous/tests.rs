@@ -34,7 +34,7 @@ fn meet(rank: usize, world_size: usize, port: u16, token: &str, timeout: u64) ->
     Rendezvous::meet(&meeting, Duration::from_secs(20), Duration::from_millis(timeout))
 }
 
-/// What each of `world_size` threads makes of its rank.
+/// Runs `rank` on `world_size` threads, one per rank.
 fn world<T: Send>(world_size: usize, rank: impl Fn(usize, u16) -> T + Sync) -> Vec<T> {
     let port = free_port();
     thread::scope(|scope| {
@@ -87,7 +87,7 @@ fn call(port: u16) -> TcpStream {
     }
 }
 
-/// What comes until the connection is closed.
+/// Reads until the connection is closed.
 fn all_of(mut stream: &TcpStream) -> Vec<u8> {
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut all = Vec::new();

@@ -31,7 +31,7 @@ const NOT_KEPT: [&str; 14] = [
     "modelspec.sai_model_spec",
 ];
 
-/// What a person wrote about a LoRA, our trigger words among it.
+/// Holds a person's notes about a LoRA, and our trigger words.
 pub(super) const COMMENT: &str = "ss_training_comment";
 
 /// The layouts of LoRA files that are written.
