@@ -102,11 +102,11 @@ fn leftovers_of_killed_runs_are_cleared_and_a_replaced_one_comes_back() {
     let store = CheckpointStore::open(root).unwrap();
     store.write(1, fill(1)).unwrap();
     store.write(2, fill(2)).unwrap();
-    fs::create_dir(root.join(".step-00000003.partial")).unwrap();
-    fs::write(root.join(".step-00000003.partial/optimizer.safetensors"), "half").unwrap();
+    fs::create_dir(root.join(".step-00000003.hyperlora.partial")).unwrap();
+    fs::write(root.join(".step-00000003.hyperlora.partial/optimizer.safetensors"), "half").unwrap();
     // Killed between the two renames of a replacement.
-    fs::rename(root.join("step-00000002"), root.join(".step-00000002.old")).unwrap();
-    fs::create_dir(root.join(".step-00000001.old")).unwrap();
+    fs::rename(root.join("step-00000002"), root.join(".step-00000002.hyperlora.old")).unwrap();
+    fs::create_dir(root.join(".step-00000001.hyperlora.old")).unwrap();
     fs::write(root.join("notes.txt"), "the user's own").unwrap();
 
     assert_eq!(steps(&store), [1]);
@@ -114,6 +114,13 @@ fn leftovers_of_killed_runs_are_cleared_and_a_replaced_one_comes_back() {
     assert_eq!(steps(&store), [1, 2]);
     store.latest().unwrap().unwrap().verify().unwrap();
     assert_eq!(names(root), ["notes.txt", "step-00000001", "step-00000002"]);
+
+    // A folder that is named like a leftover and holds something else is somebody's.
+    fs::create_dir(root.join(".step-00000001.hyperlora.old")).unwrap();
+    fs::write(root.join(".step-00000001.hyperlora.old/thesis.tex"), "years of work").unwrap();
+    let error = CheckpointStore::open(root).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("nothing in it tells"), "{error}");
+    assert!(root.join(".step-00000001.hyperlora.old/thesis.tex").exists());
 }
 
 #[test]

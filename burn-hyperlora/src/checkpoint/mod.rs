@@ -10,6 +10,7 @@ mod part;
 mod task;
 mod writer;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -54,10 +55,11 @@ impl CheckpointStore {
     /// Only the one process that writes to the run may open it so: another's half-written checkpoint looks like a leftover.
     ///
     /// # Errors
-    /// Input for a place that cannot be written to, Disk for a failing disk.
+    /// Input for a place that cannot be written to and for a leftover that holds files of others, Disk for a failing disk.
     pub fn open(root: &Path) -> Result<Self> {
         let store = Self { root: root.into() };
-        fs::create_dir_all(root).and_then(|()| store.tidy()).map_err(|source| Error::write(root, source))?;
+        fs::create_dir_all(root).map_err(|source| Error::write(root, source))?;
+        store.tidy()?;
         Ok(store)
     }
 
@@ -146,20 +148,11 @@ impl CheckpointStore {
         self.root.join(format!("step-{step:08}"))
     }
 
-    /// Removes half-written folders, as far as they can be, and puts back a whole one that was being replaced when the run was
-    /// killed.
-    fn tidy(&self) -> io::Result<()> {
-        for name in names(&self.root)? {
-            let path = self.root.join(&name);
-            match leftover(&name) {
-                Some((target, "old")) if !self.root.join(target).exists() => fs::rename(&path, self.root.join(target))?,
-                Some((_, "old" | "partial")) => remove(&path),
-                // That of a consolidation: whoever opens the run for writing is alone.
-                Some((_, "lock")) => _ = fs::remove_file(&path),
-                _ => {}
-            }
-        }
-        Ok(())
+    /// Removes half-written folders, and puts back a whole one that was being replaced when the run was killed.
+    fn tidy(&self) -> Result<()> {
+        let names = names(&self.root).map_err(|source| Error::read(&self.root, source))?;
+        let targets: BTreeSet<&str> = names.iter().filter_map(|name| leftover(name)).collect();
+        targets.into_iter().try_for_each(|target| StagedFolder::clear(&self.root.join(target), OWNERSHIP))
     }
 }
 
@@ -265,11 +258,10 @@ impl Checkpoint {
     }
 }
 
-/// `.step-00000300.hyperlora.old`, a [`Hidden`] name -> `step-00000300` and `old`. Older versions left the program's name out.
-fn leftover(name: &str) -> Option<(&str, &str)> {
-    let (target, role) = name.strip_prefix('.')?.rsplit_once('.')?;
-    let target = target.strip_suffix(".hyperlora").unwrap_or(target);
-    step_of(target).map(|_| (target, role))
+/// `.step-00000300.hyperlora.old`, a [`Hidden`] name -> `step-00000300`.
+fn leftover(name: &str) -> Option<&str> {
+    let (target, role) = name.strip_prefix('.')?.split_once(".hyperlora.")?;
+    (step_of(target).is_some() && matches!(role, "old" | "partial" | "lock")).then_some(target)
 }
 
 /// Lists the files that a checkpoint's own checksums name.

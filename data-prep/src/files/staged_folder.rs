@@ -36,20 +36,19 @@ impl StagedFolder {
         let failed = |source| Error::write(named, source);
         let target = resolve(named)?;
         fs::create_dir_all(parent_of(&target)).map_err(failed)?;
-        let lock = Lock::claim(&target)?;
-        let (staged, old) = (Hidden::Partial.beside(&target), Hidden::Old.beside(&target));
-        if stands(&old) && !stands(&target) {
-            fs::rename(&old, &target).map_err(failed)?;
-        }
-        for folder in [&target, &old] {
-            ownership.check(folder)?;
-        }
-        // Both carry this program's name and the lock is held: a killed run left them.
-        for leftover in [&old, &staged] {
-            remove(leftover).map_err(|source| Error::write(leftover, source))?;
-        }
+        let lock = clear(&target, ownership)?;
+        ownership.check(&target)?;
+        let staged = Hidden::Partial.beside(&target);
         fs::create_dir(&staged).map_err(failed)?;
         Ok(Self { staged, target, ownership, settled: false, _lock: Some(lock) })
+    }
+
+    /// Clears what killed runs left beside `target`, as [`new`](Self::new) does, without beginning a folder.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn clear(target: &Path, ownership: Ownership) -> Result<()> {
+        clear(target, ownership).map(drop)
     }
 
     /// The folder that several processes fill for `target`, made where it does not stand yet. One of them commits it, the
@@ -76,32 +75,44 @@ impl StagedFolder {
     /// Syncs every file and puts the folder in its place, instead of one that stood there.
     ///
     /// # Errors
-    /// As [`new`](Self::new); a folder that stood at the target is then still there.
+    /// As [`new`](Self::new); a folder that stood at the target is then still there. Where somebody wrote into it since the
+    /// start, the finished folder is kept beside it, and the error names it.
     pub fn commit(mut self) -> Result<()> {
         let failed = |source| Error::write(&self.target, source);
         self.ownership.mark(&self.staged)?;
         sync_all(&self.staged).map_err(failed)?;
-        let old = Hidden::Old.beside(&self.target);
         if stands(&self.target) {
-            // Looked at again, out of everybody's way: whoever wrote into it since the start loses nothing.
-            self.ownership.check(&old)?;
-            remove(&old).and_then(|()| fs::rename(&self.target, &old)).map_err(failed)?;
-            let replaced =
-                self.ownership.check(&old).and_then(|()| fs::rename(&self.staged, &self.target).map_err(failed));
-            if let Err(error) = replaced {
-                fs::rename(&old, &self.target).map_err(failed)?;
-                return Err(error);
-            }
-            // The new one is in its place: NFS keeps the old one as long as someone has a file of it open.
-            if let Err(source) = remove(&old) {
-                tracing::warn!("{}: cannot be removed: {source}", old.display());
-            }
-        } else {
-            fs::rename(&self.staged, &self.target).map_err(failed)?;
+            let replaced = self.replace();
+            self.settled = replaced.is_ok();
+            return replaced;
         }
-        sync_parent(&self.target).map_err(failed)?;
+        fs::rename(&self.staged, &self.target).map_err(failed)?;
         self.settled = true;
-        Ok(())
+        sync_parent(&self.target).map_err(failed)
+    }
+
+    fn replace(&mut self) -> Result<()> {
+        let (target, old) = (&self.target, Hidden::Old.beside(&self.target));
+        let failed = |source| Error::write(target, source);
+        self.ownership.check(&old)?;
+        remove(&old).and_then(|()| fs::rename(target, &old)).map_err(failed)?;
+        // Looked at again, out of everybody's way: whoever wrote into it since the start loses nothing.
+        let foreign = self.ownership.check(&old).err();
+        let placed = if foreign.is_some() { Ok(()) } else { fs::rename(&self.staged, target) };
+        if foreign.is_some() || placed.is_err() {
+            fs::rename(&old, target).map_err(failed)?;
+            placed.map_err(failed)?;
+        }
+        if let Some(error) = foreign {
+            let kept = keep(&self.staged, target).map_err(failed)?;
+            let remedy = format!("the new folder is complete and lies in {}: move either one by hand", kept.display());
+            return Err(error.with_remedy(remedy));
+        }
+        // The new one is in its place: NFS keeps the old one as long as someone has a file of it open.
+        if let Err(source) = remove(&old) {
+            tracing::warn!("{}: cannot be removed: {source}", old.display());
+        }
+        sync_parent(target).map_err(failed)
     }
 }
 
@@ -112,6 +123,39 @@ impl Drop for StagedFolder {
             let _ = fs::remove_dir_all(&self.staged);
         }
     }
+}
+
+/// Locks the name `target`, puts back a folder that a killed run had moved out of the way, and removes the rest of its
+/// leftovers. Both carry this program's name and the lock is held; a replaced folder must be ours as well.
+fn clear(target: &Path, ownership: Ownership) -> Result<Lock> {
+    let lock = Lock::claim(target)?;
+    let (staged, old) = (Hidden::Partial.beside(target), Hidden::Old.beside(target));
+    if stands(&old) && !stands(target) {
+        fs::rename(&old, target).map_err(|source| Error::write(target, source))?;
+    }
+    ownership.check(&old)?;
+    for leftover in [&old, &staged] {
+        remove(leftover).map_err(|source| Error::write(leftover, source))?;
+    }
+    Ok(lock)
+}
+
+/// Moves a finished folder that cannot take its place to the first free of `target-1`, `target-2`, ...
+fn keep(staged: &Path, target: &Path) -> io::Result<PathBuf> {
+    let mut name = target.file_name().unwrap_or_default().to_owned();
+    name.push("-");
+    for number in 1.. {
+        let mut name = name.clone();
+        name.push(number.to_string());
+        let kept = target.with_file_name(name);
+        // Made first: no folder is replaced that somebody else made meanwhile.
+        match fs::create_dir(&kept) {
+            Ok(()) => return fs::rename(staged, &kept).map(|()| kept),
+            Err(source) if source.kind() == ErrorKind::AlreadyExists => {}
+            Err(source) => return Err(source),
+        }
+    }
+    Err(ErrorKind::AlreadyExists.into())
 }
 
 fn remove(folder: &Path) -> io::Result<()> {
@@ -220,11 +264,13 @@ mod tests {
             let before = names(&target);
             let at_the_end = staged.commit().unwrap_err();
             let at_the_start = marked(&target).unwrap_err();
-            for error in [at_the_end, at_the_start] {
+            for error in [&at_the_end, &at_the_start] {
                 assert!(error.exit_code() == 2 && error.to_string().contains(words), "{words}: {error}");
             }
             assert_eq!(names(&target), before);
-            assert_eq!(names(root.path()), ["mine"]);
+            assert!(at_the_end.to_string().contains("mine-1"), "{at_the_end}");
+            assert_eq!(names(root.path()), ["mine", "mine-1"]);
+            assert_eq!(names(&root.path().join("mine-1")), [MARKER]);
         }
     }
 
