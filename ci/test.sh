@@ -21,7 +21,8 @@ command -v mpirun >/dev/null && command -v mpicc >/dev/null && compgen -G '/usr/
 
 say "lints"
 cargo clippy --workspace --all-targets -- -D warnings
-cargo clippy -p burn-hyperlora --features mpi --all-targets -- -D warnings
+mpi=(-p hyperlora-ranks -p burn-hyperlora --features burn-hyperlora/mpi)
+cargo clippy "${mpi[@]}" --all-targets -- -D warnings
 cloud=(-p data-prep -p burn-hyperlora --features burn-hyperlora/cloud)
 cargo clippy "${cloud[@]}" --test remote -- -D warnings
 
@@ -40,7 +41,7 @@ fi
 say "tests"
 cargo test --workspace
 say "tests of 2, 3 and 4 ranks"
-cargo test -p burn-hyperlora --features mpi --test ranks
+cargo test "${mpi[@]}" --test collectives --test ranks
 say "shards behind a URL"
 cargo test "${cloud[@]}" --test remote
 
@@ -49,6 +50,6 @@ RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
 # DOCS_RS keeps build scripts from fetching what only linking needs.
 say "CUDA code (types only)"
-DOCS_RS=1 cargo check -p burn-hyperlora --features cuda --lib --bins --tests
+DOCS_RS=1 cargo check -p hyperlora-ranks -p burn-hyperlora --features burn-hyperlora/cuda --lib --bins --tests
 
 say "all checks passed"

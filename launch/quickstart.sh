@@ -26,7 +26,7 @@ say "1/6 assets: photos and face models (once)"
 ci/assets.sh
 
 say "2/6 build (the first one takes about ten minutes)"
-cargo build --release --workspace "${features[@]}"
+cargo build --release -p data-prep -p burn-hyperlora --bins "${features[@]}"
 hyperlora=$target/release/hyperlora
 
 say "3/6 photos to shards"

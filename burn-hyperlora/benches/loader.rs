@@ -23,12 +23,12 @@ use burn_hyperlora::data::dataset::Dataset;
 use burn_hyperlora::data::loader::{Loader, LoaderConfig};
 use burn_hyperlora::data::rank::Rank;
 use burn_hyperlora::data::sample::{Request, Sample, SampleMaker, SampleShape};
-use burn_hyperlora::error::{Error, Result};
 use burn_hyperlora::experiment::Experiment;
-use burn_hyperlora::random::{Purpose, below, for_sample};
-use burn_hyperlora::weights;
-use data_prep::files::write_whole;
 use data_prep::shard::ShardFolder;
+use hyperlora_core::files::write_whole;
+use hyperlora_core::random::{Purpose, below, for_sample};
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::weights;
 use serde::Deserialize;
 use serde_json::{Value, json};
 

@@ -18,20 +18,21 @@ use std::time::Instant;
 
 use burn::module::Param;
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
-use burn_hyperlora::collective::WorldOfOne;
 use burn_hyperlora::conditioning::Base;
 use burn_hyperlora::data::batch::Batch;
 use burn_hyperlora::data::sample::{Request, Sample};
 use burn_hyperlora::data::scenario::Scenarios;
-use burn_hyperlora::error::{Error, Result};
 use burn_hyperlora::experiment::Experiment;
 use burn_hyperlora::hypernet::{HyperLora, ParameterMapper, Stage};
+use burn_hyperlora::objective::Denoising;
 use burn_hyperlora::optim::{Optimizer, Share};
-use burn_hyperlora::random::{Purpose, below, for_sample, normal};
 use burn_hyperlora::train::config::StageEntry;
-use burn_hyperlora::train::step::{Learner, StepConfig, StepTerms, step};
-use burn_hyperlora::weights;
-use data_prep::files::write_whole;
+use burn_hyperlora::train::step::{self, Learner, StepConfig};
+use hyperlora_core::files::write_whole;
+use hyperlora_core::random::{Purpose, below, for_sample, normal};
+use hyperlora_core::{Error, Result};
+use hyperlora_ranks::Ranks;
+use hyperlora_sdxl::weights;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -161,20 +162,24 @@ impl Bench {
             lanes: rayon::current_num_threads(),
             recompute: order.recompute,
             trigger: &train.trigger,
-            optim: &stage.config().optim,
         };
-        let optimizer = Optimizer::new(config.optim, &self.start, Share::WHOLE);
+        let (optim, ranks) = (&stage.config().optim, Ranks::alone());
+        let optimizer = Optimizer::new(optim, &self.start, Share::WHOLE);
         let mut learner = Learner { hyper_lora: self.start.clone(), optimizer };
-        let terms = StepTerms { learning_rate: config.optim.learning_rate, loss_limit: f64::INFINITY };
         let (mut losses, mut laps) = (vec![], vec![]);
         for _ in 0..order.steps {
             let mut batches = self.batches.iter().cloned();
-            let clock = Instant::now();
-            let report = step(&self.base, &mut learner, &config, &WorldOfOne::new(), terms, || {
+            let next_batch = || {
                 let batch = batches.next().map(ControlFlow::Continue);
                 batch.ok_or_else(|| Error::Fault("the step took more batches than planned".into()))
-            })?;
-            let report = report.continue_value().ok_or_else(|| Error::Fault("the step was broken off".into()))?;
+            };
+            let clock = Instant::now();
+            let gradients =
+                step::gradients(&self.base, &mut learner, &config, &Denoising, &ranks, f64::INFINITY, next_batch)?;
+            let ControlFlow::Continue(gradients) = gradients else {
+                return Err(Error::Fault("the step was broken off".into()));
+            };
+            let report = step::apply(&mut learner, gradients, optim.clip_norm, optim.learning_rate, &*ranks)?;
             let total = clock.elapsed();
             let phases = report.phases.named().chain([("total", total)]);
             laps.push(phases.map(|(name, time)| (name, time.as_secs_f64())).collect::<BTreeMap<_, _>>());

@@ -1,9 +1,9 @@
 //! `hyperlora`: train a HyperLoRA, write LoRAs from photos, draw with them, measure what was learnt.
 
+mod cli;
+
 use std::process::ExitCode;
 
-use burn_hyperlora::commands;
-
 fn main() -> ExitCode {
-    commands::run()
+    cli::run()
 }

@@ -3,34 +3,30 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
-use burn_hyperlora::Result;
-use burn_hyperlora::collective::{Collective, Pending};
-use burn_hyperlora::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
 use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Share, Wire};
-use burn_hyperlora::sdxl::configs;
-use burn_hyperlora::sdxl::memory::{TOLERANCE, activation_bytes};
-use burn_hyperlora::sdxl::unet::{UNet2DConditionModel, UnetInput};
-use burn_hyperlora::weights::{TensorEntry, save, save_lazily};
 use flate2::read::GzDecoder;
-use peak_alloc::PeakAlloc;
+use hyperlora_core::Result;
+use hyperlora_ranks::{Collective, Pending};
+use hyperlora_sdxl::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
+use hyperlora_sdxl::memory::{TOLERANCE, activation_bytes};
+use hyperlora_sdxl::models::unet::{UNet2DConditionModel, UnetInput};
+use hyperlora_sdxl::source::configs;
+use hyperlora_sdxl::weights::{TensorEntry, save, save_lazily};
+use hyperlora_testing::ALLOCATOR;
 use safetensors::Dtype;
 use serde::Deserialize;
-
-#[global_allocator]
-static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 /// Held by one test at a time: others would allocate meanwhile.
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// SDXL's topology at a tenth of its width.
 fn unet(dtype: FloatDType) -> UNet2DConditionModel {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/unet_140");
+    let fixture = hyperlora_testing::fixture("unet_140");
     let folder = tempfile::tempdir().unwrap();
     fs::copy(fixture.join("config.json"), folder.path().join("config.json")).unwrap();
     let keys = fs::read_to_string(fixture.join("keys.json")).unwrap();
@@ -182,7 +178,7 @@ struct Lists {
 
 /// The full SDXL, every weight zero.
 fn full_unet(dtype: FloatDType) -> UNet2DConditionModel {
-    let lists = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/key_lists.json.gz");
+    let lists = hyperlora_testing::fixture("key_lists.json.gz");
     let lists: Lists = serde_json::from_reader(GzDecoder::new(File::open(lists).unwrap())).unwrap();
     let entry = |(name, shape): (&String, &Vec<usize>)| TensorEntry {
         name: name.clone(),

@@ -8,10 +8,10 @@ cd "$(dirname "$0")/../.."
 
 profile=${PROFILE:-release}
 command -v mpirun >/dev/null || apt_install mpirun openmpi-bin libopenmpi-dev
-cargo build --quiet --profile "$profile" -p burn-hyperlora --features mpi --example optimizer_memory
+cargo build --quiet --profile "$profile" -p hyperlora-tools --features mpi --bin optimizer_memory
 target=$(cargo metadata --format-version 1 --no-deps | grep -oP '"target_directory":"\K[^"]*')/${profile/dev/debug}
 
 export RAYON_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 for ranks in 1 2 4; do
-  mpirun -n "$ranks" --bind-to none --oversubscribe --mca mpi_yield_when_idle 1 "$target/examples/optimizer_memory" "${1:-8}"
+  mpirun -n "$ranks" --bind-to none --oversubscribe --mca mpi_yield_when_idle 1 "$target/optimizer_memory" "${1:-8}"
 done

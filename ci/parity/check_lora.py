@@ -5,7 +5,7 @@
 BASE is a pipeline folder in diffusers layout, LORA a kohya-style file for it. FORWARD holds what the Rust UNet was given,
 `latents` [B,4,h,w], `timestep` [B], `prompt_embeds` [B,T,C], `pooled` [B,P], `time_ids` [B,6], and what it gave: `output`
 with the LoRA and, optionally, `output_without` (else diffusers' own output without it is taken). The effect is the
-difference of the two outputs; its relative error must be at most 1e-3. `cargo run --example lora_forward -- BASE LORA
+difference of the two outputs; its relative error must be at most 1e-3. `cargo run -p hyperlora-tools --bin lora_forward -- BASE LORA
 FORWARD.safetensors` writes FORWARD.
 """
 

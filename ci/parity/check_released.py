@@ -30,7 +30,7 @@ SIZES = {
     "id_rank": 8, "base_rank": 0, "basis": 128, "id_tokens": 16, "id_embedding_dim": 512, "clip_dim": 1024,
     "resampler": {"dim": 1024, "depth": 4, "heads": 12, "head_dim": 64, "ff_mult": 4},
 }
-UNET_CONFIG = pathlib.Path(__file__).parents[2] / "burn-hyperlora/src/sdxl/configs/unet.json"
+UNET_CONFIG = pathlib.Path(__file__).parents[2] / "crates/sdxl/src/source/configs/unet.json"
 FILES = ("hyper_lora_modules", "resampler", "id_projector")
 
 

@@ -1,6 +1,6 @@
 """A small CLIP tokenizer: the first part of the real CLIP BPE vocabulary, in the classic vocab.json/merges.txt layout.
 
-    python ci/parity/clip_vocab.py --out burn-hyperlora/src/sdxl/tokenizer/merges.txt.gz
+    python ci/parity/clip_vocab.py --out crates/sdxl/src/tokenizer/merges.txt.gz
 
 writes all merges of the real vocabulary, which the program brings along.
 

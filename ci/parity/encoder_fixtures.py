@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes burn-hyperlora/tests/fixtures/encoders: tiny random models in the diffusers layout and what diffusers and
+"""Makes crates/testing/fixtures/encoders: tiny random models in the diffusers layout and what diffusers and
 transformers compute with them.
 
     python ci/parity/encoder_fixtures.py --bpe bpe_simple_vocab_16e6.txt.gz
@@ -30,7 +30,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-OUT = Path(__file__).resolve().parents[2] / "burn-hyperlora/tests/fixtures/encoders"
+OUT = Path(__file__).resolve().parents[2] / "crates/testing/fixtures/encoders"
 MERGES = 1500
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -1,7 +1,7 @@
 """Compares the parts of an SDXL of full size with diffusers and transformers, one process and one part at a time.
 
     python ci/parity/random_sdxl.py --out BASE --parts all
-    cargo build --example full_size_parity
+    cargo build -p hyperlora-tools --bin full_size_parity
     python ci/parity/full_size.py --base BASE --out FOLDER [--source FILE] [--dtype f32|bf16] [PART ...]
 
 BASE is a folder in diffusers layout, with image_encoder and feature_extractor where those are compared; FILE is the same
@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 PARTS = ["unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"]
 TOLERANCE = 1e-4
-PROGRAM = Path(__file__).parents[2] / "target/debug/examples/full_size_parity"
+PROGRAM = Path(__file__).parents[2] / "target/debug/full_size_parity"
 # Token ids of CLIP's vocabulary.
 WORDS, START, END = 49406, 49406, 49407
 EXPECTED = "expected."

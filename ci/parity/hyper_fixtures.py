@@ -1,4 +1,4 @@
-"""Writes burn-hyperlora/tests/fixtures/hypernet: a small released folder and what the reference makes of it.
+"""Writes crates/testing/fixtures/hypernet: a small released folder and what the reference makes of it.
 
     python ci/parity/hyper_fixtures.py
 """
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from hyper_reference import HyperLora
 
-FOLDER = pathlib.Path(__file__).parents[2] / "burn-hyperlora/tests/fixtures/hypernet"
+FOLDER = pathlib.Path(__file__).parents[2] / "crates/testing/fixtures/hypernet"
 # Sizes that share no factor where that can be had, so that a swapped axis cannot fit.
 SIZES = {
     "id_rank": 4, "base_rank": 2, "basis": 9, "id_tokens": 3, "id_embedding_dim": 11, "clip_dim": 10,

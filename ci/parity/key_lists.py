@@ -1,6 +1,6 @@
 """Writes the names and shapes of every tensor of SDXL-Base-1.0 and CLIP ViT-L/14, in both namings.
 
-    python ci/parity/key_lists.py --out burn-hyperlora/tests/fixtures/key_lists.json.gz
+    python ci/parity/key_lists.py --out crates/testing/fixtures/key_lists.json.gz
 
 The lists come from diffusers and transformers with the real configs; the Stability naming is proven by running diffusers'
 own conversions on it with tensors that carry a number of their own: every tensor must arrive under its name. With each

@@ -1,4 +1,4 @@
-"""Writes burn-hyperlora/tests/fixtures/loras/: one LoRA in the ways that tools write it, and what diffusers draws with it.
+"""Writes crates/testing/fixtures/loras/: one LoRA in the ways that tools write it, and what diffusers draws with it.
 
     python ci/parity/lora_fixtures.py
 
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = ROOT / "experiments/quickstart/base"
-OUT = ROOT / "burn-hyperlora/tests/fixtures/loras"
+OUT = ROOT / "crates/testing/fixtures/loras"
 PROMPT, NEGATIVE = "a photo of a smiling man", "a woman with glasses"
 STEPS, GUIDANCE, HEIGHT, WIDTH = 20, 3.0, 32, 48
 

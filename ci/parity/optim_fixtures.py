@@ -17,7 +17,7 @@ STEPS, WARMUP, PEAK, FLOOR = 20, 5, 1e-2, 0.1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", help="where to write, as burn-hyperlora/tests/fixtures/adamw.safetensors")
+    parser.add_argument("out", help="where to write, as crates/testing/fixtures/adamw.safetensors")
     out = parser.parse_args().out
 
     torch.manual_seed(1)

@@ -1,6 +1,6 @@
 """Counts floating-point operations with torch's FlopCounterMode, for the tests of `hyperlora plan`.
 
-    python ci/parity/plan_flops.py --out burn-hyperlora/tests/fixtures/plan/flops.json
+    python ci/parity/plan_flops.py --out crates/testing/fixtures/plan/flops.json
 
 Models are built by diffusers and transformers from the configs in this repository on the meta device: nothing is computed
 and no memory is spent. `forward` is one image or prompt. A UNet has a LoRA of `RANK` in every attention; its `backward` gives the
@@ -28,7 +28,7 @@ from hyper_reference import HyperLora
 from unet_140 import attentions
 
 ROOT = Path(__file__).resolve().parents[2]
-SDXL = ROOT / "burn-hyperlora/src/sdxl/configs"
+SDXL = ROOT / "crates/sdxl/src/source/configs"
 SMALL = ROOT / "experiments/quickstart/base"
 PROMPT_TOKENS = 77
 RANK = 12

@@ -1,4 +1,4 @@
-"""Writes burn-hyperlora/tests/fixtures/samplers.{json,safetensors}: every step of diffusers' samplers on noise.
+"""Writes crates/testing/fixtures/samplers.{json,safetensors}: every step of diffusers' samplers on noise.
 
     python ci/parity/sampler_fixtures.py
 
@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from safetensors.torch import save_file
 
-OUT = pathlib.Path(__file__).parents[2] / "burn-hyperlora/tests/fixtures"
+OUT = pathlib.Path(__file__).parents[2] / "crates/testing/fixtures"
 SDXL = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
     timestep_spacing="leading", prediction_type="epsilon",

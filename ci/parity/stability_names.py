@@ -14,7 +14,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-CONFIGS = Path(__file__).parents[2] / "burn-hyperlora/src/sdxl/configs"
+CONFIGS = Path(__file__).parents[2] / "crates/sdxl/src/source/configs"
 PREFIXES = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",

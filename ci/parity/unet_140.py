@@ -1,6 +1,6 @@
 """Writes the key and shape fixture of an untrained UNet with SDXL's 140 attention modules and small widths.
 
-    python ci/parity/unet_140.py --out burn-hyperlora/tests/fixtures/unet_140
+    python ci/parity/unet_140.py --out crates/testing/fixtures/unet_140
 
 config.json  the UNet's config as diffusers writes it
 keys.json    every weight: name -> shape, in diffusers' order

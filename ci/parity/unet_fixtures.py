@@ -1,6 +1,6 @@
 """Writes the UNet parity fixture: a narrow random SDXL UNet, and what diffusers computes with it.
 
-    python ci/parity/unet_fixtures.py --out burn-hyperlora/tests/fixtures/unet
+    python ci/parity/unet_fixtures.py --out crates/testing/fixtures/unet
 
 config.json, diffusion_pytorch_model.safetensors   the UNet, as diffusers saves it, in f16
 even.safetensors, odd.safetensors                  for latents 8x8 and 7x10: inputs, per-sample LoRA weights

@@ -1,10 +1,9 @@
 //! The picture around a face that training sees.
 
+use hyperlora_core::{Error, Result};
 use image::RgbImage;
 use image::imageops::{self, FilterType};
 use serde::{Deserialize, Serialize};
-
-use crate::error::{Error, Result};
 
 /// Longest side of a crop, in pixels. A reader of shards decodes no larger one.
 pub const LARGEST_SIDE: u32 = 8192;

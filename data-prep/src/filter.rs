@@ -1,10 +1,10 @@
 //! Which faces stay, and why the others went.
 
+use hyperlora_core::{Error, Result};
 use image::imageops::{self, FilterType};
 use image::{GrayImage, RgbImage};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
 use crate::face::Detection;
 
 /// Why a photo was left out.

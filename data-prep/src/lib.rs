@@ -4,21 +4,12 @@
 //! [`report`] shows what happened. Training reads the result through [`shard`], generation shares [`face`].
 
 pub mod caption;
-pub mod config;
 pub mod crop;
-pub mod error;
 pub mod face;
-pub mod files;
 pub mod filter;
 pub mod notes;
-pub mod output;
-pub mod paths;
 pub mod pipeline;
 mod prepared;
 pub mod report;
 pub mod shard;
-pub mod signals;
 pub mod source;
-pub mod text;
-
-pub use error::{Error, Result};

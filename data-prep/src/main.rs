@@ -8,12 +8,12 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{ArgAction, Parser, Subcommand};
-use data_prep::files::restrict_modes;
 use data_prep::pipeline::{PrepConfig, Progress, build};
 use data_prep::report::{CONTACT_SHEET_FILE, describe_counts};
-use data_prep::signals::StopFlag;
-use data_prep::text::name;
-use data_prep::{Result, output};
+use hyperlora_core::files::restrict_modes;
+use hyperlora_core::signals::StopFlag;
+use hyperlora_core::text::name;
+use hyperlora_core::{Result, output};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Photos in, Parquet shards of filtered, embedded faces out.
@@ -63,11 +63,11 @@ fn main() -> ExitCode {
     let level = match (quiet, verbose) {
         (true, _) => "warn",
         (false, 0) => "info",
-        (false, 1) => "info,data_prep=debug",
+        (false, 1) => "info,data_prep=debug,hyperlora_core=debug",
         (false, _) => "debug",
     };
     tracing_subscriber::fmt()
-        .fmt_fields(data_prep::text::log_fields())
+        .fmt_fields(hyperlora_core::text::log_fields())
         .with_env_filter(level)
         .with_writer(std::io::stderr)
         .without_time()

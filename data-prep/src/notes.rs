@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
 
+use hyperlora_core::text::name;
 use serde::{Deserialize, Serialize};
-
-use crate::text::name;
 
 /// Things of one kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,6 +7,10 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use hyperlora_core::files::{StagedFolder, apart};
+use hyperlora_core::hash::hex;
+use hyperlora_core::signals::StopFlag;
+use hyperlora_core::{Error, Result, config};
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{ImageEncoder, RgbImage};
 use rayon::prelude::*;
@@ -14,17 +18,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::caption::Captioner;
-use crate::config;
 use crate::crop::CropConfig;
-use crate::error::{Error, Result};
 use crate::face::{FaceAnalyser, FaceConfig, FaceModels, Upright};
-use crate::files::{StagedFolder, apart};
 use crate::filter::{FilterConfig, Reason, Rejection};
 use crate::prepared::PREPARED;
 use crate::report::{Cell, Report};
-use crate::shard::manifest::hex;
 use crate::shard::{FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter, Written};
-use crate::signals::StopFlag;
 use crate::source::{DecodeConfig, Decoded, Photo, Source, SourceConfig, SourceFiles};
 
 /// The YAML of `data-prep build`.

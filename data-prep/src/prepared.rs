@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use hyperlora_core::files::{Listing, Ownership};
+use hyperlora_core::paths::Root;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::files::{Listing, Ownership};
-use crate::paths::Root;
 use crate::report::{CONTACT_SHEET_FILE, REJECTED_FILE};
 use crate::shard::{INDEX_FILE, MANIFEST_FILE};
 

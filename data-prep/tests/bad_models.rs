@@ -5,8 +5,8 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use data_prep::config::ConfigPath;
 use data_prep::face::{FaceAnalyser, FaceConfig};
+use hyperlora_core::config::ConfigPath;
 use image::RgbImage;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -26,7 +26,7 @@ fn pack() -> tempfile::TempDir {
     folder
 }
 
-fn load(folder: &Path) -> data_prep::error::Result<FaceAnalyser> {
+fn load(folder: &Path) -> hyperlora_core::Result<FaceAnalyser> {
     FaceAnalyser::load(&FaceConfig { models: ConfigPath::new(folder), ..FaceConfig::default() }, Path::new(""))
 }
 

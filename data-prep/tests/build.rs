@@ -10,10 +10,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use data_prep::files::{Ownership, StagedFolder, UMASK};
 use data_prep::pipeline::{PrepConfig, Progress, build};
 use data_prep::shard::{FaceRecord, Manifest, ShardFolder};
-use data_prep::signals::StopFlag;
+use hyperlora_core::files::{Ownership, StagedFolder, UMASK};
+use hyperlora_core::signals::StopFlag;
 use image::codecs::jpeg::JpegEncoder;
 use image::{ImageEncoder, RgbImage, Rgba, RgbaImage, imageops};
 
@@ -38,9 +38,7 @@ face:
 ";
 
 fn asset(name: &str) -> PathBuf {
-    let cache = std::env::var_os("HYPERLORA_CACHE").map(PathBuf::from);
-    let cache = cache.unwrap_or_else(|| Path::new(&std::env::var_os("HOME").unwrap()).join(".cache/hyperlora"));
-    cache.join("photos").join(name)
+    hyperlora_testing::asset("photos").join(name)
 }
 
 /// A folder with `data.yaml`, labels and photos: six that stay, and one for each reason to go.
@@ -75,7 +73,7 @@ fn workplace() -> tempfile::TempDir {
     dir
 }
 
-fn prepare(dir: &Path, out: &str, workers: usize) -> data_prep::Result<Manifest> {
+fn prepare(dir: &Path, out: &str, workers: usize) -> hyperlora_core::Result<Manifest> {
     let config = PrepConfig::load(&dir.join("data.yaml"))?;
     let workers = NonZeroUsize::new(workers).unwrap();
     Ok(build(&config, dir, &dir.join(out), workers, &StopFlag::default(), &mut |_| {})?.unwrap())

@@ -7,9 +7,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use data_prep::config::ConfigPath;
 use data_prep::face::mask::{self, MaskConfig};
 use data_prep::face::{Detection, FaceAnalyser, FaceConfig};
+use hyperlora_core::config::ConfigPath;
 use image::{Rgb, RgbImage};
 use serde::Deserialize;
 

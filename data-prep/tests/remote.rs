@@ -2,22 +2,20 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod file_server;
 mod shard_folder;
 
-use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant, SystemTime};
+use std::{fs, thread};
 
-use data_prep::error::{Error, Result};
 use data_prep::shard::{FaceRecord, MANIFEST_FILE, RemoteConfig, ShardFolder};
+use hyperlora_core::{Error, Result};
 use tempfile::TempDir;
 
-use crate::file_server::{Answer, FileServer};
 use crate::shard_folder::labels;
+use hyperlora_testing::file_server::{Answer, FileServer};
 
 /// What a server does to its next answers, the last one first; afterwards it serves well.
 #[derive(Debug, Clone, Copy)]

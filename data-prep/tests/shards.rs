@@ -17,13 +17,10 @@ use arrow::datatypes::{DataType, Field, Schema};
 use data_prep::shard::{
     FaceRecord, INDEX_FILE, MANIFEST_FILE, Manifest, RowGroupPiece, ShardConfig, ShardFolder, ShardWriter,
 };
-use peak_alloc::PeakAlloc;
 
 use crate::foreign::{floats, sound, with};
 use crate::shard_folder::{labels, record, write};
-
-#[global_allocator]
-static PEAK: PeakAlloc = PeakAlloc;
+use hyperlora_testing::ALLOCATOR;
 
 fn failure(dir: &Path) -> String {
     let error = ShardFolder::open(dir).unwrap_err();
@@ -360,10 +357,10 @@ fn bombs_are_refused_before_they_take_memory() {
         drop(batches);
         let file = fs::metadata(dir.path().join("shard-00002.parquet")).unwrap().len();
         let folder = ShardFolder::open(dir.path()).unwrap();
-        let before = PEAK.current_usage();
-        PEAK.reset_peak_usage();
+        let before = ALLOCATOR.current_usage();
+        ALLOCATOR.reset_peak_usage();
         let damage = folder.read(&folder.row_groups()[4]).unwrap().unwrap_err().to_string();
-        let taken = PEAK.peak_usage().saturating_sub(before);
+        let taken = ALLOCATOR.peak_usage().saturating_sub(before);
         assert!(damage.contains("more bytes would be decoded"), "{name}: {damage}");
         assert!(file < 300_000 && taken < 80 << 20, "{name}: {taken} bytes for a file of {file}");
     }

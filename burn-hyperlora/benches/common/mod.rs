@@ -7,8 +7,8 @@ use std::path::Path;
 use burn::tensor::TensorData;
 use burn_hyperlora::conditioning::Base;
 use burn_hyperlora::data::sample::Sample;
-use burn_hyperlora::error::{Error, Result};
 use burn_hyperlora::experiment::Experiment;
+use hyperlora_core::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 

@@ -15,13 +15,11 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use data_prep::files::{Hidden, Listing, Ownership, StagedFolder, unlisted};
-use data_prep::paths::{Root, below, read_limited};
-use serde::de::DeserializeOwned;
-
-use crate::error::{Error, Result};
-
+use hyperlora_core::files::{Hidden, Listing, Ownership, StagedFolder, unlisted};
+use hyperlora_core::paths::{Root, below, read_limited};
+use hyperlora_core::{Error, Result};
 use part::{FileSums, sum, write_json};
+use serde::de::DeserializeOwned;
 
 pub use part::Part;
 pub use writer::CheckpointWriter;
@@ -55,7 +53,7 @@ impl CheckpointStore {
     /// Only the one process that writes to the run may open it so: another's half-written checkpoint looks like a leftover.
     ///
     /// # Errors
-    /// Input for a place that cannot be written to and for a leftover that holds files of others, Disk for a failing disk.
+    /// Input for a place that cannot be written to, Disk for a failing disk.
     pub fn open(root: &Path) -> Result<Self> {
         let store = Self { root: root.into() };
         fs::create_dir_all(root).map_err(|source| Error::write(root, source))?;

@@ -5,13 +5,13 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
-use data_prep::files::write_whole;
-use data_prep::shard::hex;
+use hyperlora_core::files::write_whole;
+use hyperlora_core::hash::hex;
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{STATE, names};
-use crate::error::{Error, Result};
 
 /// Size and SHA-256 of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 
 use std::thread::{Builder, JoinHandle};
 
-use crate::error::{Error, Result};
+use hyperlora_core::{Error, Result};
 
 /// Work in a thread of its own, and what came of it. Dropped, it waits for the thread.
 pub(super) struct Task<T> {

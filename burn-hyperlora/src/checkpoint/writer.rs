@@ -10,14 +10,14 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use data_prep::files::StagedFolder;
+use hyperlora_core::files::StagedFolder;
+use hyperlora_core::{Error, Result};
+use hyperlora_ranks::{Collective, Failure};
 use serde::{Deserialize, Serialize};
 
 use super::part::{FileSums, Part};
 use super::task::Task;
 use super::{Checkpoint, CheckpointStore, OWNERSHIP, place};
-use crate::collective::{Collective, Failure};
-use crate::error::{Error, Result};
 
 /// Between two looks at a disk that is waited for.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -109,7 +109,7 @@ impl CheckpointWriter {
                 }
                 Err(error) => (None, Task::done(Err(error))),
             };
-        let leads = world.leads();
+        let leads = world.is_main();
         let part = WrittenPart { sums, folder, leads, told: false, afterwards: Box::new(afterwards) };
         self.writing = Some(Writing { checkpoint, phase: Phase::Parts(part) });
         Ok(())
@@ -156,7 +156,7 @@ impl CheckpointWriter {
             (None, phase) => Some(Writing { phase, ..writing }),
             (Some(sums), Phase::Parts(part)) => Some(Writing { phase: Phase::Placing(part.place(sums)), ..writing }),
             (Some(_), Phase::Placing(_)) => {
-                if world.leads() {
+                if world.is_main() {
                     tracing::debug!("saved {}", writing.checkpoint.path.display());
                 }
                 return Ok(Some(writing.checkpoint));

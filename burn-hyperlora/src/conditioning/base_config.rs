@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::FloatDType;
 use clap::ValueEnum;
-use data_prep::config::ConfigPath;
+use hyperlora_core::config::ConfigPath;
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::source::BaseSource;
 use serde::{Deserialize, Serialize};
-
-use crate::error::{Error, Result};
-use crate::sdxl::base_source::BaseSource;
 
 /// Where the frozen models are: `base:` of an experiment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -3,14 +3,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use hyperlora_core::random::{Purpose, below, for_sample};
+use hyperlora_core::{Error, Result};
+
 use crate::data::Reference;
 use crate::data::dataset::Dataset;
 use crate::data::order::{OrderConfig, Walk};
 use crate::data::pairs::Pairs;
 use crate::data::sample::{Request, Sample};
 use crate::data::scenario::Scenarios;
-use crate::error::{Error, Result};
-use crate::random::{Purpose, below, for_sample};
 
 /// Samples of one forward pass, on the host.
 #[derive(Debug, Clone)]

@@ -4,8 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use data_prep::shard::FaceRecord;
-
-use crate::error::Result;
+use hyperlora_core::Result;
 
 /// The faces of a row group.
 pub(super) type Records = Arc<Vec<FaceRecord>>;
@@ -103,8 +102,9 @@ fn bytes_of(record: &FaceRecord) -> usize {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
 
     fn group(image: usize) -> Records {
         Arc::new(vec![FaceRecord {

@@ -1,11 +1,11 @@
 //! The random square around a face, and what the UNet is told about it.
 
+use hyperlora_core::random::unit;
 use image::RgbImage;
 use image::imageops::{self, FilterType};
 use rand_core::RngCore;
 
 use crate::data::{CropConfig, SizeConditioning};
-use crate::random::unit;
 
 /// A square of a photo, in its pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,8 +94,9 @@ fn place(drawn: f32, side: u32, extent: u32, from: f32, to: f32) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use hyperlora_core::random::{Purpose, for_sample};
+
     use super::*;
-    use crate::random::{Purpose, for_sample};
 
     const PHOTO: (u32, u32) = (92, 112);
 

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use data_prep::shard::{Damage, FaceRecord, RowGroup, ShardFolder};
+use hyperlora_core::{Error, Result};
 
 use crate::data::Reference;
 use crate::data::cache::{Cache, Records};
 use crate::data::pairs::{Pair, Pairs};
 use crate::data::quarantine::{BadRowGroup, Quarantine};
-use crate::error::{Error, Result};
 
 /// The split name that takes every row.
 pub const ALL_SPLITS: &str = "all";

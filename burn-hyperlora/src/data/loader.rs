@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
+use hyperlora_core::{Error, Result};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::data::batch::{Batch, Draws};
 use crate::data::rank::Rank;
 use crate::data::sample::{Request, Sample, SampleMaker};
-use crate::error::{Error, Result};
 
 /// Between two looks at whether the run is to stop.
 const LOOK: Duration = Duration::from_millis(50);

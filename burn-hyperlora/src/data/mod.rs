@@ -19,12 +19,11 @@ pub mod scenario;
 use std::path::Path;
 use std::time::Duration;
 
-use data_prep::config::{ConfigPath, is_url};
 use data_prep::face::mask::MaskConfig;
 use data_prep::shard::{RemoteConfig, ShardFolder};
+use hyperlora_core::config::{ConfigPath, is_url};
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
-
-use crate::error::{Error, Result};
 
 /// Where the samples come from and how they become tensors: `data:` of an experiment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -1,6 +1,6 @@
 //! In which order an epoch goes through its samples: canonical streams, dealt like cards.
 
-use crate::random::{Purpose, for_sample, permutation};
+use hyperlora_core::random::{Purpose, for_sample, permutation};
 
 /// How the samples of an epoch are put in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
+use hyperlora_core::random::below;
 use rand_core::RngCore;
-
-use crate::random::below;
 
 /// Targets and the photos that may stand for their people.
 #[derive(Debug)]
@@ -65,8 +64,9 @@ impl Pair {
 
 #[cfg(test)]
 mod tests {
+    use hyperlora_core::random::{Purpose, for_sample};
+
     use super::*;
-    use crate::random::{Purpose, for_sample};
 
     #[test]
     fn a_reference_is_any_other_photo_and_each_stands_in_once() {

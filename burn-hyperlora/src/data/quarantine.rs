@@ -6,11 +6,10 @@ use std::io::{ErrorKind, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use data_prep::files::append;
-use data_prep::paths::{read_limited, read_regular};
+use hyperlora_core::files::append;
+use hyperlora_core::paths::{read_limited, read_regular};
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
-
-use crate::error::{Error, Result};
 
 /// Name of the file in a run folder.
 pub const QUARANTINE_FILE: &str = "quarantine.jsonl";

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::error::{Error, Result};
+use hyperlora_core::{Error, Result};
 
 /// One of the processes that share a run's data. Draw `d` belongs to rank `d % world_size`: every global batch is dealt
 /// evenly, and within an epoch a rank gets whole streams, because the world size divides their number

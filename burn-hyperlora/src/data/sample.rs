@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use data_prep::face::mask::{self, MaskConfig};
 use data_prep::shard::FaceRecord;
+use hyperlora_core::random::{Purpose, below, for_sample, normal};
+use hyperlora_core::{Error, Result};
 use image::{ImageFormat, ImageReader, Limits, RgbImage, imageops};
 
 use crate::data::crop::Square;
 use crate::data::dataset::Dataset;
 use crate::data::scenario::Scenario;
 use crate::data::{CropConfig, DataConfig, SizeConditioning};
-use crate::error::{Error, Result};
-use crate::random::{Purpose, below, for_sample, normal};
 
 /// Turns a condition image into the image encoder's input, flat `[3, S, S]`; called from the loader's threads.
 pub type ImageTransform = Arc<dyn Fn(&RgbImage) -> Vec<f32> + Send + Sync>;
@@ -206,8 +206,9 @@ fn to_signed_planes(image: &RgbImage) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use image::Rgb;
+
+    use super::*;
 
     #[test]
     fn pixels_become_planes_between_minus_one_and_one() {

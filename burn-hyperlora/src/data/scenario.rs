@@ -1,9 +1,8 @@
 //! Which parts act on a sample: trigger words, ID-LoRA, Base-LoRA.
 
+use hyperlora_core::random::{Purpose, for_sample, weighted};
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
-
-use crate::error::{Error, Result};
-use crate::random::{Purpose, for_sample, weighted};
 
 /// One situation of the training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -6,6 +6,10 @@
 
 use std::path::Path;
 
+use burn::tensor::{Device, Tensor};
+use hyperlora_core::random::{Purpose, below, for_sample, normal, unit};
+use hyperlora_core::{Error, Result};
+
 use crate::conditioning::Base;
 use crate::data::Reference;
 use crate::data::dataset::Dataset;
@@ -13,16 +17,13 @@ use crate::data::loader::make_all;
 use crate::data::pairs::Pair;
 use crate::data::sample::{Request, Sample, SampleMaker};
 use crate::data::scenario::Scenario;
-use crate::error::{Error, Result};
 use crate::eval::paired::{mean, paired_gap};
 use crate::experiment::{Experiment, GapSet};
 use crate::hypernet::{HyperLora, Stage};
 use crate::metrics::{GapStatistics, IdentityGap, Summary};
-use crate::random::{Purpose, below, for_sample, normal, unit};
-use crate::train::checkpoints::{self, SavedState, WEIGHTS};
+use crate::run::saved::{self, SavedState, WEIGHTS};
 use crate::train::forward::{denoising_loss, make_lora};
 use crate::train::open_dataset;
-use burn::tensor::{Device, Tensor};
 
 /// Counts the draws of this evaluation: no training stage has this number.
 const DRAWS: u64 = 2 << 32;
@@ -34,7 +35,7 @@ const DRAWS: u64 = 2 << 32;
 /// Input for a run without checkpoint, or shards without identities.
 pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     let experiment = Experiment::of_run(run)?;
-    let checkpoint = checkpoints::latest(run)?.ok_or_else(|| {
+    let checkpoint = saved::latest(run)?.ok_or_else(|| {
         Error::file(run, "holds no checkpoint yet", "let `hyperlora train` reach its first checkpoint")
     })?;
     let saved: SavedState = checkpoint.state()?;

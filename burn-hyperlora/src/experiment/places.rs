@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use data_prep::config::{self, ConfigPath};
+use hyperlora_core::config::{self, ConfigPath};
+use hyperlora_core::{Error, Result};
 
-use crate::error::{Error, Result};
 use crate::experiment::Experiment;
 
 /// The file's begin.

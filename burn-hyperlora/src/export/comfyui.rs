@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use burn::tensor::FloatDType;
+use hyperlora_core::{Error, Result};
 
-use crate::error::{Error, Result};
 use crate::hypernet::{HyperLoraConfig, ResamplerConfig, convert};
 
 /// What the nodes' inputs allow: a key of `hyper_lora`, its smallest and largest value, and the step between values.

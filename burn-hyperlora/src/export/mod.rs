@@ -1,22 +1,20 @@
 //! LoRA files in the formats that other tools read.
 
 pub mod comfyui;
-pub mod lora;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{FloatDType, Tensor};
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::lora::file::Layout;
+use hyperlora_sdxl::lora::{AttentionSite, LoraModule, LoraPair, LoraSet, LoraWeights, Matrix};
+use hyperlora_sdxl::source::Part;
 use safetensors::Dtype;
-
-use crate::error::{Error, Result};
-use crate::export::lora::{Layout, LoraModule, LoraSet, Matrix};
-use crate::lora::{AttentionSite, LoraPair, LoraWeights};
-use crate::sdxl::base_source::Part;
 
 /// The paths of an attention module's linears, in the order of [`AttentionLora::pairs`].
 ///
-/// [`AttentionLora::pairs`]: crate::lora::AttentionLora::pairs
+/// [`AttentionLora::pairs`]: hyperlora_sdxl::lora::AttentionLora::pairs
 const LINEARS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 
 /// Writes the LoRA of one sample as `layout` has it.

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::weights::Weights;
 
-use crate::error::{Error, Result};
 use crate::generate::Person;
 use crate::hypernet::HyperLoraConfig;
-use crate::weights::Weights;
 
 const CLIP_STATES: &str = "clip_hidden_states";
 const ID_EMBEDDING: &str = "id_embedding";

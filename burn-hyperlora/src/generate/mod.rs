@@ -6,12 +6,12 @@ pub mod photos;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::lora::{AttentionSite, LoraWeights};
 
-use crate::error::{Error, Result};
 use crate::experiment::Experiment;
 use crate::hypernet::{HyperLora, HyperLoraConfig, Stage, read_sites};
-use crate::lora::{AttentionSite, LoraWeights};
-use crate::train::checkpoints::{SavedState, Source};
+use crate::run::saved::{SavedState, Source};
 use crate::train::config::DEFAULT_TRIGGER;
 
 /// Width of an attention head in the released weights; their files do not tell it.

@@ -3,17 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use data_prep::config::ConfigPath;
 use data_prep::face::mask::{self, MaskConfig};
 use data_prep::face::{Detection, FaceAnalyser, FaceConfig, Upright};
-use data_prep::paths::read_regular;
 use data_prep::source::DecodeConfig;
+use hyperlora_core::config::ConfigPath;
+use hyperlora_core::paths::read_regular;
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::models::clip_vision::{ClipVisionModel, ImageProcessor, PREPROCESSOR_CONFIG};
 use image::RgbImage;
 
-use crate::clip_vision::{ClipVisionModel, ImageProcessor, PREPROCESSOR_CONFIG};
 use crate::data::CropConfig;
 use crate::data::crop::Square;
-use crate::error::{Error, Result};
 use crate::experiment::Experiment;
 use crate::generate::{Generator, Person};
 

@@ -2,10 +2,10 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use hyperlora_sdxl::lora::{AttentionLora, AttentionSite, LoraPair};
 
 use super::config::HyperLoraConfig;
 use super::init::Init;
-use crate::lora::{AttentionLora, AttentionSite, LoraPair};
 
 /// Which of the two LoRAs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

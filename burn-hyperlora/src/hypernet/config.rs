@@ -1,8 +1,7 @@
 //! Sizes of the hypernetwork.
 
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
-
-use crate::error::{Error, Result};
 
 /// Sizes of a [`HyperLora`](super::HyperLora); the defaults are those of the released weights, with a Base-LoRA.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,11 +5,11 @@ use std::str::FromStr;
 
 use burn::module::Param;
 use burn::tensor::Tensor;
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use super::hyper_lora::HyperLora;
 use super::parameters::ParameterMapper;
-use crate::error::{Error, Result};
 
 /// The three stages of training, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

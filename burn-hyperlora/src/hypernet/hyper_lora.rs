@@ -2,6 +2,8 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::lora::{AttentionLora, AttentionSite, LoraWeights};
 
 use super::basis::{AttentionBases, Part};
 use super::config::HyperLoraConfig;
@@ -9,8 +11,6 @@ use super::id_projector::IdProjector;
 use super::init::Init;
 use super::parameters::ParameterMapper;
 use super::resampler::{Resampler, ResamplerPorts};
-use crate::error::{Error, Result};
-use crate::lora::{AttentionLora, AttentionSite, LoraWeights};
 
 /// Query tokens of one attention module: down and up of `to_q`, `to_k`, `to_v`, `to_out`.
 pub const TOKENS_PER_SITE: usize = 8;

@@ -1,8 +1,7 @@
 //! What the coefficients look like: the early signs of a hypernetwork that learns nothing.
 
 use burn::tensor::{Tensor, TensorData};
-
-use crate::error::{Error, Result};
+use hyperlora_core::{Error, Result};
 
 /// Statistics of the coefficients of one batch.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use crate::collective::host_name;
+use hyperlora_ranks::host_name;
 
 /// A file that is told less than the terminal: no absolute paths, no names of machines.
 #[derive(Debug)]

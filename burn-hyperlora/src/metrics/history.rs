@@ -5,10 +5,10 @@ use std::fs;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use data_prep::paths::open_regular;
+use hyperlora_core::paths::open_regular;
+use hyperlora_core::{Error, Result};
 use prost::Message;
 
-use crate::error::{Error, Result};
 use crate::metrics::event::{Content, Event, What};
 use crate::metrics::tensorboard::masked_crc;
 

@@ -5,14 +5,14 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
-use data_prep::files::append;
-use data_prep::text::log_fields;
+use hyperlora_core::files::append;
+use hyperlora_core::text::log_fields;
+use hyperlora_core::{Error, Result};
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::{self, MakeWriter};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
-use tracing_subscriber::{fmt, util::SubscriberInitExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::error::{Error, Result};
 use crate::metrics::anonymous::{Anonymous, Entry};
 use crate::metrics::progress::around_bars;
 

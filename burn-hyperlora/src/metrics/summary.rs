@@ -3,12 +3,11 @@
 use std::io;
 use std::path::Path;
 
-use data_prep::files::write_whole;
-use data_prep::paths::read_regular;
+use hyperlora_core::files::write_whole;
+use hyperlora_core::paths::read_regular;
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-
-use crate::error::{Error, Result};
 
 /// The file's name in the run folder.
 const FILE: &str = "summary.json";

@@ -5,11 +5,11 @@ use std::io::{self, Cursor, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use data_prep::text::mask_urls;
+use hyperlora_core::text::mask_urls;
+use hyperlora_core::{Error, Result};
 use image::{ImageFormat, RgbImage};
 use prost::Message;
 
-use crate::error::{Error, Result};
 use crate::metrics::event::{
     Content, Dim, Event, Image, PluginData, SESSION_START, SessionLog, Summary, SummaryMetadata, Tensor, TensorShape,
     Value, What,

@@ -10,11 +10,11 @@ use std::path::Path;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer as _};
 use burn::tensor::{FloatDType, Tensor, TensorData};
+use hyperlora_core::{Error, Result};
+use hyperlora_ranks::{Collective, Pending};
 
 use super::buckets::{Bucket, bucket_numbers, cut};
 use super::window::Window;
-use crate::collective::{Collective, Pending};
-use crate::error::{Error, Result};
 use crate::optim::{GradientMap, OptimConfig, Wire};
 
 const FIRST_MOMENT: &str = "exp_avg";

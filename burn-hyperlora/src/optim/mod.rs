@@ -4,11 +4,11 @@ mod adamw;
 mod buckets;
 mod gradients;
 mod schedule;
+pub mod spikes;
 mod window;
 
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
-
-use crate::error::{Error, Result};
 
 pub use adamw::{Optimizer, ReducedGradients, Share};
 pub use buckets::bucket_bytes;

@@ -1,10 +1,10 @@
 //! The gradients of one optimiser step, summed over its micro-batches where they will travel: in flat buckets.
 
 use burn::tensor::Tensor;
+use hyperlora_core::{Error, Result};
 
 use super::buckets::Bucket;
 use super::gradients::GradientMap;
-use crate::error::{Error, Result};
 
 /// The sums of one step's gradients, a flat tensor per bucket.
 ///

@@ -3,16 +3,15 @@
 use std::path::Path;
 
 use burn::tensor::FloatDType;
+use hyperlora_core::Result;
+use hyperlora_sdxl::models::clip_text::ClipTextConfig;
+use hyperlora_sdxl::models::clip_vision::ClipVisionConfig;
+use hyperlora_sdxl::models::unet::config::UNet2DConditionConfig;
+use hyperlora_sdxl::models::vae::AutoencoderKlConfig;
+use hyperlora_sdxl::source::{Part, configs};
+use hyperlora_sdxl::weights::ConfigText;
 
-use crate::clip_vision::ClipVisionConfig;
 use crate::conditioning::BaseConfig;
-use crate::error::Result;
-use crate::sdxl::autoencoder_kl::AutoencoderKlConfig;
-use crate::sdxl::base_source::Part;
-use crate::sdxl::clip_text::ClipTextConfig;
-use crate::sdxl::configs;
-use crate::sdxl::unet_config::UNet2DConditionConfig;
-use crate::weights::ConfigText;
 
 /// The sizes of the frozen models.
 #[derive(Debug, Clone)]

@@ -1,10 +1,10 @@
 //! What the frozen encoders cost: autoencoder, text encoders, image encoder.
 
-use crate::clip_vision::ClipVisionConfig;
-use crate::sdxl::autoencoder_kl::AutoencoderKlConfig;
-use crate::sdxl::clip_encoder::ClipEncoderConfig;
-use crate::sdxl::clip_text::ClipTextConfig;
-use crate::sdxl::tokenizer::PROMPT_TOKENS;
+use hyperlora_sdxl::models::clip_encoder::ClipEncoderConfig;
+use hyperlora_sdxl::models::clip_text::ClipTextConfig;
+use hyperlora_sdxl::models::clip_vision::ClipVisionConfig;
+use hyperlora_sdxl::models::vae::AutoencoderKlConfig;
+use hyperlora_sdxl::tokenizer::PROMPT_TOKENS;
 
 /// A frozen encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

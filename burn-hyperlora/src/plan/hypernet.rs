@@ -1,7 +1,8 @@
 //! What the hypernetwork costs, from its config and the attention modules that it writes for.
 
+use hyperlora_sdxl::lora::AttentionSite;
+
 use crate::hypernet::{HyperLoraConfig, ParameterGroup, Stage, TOKENS_PER_SITE};
-use crate::lora::AttentionSite;
 
 fn wide(size: usize) -> u128 {
     size as u128

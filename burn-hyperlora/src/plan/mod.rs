@@ -15,12 +15,12 @@ mod stage;
 mod tests;
 mod unet;
 
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::lora::AttentionSite;
 use serde::Serialize;
 
-use crate::error::{Error, Result};
 use crate::experiment::Experiment;
 use crate::hypernet::{HyperLoraConfig, ParameterGroup};
-use crate::lora::AttentionSite;
 use crate::plan::architecture::Architecture;
 use crate::plan::hardware::{Gpu, Hops, Link};
 use crate::train::StageWork;

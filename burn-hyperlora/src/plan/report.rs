@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use data_prep::text::name;
+use hyperlora_core::text::name;
 
 use crate::plan::hardware::PER_MACHINE;
 use crate::plan::{Memory, Part, Plan, StagePlan};

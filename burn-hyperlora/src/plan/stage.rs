@@ -1,12 +1,12 @@
 //! The costs of one stage.
 
 use burn::tensor::FloatDType;
+use hyperlora_sdxl::memory::activation_bytes;
 use serde::Serialize;
 
 use crate::optim::{Wire, bucket_bytes};
 use crate::plan::memory::{F32, Memory, WORKSPACE};
 use crate::plan::{Setup, encoders, unet};
-use crate::sdxl::memory::activation_bytes;
 use crate::train::StageWork;
 use crate::train::config::StageEntry;
 

@@ -6,20 +6,20 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use data_prep::config::ConfigPath;
+use hyperlora_core::config::ConfigPath;
+use hyperlora_ranks::WorldOfOne;
+use hyperlora_sdxl::source::configs;
 use serde_json::Value;
 
 use super::*;
 use crate::checkpoint::CheckpointStore;
-use crate::collective::WorldOfOne;
 use crate::conditioning::{Base, BaseConfig};
 use crate::hypernet::{HyperLora, ParameterVisitor, Stage};
 use crate::optim::{GradientMap, Optimizer, Share, Wire};
 use crate::plan::hardware::{Hops, between_machines};
-use crate::sdxl::configs;
-use crate::train::checkpoints::{SavedState, Snapshot};
+use crate::run::saved::{SavedState, Snapshot};
+use crate::run::state::TrainState;
 use crate::train::config::StageEntry;
-use crate::train::state::TrainState;
 use crate::train::step::Learner;
 
 fn root() -> PathBuf {
@@ -28,7 +28,7 @@ fn root() -> PathBuf {
 
 /// What torch counted: `counted("sdxl", "vae 1024", "forward")`.
 fn counted(base: &str, part: &str, what: &str) -> u128 {
-    let text = std::fs::read_to_string(root().join("burn-hyperlora/tests/fixtures/plan/flops.json")).unwrap();
+    let text = std::fs::read_to_string(root().join("crates/testing/fixtures/plan/flops.json")).unwrap();
     let found: Value = serde_json::from_str(&text).unwrap();
     found[base][part][what].as_u64().unwrap().into()
 }
@@ -191,7 +191,7 @@ fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, 
         optimizer_steps: learner.optimizer.steps(),
         settings: Value::Null,
     };
-    let snapshot = Snapshot::take(&state, &learner, &world).unwrap();
+    let snapshot = Snapshot::take(&state, &learner.hyper_lora, &learner.optimizer, &world).unwrap();
     let written = store.write(0, |part| snapshot.write(part)).unwrap();
     (gradient_bytes, bytes_below(written.path()))
 }

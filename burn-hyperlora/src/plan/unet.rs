@@ -2,10 +2,10 @@
 //!
 //! The layers are those that the real module is built from; tests hold the counts to torch's.
 
-use crate::lora::AttentionSite;
-use crate::sdxl::tokenizer::PROMPT_TOKENS;
-use crate::sdxl::unet_config::UNet2DConditionConfig;
-use crate::sdxl::unet_layout::{LayerKind, LayerPlan, Op, layout};
+use hyperlora_sdxl::lora::AttentionSite;
+use hyperlora_sdxl::models::unet::config::UNet2DConditionConfig;
+use hyperlora_sdxl::models::unet::layout::{LayerKind, LayerPlan, Op, layout};
+use hyperlora_sdxl::tokenizer::PROMPT_TOKENS;
 
 /// Floating-point operations of one image, a multiplication and an addition counting as two.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

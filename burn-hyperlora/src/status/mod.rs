@@ -8,19 +8,18 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use data_prep::paths::open_regular;
-use data_prep::text;
+use hyperlora_core::paths::open_regular;
+use hyperlora_core::{Error, Result, text};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::CheckpointStore;
 use crate::data::quarantine;
-use crate::error::{Error, Result};
 use crate::experiment::Experiment;
 use crate::metrics::{LastScalars, StageSummary, Summary};
+use crate::run::state::TrainState;
+use crate::run::{CHECKPOINTS, TENSORBOARD, is_claimed, skipped};
 use crate::train::curves::{CUT_CAPTIONS, IMAGES_PER_SECOND, RANKS};
-use crate::train::state::TrainState;
-use crate::train::{CHECKPOINTS, TENSORBOARD, is_claimed, skipped};
 
 /// Lines of `run.log` that tell of the end of a run that did not finish.
 const LAST_LINES: usize = 6;

@@ -3,7 +3,7 @@
 use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
 
-use data_prep::text::name;
+use hyperlora_core::text::name;
 use indicatif::HumanDuration;
 
 use crate::status::{Activity, Status};

@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-use data_prep::config::ConfigPath;
+use hyperlora_core::config::ConfigPath;
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::scheduler::SamplerKind;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Reference;
 use crate::data::scenario::{Scenario, Scenarios};
-use crate::error::{Error, Result};
 use crate::hypernet::{ParameterGroup, Stage};
+use crate::optim::spikes::SpikeConfig;
 use crate::optim::{LrScaling, OptimConfig, Wire};
-use crate::sdxl::scheduler::SamplerKind;
-use crate::train::spikes::SpikeConfig;
 
 /// Batches, stages and what is written along the way.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -385,7 +385,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<TrainConfig> {
-        let mut config: TrainConfig = data_prep::config::parse(text, Path::new("train.yaml"))?;
+        let mut config: TrainConfig = hyperlora_core::config::parse(text, Path::new("train.yaml"))?;
         config.resolve();
         config.validate("train.yaml", true)?;
         Ok(config)
@@ -406,7 +406,7 @@ mod tests {
     #[test]
     fn a_resolved_config_reads_back_as_itself() {
         let config = parse(&format!("micro_batch: 2\nglobal_batch: 6\nfixed_set: {{}}\n{STAGES}")).unwrap();
-        let yaml = data_prep::config::to_yaml(&config).unwrap();
+        let yaml = hyperlora_core::config::to_yaml(&config).unwrap();
         assert_eq!(parse(&yaml).unwrap(), config);
     }
 
@@ -436,7 +436,7 @@ mod tests {
     fn a_group_that_the_stage_does_not_use_is_refused_with_those_that_fit() {
         let parse = |stage: &str, has_base| {
             let text = format!("micro_batch: 1\nglobal_batch: 1\nstages: [{{{stage}}}]");
-            let mut config: TrainConfig = data_prep::config::parse(&text, Path::new("train.yaml")).unwrap();
+            let mut config: TrainConfig = hyperlora_core::config::parse(&text, Path::new("train.yaml")).unwrap();
             config.resolve();
             config.validate("train.yaml", has_base).map_err(|error| error.to_string())
         };

@@ -2,19 +2,20 @@
 
 use std::time::Duration;
 
-use crate::collective::Collective;
-use crate::error::Result;
+use hyperlora_core::Result;
+use hyperlora_ranks::Collective;
+
 use crate::metrics::{Memory, RunningMeans};
 use crate::train::StageWork;
-use crate::train::ranks::{self, RankFigures};
-use crate::train::step::{StepReport, StepTerms};
+use crate::train::rank_figures::{self, RankFigures};
+use crate::train::step::StepReport;
 
 /// Images per second of all ranks, in the curves.
 pub const IMAGES_PER_SECOND: &str = "speed/images_per_second";
 /// The share of rank 0's captions in this start of the stage whose ends were left out, in the curves.
 pub const CUT_CAPTIONS: &str = "data/cut_captions";
 /// The number of ranks, in the curves.
-pub const RANKS: &str = ranks::COUNT;
+pub const RANKS: &str = rank_figures::COUNT;
 
 /// Gathers steps until they are written.
 pub struct Curves {
@@ -53,7 +54,7 @@ impl Curves {
     }
 
     /// Adds a step.
-    pub fn add(&mut self, report: &StepReport, terms: &StepTerms, time: StepTime) {
+    pub fn add(&mut self, report: &StepReport, learning_rate: f64, time: StepTime) {
         let stage = &self.stage;
         for sample in &report.losses {
             let loss = f64::from(sample.loss);
@@ -62,7 +63,7 @@ impl Curves {
             self.means.add(format!("loss_by_scenario/{stage}/{}", sample.scenario.name()), loss);
             self.means.add(format!("loss_by_timestep/{stage}/quartile_{quartile}"), loss);
         }
-        self.means.add("optim/learning_rate", terms.learning_rate);
+        self.means.add("optim/learning_rate", learning_rate);
         self.means.add("optim/gradient_norm", report.gradient_norm);
         let clipped = self.clip_norm.map_or(report.gradient_norm, |limit| report.gradient_norm.min(limit));
         self.means.add("optim/gradient_norm_clipped", clipped);
@@ -106,7 +107,7 @@ impl Curves {
             moments_mib: mebibytes(moment_bytes),
         };
         let mut values = self.means.take();
-        values.extend(ranks::share(world, figures)?);
+        values.extend(rank_figures::share(world, figures)?);
         if seconds > 0.0 {
             let (all, one) = (images / seconds, images / seconds / world.world_size() as f64);
             values.push((IMAGES_PER_SECOND.into(), all));
@@ -131,8 +132,9 @@ mod tests {
 
     use std::collections::BTreeMap;
 
+    use hyperlora_ranks::WorldOfOne;
+
     use super::*;
-    use crate::collective::WorldOfOne;
     use crate::data::scenario::Scenario;
     use crate::train::step::SampleLoss;
 
@@ -145,9 +147,8 @@ mod tests {
             ..StepReport::default()
         };
         let mut curves = Curves::new("id_clip", 1000, Some(1.5));
-        let terms = StepTerms { learning_rate: 0.5, loss_limit: f64::INFINITY };
         let time = StepTime { elapsed: Duration::from_secs(2), communication: Duration::from_millis(500) };
-        curves.add(&report, &terms, time);
+        curves.add(&report, 0.5, time);
         let work = StageWork { flops_per_image: 3e12, ideal_seconds_per_image: Some(0.25) };
         let world = WorldOfOne::new();
         let values: BTreeMap<String, f64> =

@@ -6,14 +6,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use data_prep::shard::hex;
+use hyperlora_core::hash::hex;
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::source::Part;
+use hyperlora_sdxl::weights::{ConfigText, Weights};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::conditioning::BaseConfig;
-use crate::error::{Error, Result};
-use crate::sdxl::base_source::Part;
-use crate::weights::{ConfigText, Weights};
 
 /// Bytes that are read at either end of a weights file: the header with names, types and shapes, and some of the values.
 /// Reading gigabytes at every start would take longer than it is worth: other weights differ in nearly every value.

@@ -1,23 +1,21 @@
 //! A set of (photo, noise, timestep) triples whose loss is comparable between moments and stages.
 
 use std::ops::ControlFlow;
-use std::time::Duration;
 
 use burn::module::Module;
+use hyperlora_core::random::{Purpose, for_sample};
+use hyperlora_core::signals::StopFlag;
+use hyperlora_core::{Error, Result};
+use hyperlora_ranks::Ranks;
 
-use crate::collective::Collective;
 use crate::conditioning::Base;
 use crate::data::Reference;
 use crate::data::loader::{Aside, Stop, make_all};
 use crate::data::sample::{Request, Sample, SampleMaker};
 use crate::data::scenario::Scenario;
-use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, Stage};
-use crate::random::{Purpose, for_sample};
-use crate::signals::StopFlag;
 use crate::train::config::FixedSetConfig;
 use crate::train::forward::{denoising_loss, make_lora};
-use crate::train::together::{asked_to_stop, share_unless_stopped};
 
 /// Counts the draws of fixed sets: no training stage has this number.
 const DRAWS: u64 = 1 << 32;
@@ -79,7 +77,7 @@ impl FixedSet {
     }
 
     /// Mean loss over what can be read of the set with the LoRAs that `hyper_lora` makes at the set's stage. The ranks share the
-    /// work, and wait for each other after every micro-batch, up to `deadline`; the signal by which one of them was asked to
+    /// work, and wait for each other after every micro-batch; the signal by which one of them was asked to
     /// `stop` breaks it off.
     ///
     /// # Errors
@@ -89,18 +87,17 @@ impl FixedSet {
         base: &Base,
         hyper_lora: &HyperLora,
         trigger: &str,
-        world: &dyn Collective,
+        ranks: &Ranks,
         stop: &StopFlag,
-        deadline: Duration,
     ) -> Result<ControlFlow<&'static str, f64>> {
         let hyper_lora = hyper_lora.valid();
         let (mut sum, mut count) = (0.0, 0);
         let micro_batches: Vec<&[(Request, u32)]> = self.requests.chunks(self.micro_batch).collect();
-        for round in micro_batches.chunks(world.world_size()) {
-            if let Some(signal) = asked_to_stop(world, stop.raised_by())? {
+        for round in micro_batches.chunks(ranks.world_size()) {
+            if let Some(signal) = ranks.asked_to_stop(stop.raised_by())? {
                 return Ok(ControlFlow::Break(signal));
             }
-            let own = round.get(world.rank()).copied().unwrap_or_default();
+            let own = round.get(ranks.rank()).copied().unwrap_or_default();
             let own = self.losses(base, &hyper_lora, trigger, own, &|| stop.raised_by());
             let told = match &own {
                 Ok(ControlFlow::Continue(sum)) => Ok(ControlFlow::Continue(sum)),
@@ -108,7 +105,7 @@ impl FixedSet {
                 Err(error) => Err(error),
             };
             let what = "the losses on the fixed set";
-            let heard = world.barrier(what, deadline).and_then(|()| share_unless_stopped(world, what, told));
+            let heard = ranks.barrier(what, ranks.deadline()).and_then(|()| ranks.share_unless_stopped(what, told));
             own.map(drop)?;
             let heard = match heard? {
                 ControlFlow::Continue(heard) => heard,

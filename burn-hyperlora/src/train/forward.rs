@@ -1,13 +1,13 @@
 //! From conditions to LoRAs, and the denoising loss given them: what training and evaluation share.
 
 use burn::tensor::Tensor;
+use hyperlora_core::Result;
+use hyperlora_sdxl::lora::LoraWeights;
+use hyperlora_sdxl::models::unet::UnetInput;
 
 use crate::conditioning::{Base, Portraits};
-use crate::error::Result;
 use crate::hypernet::{HyperLora, Stage};
-use crate::lora::LoraWeights;
-use crate::loss;
-use crate::sdxl::unet::UnetInput;
+use crate::objective;
 
 /// LoRAs of a batch, and the coefficients that they were mixed from.
 pub struct Made {
@@ -50,5 +50,5 @@ pub fn denoising_loss(
     target: Tensor<4>,
     lora: Option<&LoraWeights>,
 ) -> Result<Vec<f32>> {
-    loss::per_sample(base.unet.forward(input, lora), target)
+    objective::per_sample(base.unet.forward(input, lora), target)
 }

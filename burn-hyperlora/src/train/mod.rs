@@ -1,96 +1,66 @@
 //! Training: three stages, one step function, and a state from which a run goes on bit for bit.
+//!
+//! [`Session`] is a run in progress. [`run`] is the loop of `hyperlora train` over it; a loop of your own starts with
+//! [`Session::open`].
 
-pub mod archive;
-pub mod checkpoints;
 pub mod config;
 pub mod curves;
 mod fingerprint;
 pub mod fixed_set;
 pub mod forward;
-pub mod moments;
 pub mod pictures;
-mod ranks;
-mod run_folder;
-pub mod skipped;
-pub mod spikes;
+mod rank_figures;
+pub mod session;
+mod settings;
 mod start;
-pub mod state;
 pub mod step;
-mod together;
-pub mod trainer;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Device;
-use data_prep::files::write_whole;
+use hyperlora_core::Result;
+use hyperlora_core::signals::StopFlag;
+use hyperlora_ranks::Ranks;
 
-use crate::collective::Collective;
 use crate::conditioning::BaseConfig;
 use crate::data::DataConfig;
 use crate::data::dataset::Dataset;
 use crate::data::quarantine::Quarantine;
-use crate::error::Result;
 use crate::hypernet::HyperLoraConfig;
 use crate::metrics::Display;
-use crate::signals::StopFlag;
+use crate::objective::Denoising;
+use crate::run::Resolved;
 use crate::train::config::TrainConfig;
-use crate::train::run_folder::{claim_together, write_config};
-use crate::train::together::lead_alone;
-use crate::train::trainer::Trainer;
 
-pub(crate) use crate::train::together::all_or_none;
-pub use run_folder::{is_claimed, move_aside, verify_config};
-
-/// Name of the resolved configuration in a run folder.
-pub const CONFIG_FILE: &str = "config.yaml";
-/// Name of the file in a run folder that tells where on this machine lies what the configuration names.
-pub const PATHS_FILE: &str = "paths.yaml";
-/// Folder of the checkpoints in a run folder.
-pub const CHECKPOINTS: &str = "checkpoints";
-/// Folder of the event files in a run folder.
-pub const TENSORBOARD: &str = "tensorboard";
-/// The skipped steps in a run folder, one JSON object a line.
-pub const SKIPPED: &str = "skipped.jsonl";
-/// Folder of the pictures in a run folder.
-pub const SAMPLES: &str = "samples";
+pub use session::{Gradients, Session, Window};
 
 /// What a run is made of: the parts of an experiment that training reads.
-pub struct TrainSetup<'a> {
+pub struct TrainSetup {
     /// The YAML file, for messages.
     pub place: String,
     /// The folder that paths of the YAML start at.
-    pub folder: &'a Path,
+    pub folder: PathBuf,
     /// The run folder.
-    pub run: &'a Path,
+    pub run: PathBuf,
     /// The experiment's name.
-    pub name: &'a str,
+    pub name: String,
     /// All randomness hangs on it.
     pub seed: u64,
     /// The frozen models.
-    pub base: &'a BaseConfig,
+    pub base: BaseConfig,
     /// Where the samples come from.
-    pub data: &'a DataConfig,
+    pub data: DataConfig,
     /// Sizes of the hypernetwork.
-    pub hyper_lora: &'a HyperLoraConfig,
+    pub hyper_lora: HyperLoraConfig,
     /// How it is trained.
-    pub train: &'a TrainConfig,
+    pub train: TrainConfig,
     /// The whole configuration as the run folder keeps it.
     pub resolved: Resolved,
     /// The plain device to train on.
     pub device: Device,
     /// The ranks of the run, this process among them.
-    pub world: &'a dyn Collective,
-}
-
-/// A configuration as files of a run folder, in YAML.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resolved {
-    /// [`CONFIG_FILE`]: everything, with defaults written out. It tells nothing of the machine, and goes along when a run
-    /// is shared.
-    pub config: String,
-    /// [`PATHS_FILE`]: where on this machine lies what it names.
-    pub paths: String,
+    pub ranks: Ranks,
 }
 
 /// What the command line adds.
@@ -104,6 +74,13 @@ pub struct TrainOptions {
     pub display: Display,
     /// The work of each stage, in their order; empty where it is not known.
     pub work: Vec<StageWork>,
+}
+
+impl Default for TrainOptions {
+    /// All stages to their end, without a progress bar; no signal is listened for.
+    fn default() -> Self {
+        Self { max_steps: None, stop: StopFlag::default(), display: Display::Hidden, work: Vec::new() }
+    }
 }
 
 /// What a stage has to compute per image: what the curves measure the speed by.
@@ -148,25 +125,16 @@ pub enum Outcome {
 /// # Errors
 /// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
 /// that diverged; Input too where another process trains into the run folder, and where the ranks have not one and the same.
-pub fn run(setup: &TrainSetup<'_>, options: &TrainOptions) -> Result<Outcome> {
-    let (world, patience) = (setup.world, setup.train.long_timeout());
-    // A quarter: the ranks must not give each other up while one looks for the folder.
-    let _claim = claim_together(world, setup.run, patience, setup.train.collective_timeout() / 4)?;
-    let mut trainer = Trainer::prepare(setup, options)?;
-    lead_alone(world, "rank 0 to write the configuration", patience, || {
-        write_whole(&setup.run.join(PATHS_FILE), setup.resolved.paths.as_bytes())?;
-        write_config(setup.run, &setup.resolved.config)
-    })?;
-    loop {
-        match trainer.run_stage() {
-            Ok(None) => {}
-            Ok(Some(outcome)) => return Ok(outcome),
-            Err(error) => {
-                trainer.fail();
-                return Err(error);
-            }
+pub fn run(setup: TrainSetup, options: TrainOptions) -> Result<Outcome> {
+    let mut session = Session::begin(setup, options)?;
+    let mut train = || {
+        while let Some(window) = session.next_window()? {
+            let gradients = session.gradients(&window, &Denoising)?;
+            session.apply(gradients, window.learning_rate)?;
         }
-    }
+        session.outcome()
+    };
+    train().inspect_err(|_| session.fail())
 }
 
 /// Opens the shards that an experiment names; damaged row groups are left out of `run` as its quarantine file says.

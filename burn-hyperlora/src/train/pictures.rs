@@ -4,15 +4,15 @@ use std::fs;
 use std::path::Path;
 
 use burn::module::Module;
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::lora::LoraWeights;
+use hyperlora_sdxl::sample::{SampleConfig, Sampler, tile, write_picture};
 use image::{ImageFormat, RgbImage};
 
 use crate::conditioning::Base;
 use crate::data::sample::Sample;
-use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, Stage};
-use crate::lora::LoraWeights;
-use crate::sample::{SampleConfig, Sampler, tile, write_picture};
-use crate::train::SAMPLES;
+use crate::run::SAMPLES;
 use crate::train::config::SamplesConfig;
 use crate::train::forward::make_lora;
 

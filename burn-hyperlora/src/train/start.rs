@@ -4,33 +4,34 @@ use std::sync::Arc;
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
-use data_prep::shard::hex;
+use hyperlora_core::hash::hex;
+use hyperlora_core::{Error, Result};
+use hyperlora_ranks::agree;
+use hyperlora_sdxl::scheduler::NoiseSampler;
+use hyperlora_sdxl::text;
+use hyperlora_sdxl::tokenizer::TEXT_TOKENS;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
-use crate::collective::{self, agree};
 use crate::conditioning::Base;
 use crate::data::dataset::Dataset;
-use crate::error::{Error, Result};
 use crate::hypernet::{HyperLora, ParameterVisitor};
 use crate::optim::{OptimConfig, Optimizer, Share, Wire};
-use crate::sdxl::scheduler::NoiseSampler;
-use crate::sdxl::text;
-use crate::sdxl::tokenizer::TEXT_TOKENS;
-use crate::train::checkpoints::{self, SavedState, Source, WEIGHTS};
+use crate::run::moments::MomentFiles;
+use crate::run::saved::{SavedState, Source, WEIGHTS, check_settings};
+use crate::run::state::TrainState;
 use crate::train::config::StageEntry;
-use crate::train::moments::MomentFiles;
-use crate::train::state::{TrainState, binding_settings};
+use crate::train::settings::binding_settings;
 use crate::train::step::Learner;
-use crate::train::{TrainOptions, TrainSetup, all_or_none, fingerprint, open_dataset};
+use crate::train::{TrainOptions, TrainSetup, fingerprint, open_dataset};
 
 /// The learner and the state to go on with: those of `checkpoint`, or of a run's first step.
 ///
 /// # Errors
 /// Input for a checkpoint of other settings, or weights that do not fit.
 pub(super) fn begin_or_resume(
-    setup: &TrainSetup<'_>,
+    setup: &TrainSetup,
     base: &Base,
     checkpoint: Option<&Checkpoint>,
     settings: &Value,
@@ -45,8 +46,8 @@ pub(super) fn begin_or_resume(
 ///
 /// # Errors
 /// Input for bf16 on the wire of MPI.
-pub(super) fn check_wire(setup: &TrainSetup<'_>) -> Result<()> {
-    let over_mpi = setup.world.world_size() > 1 && setup.device == Device::flex();
+pub(super) fn check_wire(setup: &TrainSetup) -> Result<()> {
+    let over_mpi = setup.ranks.world_size() > 1 && setup.device == Device::flex();
     if over_mpi && setup.train.wire == Wire::Bf16 {
         let problem = "is bf16, which MPI cannot add up";
         return Err(Error::input(format!("{}: train.wire", setup.place), problem, "leave it out, or train on GPUs"));
@@ -55,7 +56,7 @@ pub(super) fn check_wire(setup: &TrainSetup<'_>) -> Result<()> {
 }
 
 /// The learner as a stage begins: only its groups train, and the optimiser has not stepped yet.
-pub(super) fn begin_learning(setup: &TrainSetup<'_>, hyper_lora: HyperLora, entry: &StageEntry) -> Learner {
+pub(super) fn begin_learning(setup: &TrainSetup, hyper_lora: HyperLora, entry: &StageEntry) -> Learner {
     let config = entry.config();
     learner(setup, hyper_lora.trainable(&config.groups), &config.optim)
 }
@@ -65,13 +66,13 @@ pub(super) fn begin_learning(setup: &TrainSetup<'_>, hyper_lora: HyperLora, entr
 ///
 /// # Errors
 /// Input, the same on all ranks, that names the first rank that differs.
-pub(super) fn check_same_settings(setup: &TrainSetup<'_>, options: &TrainOptions, common: &Value) -> Result<()> {
-    let (world, patience) = (setup.world, setup.train.long_timeout());
-    let program = all_or_none(world, "all ranks to read their program", patience, || {
-        if world.world_size() > 1 { collective::program() } else { Ok(String::new()) }
+pub(super) fn check_same_settings(setup: &TrainSetup, options: &TrainOptions, common: &Value) -> Result<()> {
+    let ranks = &setup.ranks;
+    let program = ranks.try_on_all("all ranks to read their program", || {
+        if ranks.world_size() > 1 { hyperlora_ranks::program() } else { Ok(String::new()) }
     })?;
     agree(
-        world,
+        &**ranks,
         &[
             ("version", env!("CARGO_PKG_VERSION").into()),
             ("program", program),
@@ -85,9 +86,9 @@ pub(super) fn check_same_settings(setup: &TrainSetup<'_>, options: &TrainOptions
 ///
 /// # Errors
 /// As [`check_same_settings`].
-pub(super) fn check_same_files(setup: &TrainSetup<'_>, settings: &Value) -> Result<()> {
+pub(super) fn check_same_files(setup: &TrainSetup, settings: &Value) -> Result<()> {
     agree(
-        setup.world,
+        &*setup.ranks,
         &[
             ("data", settings["data"]["shards"].to_string()),
             ("base", short(Sha256::new_with_prefix(settings["base"].to_string()))),
@@ -100,7 +101,7 @@ pub(super) fn check_same_files(setup: &TrainSetup<'_>, settings: &Value) -> Resu
 /// # Errors
 /// As [`check_same_settings`].
 pub(super) fn check_same_start(
-    setup: &TrainSetup<'_>,
+    setup: &TrainSetup,
     hyper_lora: &HyperLora,
     state: &TrainState,
     origin: &str,
@@ -108,7 +109,7 @@ pub(super) fn check_same_start(
     let mut shapes = Shapes(Sha256::new());
     hyper_lora.visit_parameters(&mut shapes);
     agree(
-        setup.world,
+        &*setup.ranks,
         &[
             ("checkpoint", format!("step {}", state.global_step)),
             ("parameters", short(shapes.0)),
@@ -121,22 +122,22 @@ pub(super) fn check_same_start(
 ///
 /// # Errors
 /// Input for what is missing or damaged, Disk for a failing disk.
-pub(super) fn open(setup: &TrainSetup<'_>, common: Value) -> Result<(Arc<Dataset>, Value)> {
+pub(super) fn open(setup: &TrainSetup, common: Value) -> Result<(Arc<Dataset>, Value)> {
     check_trigger(setup)?;
-    let dataset = open_dataset(setup.data, setup.folder, setup.run)?;
+    let dataset = open_dataset(&setup.data, &setup.folder, &setup.run)?;
     if let Some(set) = &setup.train.fixed_set {
         let place = format!("{}: train.fixed_set.split", setup.place);
         dataset.check_apart(&setup.data.split, &set.split, &place)?;
     }
-    let settings = binding_settings(common, fingerprint::of_base(setup.base, setup.folder)?, dataset.checksum());
+    let settings = binding_settings(common, fingerprint::of_base(&setup.base, &setup.folder)?, dataset.checksum());
     Ok((dataset, settings))
 }
 
 /// Checks that words of a caption have room behind the trigger.
-fn check_trigger(setup: &TrainSetup<'_>) -> Result<()> {
+fn check_trigger(setup: &TrainSetup) -> Result<()> {
     // A letter and a space are the shortest caption.
     let with_a_word = format!("{} a", setup.train.trigger);
-    match text::surplus(&setup.base.source(setup.folder)?.tokenizers()?, &with_a_word)? {
+    match text::surplus(&setup.base.source(&setup.folder)?.tokenizers()?, &with_a_word)? {
         0 => Ok(()),
         _ => Err(Error::input(
             format!("{}: train.trigger", setup.place),
@@ -150,8 +151,8 @@ fn check_trigger(setup: &TrainSetup<'_>) -> Result<()> {
 ///
 /// # Errors
 /// Input for models that are missing, broken or do not go together, Disk for a failing disk.
-pub(super) fn load_base(setup: &TrainSetup<'_>) -> Result<Base> {
-    let base = Base::load(setup.base, setup.folder, &setup.device)?;
+pub(super) fn load_base(setup: &TrainSetup) -> Result<Base> {
+    let base = Base::load(&setup.base, &setup.folder, &setup.device)?;
     base.check(&setup.place, setup.data.image_size, setup.hyper_lora.clip_dim)?;
     // What would otherwise end the run at its first pictures.
     if let Some(samples) = &setup.train.samples {
@@ -172,41 +173,36 @@ pub(super) fn load_base(setup: &TrainSetup<'_>) -> Result<Base> {
 ///
 /// # Errors
 /// Input for weights that are missing, Disk for a failing disk.
-pub(super) fn origin(setup: &TrainSetup<'_>, checkpoint: Option<&Checkpoint>) -> Result<String> {
+pub(super) fn origin(setup: &TrainSetup, checkpoint: Option<&Checkpoint>) -> Result<String> {
     match (&setup.train.init_from, checkpoint) {
-        (Some(path), None) => fingerprint::of_released(&Source::find(&path.resolve(setup.folder)?)?.weights()),
+        (Some(path), None) => fingerprint::of_released(&Source::find(&path.resolve(&setup.folder)?)?.weights()),
         (_, Some(_)) => Ok("the checkpoint's".into()),
         (None, None) => Ok("random".into()),
     }
 }
 
 /// A hypernetwork at its beginning.
-fn begin(setup: &TrainSetup<'_>, base: &Base) -> Result<Learner> {
+fn begin(setup: &TrainSetup, base: &Base) -> Result<Learner> {
     let device = setup.device.clone().autodiff();
     let sites = base.unet.attention_sites();
     let hyper_lora = match &setup.train.init_from {
         Some(path) => {
-            let weights = Source::find(&path.resolve(setup.folder)?)?.weights();
-            HyperLora::load(&weights, setup.hyper_lora, sites, &device)?
+            let weights = Source::find(&path.resolve(&setup.folder)?)?.weights();
+            HyperLora::load(&weights, &setup.hyper_lora, sites, &device)?
         }
         // What reads the ID embedding starts silent: the first stage that trains it begins where the one before ended.
-        None => HyperLora::new(setup.hyper_lora, sites, setup.seed, &device).start_id_embedding_stage(),
+        None => HyperLora::new(&setup.hyper_lora, sites, setup.seed, &device).start_id_embedding_stage(),
     };
     Ok(learner(setup, hyper_lora, &OptimConfig::default()))
 }
 
 /// Learner and state as the checkpoint has them.
-fn resume(
-    setup: &TrainSetup<'_>,
-    base: &Base,
-    checkpoint: &Checkpoint,
-    settings: &Value,
-) -> Result<(Learner, TrainState)> {
+fn resume(setup: &TrainSetup, base: &Base, checkpoint: &Checkpoint, settings: &Value) -> Result<(Learner, TrainState)> {
     let saved: SavedState = checkpoint.state()?;
-    checkpoints::check_settings(&setup.place, &saved, settings)?;
+    check_settings(&setup.place, &saved, settings)?;
     let device = setup.device.clone().autodiff();
     let sites = base.unet.attention_sites();
-    let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), setup.hyper_lora, sites, &device)?;
+    let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), &setup.hyper_lora, sites, &device)?;
     let mut learner = match setup.train.stages.get(saved.train.stage) {
         Some(entry) => begin_learning(setup, hyper_lora, entry),
         None => learner(setup, hyper_lora, &OptimConfig::default()),
@@ -222,8 +218,8 @@ fn resume(
     Ok((learner, saved.train))
 }
 
-fn learner(setup: &TrainSetup<'_>, hyper_lora: HyperLora, config: &OptimConfig) -> Learner {
-    let share = Share::of(setup.world, setup.train.shard_optimizer, setup.train.wire);
+fn learner(setup: &TrainSetup, hyper_lora: HyperLora, config: &OptimConfig) -> Learner {
+    let share = Share::of(&*setup.ranks, setup.train.shard_optimizer, setup.train.wire);
     let optimizer = Optimizer::new(config, &hyper_lora, share);
     Learner { hyper_lora, optimizer }
 }

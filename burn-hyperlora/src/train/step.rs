@@ -6,18 +6,17 @@ use std::time::{Duration, Instant};
 
 use burn::module::Module;
 use burn::tensor::Tensor;
+use hyperlora_core::{Error, Result};
+use hyperlora_ranks::{Collective, Ranks};
+use hyperlora_sdxl::lora::LoraWeights;
 
-use crate::collective::Collective;
 use crate::conditioning::Base;
 use crate::data::batch::Batch;
 use crate::data::scenario::Scenario;
-use crate::error::Result;
 use crate::hypernet::{CoefficientStatistics, HyperLora, Stage};
-use crate::lora::LoraWeights;
-use crate::loss;
-use crate::optim::{GradientMap, OptimConfig, Optimizer};
+use crate::objective::{self, Objective};
+use crate::optim::{GradientMap, Optimizer, ReducedGradients};
 use crate::train::forward::make_lora;
-use crate::train::together::share_losses;
 
 /// What changes from step to step.
 pub struct Learner {
@@ -39,17 +38,6 @@ pub struct StepConfig<'a> {
     pub recompute: bool,
     /// Stands before captions whenever the ID-LoRA acts.
     pub trigger: &'a str,
-    /// Clipping and optimiser.
-    pub optim: &'a OptimConfig,
-}
-
-/// What changes from step to step besides the data.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct StepTerms {
-    /// The learning rate.
-    pub learning_rate: f64,
-    /// The largest mean loss with which the step is taken.
-    pub loss_limit: f64,
 }
 
 /// What a step found out.
@@ -124,55 +112,101 @@ impl Phases {
     }
 }
 
-/// Learns from `config.accumulation` batches and from those of the other ranks of `world`; from nothing where a gradient is
-/// not finite or the loss too high, see [`StepReport::skipped`]. No step is taken where `next_batch` gives a signal in place of
+/// Gradients of one optimiser step, averaged over its batches and over the ranks.
+pub struct StepGradients {
+    /// Everything that is known of the step before the weights move.
+    pub report: StepReport,
+    reduced: ReducedGradients,
+}
+
+/// Computes the gradients of `config.accumulation` batches, and averages them over the ranks. A gradient that is not finite,
+/// or a loss above `loss_limit`, is noted in [`StepReport::skipped`]. Breaks with a signal that `next_batch` gives in place of
 /// a batch, on any rank.
 ///
 /// # Errors
-/// Those of the data, PeerFailed where another rank fails. The weights are then unchanged; but where the rank failed while new
-/// ones were exchanged, they are partly moved, and only a checkpoint leads on.
-pub fn step(
+/// Those of the data; PeerFailed where another rank fails. The weights are unchanged.
+pub fn gradients(
     base: &Base,
     learner: &mut Learner,
     config: &StepConfig<'_>,
-    world: &dyn Collective,
-    terms: StepTerms,
+    objective: &dyn Objective,
+    ranks: &Ranks,
+    loss_limit: f64,
     next_batch: impl FnMut() -> Result<ControlFlow<&'static str, Batch>>,
-) -> Result<ControlFlow<&'static str, StepReport>> {
+) -> Result<ControlFlow<&'static str, StepGradients>> {
     // 1 to 6. This rank's part of the batch.
-    let report = window(base, learner, config, next_batch);
+    let report = window(base, learner, config, objective, next_batch);
     // 7. How it went on all ranks.
     let own = match &report {
         Ok(ControlFlow::Continue(report)) => Ok(ControlFlow::Continue(&report.losses[..])),
         Ok(ControlFlow::Break(signal)) => Ok(ControlFlow::Break(*signal)),
         Err(error) => Err(error),
     };
-    let heard = share_losses(world, own);
+    let heard = share_losses(ranks, own);
     let (mut report, losses) = match (report?, heard?) {
         (ControlFlow::Continue(report), ControlFlow::Continue(losses)) => (report, losses),
         (ControlFlow::Break(signal), _) | (_, ControlFlow::Break(signal)) => return Ok(ControlFlow::Break(signal)),
     };
     report.losses = losses;
-    // 8. The mean over the ranks, clipped by its global norm.
+    // 8. The mean over the ranks, and its global norm.
     let clock = Instant::now();
-    let reduced = learner.optimizer.reduce(world)?;
+    let reduced = learner.optimizer.reduce(&**ranks)?;
     report.gradient_norm = reduced.norm;
-    report.skipped = harm(&report, terms.loss_limit);
-    if report.skipped.is_some() {
-        return Ok(ControlFlow::Continue(report));
-    }
-    // 9. Step.
-    let gradients = reduced.clip(config.optim.clip_norm);
-    learner.optimizer.step(&mut learner.hyper_lora, gradients, terms.learning_rate, world)?;
+    report.skipped = harm(&report, loss_limit);
     report.phases.update = clock.elapsed();
-    Ok(ControlFlow::Continue(report))
+    Ok(ControlFlow::Continue(StepGradients { report, reduced }))
 }
 
-/// Accumulates what this rank's batches teach; the report so far, or the signal that came in place of a batch.
+/// Clips the gradients by their global norm, and moves the weights; a step that would do harm moves nothing.
+///
+/// # Errors
+/// Those of the collective: the weights are then partly moved, and only a checkpoint leads on.
+pub fn apply(
+    learner: &mut Learner,
+    gradients: StepGradients,
+    clip_norm: Option<f64>,
+    learning_rate: f64,
+    collective: &dyn Collective,
+) -> Result<StepReport> {
+    let StepGradients { mut report, reduced } = gradients;
+    if report.skipped.is_none() {
+        // 9. Step.
+        let clock = Instant::now();
+        learner.optimizer.step(&mut learner.hyper_lora, reduced.clip(clip_norm), learning_rate, collective)?;
+        report.phases.update += clock.elapsed();
+    }
+    Ok(report)
+}
+
+/// The losses of all ranks, by rank, unless one of them was asked to stop before it had its data.
+///
+/// # Errors
+/// As [`Ranks::share`].
+fn share_losses(
+    ranks: &Ranks,
+    own: std::result::Result<ControlFlow<&'static str, &[SampleLoss]>, &Error>,
+) -> Result<ControlFlow<&'static str, Vec<SampleLoss>>> {
+    // A loss travels as its bits: JSON has no NaN.
+    let bits = |losses: &[SampleLoss]| -> Vec<(u32, Scenario, u32)> {
+        losses.iter().map(|sample| (sample.loss.to_bits(), sample.scenario, sample.timestep)).collect()
+    };
+    let own = own.map(|losses| losses.map_continue(bits));
+    let own = match &own {
+        Ok(ControlFlow::Continue(losses)) => Ok(ControlFlow::Continue(losses)),
+        Ok(ControlFlow::Break(signal)) => Ok(ControlFlow::Break(*signal)),
+        Err(error) => Err(*error),
+    };
+    let all = ranks.share_unless_stopped("all ranks to end their passes", own)?;
+    let sample = |(bits, scenario, timestep)| SampleLoss { loss: f32::from_bits(bits), scenario, timestep };
+    Ok(all.map_continue(|all| all.into_iter().flatten().map(sample).collect()))
+}
+
+/// Accumulates the gradients of this rank's batches. Returns the report so far, or the signal that came in place of a batch.
 fn window(
     base: &Base,
     learner: &mut Learner,
     config: &StepConfig<'_>,
+    objective: &dyn Objective,
     mut next_batch: impl FnMut() -> Result<ControlFlow<&'static str, Batch>>,
 ) -> Result<ControlFlow<&'static str, StepReport>> {
     let mut report = StepReport::default();
@@ -191,7 +225,7 @@ fn window(
         let clock = Instant::now();
         let passes = side_by_side(&batches, |index, batch| {
             // Statistics are kept of the last pass alone.
-            pass(base, hyper_lora, config, batch, index + 1 == left)
+            pass(base, hyper_lora, config, objective, batch, index + 1 == left)
         })?;
         report.phases.add_share(&passes, clock.elapsed());
         // 6. Accumulate over the window.
@@ -213,7 +247,14 @@ struct Pass {
     phases: Phases,
 }
 
-fn pass(base: &Base, hyper_lora: &HyperLora, config: &StepConfig<'_>, batch: &Batch, statistics: bool) -> Result<Pass> {
+fn pass(
+    base: &Base,
+    hyper_lora: &HyperLora,
+    config: &StepConfig<'_>,
+    objective: &dyn Objective,
+    batch: &Batch,
+    statistics: bool,
+) -> Result<Pass> {
     // Leaves of its own: passes that share them would share a graph, and wait for each other.
     let hyper_lora = hyper_lora.clone().fork(&base.device().clone().autodiff());
     let mut phases = Phases::default();
@@ -222,18 +263,17 @@ fn pass(base: &Base, hyper_lora: &HyperLora, config: &StepConfig<'_>, batch: &Ba
     let conditions = base.encode(&batch.samples, config.trigger)?;
     lap(&mut clock, &mut phases.encode);
     // 2. The hypernetwork makes a LoRA for every sample, with a graph.
-    let made = make_lora(&hyper_lora, config.kind, conditions.portraits.autodiff())?;
+    let made = make_lora(&hyper_lora, config.kind, conditions.portraits.clone().autodiff())?;
     // 3. Cut the graph at the LoRA.
     let plain = made.lora.clone().map(Tensor::inner);
     lap(&mut clock, &mut phases.hypernet);
     // 4. The frozen UNet: the loss, and its gradients with respect to the LoRA alone.
-    let target = conditions.target.clone();
+    let with_graph = conditions.autodiff();
     let (_, gradients, prediction) =
         base.unet.loss_and_lora_gradients(&conditions.input, plain, config.recompute, |prediction| {
-            let target = Tensor::from_inner(target);
-            loss::mean_squared_error(prediction, target)
+            objective.loss(prediction, &with_graph)
         });
-    let losses = loss::per_sample(prediction, conditions.target)?;
+    let losses = objective::per_sample(prediction, conditions.target)?;
     lap(&mut clock, &mut phases.unet);
     // 5. They seed the backward pass of the hypernetwork.
     let mut backward = seeded(made.lora, gradients).backward();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use burn_hyperlora::weights::SafetensorsFile;
+use hyperlora_sdxl::weights::SafetensorsFile;
 
 use crate::support::{Damage, World, hyperlora, quickstart_base, run, truncate};
 

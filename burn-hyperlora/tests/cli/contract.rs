@@ -1,7 +1,7 @@
 //! The command line itself: help, refusals, silence.
 
+use hyperlora_testing::{fixture, repository};
 use std::fs::{self, OpenOptions};
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::support::{World, hyperlora, quickstart_base, run};
@@ -81,10 +81,8 @@ fn full_disk() -> Stdio {
 #[test]
 fn a_reader_that_leaves_is_no_fault_and_a_full_output_costs_no_result() {
     let folder = tempfile::tempdir().unwrap();
-    let crate_folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let output = folder.path().join("folded.safetensors");
-    let [id, base] = ["kohya", "second"]
-        .map(|name| crate_folder.join("tests/fixtures/loras").join(name).with_extension("safetensors"));
+    let [id, base] = ["kohya", "second"].map(|name| fixture("loras").join(name).with_extension("safetensors"));
     let fold = || {
         let mut command = hyperlora(["fold", "--base-weight", "1", "--rank", "1", "--id"]);
         command.arg(&id).arg("--base").arg(&base).arg("-o").arg(&output);
@@ -92,7 +90,7 @@ fn a_reader_that_leaves_is_no_fault_and_a_full_output_costs_no_result() {
     };
     let plan = || {
         let mut command = hyperlora(["plan", "--gpu", "rtx-4090", "--images", "10"]);
-        command.arg(crate_folder.join("../experiments/quickstart/train.yaml"));
+        command.arg(repository().join("experiments/quickstart/train.yaml"));
         command
     };
     let ended = |mut command: Command, stdout: Stdio, stderr: Stdio| {

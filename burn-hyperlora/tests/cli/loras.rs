@@ -5,15 +5,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use burn::tensor::{Device, TensorData};
-use burn_hyperlora::weights::{Weights, save};
+use hyperlora_sdxl::weights::{Weights, save};
 
-use crate::stability::stability;
 use crate::support::{World, contents, hyperlora, quickstart_base, run};
+use hyperlora_testing::stability::stability;
 
 const SHAPE: [usize; 4] = [1, 4, 8, 12];
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/loras").join(name).with_extension("safetensors")
+    hyperlora_testing::fixture("loras").join(name).with_extension("safetensors")
 }
 
 fn latents(path: &Path, name: &str) -> Vec<f32> {

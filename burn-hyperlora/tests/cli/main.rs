@@ -6,19 +6,14 @@ mod bad_input;
 mod bad_weights;
 mod contract;
 mod disk;
-#[path = "../../../data-prep/tests/file_server/mod.rs"]
-mod file_server;
+mod examples;
 mod loras;
 mod outputs;
 mod pictures;
 mod plan;
 mod released;
 mod runs;
-#[path = "../common/stability.rs"]
-mod stability;
 mod status;
 mod strangers;
 mod support;
 mod urls;
-#[path = "../common/world.rs"]
-mod world;

@@ -5,13 +5,13 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use data_prep::files::{OutputFile, Ownership, StagedFolder, UMASK};
+use hyperlora_core::files::{OutputFile, Ownership, StagedFolder, UMASK};
 use serde_json::{Value, json};
 
 use crate::support::{World, contents, copy_folder, hyperlora, quickstart_base, run};
 
 fn lora(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/loras").join(name).with_extension("safetensors")
+    hyperlora_testing::fixture("loras").join(name).with_extension("safetensors")
 }
 
 fn fold(id: &Path, output: &Path) -> Command {

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use burn::tensor::{Device, Distribution, FloatDType, Tensor};
-use burn_hyperlora::export::lora::Layout;
 use burn_hyperlora::export::save_lora;
-use burn_hyperlora::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
-use burn_hyperlora::sdxl::unet::UNet2DConditionModel;
+use hyperlora_sdxl::lora::file::Layout;
+use hyperlora_sdxl::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
+use hyperlora_sdxl::models::unet::UNet2DConditionModel;
 use image::{ImageFormat, RgbImage};
 
 use crate::support::{World, hyperlora, quickstart_base, run};
@@ -185,9 +185,7 @@ fn what_cannot_be_drawn_with_is_named() {
 
 /// A photo of the asset cache.
 pub(crate) fn photo() -> PathBuf {
-    let cache = std::env::var("HYPERLORA_CACHE")
-        .map_or_else(|_| Path::new(&std::env::var("HOME").unwrap()).join(".cache/hyperlora"), PathBuf::from);
-    let photo = cache.join("photos/orl/s36/1.pgm");
+    let photo = hyperlora_testing::asset("photos/orl/s36/1.pgm");
     assert!(photo.exists(), "{} is missing: run ci/assets.sh", photo.display());
     photo
 }

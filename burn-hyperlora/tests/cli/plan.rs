@@ -1,5 +1,6 @@
 //! `hyperlora plan`.
 
+use hyperlora_testing::repository;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use serde_json::Value;
 use crate::support::{Ended, World, hyperlora, run};
 
 fn sdxl(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../experiments/sdxl").join(name)
+    repository().join("experiments/sdxl").join(name)
 }
 
 fn plan(config: &Path, options: &[&str]) -> Ended {

@@ -6,8 +6,8 @@ use std::process::Command;
 
 use burn::tensor::{DType, Device, FloatDType, TensorData};
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig, TOKENS_PER_SITE};
-use burn_hyperlora::lora::AttentionSite;
-use burn_hyperlora::weights::{SafetensorsFile, save};
+use hyperlora_sdxl::lora::AttentionSite;
+use hyperlora_sdxl::weights::{SafetensorsFile, save};
 use image::{RgbImage, imageops};
 
 use crate::pictures::photo;

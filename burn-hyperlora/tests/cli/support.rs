@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use data_prep::shard::ShardConfig;
 
-use crate::world::Recipe;
+use hyperlora_testing::world::Recipe;
 
 /// Two steps of each stage.
 const YAML: &str = "
@@ -43,8 +44,18 @@ train:
 /// Optimiser steps of [`YAML`].
 pub(crate) const STEPS: u64 = 6;
 
-pub(crate) use crate::stability::quickstart_base;
-pub(crate) use crate::world::World;
+pub(crate) use hyperlora_testing::stability::quickstart_base;
+
+/// The small world of these tests.
+pub(crate) struct World(hyperlora_testing::world::World);
+
+impl Deref for World {
+    type Target = hyperlora_testing::world::World;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
 
 /// `hyperlora` with arguments, on one thread: tests run beside each other.
 pub(crate) fn hyperlora(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
@@ -103,14 +114,14 @@ pub(crate) fn run(mut command: Command) -> Ended {
 impl World {
     /// Shards of four people with four photos each, the last of them held out, and the YAML of [`YAML`]; no run yet.
     pub(crate) fn new() -> Self {
-        Self::of(Recipe {
+        Self(hyperlora_testing::world::World::of(Recipe {
             yaml: YAML,
             base: quickstart_base(),
             people: 4,
             photos: 4,
             split: |_, photo| if photo == 3 { "held_out" } else { "train" },
             shards: ShardConfig { rows_per_group: 8, rows_per_shard: 16 },
-        })
+        }))
     }
 
     /// `hyperlora train` of the YAML into the folder `name`.

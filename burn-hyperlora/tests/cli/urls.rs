@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
-use crate::file_server::FileServer;
 use crate::support::{STEPS, World, contents, flip_a_bit, run};
+use hyperlora_testing::file_server::FileServer;
 
 /// Lets a command find the providers at `server`, with credentials that it takes.
 fn at(mut command: Command, server: &FileServer) -> Command {

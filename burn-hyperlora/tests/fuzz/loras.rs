@@ -2,11 +2,11 @@
 
 use std::fs;
 
-use burn_hyperlora::Result;
-use burn_hyperlora::lora_file::{self, BaseNames, LoraFile};
-use burn_hyperlora::sdxl::base_source::{BaseSource, Part};
-use burn_hyperlora::sdxl::unet::UNet2DConditionModel;
-use burn_hyperlora::sdxl::unet_config::UNet2DConditionConfig;
+use hyperlora_core::Result;
+use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
+use hyperlora_sdxl::models::unet::UNet2DConditionModel;
+use hyperlora_sdxl::models::unet::config::UNet2DConditionConfig;
+use hyperlora_sdxl::source::{BaseSource, Part};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::Value;
@@ -20,7 +20,7 @@ const FILES: [&str; 5] = ["kohya", "sgm", "peft", "diffusers_old", "second"];
 /// Reads a LoRA and builds the UNet that it changes.
 fn apply(path: &std::path::Path) -> Result<()> {
     let source = BaseSource::open(&base(), None, None)?;
-    let updates = lora_file::sum(&[(LoraFile::open(path)?, 1.0)], &BaseNames::of(&source)?)?;
+    let updates = sum(&[(LoraFile::open(path)?, 1.0)], &BaseNames::of(&source)?)?;
     let source = source.with_updates(updates);
     let config = UNet2DConditionConfig::parse(&source.config(Part::Unet)?)?;
     UNet2DConditionModel::new(config, source.weights(Part::Unet, &device())?).map(drop)

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use burn_hyperlora::Result;
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, read_sites};
-use burn_hyperlora::sdxl::base_source::{BaseSource, Part};
-use burn_hyperlora::weights::{Form, SafetensorsFile, Weights};
+use hyperlora_core::Result;
+use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::weights::{Form, SafetensorsFile, Weights};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::{Value, json};

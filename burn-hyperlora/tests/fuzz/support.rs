@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 use burn::tensor::Device;
-use burn_hyperlora::Result;
+use hyperlora_core::Result;
 use proptest::prelude::ProptestConfig;
 use proptest::test_runner::RngSeed;
 
-use crate::harness::{ALLOCATOR, TURN, scratch};
+use hyperlora_testing::ALLOCATOR;
+use hyperlora_testing::fuzz::{TURN, scratch};
 
 /// What reading a small file may take: its size and that of the tiny base many times over, and far from what a lie of a
 /// few digits asks for.
@@ -27,11 +28,11 @@ pub(crate) fn device() -> Device {
 
 /// The quickstart's base model.
 pub(crate) fn base() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../experiments/quickstart/base").canonicalize().unwrap()
+    hyperlora_testing::repository().join("experiments/quickstart/base")
 }
 
 pub(crate) fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    hyperlora_testing::fixture(name)
 }
 
 /// A folder like `original`, but for the file `name`, which holds `bytes`.

@@ -5,12 +5,12 @@ use std::path::Path;
 use std::process::Command;
 
 use burn_hyperlora::checkpoint::CheckpointStore;
-use burn_hyperlora::train::{CHECKPOINTS, archive};
+use burn_hyperlora::run::{CHECKPOINTS, archive};
 
-use crate::mpirun::{end_of, mpirun};
-use crate::state::numbers;
 use crate::training::train;
-use crate::world::World;
+use hyperlora_testing::mpirun::{end_of, mpirun};
+use hyperlora_testing::state::numbers;
+use hyperlora_testing::world::World;
 
 /// A batch that 4, 3, 2 and 1 ranks can share.
 const SHARED: [(&str, &str); 2] = [("micro_batch: 2", "micro_batch: 1"), ("global_batch: 4", "global_batch: 12")];
@@ -37,7 +37,7 @@ fn checkpoint(arguments: &[&str]) -> (Option<i32>, String) {
 
 #[test]
 fn moments_go_through_every_world_size_bit_for_bit() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&SHARED).unwrap();
     let run = world.path("run");
     let mut written = None;
@@ -76,7 +76,7 @@ fn moments_go_through_every_world_size_bit_for_bit() {
 
 #[test]
 fn a_part_that_is_missing_or_damaged_is_named() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&SHARED).unwrap();
     assert_eq!(train(&world, 2, "run", &["--max-steps", "4"]).0, Some(0));
     let run = world.path("run");
@@ -108,7 +108,7 @@ fn a_part_that_is_missing_or_damaged_is_named() {
 
 #[test]
 fn a_full_disk_ends_all_ranks_with_its_name_and_leaves_the_older_ones() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&SHARED).unwrap();
     assert_eq!(train(&world, 2, "run", &["--max-steps", "2"]).0, Some(0));
     // No file may be longer than 16 KiB: as a full disk answers.

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use burn_hyperlora::checkpoint::CheckpointStore;
 use burn_hyperlora::data::quarantine::QUARANTINE_FILE;
-use burn_hyperlora::train::CHECKPOINTS;
+use burn_hyperlora::run::CHECKPOINTS;
 
-use crate::mpirun::{end_of, mpirun};
 use crate::training::finished;
-use crate::world::World;
+use hyperlora_testing::mpirun::{end_of, mpirun};
+use hyperlora_testing::world::World;
 
 const RANKS: usize = 3;
 const PROGRAM: &str = env!("CARGO_BIN_EXE_hyperlora");
@@ -90,7 +90,7 @@ fn goes_on(world: &World) {
 
 #[test]
 fn a_killed_rank_ends_the_others_and_leaves_a_whole_checkpoint() {
-    let world = World::new();
+    let world = World::small();
     let run = under_way(&world, &[]);
     run.signal(1, "-KILL");
     let clock = Instant::now();
@@ -102,7 +102,7 @@ fn a_killed_rank_ends_the_others_and_leaves_a_whole_checkpoint() {
 
 #[test]
 fn a_hung_rank_is_named_within_the_deadline() {
-    let world = World::new();
+    let world = World::small();
     let run = under_way(&world, &[]);
     run.signal(1, "-STOP");
     let clock = Instant::now();
@@ -115,7 +115,7 @@ fn a_hung_rank_is_named_within_the_deadline() {
 
 #[test]
 fn a_signal_to_one_rank_stops_all_at_the_same_step_with_everything_saved() {
-    let world = World::new();
+    let world = World::small();
     let run = under_way(&world, &[]);
     run.signal(2, "-TERM");
     let (code, text) = run.end();
@@ -125,7 +125,7 @@ fn a_signal_to_one_rank_stops_all_at_the_same_step_with_everything_saved() {
 
 #[test]
 fn a_rank_whose_data_are_stuck_stops_and_saves_with_the_others() {
-    let world = World::new();
+    let world = World::small();
     // Nothing is kept in memory: what is damaged is met again.
     let run = under_way(&world, &[("shards: shards", "shards: shards\n  cache_mib: 0\n  prefetch_mib: 0")]);
     // A row group that is left out is written down under a lock: a thread that waits for it is as stuck as one in a read.
@@ -185,7 +185,7 @@ fn told((code, text): &(Option<i32>, String), problem: &str) {
 
 #[test]
 fn ranks_with_different_settings_do_not_begin_and_do_not_go_on() {
-    let world = World::new();
+    let world = World::small();
     let refused = || {
         let (code, text) = at_odds(&world, &[("seed: 5", "seed: 6")], &[]);
         assert_eq!(code, Some(2), "{text}");
@@ -203,7 +203,7 @@ fn ranks_with_different_settings_do_not_begin_and_do_not_go_on() {
 
 #[test]
 fn what_one_rank_alone_cannot_read_it_tells_the_others() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&[]).unwrap();
     told(&each_its_own(&world, Path::new(PROGRAM), &[]), "other.yaml");
     fs::write(world.path("other.yaml"), "name: [").unwrap();
@@ -225,7 +225,7 @@ fn what_one_rank_alone_cannot_read_it_tells_the_others() {
 
 #[test]
 fn ranks_of_different_builds_do_not_begin() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&[]).unwrap();
     fs::copy(world.path("train.yaml"), world.path("other.yaml")).unwrap();
     let program = world.path("hyperlora");

@@ -2,11 +2,11 @@
 
 use std::fs;
 
-use burn_hyperlora::train::CHECKPOINTS;
+use burn_hyperlora::run::CHECKPOINTS;
 
-use crate::mpirun::{end_of, mpirun};
 use crate::training::finished;
-use crate::world::World;
+use hyperlora_testing::mpirun::{end_of, mpirun};
+use hyperlora_testing::world::World;
 
 /// Two ranks, each with its own value of `--out`.
 fn train(world: &World, runs: [&str; 2], more: &[&str]) -> (Option<i32>, String) {
@@ -22,7 +22,7 @@ fn train(world: &World, runs: [&str; 2], more: &[&str]) -> (Option<i32>, String)
 
 #[test]
 fn ranks_whose_run_folders_differ_are_told_before_they_begin() {
-    let world = World::new();
+    let world = World::small();
     // The others look for rank 0's folder for a quarter of this.
     world.experiment(&[("recompute: false", "recompute: false\n  collective_timeout_s: 20")]).unwrap();
     fs::create_dir(world.path("other")).unwrap();

@@ -1,9 +1,9 @@
 //! Two ranks, of which one, both, or their launcher are killed at whatever moment.
 
-use burn_hyperlora::random::below;
+use hyperlora_core::random::below;
 
-use crate::kills::{Blow, Kills};
-use crate::mpirun::mpirun;
+use hyperlora_testing::kills::{Blow, Kills};
+use hyperlora_testing::mpirun::mpirun;
 
 #[test]
 fn killed_at_random_moments_the_same_command_ends_with_the_same_bits() {

@@ -3,11 +3,11 @@
 use std::process::Command;
 
 use burn_hyperlora::metrics::LastScalars;
-use burn_hyperlora::train::TENSORBOARD;
+use burn_hyperlora::run::TENSORBOARD;
 
-use crate::mpirun::{end_of, mpirun};
-use crate::state::{curves, distance, numbers};
-use crate::world::World;
+use hyperlora_testing::mpirun::{end_of, mpirun};
+use hyperlora_testing::state::{curves, distance, numbers};
+use hyperlora_testing::world::World;
 
 /// 20 steps of 8 samples.
 const SAME: [(&str, &str); 6] = [
@@ -39,7 +39,7 @@ pub(crate) fn finished(world: &World, ranks: usize, run: &str) {
 
 #[test]
 fn four_ranks_take_the_steps_of_one() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&SAME).unwrap();
     finished(&world, 1, "one");
     finished(&world, 4, "four");
@@ -82,7 +82,7 @@ fn moments(world: &World, ranks: usize, run: &str) -> [f64; 3] {
 
 #[test]
 fn the_optimizer_state_of_a_rank_is_what_the_plan_says() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&SAME).unwrap();
     finished(&world, 1, "one");
     finished(&world, 4, "four");
@@ -97,7 +97,7 @@ fn the_optimizer_state_of_a_rank_is_what_the_plan_says() {
 
 #[test]
 fn a_run_goes_on_at_another_world_size() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&SAME).unwrap();
     finished(&world, 1, "one");
     for (ranks, steps) in [(4, "7"), (2, "13")] {

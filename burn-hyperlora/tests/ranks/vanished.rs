@@ -1,19 +1,18 @@
 //! A rank whose data folder vanishes in the middle of a training.
 
-use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{fs, thread};
 
 use burn_hyperlora::checkpoint::CheckpointStore;
 use burn_hyperlora::data::quarantine::{self, QUARANTINE_FILE};
 use burn_hyperlora::metrics::LastScalars;
-use burn_hyperlora::train::{CHECKPOINTS, TENSORBOARD};
+use burn_hyperlora::run::{CHECKPOINTS, TENSORBOARD};
 
-use crate::mpirun::{end_of, mpirun};
-use crate::state::tensors;
-use crate::world::World;
+use hyperlora_testing::mpirun::{end_of, mpirun};
+use hyperlora_testing::state::tensors;
+use hyperlora_testing::world::World;
 
 /// Each rank has a data folder of its own, and keeps next to nothing of it in memory.
 const OWN_FOLDERS: [(&str, &str); 3] = [
@@ -62,7 +61,7 @@ fn carry(from: &Path, to: &Path) {
 
 #[test]
 fn a_vanished_data_folder_ends_all_ranks_and_once_it_is_back_the_run_goes_on() {
-    let world = World::new();
+    let world = World::small();
     world.write_yaml(&OWN_FOLDERS);
     copy_shards(&world);
     let (code, text) = end_of(&command(&world, "undisturbed").output().unwrap());
@@ -103,7 +102,7 @@ fn a_vanished_data_folder_ends_all_ranks_and_once_it_is_back_the_run_goes_on() {
 
 #[test]
 fn what_one_rank_alone_leaves_out_is_in_the_curves_of_all() {
-    let world = World::new();
+    let world = World::small();
     world.write_yaml(&OWN_FOLDERS[..1]);
     copy_shards(&world);
     let shard = world.path("shards-1/shard-00000.parquet");

@@ -14,7 +14,7 @@ use burn_hyperlora::data::scenario::Scenarios;
 use burn_hyperlora::status::Status;
 use data_prep::shard::{INDEX_FILE, Manifest, ShardConfig, ShardFolder, ShardWriter};
 
-use crate::world::World;
+use hyperlora_testing::world::World;
 
 fn dataset(world: &World, cache_mib: usize) -> Arc<Dataset> {
     Arc::new(Dataset::open(ShardFolder::open(&world.path("shards")).unwrap(), cache_mib).unwrap())
@@ -47,7 +47,7 @@ fn batches(world: &World, cache_mib: usize, from: u64, batch_size: usize, worker
 
 #[test]
 fn batches_do_not_depend_on_their_size_the_threads_the_cache_or_where_one_goes_on() {
-    let world = World::new();
+    let world = World::small();
     let flat = |batches: Vec<Batch>| -> Vec<String> {
         batches.into_iter().flat_map(|batch| batch.samples).map(|sample| format!("{sample:?}")).collect()
     };
@@ -62,7 +62,7 @@ fn batches_do_not_depend_on_their_size_the_threads_the_cache_or_where_one_goes_o
 
 #[test]
 fn a_flipped_sample_is_told_the_corner_of_the_mirrored_photo() {
-    let world = World::new();
+    let world = World::small();
     // Every square is 33 pixels wide, in photos of 44.
     let made = |flip: &str| {
         let crop = "crop: {smallest: 1.5, largest: 1.5}\n  size_conditioning: crop";
@@ -86,7 +86,7 @@ fn a_flipped_sample_is_told_the_corner_of_the_mirrored_photo() {
 
 #[test]
 fn an_epoch_holds_every_training_photo_once_and_no_other() {
-    let world = World::new();
+    let world = World::small();
     let dataset = dataset(&world, 64);
     let mut draws = draws(&dataset, Reference::Target);
     assert_eq!((draws.epoch_len(), draws.left_out()), (20, 0));
@@ -104,7 +104,7 @@ fn an_epoch_holds_every_training_photo_once_and_no_other() {
 
 #[test]
 fn a_reference_is_another_photo_of_the_same_person_in_the_same_split() {
-    let world = World::new();
+    let world = World::small();
     let dataset = dataset(&world, 64);
     let mut draws = draws(&dataset, Reference::SameIdentity);
     let mut pairs = BTreeMap::<usize, Vec<usize>>::new();
@@ -125,7 +125,7 @@ fn a_reference_is_another_photo_of_the_same_person_in_the_same_split() {
 
 #[test]
 fn people_with_a_single_photo_are_left_out_and_an_empty_split_is_refused() {
-    let world = World::new();
+    let world = World::small();
     let dataset = dataset(&world, 64);
     // Each known person has one held-out photo.
     let error = dataset.pairs("held_out", "held_out", Reference::SameIdentity).unwrap_err();
@@ -137,7 +137,7 @@ fn people_with_a_single_photo_are_left_out_and_an_empty_split_is_refused() {
 
 #[test]
 fn a_row_that_the_index_has_under_another_name_is_told() {
-    let world = World::new();
+    let world = World::small();
     let shards = ShardFolder::open(&world.path("shards")).unwrap();
     for (name, row) in [("identity", 7), ("split", 11)] {
         let folder = world.path(name);
@@ -168,7 +168,7 @@ fn a_row_that_the_index_has_under_another_name_is_told() {
 
 #[test]
 fn a_trigger_that_leaves_no_room_is_refused_and_captions_that_it_cuts_are_counted() {
-    let world = World::new();
+    let world = World::small();
     // Every `x` is a token.
     let trigger = |words: usize| format!("recompute: false\n  trigger: \"{}\"", "x ".repeat(words));
     let error = world.train(&world.experiment(&[("recompute: false", &trigger(75))]).unwrap(), "full", Some(1));

@@ -6,13 +6,13 @@ use std::process::{Child, Command, Stdio};
 
 use burn_hyperlora::checkpoint::CheckpointStore;
 use burn_hyperlora::metrics::Summary;
-use burn_hyperlora::random::below;
-use burn_hyperlora::train::CHECKPOINTS;
+use burn_hyperlora::run::CHECKPOINTS;
+use hyperlora_core::random::below;
 
-use crate::experiment::STEPS;
-use crate::kills::{Blow, Kills};
-use crate::state::tensors;
-use crate::world::World;
+use hyperlora_testing::experiment::STEPS;
+use hyperlora_testing::kills::{Blow, Kills};
+use hyperlora_testing::state::tensors;
+use hyperlora_testing::world::World;
 
 /// Starts `hyperlora train` on the world's YAML.
 fn start(world: &World, run: &str) -> Child {
@@ -36,7 +36,7 @@ fn half_written(checkpoints: &Path) -> Option<PathBuf> {
 
 #[test]
 fn killed_while_a_checkpoint_is_written_the_one_before_is_gone_on_from() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&[("{every: 2", "{every: 1")]).unwrap();
     assert!(start(&world, "whole").wait().unwrap().success());
     let checkpoints = world.path("killed").join(CHECKPOINTS);
@@ -68,7 +68,7 @@ fn killed_while_a_checkpoint_is_written_the_one_before_is_gone_on_from() {
 
 #[test]
 fn killed_right_after_the_last_checkpoint_the_same_command_tidies_the_run() {
-    let world = World::new();
+    let world = World::small();
     world.write_yaml(&[("keep: 9", "keep: 2")]);
     let finishes = || assert!(start(&world, "run").wait().unwrap().success());
     finishes();

@@ -5,31 +5,23 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::Device;
-use burn_hyperlora::Result;
 use burn_hyperlora::checkpoint::CheckpointStore;
 use burn_hyperlora::eval::identity_gap;
 use burn_hyperlora::experiment::Experiment;
-use burn_hyperlora::metrics::{Display, StageSummary, Summary};
-use burn_hyperlora::signals::StopFlag;
-use burn_hyperlora::train::{CHECKPOINTS, Outcome, SKIPPED, TrainOptions};
+use burn_hyperlora::metrics::{StageSummary, Summary};
+use burn_hyperlora::run::{CHECKPOINTS, SKIPPED};
+use burn_hyperlora::train::{Outcome, TrainOptions};
+use hyperlora_core::signals::StopFlag;
 
-use crate::experiment::{STEPS, YAML};
-use crate::state::{distance, numbers, tensors};
-use crate::world::World;
+use hyperlora_testing::experiment::{STEPS, YAML};
+use hyperlora_testing::state::{distance, numbers, tensors};
+use hyperlora_testing::world::World;
 
 /// All numbers of a checkpoint's weights, by tensor.
 fn weights(run: &Path, step: u64) -> BTreeMap<String, Vec<f32>> {
     let mut numbers = numbers(run, step);
     numbers.retain(|name, _| name.starts_with("weights/"));
     numbers
-}
-
-impl World {
-    /// Trains into `run`, up to `max_steps`.
-    pub(crate) fn train(&self, experiment: &Experiment, run: &str, max_steps: Option<u64>) -> Result<Outcome> {
-        let options = TrainOptions { max_steps, stop: StopFlag::default(), display: Display::Hidden, work: Vec::new() };
-        experiment.train(&self.path(run), &Device::flex(), &options)
-    }
 }
 
 /// Makes the first step of the second stage ruin the weights.
@@ -50,7 +42,7 @@ fn finished(outcome: Outcome) {
 
 #[test]
 fn a_killed_run_goes_on_bit_for_bit() {
-    let world = World::new();
+    let world = World::small();
     let experiment = world.experiment(&[]).unwrap();
     finished(world.train(&experiment, "whole", None).unwrap());
     let whole = tensors(&world.path("whole"), STEPS);
@@ -86,7 +78,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
 
 #[test]
 fn a_run_with_a_bf16_unet_goes_on_bit_for_bit() {
-    let world = World::new();
+    let world = World::small();
     let full = world.experiment(&[]).unwrap();
     world.train(&full, "full", Some(3)).unwrap();
     let half = world.experiment(&[("encoders}", "encoders, dtype: bf16}")]).unwrap();
@@ -104,7 +96,7 @@ fn a_run_with_a_bf16_unet_goes_on_bit_for_bit() {
 
 #[test]
 fn every_stage_moves_its_own_groups_and_nothing_else() {
-    let world = World::new();
+    let world = World::small();
     finished(world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap());
     let run = world.path("run");
     let start = {
@@ -133,7 +125,7 @@ fn every_stage_moves_its_own_groups_and_nothing_else() {
 
 #[test]
 fn the_batch_may_be_cut_as_one_likes_and_blocks_recomputed() {
-    let world = World::new();
+    let world = World::small();
     let reference = world.experiment(&[]).unwrap();
     finished(world.train(&reference, "reference", None).unwrap());
     let expected = weights(&world.path("reference"), STEPS);
@@ -153,7 +145,7 @@ fn the_batch_may_be_cut_as_one_likes_and_blocks_recomputed() {
 
 #[test]
 fn passes_side_by_side_give_the_bits_of_passes_in_turn() {
-    let world = World::new();
+    let world = World::small();
     // Three passes per step: on two threads they run as two and one.
     let uneven = [("micro_batch: 2", "micro_batch: 1"), ("global_batch: 4", "global_batch: 3")];
     let experiment = world.experiment(&uneven).unwrap();
@@ -168,7 +160,7 @@ fn passes_side_by_side_give_the_bits_of_passes_in_turn() {
 
 #[test]
 fn training_lowers_the_loss_on_photos_it_does_not_see() {
-    let world = World::new();
+    let world = World::small();
     let changes = [("- base: {steps: 2", "- base: {steps: 25"), ("{triples: 6}", "{triples: 16}")];
     let experiment = world.experiment(&changes).unwrap();
     world.train(&experiment, "run", Some(25)).unwrap();
@@ -179,12 +171,12 @@ fn training_lowers_the_loss_on_photos_it_does_not_see() {
 
 #[test]
 fn a_signal_saves_and_tells() {
-    let world = World::new();
+    let world = World::small();
     let experiment = world.experiment(&[]).unwrap();
     let stop = StopFlag::install().unwrap();
     signal_hook::low_level::raise(signal_hook::consts::SIGTERM).unwrap();
-    let options = TrainOptions { max_steps: None, stop, display: Display::Hidden, work: Vec::new() };
-    let outcome = experiment.train(&world.path("run"), &Device::flex(), &options).unwrap();
+    let options = TrainOptions { stop, ..TrainOptions::default() };
+    let outcome = experiment.train(&world.path("run"), &Device::flex(), options).unwrap();
     let Outcome::Stopped { signal: "SIGTERM", step: 0, checkpoint } = outcome else {
         unreachable!("{outcome:?}");
     };
@@ -196,7 +188,7 @@ fn a_signal_saves_and_tells() {
 
 #[test]
 fn a_run_goes_on_only_with_its_own_settings() {
-    let world = World::new();
+    let world = World::small();
     let experiment = world.experiment(&[]).unwrap();
     world.train(&experiment, "run", Some(1)).unwrap();
     for (from, to, key) in [
@@ -217,7 +209,7 @@ fn a_run_goes_on_only_with_its_own_settings() {
 
 #[test]
 fn what_cannot_be_trained_is_refused_before_the_first_step() {
-    let world = World::new();
+    let world = World::small();
     for (from, to, part) in [
         ("shards: shards", "shards: nowhere", "nowhere"),
         ("shards: shards", "shards: shards\n  split: validation", "`validation`"),
@@ -243,7 +235,7 @@ fn what_cannot_be_trained_is_refused_before_the_first_step() {
 
 /// The fixture pipeline in a folder of its own, each part a copy.
 fn base_copy(folder: &Path) {
-    for part in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders")).unwrap() {
+    for part in fs::read_dir(hyperlora_testing::fixture("encoders")).unwrap() {
         let part = part.unwrap().path();
         if part.is_dir() {
             let copy = folder.join(part.file_name().unwrap());
@@ -258,7 +250,7 @@ fn base_copy(folder: &Path) {
 
 #[test]
 fn models_that_do_not_go_together_are_refused() {
-    let world = World::new();
+    let world = World::small();
     let base = world.path("base");
     let edit = |file: &str, from: &str, to: &str| {
         let text = fs::read_to_string(base.join(file)).unwrap();
@@ -288,7 +280,7 @@ fn models_that_do_not_go_together_are_refused() {
 
 #[test]
 fn a_run_goes_on_with_its_base_elsewhere_and_never_with_another() {
-    let world = World::new();
+    let world = World::small();
     let base = world.path("base");
     base_copy(&base);
     world.train(&world.experiment(&[]).unwrap(), "run", Some(1)).unwrap();
@@ -306,7 +298,7 @@ fn a_run_goes_on_with_its_base_elsewhere_and_never_with_another() {
 
 #[test]
 fn a_run_without_an_id_stage_so_far_has_no_identity_gap() {
-    let world = World::new();
+    let world = World::small();
     world.train(&world.experiment(&[]).unwrap(), "run", Some(2)).unwrap();
     let error = identity_gap::run(&world.path("run"), &Device::flex()).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("no ID-LoRA"), "{error}");
@@ -314,7 +306,7 @@ fn a_run_without_an_id_stage_so_far_has_no_identity_gap() {
 
 #[test]
 fn a_run_folder_tells_its_story() {
-    let world = World::new();
+    let world = World::small();
     let pictures = ("log_every: 2", "log_every: 2\n  samples: {every: 2, count: 2, steps: 2}");
     finished(world.train(&world.experiment(&[pictures]).unwrap(), "run", None).unwrap());
     let run = world.path("run");
@@ -357,7 +349,7 @@ fn a_run_folder_tells_its_story() {
 
 #[test]
 fn stages_may_run_one_by_one() {
-    let world = World::new();
+    let world = World::small();
     let experiment = world.experiment(&[]).unwrap();
     world.train(&experiment, "first", Some(2)).unwrap();
     let from = world.path("first").join("checkpoints/step-00000002/weights");
@@ -374,7 +366,7 @@ fn stages_may_run_one_by_one() {
 
 #[test]
 fn a_training_that_diverges_stops_and_keeps_its_last_checkpoint() {
-    let world = World::new();
+    let world = World::small();
     let experiment =
         world.experiment(&[RUINOUS, ("recompute: false", "recompute: false\n  spikes: {most: 1}")]).unwrap();
     let diverges = || {
@@ -396,7 +388,7 @@ fn a_training_that_diverges_stops_and_keeps_its_last_checkpoint() {
 
 #[test]
 fn where_a_run_is_interrupted_does_not_move_what_it_goes_back_to() {
-    let world = World::new();
+    let world = World::small();
     // Step 3 ruins the weights, steps 4 to 6 are skipped, and the third of them sends the weights back to step 2's.
     let changes = [RUINOUS, ("{every: 2, keep: 9}", "{every: 2, keep: 1}")];
     let experiment = world.experiment(&changes).unwrap();
@@ -413,7 +405,7 @@ fn where_a_run_is_interrupted_does_not_move_what_it_goes_back_to() {
 
 #[test]
 fn a_stage_that_ends_among_bad_steps_goes_back_to_good_weights() {
-    let world = World::new();
+    let world = World::small();
     // Step 3 ruins the weights; steps 4 to 6 are skipped, too few to go back for, and 6 ends the stage.
     let patient = ("recompute: false", "recompute: false\n  spikes: {most: 4}");
     let experiment = world.experiment(&[RUINOUS, patient]).unwrap();

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use burn_hyperlora::checkpoint::CheckpointStore;
 use burn_hyperlora::data::quarantine::QUARANTINE_FILE;
 use burn_hyperlora::metrics::LastScalars;
-use burn_hyperlora::train::checkpoints::SavedState;
-use burn_hyperlora::train::{CHECKPOINTS, TENSORBOARD};
+use burn_hyperlora::run::saved::SavedState;
+use burn_hyperlora::run::{CHECKPOINTS, TENSORBOARD};
 
-use crate::experiment::STEPS;
-use crate::state::tensors;
-use crate::world::World;
+use hyperlora_testing::experiment::STEPS;
+use hyperlora_testing::state::tensors;
+use hyperlora_testing::world::World;
 
 /// Waits until `moment` has come.
 fn until(child: &mut Child, moment: impl Fn() -> bool) {
@@ -67,7 +67,7 @@ fn curve(run: &Path, name: &str) -> Option<f64> {
 
 #[test]
 fn a_stop_while_the_fixed_set_is_measured_is_heard_at_once_and_loses_nothing() {
-    let world = World::new();
+    let world = World::small();
     // Measured for seconds: whenever it may be, the signal comes before the end.
     let long = [("{triples: 6}", "{triples: 200}"), ("log_every: 2", "log_every: 1")];
     world.experiment(&long).unwrap();
@@ -115,7 +115,7 @@ fn waited_for(file: &File) -> bool {
 
 #[test]
 fn a_data_thread_that_is_stuck_does_not_keep_a_run_from_stopping() {
-    let world = World::new();
+    let world = World::small();
     let fixed_set = "\n  fixed_set: {triples: 6}";
     let one_worker = ("shards: shards", "shards: shards\n  workers: 1");
     // Whatever reads first is stuck: the loader, or with a fixed set of the damaged photos what measures it.
@@ -167,7 +167,7 @@ fn a_data_thread_that_is_stuck_does_not_keep_a_run_from_stopping() {
 
 #[test]
 fn a_terminal_that_closes_saves_the_run_unless_nohup_was_asked_for() {
-    let world = World::new();
+    let world = World::small();
     world.experiment(&[("{triples: 6}", "{triples: 200}")]).unwrap();
     let begun = |run: &str| world.path(run).join(CHECKPOINTS).is_dir();
     // What the run still has to say goes nowhere.

@@ -5,7 +5,6 @@ use std::fs;
 use std::sync::Arc;
 
 use burn::tensor::Device;
-
 use burn_hyperlora::data::Reference;
 use burn_hyperlora::data::batch::{DrawConfig, Draws};
 use burn_hyperlora::data::dataset::Dataset;
@@ -14,14 +13,14 @@ use burn_hyperlora::data::quarantine::{QUARANTINE_FILE, Quarantine};
 use burn_hyperlora::data::rank::Rank;
 use burn_hyperlora::data::sample::{Sample, SampleMaker, SampleShape};
 use burn_hyperlora::data::scenario::Scenarios;
-use burn_hyperlora::error::Result;
 use burn_hyperlora::eval::identity_gap;
 use burn_hyperlora::train::Outcome;
 use data_prep::shard::{Manifest, ShardFolder};
+use hyperlora_core::Result;
 use image::RgbImage;
 
 use crate::runs::{RUINOUS, skipped};
-use crate::world::World;
+use hyperlora_testing::world::World;
 
 const STREAMS: usize = 12;
 const GLOBAL_BATCH: u64 = 12;
@@ -105,7 +104,7 @@ fn damage(world: &World, groups: &[usize]) {
 
 #[test]
 fn a_resume_on_other_ranks_in_the_middle_of_an_epoch_shows_every_photo_once() {
-    let world = World::new();
+    let world = World::small();
     let whole = steps(&world, 1, 0, 10);
     let mut resumed = Vec::new();
     // 10 steps of 12 draws are 6 epochs of 20: every change falls into one.
@@ -140,7 +139,7 @@ fn a_rank_serves_whole_streams() {
 
 #[test]
 fn a_row_group_is_read_once_where_memory_allows() {
-    let world = World::new();
+    let world = World::small();
     let read = |cache_mib| {
         let dataset = Dataset::open(ShardFolder::open(&world.path("shards")).unwrap(), cache_mib).unwrap();
         let config = DrawConfig {
@@ -165,7 +164,7 @@ fn a_row_group_is_read_once_where_memory_allows() {
 
 #[test]
 fn a_damaged_row_group_is_left_out_and_its_places_are_filled_alike_at_any_world_size() {
-    let worlds: Vec<(World, usize)> = [1, 2, 4].map(|ranks| (World::new(), ranks)).into();
+    let worlds: Vec<(World, usize)> = [1, 2, 4].map(|ranks| (World::small(), ranks)).into();
     let sound = steps(&worlds[0].0, 1, 0, 10);
     let mut filled = Vec::new();
     for (world, ranks) in &worlds {
@@ -194,7 +193,7 @@ fn a_damaged_row_group_is_left_out_and_its_places_are_filled_alike_at_any_world_
 
 #[test]
 fn more_damage_than_the_budget_stops_the_run() {
-    let world = World::new();
+    let world = World::small();
     damage(&world, &[0, 2]);
     let shards = ShardFolder::open(&world.path("shards")).unwrap();
     let quarantine = Quarantine::open(&world.path(""), 1, shards.checksum()).unwrap();
@@ -207,7 +206,7 @@ fn more_damage_than_the_budget_stops_the_run() {
 
 #[test]
 fn skipped_steps_name_the_photos_that_stood_in_for_damaged_ones() {
-    let world = World::new();
+    let world = World::small();
     damage(&world, &[1]);
     // The first step of the second stage ruins the weights: its other three are skipped.
     let outcome = world.train(&world.experiment(&[RUINOUS]).unwrap(), "run", None).unwrap();
@@ -222,7 +221,7 @@ fn skipped_steps_name_the_photos_that_stood_in_for_damaged_ones() {
 
 #[test]
 fn a_training_goes_on_without_a_damaged_row_group_and_the_gap_is_measured() {
-    let world = World::new();
+    let world = World::small();
     damage(&world, &[1]);
     let outcome = world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap();
     assert!(matches!(outcome, Outcome::Finished { step: 9, .. }), "{outcome:?}");

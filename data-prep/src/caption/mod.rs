@@ -2,12 +2,11 @@
 
 use std::path::Path;
 
+use hyperlora_core::{Error, Result, text};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
 use crate::filter::{Reason, Rejection};
 use crate::source::SourceFiles;
-use crate::text;
 
 /// A caption longer than this is no caption but a wrong file.
 const MAX_BYTES: u64 = 64 * 1024;
@@ -97,7 +96,8 @@ mod tests {
         let write = |content: &[u8]| std::fs::write(dir.path().join("x.txt"), content).unwrap();
         std::fs::write(dir.path().join("x.jpg"), "").unwrap();
         let source = format!("folder: {{root: '{}'}}", dir.path().display());
-        let source: crate::source::SourceConfig = crate::config::parse(&source, Path::new("data.yaml")).unwrap();
+        let source: crate::source::SourceConfig =
+            hyperlora_core::config::parse(&source, Path::new("data.yaml")).unwrap();
         let files = source.open(dir.path(), true).unwrap().files;
         let captioner = Captioner::Sidecar { fallback: "a photo of a person".into() };
         let caption = || captioner.caption(&files, Path::new("x.jpg"));

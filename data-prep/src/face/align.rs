@@ -1,8 +1,8 @@
 //! Five-point alignment: the face turned, scaled and moved to where embedders expect it.
 
+use hyperlora_core::{Error, Result};
 use image::RgbImage;
 
-use crate::error::{Error, Result};
 use crate::face::sampling::{Border, Sampling};
 
 /// Side of an aligned portrait in pixels.
@@ -94,8 +94,9 @@ pub(super) fn mean(points: &[[f32; 2]]) -> [f32; 2] {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use super::*;
     use image::Rgb;
+
+    use super::*;
 
     #[test]
     fn fit_finds_a_known_map_and_its_inverse() {

@@ -1,8 +1,8 @@
 //! Finding faces: what the detectors have in common.
 
+use hyperlora_core::Result;
 use image::RgbImage;
 
-use crate::error::Result;
 use crate::face::model::{Model, Runtime};
 use crate::face::models::{Kind, ModelFile};
 use crate::face::scrfd::Scrfd;

@@ -1,8 +1,8 @@
 //! From an aligned portrait to numbers that identify the person.
 
+use hyperlora_core::{Error, Result};
 use image::RgbImage;
 
-use crate::error::{Error, Result};
 use crate::face::align::PORTRAIT;
 use crate::face::model::{Model, Runtime};
 use crate::face::models::{Kind, ModelFile};

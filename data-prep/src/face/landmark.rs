@@ -1,8 +1,8 @@
 //! The outline, brows, eyes, nose and mouth of a face: 68 or 106 points.
 
+use hyperlora_core::{Error, Result};
 use image::RgbImage;
 
-use crate::error::{Error, Result};
 use crate::face::align::Similarity;
 use crate::face::model::{Model, Runtime};
 use crate::face::models::{Kind, ModelFile};

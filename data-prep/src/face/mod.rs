@@ -22,12 +22,12 @@ mod yunet;
 use std::path::Path;
 use std::sync::Once;
 
+use hyperlora_core::config::ConfigPath;
+use hyperlora_core::{Error, Result};
 use image::RgbImage;
 use image::imageops::{rotate90, rotate180, rotate270};
 use serde::{Deserialize, Serialize};
 
-use crate::config::ConfigPath;
-use crate::error::{Error, Result};
 use crate::face::detect::{Detector, LARGEST_SIDE};
 use crate::face::embed::Embedder;
 use crate::face::landmark::Landmarker;

@@ -5,13 +5,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use hyperlora_core::config::ConfigPath;
+use hyperlora_core::{Error, Result};
 use ort::environment::Environment;
 use ort::logging::LogLevel;
 use ort::session::Session;
 use ort::value::Tensor;
 
-use crate::config::ConfigPath;
-use crate::error::{Error, Result};
 use crate::face::onnx::check_external_data;
 
 /// The process can hold one copy of the library; the first path that loads stays.

@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use hyperlora_core::hash::sha256_of_file;
+use hyperlora_core::paths::is_plain;
+use hyperlora_core::{Error, Result};
+
 use crate::face::FaceConfig;
 use crate::face::onnx::{Header, Slot, read_header};
-use crate::paths::is_plain;
-use crate::shard::manifest::sha256_of_file;
 
 /// The models of a folder by their roles.
 #[derive(Debug, Clone)]

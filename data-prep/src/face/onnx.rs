@@ -10,8 +10,8 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::path::Path;
 
-use crate::error::{Error, Result};
-use crate::paths::{Root, is_plain, open_regular};
+use hyperlora_core::paths::{Root, is_plain, open_regular};
+use hyperlora_core::{Error, Result};
 
 /// Inputs, outputs and the beginning of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]

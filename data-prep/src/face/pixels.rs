@@ -40,8 +40,9 @@ impl Normalisation {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use image::Rgb;
+
+    use super::*;
 
     #[test]
     fn the_first_nodes_tell_who_normalises() {

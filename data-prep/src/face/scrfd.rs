@@ -1,8 +1,8 @@
 //! SCRFD (Guo et al. 2021, arXiv 2105.04714), preprocessed, decoded and sifted as insightface's `SCRFD` does.
 
+use hyperlora_core::Result;
 use image::RgbImage;
 
-use crate::error::Result;
 use crate::face::detect::{Detection, SameFace};
 use crate::face::model::Model;
 use crate::face::onnx::Header;

@@ -1,10 +1,10 @@
 //! YuNet (Wu et al. 2023, "YuNet: A Tiny Millisecond-level Face Detector"); the decoding follows the definitions of
 //! OpenCV's `FaceDetectorYN`.
 
+use hyperlora_core::Result;
 use image::RgbImage;
 use image::imageops::{self, FilterType};
 
-use crate::error::Result;
 use crate::face::detect::{Detection, SameFace};
 use crate::face::model::Model;
 

@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use hyperlora_core::files::write_whole_with;
+use hyperlora_core::{Error, Result};
 use image::{Rgb, RgbImage};
 use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result};
 use crate::face::Detection;
-use crate::files::write_whole_with;
 use crate::filter::{Reason, Rejection};
 use crate::notes::Notes;
 use crate::report::canvas::{Canvas, TEXT_HEIGHT, TEXT_WIDTH};

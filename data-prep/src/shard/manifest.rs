@@ -1,16 +1,14 @@
 //! `manifest.json`: what a shard folder holds, where it came from, and the checksums that prove it.
 
 use std::collections::{BTreeMap, HashSet};
-use std::io::Read;
 use std::path::Path;
 
+use hyperlora_core::files::write_whole;
+use hyperlora_core::paths::{Root, below};
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result};
-use crate::files::write_whole;
 use crate::notes::Notes;
-use crate::paths::{Root, below, open_regular};
 use crate::shard::limits::{FOOTER_BYTES, GROUP_BYTES, INDEX_BYTES, INDEX_ROWS_PER_BYTE, ROWS, ROWS_PER_GROUP};
 use crate::shard::schema::SCHEMA_VERSION;
 use crate::shard::store::read_manifest;
@@ -258,31 +256,4 @@ pub(super) fn no_manifest(place: &Path) -> Error {
 
 fn bad(path: &Path, problem: impl std::fmt::Display) -> Error {
     Error::file(path, format!("is damaged: {problem}"), "prepare the data again with `data-prep build`")
-}
-
-/// SHA-256 of bytes in memory, in lower-case hexadecimal.
-pub fn sha256_of(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-/// SHA-256 of the file at `path`, in lower-case hexadecimal, read in pieces.
-///
-/// # Errors
-/// As [`Error::read`].
-pub fn sha256_of_file(path: &Path) -> Result<String> {
-    let failed = |source| Error::read(path, source);
-    let mut file = open_regular(path).map_err(failed)?;
-    let mut hasher = Sha256::new();
-    let mut piece = vec![0; 1 << 16];
-    loop {
-        match file.read(&mut piece).map_err(failed)? {
-            0 => return Ok(hex(&hasher.finalize())),
-            read => hasher.update(&piece[..read]),
-        }
-    }
-}
-
-/// Bytes in lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

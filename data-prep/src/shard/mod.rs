@@ -18,7 +18,7 @@ pub mod writer;
 
 pub use index::INDEX_FILE;
 pub use limits::ROWS_PER_GROUP;
-pub use manifest::{IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, ShardFile, hex, sha256_of, sha256_of_file};
+pub use manifest::{IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, ShardFile};
 pub use reader::{RowGroup, ShardFolder};
 pub use schema::{EMBEDDING_DIM, SCHEMA_VERSION};
 pub use store::{Damage, RemoteConfig};

@@ -10,10 +10,11 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use hyperlora_core::hash::sha256_of;
+use hyperlora_core::paths::read_regular;
+use hyperlora_core::{Error, Result};
 
-use crate::error::{Error, Result};
-use crate::paths::read_regular;
-use crate::shard::manifest::{is_sha256, sha256_of};
+use crate::shard::manifest::is_sha256;
 
 /// Half-written files of this age belong to no living process.
 const STALE: Duration = Duration::from_secs(3600);

@@ -6,16 +6,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
+use hyperlora_core::hash::sha256_of;
+use hyperlora_core::paths::Root;
+use hyperlora_core::{Error, Result};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 
-use crate::error::{Error, Result};
-use crate::paths::Root;
 use crate::shard::FaceRecord;
 use crate::shard::limits::Budget;
-use crate::shard::manifest::{MANIFEST_FILE, Manifest, ShardFile, no_manifest, sha256_of};
+use crate::shard::manifest::{MANIFEST_FILE, Manifest, ShardFile, no_manifest};
 use crate::shard::pages::batches;
 use crate::shard::schema::{columns, difference, from_batch};
 use crate::shard::store::{Damage, RemoteConfig, Store, unreadable};

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use hyperlora_core::hash::sha256_of;
+use hyperlora_core::{Error, Result};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::http::HttpBuilder;
@@ -18,9 +20,8 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::time::{sleep, timeout_at};
 use url::{Position, Url};
 
-use crate::error::{Error, Result};
 use crate::shard::limits::MANIFEST_BYTES;
-use crate::shard::manifest::{MANIFEST_FILE, Piece, sha256_of};
+use crate::shard::manifest::{MANIFEST_FILE, Piece};
 use crate::shard::piece_cache::PieceCache;
 use crate::shard::store::{Damage, RemoteConfig};
 

@@ -10,10 +10,9 @@ use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields, Float32Type, Schema, UInt32Type};
 use arrow::error::ArrowError;
 
-use crate::shard::FaceRecord;
 use crate::shard::limits::Budget;
-use crate::shard::rows;
 use crate::shard::store::Damage;
+use crate::shard::{FaceRecord, rows};
 
 /// Version of the columns and the manifest. A reader refuses any other.
 pub const SCHEMA_VERSION: u32 = 2;

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
+use hyperlora_core::hash::sha256_of;
+use hyperlora_core::paths::Root;
+use hyperlora_core::{Error, Result};
 
-use crate::error::{Error, Result};
-use crate::paths::Root;
 use crate::shard::limits::MANIFEST_BYTES;
-use crate::shard::manifest::{MANIFEST_FILE, Piece, sha256_of};
+use crate::shard::manifest::{MANIFEST_FILE, Piece};
 #[cfg(feature = "cloud")]
 use crate::shard::remote::Remote;
 

@@ -5,6 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use hyperlora_core::hash::{hex, sha256_of};
+use hyperlora_core::{Error, Result};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
@@ -13,11 +15,10 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterPrope
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result};
 use crate::shard::FaceRecord;
 use crate::shard::index::IndexWriter;
 use crate::shard::limits::ROWS_PER_GROUP;
-use crate::shard::manifest::{IndexFile, RowGroupPiece, ShardFile, hex, sha256_of};
+use crate::shard::manifest::{IndexFile, RowGroupPiece, ShardFile};
 use crate::shard::schema::{EMBEDDING_DIM, SCHEMA_VERSION, schema, to_batch};
 
 /// How rows are cut into files and row groups.

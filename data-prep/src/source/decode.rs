@@ -2,10 +2,10 @@
 
 use std::io::Cursor;
 
+use hyperlora_core::{Error, Result};
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
 use crate::source::{jpeg, webp};
 
 /// What a photo may cost. A larger one counts as undecodable.

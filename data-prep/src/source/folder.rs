@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use hyperlora_core::config::ConfigPath;
+use hyperlora_core::paths::{Root, read_regular};
+use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use walkdir::{DirEntry, WalkDir};
 
-use crate::config::ConfigPath;
-use crate::error::{Error, Result};
 use crate::notes::Notes;
-use crate::paths::{Root, read_regular};
 use crate::source::labels::{self, Label};
 use crate::source::{Photo, Source, SourceFiles};
 

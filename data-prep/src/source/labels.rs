@@ -3,12 +3,11 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use hyperlora_core::paths::is_plain;
+use hyperlora_core::{Error, Result, text};
 use serde::Deserialize;
 
-use crate::error::{Error, Result};
-use crate::paths::is_plain;
 use crate::source::folder::key_of;
-use crate::text;
 
 /// A longer list is no list: ten million rows take less.
 pub(super) const MAX_BYTES: u64 = 1 << 30;

@@ -14,9 +14,10 @@ use serde::{Deserialize, Serialize};
 pub use decode::{DecodeConfig, Decoded};
 pub use folder::FolderConfig;
 
-use crate::error::Result;
+use hyperlora_core::Result;
+use hyperlora_core::paths::{Root, read_regular};
+
 use crate::notes::Notes;
-use crate::paths::{Root, read_regular};
 
 /// The source of the photos; tagged in the YAML by the kind, as in `source: {folder: {root: photos}}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,15 +5,15 @@ use std::path::Path;
 
 use burn::module::Param;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
+use hyperlora_core::Result;
+use hyperlora_sdxl::lora::AttentionSite;
+use hyperlora_sdxl::weights::{self, ShardIndex, index_name, shard_name};
 
 use super::modules::write_sites;
 use super::write::in_file_layout;
 use super::{BASES, MODULES_JSON, stems};
-use crate::error::Result;
 use crate::hypernet::hyper_lora::HyperLora;
 use crate::hypernet::parameters::ParameterVisitor;
-use crate::lora::AttentionSite;
-use crate::weights::{self, ShardIndex, index_name, shard_name};
 
 /// A file of the released folder, copied to host memory.
 pub struct FolderFile {

@@ -18,7 +18,7 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
-use crate::weights::index_name;
+use hyperlora_sdxl::weights::index_name;
 
 pub use copy::FolderFile;
 pub use modules::read_sites;

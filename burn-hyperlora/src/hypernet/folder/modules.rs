@@ -3,16 +3,16 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use data_prep::files::write_whole;
+use hyperlora_core::files::write_whole;
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::lora::AttentionSite;
+use hyperlora_sdxl::lora::file::names::diffusers_path;
+use hyperlora_sdxl::source::Part;
+use hyperlora_sdxl::weights::{parse_json, read_text};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::MODULES_JSON;
-use crate::error::{Error, Result};
-use crate::lora::AttentionSite;
-use crate::lora_file::names::diffusers_path;
-use crate::sdxl::base_source::Part;
-use crate::weights::{parse_json, read_text};
 
 /// Largest width of an attention module: a JSON that lies shall not exhaust the memory.
 const LARGEST: usize = 1 << 16;

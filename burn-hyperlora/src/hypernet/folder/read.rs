@@ -5,15 +5,15 @@ use std::path::Path;
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::lora::AttentionSite;
+use hyperlora_sdxl::weights::Weights;
 
 use super::modules::{read_sites, unet_order};
 use super::{BASES, ID_PROJECTOR, RESAMPLER, stems, weights_of};
-use crate::error::{Error, Result};
 use crate::hypernet::config::{HyperLoraConfig, ResamplerConfig};
 use crate::hypernet::hyper_lora::HyperLora;
 use crate::hypernet::parameters::ParameterMapper;
-use crate::lora::AttentionSite;
-use crate::weights::Weights;
 
 impl HyperLora {
     /// Reads a released folder for a UNet with the attention modules `sites`. Modules may be named in diffusers or in

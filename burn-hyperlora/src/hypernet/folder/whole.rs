@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, TensorData};
-use data_prep::files::copy;
+use hyperlora_core::files::copy;
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::weights::{self, SafetensorsFile, TensorEntry, Weights};
 use safetensors::Dtype;
 
 use super::{BASE_RESAMPLER, MODULES_JSON, file, stems, weights_of};
-use crate::error::{Error, Result};
-use crate::weights::{self, SafetensorsFile, TensorEntry, Weights};
 
 /// A file of a released folder, to be written in one piece.
 #[derive(Debug)]

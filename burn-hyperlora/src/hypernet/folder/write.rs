@@ -5,18 +5,18 @@ use std::path::Path;
 
 use burn::module::Param;
 use burn::tensor::{Bytes, Device, FloatDType, Tensor};
-use data_prep::files::{Ownership, StagedFolder, apart};
+use hyperlora_core::files::{Ownership, StagedFolder, apart};
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::weights::{self, TensorEntry, Weights};
 
 use super::modules::{read_sites, write_sites};
 use super::read::{finish_all, open_all};
 use super::whole::Stored;
 use super::{MODULES_JSON, file, stems};
-use crate::error::{Error, Result};
 use crate::hypernet::config::HyperLoraConfig;
 use crate::hypernet::groups::ParameterGroup;
 use crate::hypernet::hyper_lora::HyperLora;
 use crate::hypernet::parameters::ParameterVisitor;
-use crate::weights::{self, TensorEntry, Weights};
 
 impl HyperLora {
     /// Writes the folder `target`, whole or not at all, in the place of one that this program wrote.

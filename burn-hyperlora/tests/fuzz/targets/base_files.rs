@@ -2,20 +2,20 @@
 
 use std::fs;
 
-use burn_hyperlora::clip_vision::{ClipVisionConfig, ImageProcessor};
-use burn_hyperlora::sdxl::autoencoder_kl::AutoencoderKlConfig;
-use burn_hyperlora::sdxl::base_source::BaseSource;
-use burn_hyperlora::sdxl::clip_text::ClipTextConfig;
-use burn_hyperlora::sdxl::scheduler::{NoiseSampler, NoiseSchedule, SamplerKind};
-use burn_hyperlora::sdxl::stability::KeyTable;
-use burn_hyperlora::sdxl::tokenizer::{ClipTokenizer, PROMPT_TOKENS};
-use burn_hyperlora::sdxl::unet_config::UNet2DConditionConfig;
-use burn_hyperlora::weights::ConfigText;
 use clap::ValueEnum;
+use hyperlora_sdxl::models::clip_text::ClipTextConfig;
+use hyperlora_sdxl::models::clip_vision::{ClipVisionConfig, ImageProcessor};
+use hyperlora_sdxl::models::unet::config::UNet2DConditionConfig;
+use hyperlora_sdxl::models::vae::AutoencoderKlConfig;
+use hyperlora_sdxl::scheduler::{NoiseSampler, NoiseSchedule, SamplerKind};
+use hyperlora_sdxl::source::BaseSource;
+use hyperlora_sdxl::source::key_names::KeyTable;
+use hyperlora_sdxl::tokenizer::{ClipTokenizer, PROMPT_TOKENS};
+use hyperlora_sdxl::weights::ConfigText;
 use serde_json::{Value, json};
 
-use crate::harness::{Case, fuzz, scratch};
 use crate::support::{base, device, with_file};
+use hyperlora_testing::fuzz::{Case, fuzz, scratch};
 
 const WORDS: [&str; 30] = [
     "\"block_out_channels\"",
@@ -56,7 +56,7 @@ fn fuzz_json(
     cases: u64,
     memory: usize,
     names: &[&str],
-    read: impl Fn(&mut Case, &str, &ConfigText) -> burn_hyperlora::Result<()>,
+    read: impl Fn(&mut Case, &str, &ConfigText) -> hyperlora_core::Result<()>,
 ) {
     let folder = scratch();
     let seeds: Vec<Vec<u8>> = names.iter().map(|name| fs::read(base().join(name)).unwrap()).collect();

@@ -6,9 +6,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use burn_hyperlora::collective::frames::read_frame;
+use hyperlora_ranks::frames::read_frame;
 
-use crate::harness::{Refusal, fuzz};
+use hyperlora_testing::fuzz::{Refusal, fuzz};
 
 fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
     [&[kind][..], &(payload.len() as u64).to_le_bytes(), payload].concat()

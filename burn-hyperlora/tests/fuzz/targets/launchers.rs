@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use burn_hyperlora::collective::{Placement, earlier_life};
+use hyperlora_ranks::{Placement, earlier_life};
 
-use crate::harness::fuzz;
+use hyperlora_testing::fuzz::fuzz;
 
 /// A line for each variable.
 const SEEDS: [&str; 4] = [

@@ -1,5 +1,6 @@
 //! Rows of a shard whose values a stranger chose, on their way to a training sample.
 
+use hyperlora_testing::repository;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -7,11 +8,11 @@ use burn_hyperlora::data::DataConfig;
 use burn_hyperlora::data::dataset::Dataset;
 use burn_hyperlora::data::sample::{Request, SampleMaker, SampleShape};
 use burn_hyperlora::data::scenario::Scenario;
-use data_prep::config;
 use data_prep::shard::{EMBEDDING_DIM, FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardFolder, ShardWriter};
+use hyperlora_core::config;
 
-use crate::harness::{Case, fuzz, scratch};
-use crate::mutate::Random;
+use hyperlora_testing::fuzz::{Case, fuzz, scratch};
+use hyperlora_testing::mutate::Random;
 
 /// A coordinate of a photo of 17 x 13; in a `wild` row now and then one that is nowhere.
 fn number(random: &mut Random, wild: bool) -> f32 {
@@ -64,9 +65,8 @@ fn record(case: &mut Case, photo: &[u8]) -> FaceRecord {
 
 #[test]
 fn samples() {
-    let seeds = ["rgb.png", "baseline.jpg", "progressive.jpg", "palette.png"].map(|file| {
-        std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../data-prep/tests/fuzz/seeds").join(file)).unwrap()
-    });
+    let seeds = ["rgb.png", "baseline.jpg", "progressive.jpg", "palette.png"]
+        .map(|file| std::fs::read(repository().join("data-prep/tests/fuzz/seeds").join(file)).unwrap());
     let yaml = "shards: x\nimage_size: 8\nflip: true\nmask: {size: 8}\ncrop: {smallest: 1.2, largest: 2.0}\n";
     let config: DataConfig = config::parse(yaml, Path::new("data.yaml")).unwrap();
     let folder = scratch();

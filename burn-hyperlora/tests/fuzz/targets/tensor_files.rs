@@ -3,17 +3,17 @@
 use std::fs;
 use std::path::Path;
 
-use burn_hyperlora::export::lora::LoraSet;
 use burn_hyperlora::generate::features;
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, read_sites};
-use burn_hyperlora::lora_file::{self, BaseNames, LoraFile};
-use burn_hyperlora::sdxl::base_source::{BaseSource, Part};
-use burn_hyperlora::weights::Weights;
+use hyperlora_sdxl::lora::LoraSet;
+use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
+use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::weights::Weights;
 use serde_json::{Value, json};
 
-use crate::harness::{Case, fuzz, scratch};
 use crate::safetensors::read_all;
 use crate::support::{base, device, fixture};
+use hyperlora_testing::fuzz::{Case, fuzz, scratch};
 
 /// A file of this header and these tensors.
 pub(crate) fn with_header(header: &[u8], data: &[u8]) -> Vec<u8> {
@@ -168,7 +168,7 @@ fn loras() {
         let lora = LoraFile::open(&path)?;
         // Reading it for an export needs no base.
         LoraSet::open(&path)?;
-        lora_file::sum(&[(lora, 0.5)], &names)?;
+        sum(&[(lora, 0.5)], &names)?;
         Ok(())
     });
 }

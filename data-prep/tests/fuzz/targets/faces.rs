@@ -7,7 +7,7 @@ use data_prep::face::mask::{MaskConfig, base_image, id_image, outline};
 use data_prep::filter::FilterConfig;
 use image::{Rgb, RgbImage};
 
-use crate::harness::{Case, Refusal, fuzz};
+use hyperlora_testing::fuzz::{Case, Refusal, fuzz};
 
 /// A coordinate: mostly one of a photo of 40 pixels.
 fn coordinate(case: &mut Case) -> f32 {

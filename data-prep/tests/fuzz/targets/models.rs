@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use data_prep::config::ConfigPath;
 use data_prep::face::{FaceConfig, FaceModels};
+use hyperlora_core::config::ConfigPath;
 
-use crate::harness::{fuzz, scratch};
+use hyperlora_testing::fuzz::{fuzz, scratch};
 
 /// A fixture for each key of the config.
 const ROLES: [(&str, &str); 4] = [

@@ -4,9 +4,9 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Component, Path};
 
-use data_prep::{paths, text};
+use hyperlora_core::{paths, text};
 
-use crate::harness::{Refusal, fuzz, scratch};
+use hyperlora_testing::fuzz::{Refusal, fuzz, scratch};
 
 #[test]
 fn names() {

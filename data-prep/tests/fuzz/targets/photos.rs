@@ -5,7 +5,7 @@ use std::path::Path;
 
 use data_prep::source::DecodeConfig;
 
-use crate::harness::{Case, Refusal, fuzz};
+use hyperlora_testing::fuzz::{Case, Refusal, fuzz};
 
 /// A photo may take twice the limit, and what its decoder needs beside: a lossless WebP may ask for 65,536 groups of codes,
 /// whatever its size.

@@ -5,18 +5,18 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
 
-use data_prep::shard::manifest::sha256_of;
 use data_prep::shard::{
     FaceRecord, INDEX_FILE, IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, SCHEMA_VERSION, ShardFile, ShardFolder,
 };
+use hyperlora_core::hash::sha256_of;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::Compression;
 use parquet::file::metadata::ColumnChunkMetaData;
 use parquet::file::properties::WriterProperties;
 
-use crate::harness::{Answer, Refusal, fuzz, scratch};
 use crate::shard_folder::record;
+use hyperlora_testing::fuzz::{Answer, Refusal, fuzz, scratch};
 
 const SHARD: &str = "shard-00000.parquet";
 

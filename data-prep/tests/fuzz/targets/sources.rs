@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use data_prep::caption::Captioner;
-use data_prep::config::ConfigPath;
 use data_prep::source::{FolderConfig, SourceConfig};
+use hyperlora_core::config::ConfigPath;
 
-use crate::harness::{Refusal, fuzz, scratch};
+use hyperlora_testing::fuzz::{Refusal, fuzz, scratch};
 
 #[test]
 fn labels() {

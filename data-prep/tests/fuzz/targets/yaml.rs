@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use data_prep::config::{self, ConfigPath};
 use data_prep::pipeline::PrepConfig;
+use hyperlora_core::config::{self, ConfigPath};
 
-use crate::harness::{fuzz, scratch};
+use hyperlora_testing::fuzz::{fuzz, scratch};
 
 /// What YAML gives a meaning.
 const WORDS: [&str; 40] = [

@@ -1,0 +1,41 @@
+//! `hyperlora completions` and `hyperlora man`: completions for shells, and man pages.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+use hyperlora_core::{Error, Result, output};
+
+use crate::cli::Cli;
+
+/// Print completions for a shell
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example, for bash:\n  hyperlora completions bash > ~/.local/share/bash-completion/completions/hyperlora"
+)]
+pub(super) struct CompletionsArgs {
+    /// The shell
+    shell: Shell,
+}
+
+/// Write a man page of every command into a folder
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  hyperlora man -o ~/.local/share/man/man1")]
+pub(super) struct ManArgs {
+    /// The folder, which must exist
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+}
+
+pub(super) fn run(args: &CompletionsArgs) -> Result<ExitCode> {
+    let mut text = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "hyperlora", &mut text);
+    output::text(format_args!("{}", String::from_utf8_lossy(&text)))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn write_man_pages(args: &ManArgs) -> Result<ExitCode> {
+    clap_mangen::generate_to(Cli::command(), &args.output).map_err(|source| Error::write(&args.output, source))?;
+    Ok(ExitCode::SUCCESS)
+}

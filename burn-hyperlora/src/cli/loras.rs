@@ -1,0 +1,93 @@
+//! The options of commands that take LoRA files, and of those that make one of two.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use hyperlora_core::files::OutputFile;
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::lora::LoraSet;
+use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
+use hyperlora_sdxl::source::{BaseSource, PartUpdates};
+use hyperlora_sdxl::weights::check_name;
+use safetensors::Dtype;
+
+use crate::cli::formats::{FileDType, LoraFormat, finite};
+
+/// LoRA files and their weights.
+#[derive(Debug, Args)]
+pub(super) struct LoraArgs {
+    /// A LoRA file of sd-scripts, diffusers or PEFT; several add up
+    #[arg(long = "lora", value_name = "FILE")]
+    loras: Vec<PathBuf>,
+    /// Weight of each --lora, in their order; 1 where left out
+    #[arg(long = "lora-weight", value_name = "W", value_parser = finite::<f32>, allow_negative_numbers = true)]
+    lora_weights: Vec<f32>,
+}
+
+impl LoraArgs {
+    /// The files.
+    pub(super) fn paths(&self) -> &[PathBuf] {
+        &self.loras
+    }
+
+    /// What the LoRAs change of this base.
+    ///
+    /// # Errors
+    /// Input for more weights than LoRAs, and for LoRAs that cannot be read or do not fit.
+    pub(super) fn updates(&self, base: &BaseSource) -> Result<PartUpdates> {
+        if self.lora_weights.len() > self.loras.len() {
+            return Err(Error::input(
+                "--lora-weight",
+                "there are more weights than LoRAs",
+                "give each weight after its --lora",
+            ));
+        }
+        let weights = self.lora_weights.iter().copied().chain(std::iter::repeat(1.0));
+        let loras = self.loras.iter().zip(weights).map(|(path, weight)| Ok((LoraFile::open(path)?, weight)));
+        let loras = loras.collect::<Result<Vec<_>>>()?;
+        if loras.is_empty() {
+            return Ok(PartUpdates::new());
+        }
+        sum(&loras, &BaseNames::of(base)?)
+    }
+}
+
+/// The file that is made of two LoRA files.
+#[derive(Debug, Args)]
+pub(super) struct CombinedArgs {
+    /// Number format of the file [default: the wider one of the two]
+    #[arg(long, value_enum)]
+    dtype: Option<FileDType>,
+    /// Layout of the file
+    #[arg(long, value_enum, default_value_t = LoraFormat::Kohya)]
+    format: LoraFormat,
+    /// The LoRA file
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+impl CombinedArgs {
+    /// The number format of what is made of `one` and `other`.
+    pub(super) fn dtype(&self, one: &LoraSet, other: &LoraSet) -> Dtype {
+        self.dtype.map_or_else(|| one.wider(other), Into::into)
+    }
+
+    /// Claims the output of a command that reads `inputs`.
+    ///
+    /// # Errors
+    /// As [`check_name`] and [`OutputFile::claim`].
+    pub(super) fn claim(&self, inputs: [&Path; 2]) -> Result<OutputFile> {
+        check_name(&self.output)?;
+        OutputFile::claim(&self.output, inputs)
+    }
+
+    /// Writes what was made to the claimed output.
+    ///
+    /// # Errors
+    /// As [`LoraSet::save`].
+    pub(super) fn save(&self, made: &LoraSet, output: &OutputFile) -> Result<()> {
+        made.save(output.path(), self.format.into())?;
+        tracing::info!("{}: {} modules", self.output.display(), made.modules.len());
+        Ok(())
+    }
+}

@@ -1,0 +1,37 @@
+//! `hyperlora slider`: the difference of two LoRAs.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use hyperlora_core::Result;
+use hyperlora_sdxl::lora::LoraSet;
+use hyperlora_sdxl::lora::ops::concat;
+
+use crate::cli::loras::CombinedArgs;
+use crate::cli::options::Common;
+
+/// Write the difference of two LoRAs: a slider for what tells them apart
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  hyperlora slider --positive smiling.safetensors --negative serious.safetensors -o smile.safetensors\n\nThe difference is exact: ranks add up. Its weight is the slider, below 0 the other way round. Made of two photos of one\nperson, it changes what tells the photos apart."
+)]
+pub(super) struct SliderArgs {
+    /// What a positive weight leads to: a LoRA file in any layout
+    #[arg(long, value_name = "FILE")]
+    positive: PathBuf,
+    /// What a negative weight leads to
+    #[arg(long, value_name = "FILE")]
+    negative: PathBuf,
+    #[command(flatten)]
+    combined: CombinedArgs,
+}
+
+pub(super) fn run(args: &SliderArgs, common: &Common) -> Result<ExitCode> {
+    common.start_log(None)?;
+    let output = args.combined.claim([&args.positive, &args.negative])?;
+    let (positive, negative) = (LoraSet::open(&args.positive)?, LoraSet::open(&args.negative)?);
+    let dtype = args.combined.dtype(&positive, &negative);
+    args.combined.save(&concat(&[(&positive, 1.0), (&negative, -1.0)], dtype)?, &output)?;
+    Ok(ExitCode::SUCCESS)
+}

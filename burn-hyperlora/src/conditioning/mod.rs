@@ -1,0 +1,420 @@
+//! The frozen base model, and a batch turned into what the UNet and the hypernetwork are conditioned on.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::models::clip_vision::{ClipVisionModel, ImageProcessor};
+use hyperlora_sdxl::models::unet::config::{TIME_IDS, UNet2DConditionConfig};
+use hyperlora_sdxl::models::unet::{UNet2DConditionModel, UnetInput};
+use hyperlora_sdxl::models::vae::AutoencoderKl;
+use hyperlora_sdxl::scheduler::NoiseSchedule;
+use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::text::{PromptStates, TextEncoders};
+use hyperlora_sdxl::tokenizer::TEXT_TOKENS;
+
+use crate::data::sample::{ImageTransform, Sample, SampleShape};
+
+mod base_config;
+
+pub use base_config::{BaseConfig, UnetDtype};
+
+/// Prompts whose states are kept: with templates for captions a run meets few, with real captions nearly none twice.
+const PROMPT_CACHE: usize = 256;
+
+/// The frozen models, on one plain device.
+pub struct Base {
+    /// The denoiser that LoRAs act on.
+    pub unet: UNet2DConditionModel,
+    /// Images to latents and back.
+    pub vae: AutoencoderKl,
+    /// How noise is added.
+    pub schedule: NoiseSchedule,
+    /// Prompts to states.
+    pub text: TextEncoders,
+    vision: Option<Vision>,
+    prompts: Mutex<HashMap<String, Prompt>>,
+    /// Samples whose captions were longer than the text encoders take.
+    cut_captions: AtomicU64,
+    device: Device,
+}
+
+/// A prompt as the text encoders have it.
+#[derive(Clone)]
+struct Prompt {
+    states: PromptStates,
+    /// Tokens at its end that are left out.
+    surplus: usize,
+}
+
+/// What condition images go through.
+pub struct Vision {
+    /// To states.
+    pub encoder: ClipVisionModel,
+    /// To the encoder's input.
+    pub processor: ImageProcessor,
+}
+
+impl Vision {
+    /// Loads the image encoder and its preprocessing.
+    ///
+    /// # Errors
+    /// Input for a missing, corrupt or unfitting model.
+    pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
+        let preprocessing = config.feature_extractor_folder(yaml_folder)?;
+        let this = Self {
+            encoder: ClipVisionModel::load(&config.image_encoder_folder(yaml_folder)?, device)?,
+            processor: ImageProcessor::load(&preprocessing)?,
+        };
+        let (cut, side) = (this.processor.side() as usize, this.encoder.config().image_size);
+        if cut != side {
+            return Err(Error::file(
+                &preprocessing.join("preprocessor_config.json"),
+                format!("cuts images of {cut} pixels, the image encoder takes {side}"),
+                "name the `base.feature_extractor` that belongs to the image encoder",
+            ));
+        }
+        Ok(this)
+    }
+}
+
+/// What a batch is for the UNet and the hypernetwork; plain tensors, one entry per sample.
+pub struct Conditions {
+    /// Noisy latents, timesteps, prompt, size: the UNet's input.
+    pub input: UnetInput,
+    /// What the UNet shall predict, `[B, C, h, w]`.
+    pub target: Tensor<4>,
+    /// What the LoRAs are made from.
+    pub portraits: Portraits,
+}
+
+impl Conditions {
+    /// Moves input and target to the autodiff device, without a graph; portraits stay where they are.
+    #[must_use]
+    pub fn autodiff(&self) -> Self {
+        let UnetInput { latents, timesteps, prompt_embeds, pooled, time_ids } = self.input.clone();
+        Self {
+            input: UnetInput {
+                latents: Tensor::from_inner(latents),
+                timesteps: Tensor::from_inner(timesteps),
+                prompt_embeds: Tensor::from_inner(prompt_embeds),
+                pooled: Tensor::from_inner(pooled),
+                time_ids: Tensor::from_inner(time_ids),
+            },
+            target: Tensor::from_inner(self.target.clone()),
+            portraits: self.portraits.clone(),
+        }
+    }
+}
+
+/// What the hypernetwork is given of a batch.
+#[derive(Debug, Clone)]
+pub struct Portraits {
+    /// Of the reference photos; `None` where no ID-LoRA is made.
+    pub id: Option<IdPortraits>,
+    /// The image encoder's states of the crops with the face blurred, `[B, T, D]`.
+    pub base_states: Tensor<3>,
+    /// 1 where the ID-LoRA acts, else 0: `[B]`.
+    pub id_weight: Tensor<1>,
+    /// 1 where the Base-LoRA acts, else 0: `[B]`.
+    pub base_weight: Tensor<1>,
+}
+
+/// Who the people are.
+#[derive(Debug, Clone)]
+pub struct IdPortraits {
+    /// The image encoder's states of the masked faces, `[B, T, D]`.
+    pub states: Tensor<3>,
+    /// L2-normalised ID embeddings, `[B, 512]`.
+    pub embedding: Tensor<2>,
+}
+
+impl Portraits {
+    /// The same on the autodiff device.
+    #[must_use]
+    pub fn autodiff(self) -> Self {
+        Self {
+            id: self.id.map(|id| IdPortraits {
+                states: Tensor::from_inner(id.states),
+                embedding: Tensor::from_inner(id.embedding),
+            }),
+            base_states: Tensor::from_inner(self.base_states),
+            id_weight: Tensor::from_inner(self.id_weight),
+            base_weight: Tensor::from_inner(self.base_weight),
+        }
+    }
+}
+
+impl Base {
+    /// Loads everything onto `device`.
+    ///
+    /// # Errors
+    /// Input for a missing, corrupt or unfitting model.
+    pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
+        let source = config.source(yaml_folder)?;
+        // Before the UNet, whose gigabytes would be read in vain.
+        let vision = Vision::load(config, yaml_folder, device)?;
+        Ok(Self { vision: Some(vision), ..Self::from_source(&source, config.dtype, device)? })
+    }
+
+    /// Loads what drawing needs: all but the image encoder.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_for_drawing(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
+        Self::from_source(&config.source(yaml_folder)?, config.dtype, device)
+    }
+
+    /// [`load_for_drawing`](Self::load_for_drawing) from an opened base; `dtype` is the UNet's.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn from_source(source: &BaseSource, dtype: UnetDtype, device: &Device) -> Result<Self> {
+        let unet = source.config(Part::Unet)?;
+        let weights = source.weights(Part::Unet, device)?.with_dtype(dtype.into());
+        let base = Self {
+            unet: UNet2DConditionModel::new(UNet2DConditionConfig::parse(&unet)?, weights)?,
+            vae: source.vae(device)?,
+            schedule: source.schedule()?,
+            text: TextEncoders::open(source, device)?,
+            vision: None,
+            prompts: Mutex::default(),
+            cut_captions: AtomicU64::default(),
+            device: device.clone(),
+        };
+        base.check_parts(unet.place())?;
+        Ok(base)
+    }
+
+    /// What condition images go through.
+    ///
+    /// # Errors
+    /// Fault where the base was loaded for drawing only.
+    pub fn vision(&self) -> Result<&Vision> {
+        self.vision.as_ref().ok_or_else(|| Error::Fault("the base was loaded without an image encoder".into()))
+    }
+
+    /// Checks that the models of a base go together.
+    fn check_parts(&self, unet_config: &Path) -> Result<()> {
+        let unet = self.unet.config();
+        let (context, pooled) = self.text.widths();
+        let added = pooled + TIME_IDS * unet.addition_time_embed_dim;
+        let latent = self.vae.config().latent_channels;
+        let blocks = 0..unet.block_out_channels.len();
+        let attended = blocks.map(|block| unet.cross_attention_dim.get(block)).find(|width| *width != context);
+        for (key, has, needed, of) in [
+            ("cross_attention_dim", attended.unwrap_or(context), context, "both text encoders' hidden_size together"),
+            (
+                "projection_class_embeddings_input_dim",
+                unet.projection_class_embeddings_input_dim,
+                added,
+                "text_encoder_2's projection_dim and 6 addition_time_embed_dim",
+            ),
+            ("in_channels", unet.in_channels, latent, "the autoencoder's latent_channels"),
+            ("out_channels", unet.out_channels, latent, "the autoencoder's latent_channels"),
+        ] {
+            if has != needed {
+                return Err(Error::input(
+                    format!("{}: {key}", unet_config.display()),
+                    format!("is {has}, {of} make {needed}"),
+                    "take unet, vae and text encoders from the same base",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The plain device that the models are on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Side in pixels of the images that the UNet was made for.
+    pub fn image_size(&self) -> usize {
+        self.unet.config().sample_size * self.vae.config().factor()
+    }
+
+    /// Latent channels and side of an image of `image_size` pixels.
+    pub fn latent_shape(&self, image_size: usize) -> [usize; 3] {
+        let side = image_size / self.vae.config().factor();
+        [self.vae.config().latent_channels, side, side]
+    }
+
+    /// What the models ask of a sample.
+    ///
+    /// # Errors
+    /// As [`vision`](Self::vision).
+    pub fn sample_shape(&self, image_size: usize, with_id: bool) -> Result<SampleShape> {
+        let processor = self.vision()?.processor.clone();
+        let transform: ImageTransform = Arc::new(move |image| processor.pixel_values(image));
+        Ok(SampleShape {
+            latent_len: self.latent_shape(image_size).iter().product(),
+            timesteps: self.schedule.config().num_train_timesteps as u32,
+            transform,
+            with_id,
+        })
+    }
+
+    /// Checks that images of `image_size` go through autoencoder and UNet, and that ID conditions of `clip_dim` come out.
+    ///
+    /// # Errors
+    /// Input, naming the key of the experiment; `place` names its file.
+    pub fn check(&self, place: &str, image_size: usize, clip_dim: usize) -> Result<()> {
+        let levels = self.unet.config().block_out_channels.len();
+        let step = self.vae.config().factor() << levels.saturating_sub(1);
+        if image_size == 0 || !image_size.is_multiple_of(step) {
+            return Err(Error::input(
+                format!("{place}: data.image_size"),
+                format!("{image_size} is no multiple of {step}, by which autoencoder and UNet divide a side"),
+                format!("give {} or {}", (image_size / step).max(1) * step, (image_size / step + 1) * step),
+            ));
+        }
+        let width = self.vision()?.encoder.config().encoder.hidden_size;
+        if width != clip_dim {
+            return Err(Error::input(
+                format!("{place}: hyper_lora.clip_dim"),
+                format!("is {clip_dim}, the image encoder's states are {width} wide"),
+                format!("give {width}, or name another `base.image_encoder`"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Encodes a batch, without any graph: `trigger` stands before the captions of samples whose ID-LoRA acts.
+    ///
+    /// # Errors
+    /// Fault when a caption cannot be tokenised.
+    pub fn encode(&self, samples: &[Sample], trigger: &str) -> Result<Conditions> {
+        let (input, target) = self.noisy(samples, trigger)?;
+        Ok(Conditions { input, target, portraits: self.portraits(samples)? })
+    }
+
+    /// What the UNet is given of a batch, and what it shall predict, `[B, C, h, w]`.
+    ///
+    /// # Errors
+    /// Fault when a caption cannot be tokenised.
+    pub fn noisy(&self, samples: &[Sample], trigger: &str) -> Result<(UnetInput, Tensor<4>)> {
+        let prompts = self.prompts_of(samples, trigger)?;
+        for (sample, Prompt { surplus, .. }) in samples.iter().zip(&prompts).filter(|(_, prompt)| prompt.surplus > 0) {
+            if self.cut_captions.fetch_add(1, Ordering::Relaxed) == 0 {
+                let key = &sample.key;
+                tracing::warn!(
+                    "{key}: the last {surplus} tokens of its caption, which may follow the trigger words, are left out: the text encoders take {TEXT_TOKENS}; others like it are counted"
+                );
+            }
+        }
+        let PromptStates { prompt_embeds, pooled } = side_by_side(prompts);
+        let (count, device) = (samples.len(), &self.device);
+        let side = samples.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
+        let images = stack(samples, |sample| &sample.pixels, [count, 3, side, side], device);
+        let [channels, height, width] = self.latent_shape(side);
+        let latent_shape = [count, channels, height, width];
+        let posterior = stack(samples, |sample| &sample.posterior_noise, latent_shape, device);
+        let latents = self.vae.encode(images, posterior);
+
+        let noise = self.noise(samples);
+        let timesteps: Vec<usize> = samples.iter().map(|sample| sample.timestep as usize).collect();
+        let target = self.schedule.target(latents.clone(), noise.clone(), &timesteps);
+        let input = UnetInput {
+            latents: self.schedule.add_noise(latents, noise, &timesteps),
+            timesteps: per_sample(samples, |sample| sample.timestep as f32, device),
+            prompt_embeds,
+            pooled,
+            time_ids: stack(samples, |sample| &sample.time_ids, [count, 6], device),
+        };
+        Ok((input, target))
+    }
+
+    /// What the hypernetwork is given of a batch.
+    ///
+    /// # Errors
+    /// As [`vision`](Self::vision).
+    pub fn portraits(&self, samples: &[Sample]) -> Result<Portraits> {
+        let (count, device) = (samples.len(), &self.device);
+        let vision = self.vision()?;
+        let side = vision.processor.side() as usize;
+        let states =
+            |of: fn(&Sample) -> &[f32]| vision.encoder.penultimate(stack(samples, of, [count, 3, side, side], device));
+        let with_id = samples.iter().all(|sample| !sample.id_pixels.is_empty());
+        let embedding = samples.first().map_or(0, |sample| sample.id_embedding.len());
+        Ok(Portraits {
+            id: with_id.then(|| IdPortraits {
+                states: states(|sample| &sample.id_pixels),
+                embedding: stack(samples, |sample| &sample.id_embedding, [count, embedding], device),
+            }),
+            base_states: states(|sample| &sample.base_pixels),
+            id_weight: per_sample(samples, |sample| f32::from(sample.request.scenario.id_lora()), device),
+            base_weight: per_sample(samples, |sample| f32::from(sample.request.scenario.base_lora()), device),
+        })
+    }
+
+    /// The samples' noise, `[B, C, h, w]`.
+    pub fn noise(&self, samples: &[Sample]) -> Tensor<4> {
+        let side = samples.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
+        let [channels, height, width] = self.latent_shape(side);
+        stack(samples, |sample| &sample.noise, [samples.len(), channels, height, width], &self.device)
+    }
+
+    /// The states of the samples' captions; `trigger` stands before those of samples whose ID-LoRA acts.
+    ///
+    /// # Errors
+    /// Fault when a caption cannot be tokenised.
+    pub fn prompts(&self, samples: &[Sample], trigger: &str) -> Result<PromptStates> {
+        Ok(side_by_side(self.prompts_of(samples, trigger)?))
+    }
+
+    fn prompts_of(&self, samples: &[Sample], trigger: &str) -> Result<Vec<Prompt>> {
+        let prompt = |sample: &Sample| {
+            let trigger = if sample.request.scenario.trigger() { trigger } else { "" };
+            self.prompt(&format!("{trigger}{}", sample.caption))
+        };
+        samples.iter().map(prompt).collect()
+    }
+
+    /// Samples that were [encoded](Self::encode) so far with captions whose end was left out.
+    pub fn cut_captions(&self) -> u64 {
+        self.cut_captions.load(Ordering::Relaxed)
+    }
+
+    /// The states of one prompt. Each is encoded by itself, so that its bits never depend on its neighbours in a batch.
+    fn prompt(&self, prompt: &str) -> Result<Prompt> {
+        // Whole entries come and go: a thread that died left nothing half done.
+        let mut prompts = self.prompts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = prompts.get(prompt) {
+            return Ok(known.clone());
+        }
+        let new = Prompt { states: self.text.encode(&[prompt])?, surplus: self.text.surplus(prompt)? };
+        if prompts.len() == PROMPT_CACHE {
+            prompts.clear();
+        }
+        prompts.insert(prompt.into(), new.clone());
+        Ok(new)
+    }
+}
+
+/// The states of a batch, one row for each prompt.
+fn side_by_side(prompts: Vec<Prompt>) -> PromptStates {
+    let parts = |Prompt { states, .. }: Prompt| (states.prompt_embeds, states.pooled);
+    let (prompt_embeds, pooled): (Vec<_>, Vec<_>) = prompts.into_iter().map(parts).unzip();
+    PromptStates { prompt_embeds: Tensor::cat(prompt_embeds, 0), pooled: Tensor::cat(pooled, 0) }
+}
+
+/// One tensor of the samples' flat parts, in their order.
+fn stack<const D: usize>(
+    samples: &[Sample],
+    of: fn(&Sample) -> &[f32],
+    shape: [usize; D],
+    device: &Device,
+) -> Tensor<D> {
+    let values = samples.iter().map(of).collect::<Vec<_>>().concat();
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+/// One number per sample, `[B]`.
+fn per_sample(samples: &[Sample], of: fn(&Sample) -> f32, device: &Device) -> Tensor<1> {
+    let values: Vec<f32> = samples.iter().map(of).collect();
+    Tensor::from_data(TensorData::new(values, [samples.len()]), device)
+}

@@ -1,0 +1,303 @@
+//! The YAML of a run: composes the configurations of all parts, fills in their defaults and checks them once.
+
+mod places;
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use data_prep::face::{FaceConfig, FaceModels};
+use data_prep::shard::{EMBEDDING_DIM, MANIFEST_FILE, Manifest};
+use hyperlora_core::files::apart;
+use hyperlora_core::paths::is_plain;
+use hyperlora_core::{Error, Result, config};
+use hyperlora_ranks::Ranks;
+use serde::{Deserialize, Serialize};
+
+use crate::conditioning::BaseConfig;
+use crate::data::{DataConfig, RemoteShards};
+use crate::hypernet::HyperLoraConfig;
+use crate::run::{CONFIG_FILE, PATHS_FILE, Resolved};
+use crate::train::config::TrainConfig;
+use crate::train::{self, Outcome, Session, TrainOptions, TrainSetup};
+
+/// Everything that describes a run; cluster facts are no part of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experiment {
+    /// Names the run folder: `runs/<name>` unless the command says otherwise.
+    pub name: String,
+    /// All randomness hangs on it.
+    pub seed: u64,
+    /// The frozen models.
+    pub base: BaseConfig,
+    /// How faces are found in the photos that `generate` and `sample` are given.
+    #[serde(default)]
+    pub faces: Option<FaceConfig>,
+    /// Where the samples come from.
+    pub data: DataConfig,
+    /// Sizes of the hypernetwork.
+    #[serde(default)]
+    pub hyper_lora: HyperLoraConfig,
+    /// How it is trained.
+    pub train: TrainConfig,
+    /// How it is judged.
+    #[serde(default)]
+    pub eval: EvalConfig,
+    /// The file that this was read from.
+    #[serde(skip)]
+    origin: PathBuf,
+}
+
+/// How a trained hypernetwork is judged.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalConfig {
+    /// Does a LoRA of the right person help more than one of somebody else?
+    pub identity_gap: IdentityGapConfig,
+}
+
+/// Settings of `hyperlora eval identity-gap`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IdentityGapConfig {
+    /// Noises and timesteps per photo, averaged before any statistics.
+    pub draws: usize,
+    /// Photos that were not trained on, of people who were.
+    pub known: GapSet,
+    /// Photos of people who were never seen.
+    pub unseen: GapSet,
+    /// Samples that go through the UNet at once.
+    pub batch: usize,
+}
+
+/// The photos of one judgement, and where their reference photos come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GapSet {
+    /// Split of the photos.
+    pub photos: String,
+    /// Split of the photos that the LoRAs are made from; never the judged photo itself.
+    pub references: String,
+}
+
+impl Default for IdentityGapConfig {
+    fn default() -> Self {
+        let set = |photos: &str, references: &str| GapSet { photos: photos.into(), references: references.into() };
+        Self { draws: 8, known: set("held_out", "train"), unseen: set("unseen", "unseen"), batch: 32 }
+    }
+}
+
+impl Experiment {
+    /// Reads, completes and checks a YAML that the user named. The `config.yaml` of a run is read as such.
+    ///
+    /// # Errors
+    /// Input, naming file, position and key.
+    pub fn load(path: &Path) -> Result<Self> {
+        match path.file_name() {
+            Some(name) if name == CONFIG_FILE && path.with_file_name(PATHS_FILE).exists() => Self::load_run(path),
+            _ => config::load::<Self>(path)?.complete(path),
+        }
+    }
+
+    /// Reads the configuration of a run folder, which may be a stranger's: no variable is expanded, and nothing is written
+    /// where it says.
+    ///
+    /// # Errors
+    /// Input for a folder that holds no run.
+    pub fn of_run(run: &Path) -> Result<Self> {
+        let path = run.join(CONFIG_FILE);
+        if !path.is_file() {
+            return Err(Error::file(
+                run,
+                format!("is no run folder: it holds no {CONFIG_FILE}"),
+                "give a folder that `hyperlora train` wrote",
+            ));
+        }
+        Self::load_run(&path)
+    }
+
+    fn load_run(path: &Path) -> Result<Self> {
+        let mut experiment: Self = config::load_found(path)?;
+        let places = path.with_file_name(PATHS_FILE);
+        if places.exists() {
+            experiment.take_places(&places)?;
+        }
+        // A cache makes room for itself: what lies in it is deleted.
+        experiment.data.remote.cache = RemoteShards::default().cache;
+        experiment.complete(path)
+    }
+
+    fn complete(mut self, origin: &Path) -> Result<Self> {
+        self.origin = origin.into();
+        self.train.resolve();
+        self.validate()?;
+        Ok(self)
+    }
+
+    /// The folder that the paths of the YAML start at.
+    pub fn folder(&self) -> &Path {
+        // The parent of a bare file name is the empty path, which names no folder.
+        self.origin.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+
+    /// The YAML file, for messages.
+    pub fn place(&self) -> String {
+        self.origin.display().to_string()
+    }
+
+    /// The configuration with all defaults written out, without what tells of this machine, and beside it where all that it
+    /// names lies here.
+    ///
+    /// # Errors
+    /// Input for a path that cannot be resolved.
+    pub fn resolved(&self) -> Result<Resolved> {
+        Ok(Resolved { config: config::to_yaml(self)?, paths: self.places_yaml()? })
+    }
+
+    /// Checks that `faces`, whose paths start at `base_dir`, finds the embedder that made the shards; warns of another
+    /// detector or landmark model. Shards that are not there any more are not asked, nor are those behind a URL.
+    ///
+    /// # Errors
+    /// Input for another embedder, and for a folder without usable models.
+    pub fn check_faces(&self, faces: &FaceConfig, base_dir: &Path) -> Result<()> {
+        let shards = self.data.shards.resolve(self.folder()).ok();
+        let Some(shards) = shards.filter(|shards| shards.join(MANIFEST_FILE).is_file()) else { return Ok(()) };
+        compare_models(faces, base_dir, &Manifest::read(&shards)?, &shards)
+    }
+
+    /// Trains, or goes on where a checkpoint in `run` stands.
+    ///
+    /// # Errors
+    /// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
+    /// that diverged.
+    pub fn train(&self, run: &Path, device: &Device, options: TrainOptions) -> Result<Outcome> {
+        self.train_together(&Ranks::alone(), run, device, options)
+    }
+
+    /// As [`train`](Self::train), as one of several ranks.
+    ///
+    /// # Errors
+    /// As there; Peer where another rank is lost, PeerFailed where it fails.
+    pub fn train_together(&self, ranks: &Ranks, run: &Path, device: &Device, options: TrainOptions) -> Result<Outcome> {
+        train::run(self.setup(ranks, run, device)?, options)
+    }
+
+    /// Opens the run in the folder `run` for a training loop of your own, as one of `ranks`.
+    ///
+    /// # Errors
+    /// As [`train`](Self::train).
+    pub fn session(&self, ranks: &Ranks, run: &Path, device: &Device, options: TrainOptions) -> Result<Session> {
+        Session::begin(self.setup(ranks, run, device)?, options)
+    }
+
+    /// Everything that training reads of the experiment; checks that the face models are those that made the shards.
+    fn setup(&self, ranks: &Ranks, run: &Path, device: &Device) -> Result<TrainSetup> {
+        let ranks = ranks.with_deadline(self.train.long_timeout());
+        let resolved = ranks.try_on_all("all ranks to resolve the configuration", || {
+            // Training itself needs no face models: a machine without them trains, one with the wrong ones does not begin.
+            if let Some(faces) = &self.faces
+                && faces.models.resolve(self.folder())?.is_dir()
+            {
+                let shards = self.data.open_shards(self.folder())?;
+                compare_models(faces, self.folder(), shards.manifest(), &self.data.shards.resolve(self.folder())?)?;
+            }
+            self.resolved()
+        })?;
+        Ok(TrainSetup {
+            place: self.place(),
+            folder: self.folder().to_owned(),
+            run: run.to_owned(),
+            name: self.name.clone(),
+            seed: self.seed,
+            base: self.base.clone(),
+            data: self.data.clone(),
+            hyper_lora: self.hyper_lora.clone(),
+            train: self.train.clone(),
+            resolved,
+            device: device.clone(),
+            ranks,
+        })
+    }
+
+    /// The files and folders that are read; URLs among them.
+    ///
+    /// # Errors
+    /// Input for a path with an unset variable.
+    pub fn inputs(&self) -> Result<Vec<PathBuf>> {
+        let base = &self.base;
+        let named = [Some(&base.path), Some(&self.data.shards), base.config.as_ref(), base.image_encoder.as_ref()];
+        let others = [
+            base.feature_extractor.as_ref(),
+            self.train.init_from.as_ref(),
+            self.faces.as_ref().map(|faces| &faces.models),
+        ];
+        named.into_iter().chain(others).flatten().map(|path| path.resolve(self.folder())).collect()
+    }
+
+    fn validate(&self) -> Result<()> {
+        let place = self.place();
+        // `.` and `..` are no names.
+        if !is_plain(&self.name) || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
+            return Err(Error::input(
+                format!("{place}: name"),
+                format!("`{}` cannot name a folder", self.name),
+                "use letters, digits, `-`, `_` and `.`",
+            ));
+        }
+        self.faces.as_ref().map_or(Ok(()), |faces| faces.validate(&format!("{place}: faces")))?;
+        self.data.validate(&place)?;
+        self.hyper_lora.validate(&format!("{place}: hyper_lora"))?;
+        if self.hyper_lora.id_embedding_dim != EMBEDDING_DIM {
+            return Err(Error::input(
+                format!("{place}: hyper_lora.id_embedding_dim"),
+                format!("is {}, the shards' ID embeddings have {EMBEDDING_DIM}", self.hyper_lora.id_embedding_dim),
+                format!("give {EMBEDDING_DIM}, or leave it out"),
+            ));
+        }
+        self.train.validate(&place, self.hyper_lora.base_rank > 0)?;
+        let IdentityGapConfig { draws, batch, ref known, ref unseen } = self.eval.identity_gap;
+        if draws == 0 || batch == 0 {
+            return Err(Error::input(
+                format!("{place}: eval.identity_gap"),
+                format!("draws {draws}, batch {batch}"),
+                "give at least 1 of each; 8 draws or more make a photo's figure steady",
+            ));
+        }
+        let fixed_set = self.train.fixed_set.as_ref().map(|set| ("train.fixed_set.split", &set.split));
+        let judged =
+            [("eval.identity_gap.known.photos", &known.photos), ("eval.identity_gap.unseen.photos", &unseen.photos)];
+        match fixed_set.into_iter().chain(judged).find(|(_, split)| **split == self.data.split) {
+            Some((key, split)) => Err(Error::input(
+                format!("{place}: {key}"),
+                format!(
+                    "is `{split}`, the split to learn from (data.split): what was learnt by heart would look understood"
+                ),
+                "name a split that is not learnt from",
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Session {
+    /// Opens the training that the YAML file at `path` describes, in the run folder `runs/NAME`, as a single process. It goes on
+    /// from the latest checkpoint of the run.
+    ///
+    /// # Errors
+    /// Input, naming file and key, for what the YAML names and for a checkpoint of other settings; Disk for a failing disk.
+    pub fn open(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let experiment = Experiment::load(path.as_ref())?;
+        let run = Path::new("runs").join(&experiment.name);
+        apart(&run, experiment.inputs()?)?;
+        experiment.session(&Ranks::alone(), &run, device, TrainOptions::default())
+    }
+}
+
+/// Checks the models of `faces` against those that made the shards at `place`.
+fn compare_models(faces: &FaceConfig, base_dir: &Path, manifest: &Manifest, place: &Path) -> Result<()> {
+    let found = FaceModels::find(faces, base_dir)?.fingerprints()?;
+    for difference in manifest.compare_models(place, &found)? {
+        tracing::warn!("{difference}");
+    }
+    Ok(())
+}

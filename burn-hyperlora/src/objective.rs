@@ -1,0 +1,63 @@
+//! Training objectives: a number that the LoRAs of a batch shall make small.
+
+use burn::tensor::Tensor;
+use hyperlora_core::{Error, Result};
+
+use crate::conditioning::Conditions;
+
+/// Compares the UNet's prediction with its conditions. Implement it to train with a loss of your own.
+pub trait Objective: Sync {
+    /// The loss of a batch, `[1]`.
+    ///
+    /// `prediction` is what the UNet returns, `[B, 4, h, w]`. `conditions.input` and `conditions.target` stand on the same
+    /// autodiff device; `conditions.portraits` stay on the plain device. Batches of one optimiser step are averaged, so the
+    /// loss is a mean over the batch. Called from several threads at once on a CPU.
+    fn loss(&self, prediction: Tensor<4>, conditions: &Conditions) -> Tensor<1>;
+}
+
+/// The objective of HyperLoRA (section 3.3) and of SDXL: the mean squared error of the prediction (DDPM, arXiv 2006.11239,
+/// equation 14).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Denoising;
+
+impl Objective for Denoising {
+    fn loss(&self, prediction: Tensor<4>, conditions: &Conditions) -> Tensor<1> {
+        mean_squared_error(prediction, conditions.target.clone())
+    }
+}
+
+/// Mean over the batch and all elements, as one number `[1]`; `prediction` and `target` are `[B, C, h, w]`.
+pub fn mean_squared_error(prediction: Tensor<4>, target: Tensor<4>) -> Tensor<1> {
+    (prediction - target).square().mean()
+}
+
+/// The same per sample, read to the host: one number for each of `[B, C, h, w]`.
+///
+/// # Errors
+/// Fault when the device cannot give its data back.
+pub fn per_sample(prediction: Tensor<4>, target: Tensor<4>) -> Result<Vec<f32>> {
+    let squares = (prediction - target).square().flatten::<2>(1, 3); // [B, C*h*w]
+    let data = squares
+        .mean_dim(1)
+        .try_into_data()
+        .map_err(|error| Error::Fault(format!("the loss cannot be read from the device: {error}")))?;
+    Ok(data.iter::<f32>().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    #[test]
+    fn the_batch_loss_is_the_mean_of_the_samples() -> Result<()> {
+        let device = Device::flex();
+        let prediction = Tensor::<4>::from_floats([[[[1.0, 2.0]]], [[[0.0, -1.0]]]], &device);
+        let target = Tensor::<4>::from_floats([[[[0.0, 0.0]]], [[[0.0, 1.0]]]], &device);
+        assert_eq!(per_sample(prediction.clone(), target.clone())?, [2.5, 2.0]);
+        let batch: Vec<f32> = mean_squared_error(prediction, target).into_data().iter().collect();
+        assert_eq!(batch, [2.25]);
+        Ok(())
+    }
+}

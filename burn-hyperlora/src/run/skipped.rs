@@ -1,0 +1,105 @@
+//! The steps that were not taken: a line each in `skipped.jsonl`, with the photos of the batch.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use hyperlora_core::paths::read_regular;
+use hyperlora_core::{Error, Result, files};
+use hyperlora_ranks::Ranks;
+use serde::{Deserialize, Serialize};
+
+use crate::run::SKIPPED;
+
+#[derive(Serialize, Deserialize)]
+struct Line {
+    step: u64,
+    stage: String,
+    reason: String,
+    /// Keys of the target photos of all ranks, in the order of their draws.
+    photos: Vec<String>,
+}
+
+/// Writes down that `step` was skipped; `own` are the draws of this rank's samples and the keys of their photos.
+///
+/// # Errors
+/// On all ranks, Input or Disk for a file that rank 0 cannot write; those of the collective.
+pub(crate) fn note(
+    ranks: &Ranks,
+    run: &Path,
+    step: u64,
+    stage: &str,
+    reason: &str,
+    own: &[(u64, String)],
+) -> Result<()> {
+    let shares = ranks.share("the photos of a skipped step", Ok(&own.to_vec()))?;
+    ranks.on_main("rank 0 to note a skipped step", || {
+        let mut photos: Vec<(u64, String)> = shares.into_iter().flatten().collect();
+        photos.sort();
+        let photos = photos.into_iter().map(|(_, key)| key).collect();
+        let line = Line { step, stage: stage.into(), reason: reason.into(), photos };
+        let line = serde_json::to_string(&line).map_err(|error| Error::Fault(format!("{SKIPPED}: {error}")))?;
+        let path = run.join(SKIPPED);
+        append(&path, &line).map_err(|source| Error::write(&path, source))
+    })
+}
+
+/// Largest file that is read, in bytes: some hundred thousand steps.
+const LARGEST: u64 = 1 << 28;
+
+/// Appends a line in one write. One that a dying process left half-written ends first.
+fn append(path: &Path, line: &str) -> io::Result<()> {
+    let mut file = files::append(path)?;
+    let mut text = Vec::new();
+    file.read_to_end(&mut text)?;
+    let broken = if text.last().is_none_or(|last| *last == b'\n') { "" } else { "\n" };
+    file.write_all(format!("{broken}{line}\n").as_bytes())
+}
+
+/// Steps that `run` skipped. One that came again after a kill counts once; a line that a dying process left half-written does
+/// not count.
+///
+/// # Errors
+/// As [`Error::read`].
+pub fn count(run: &Path) -> Result<usize> {
+    let path = run.join(SKIPPED);
+    let text = match read_regular(&path, LARGEST) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        text => text.map_err(|source| Error::read(&path, source))?,
+    };
+    // A line may have been cut within a letter.
+    let text = String::from_utf8_lossy(&text);
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
+    Ok(lines.map(|line| line.step).collect::<BTreeSet<_>>().len())
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_half_written_line_costs_no_other_one() {
+        let run = tempfile::tempdir().unwrap();
+        let path = run.path().join(SKIPPED);
+        let line = |step| {
+            let line = Line { step, stage: "base".into(), reason: "NaN".into(), photos: vec!["a".into()] };
+            serde_json::to_string(&line).unwrap()
+        };
+        assert_eq!(count(run.path()).unwrap(), 0);
+        append(&path, &line(3)).unwrap();
+        let whole = fs::read_to_string(&path).unwrap();
+        assert_eq!(whole, format!("{}\n", line(3)));
+        // Killed in the middle of a line, in the middle of a letter, and before the line's end.
+        for (step, left) in [(4, &line(4).as_bytes()[..20]), (5, b"{\"reason\": \"\xc3"), (6, line(7).as_bytes())] {
+            let mut text = fs::read(&path).unwrap();
+            text.extend(left);
+            fs::write(&path, text).unwrap();
+            append(&path, &line(step)).unwrap();
+        }
+        assert_eq!(count(run.path()).unwrap(), 5);
+    }
+}

@@ -1,0 +1,354 @@
+//! Paths in a YAML: variables are expanded in one that the user named alone, and secrets never become part of a URL.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::{Error, Result};
+
+/// A path as the YAML spells it; [`resolve`](Self::resolve) turns it into one that can be opened.
+///
+/// Written as YAML or JSON it keeps to itself where things lie on this machine: of an absolute path and of a URL only the
+/// last part is written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigPath {
+    spelled: PathBuf,
+    origin: Origin,
+}
+
+/// Who wrote a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// The user, on the command line or in a YAML that the command line names, or this program.
+    Started,
+    /// Whoever made the folder that this file was found in.
+    Found(Arc<Path>),
+}
+
+thread_local! {
+    /// Who wrote the paths that are being read; `None` where nobody said so, which counts as a stranger.
+    static READING: RefCell<Option<Origin>> = const { RefCell::new(None) };
+}
+
+/// Runs `read`, which makes paths of `origin`.
+pub(super) fn reading<T>(origin: Origin, read: impl FnOnce() -> T) -> T {
+    struct Restored(Option<Origin>);
+    impl Drop for Restored {
+        fn drop(&mut self) {
+            READING.set(self.0.take());
+        }
+    }
+    let _before = Restored(READING.replace(Some(origin)));
+    read()
+}
+
+impl<'de> Deserialize<'de> for ConfigPath {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let spelled = PathBuf::deserialize(deserializer)?;
+        let unknown = || Origin::Found(Path::new("the file that was read").into());
+        let origin = READING.with_borrow(|origin| origin.clone().unwrap_or_else(unknown));
+        Ok(Self { spelled, origin })
+    }
+}
+
+impl Serialize for ConfigPath {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.shareable())
+    }
+}
+
+impl ConfigPath {
+    /// A path that the user or this program spells as `text`.
+    pub fn new(text: impl Into<PathBuf>) -> Self {
+        Self { spelled: text.into(), origin: Origin::Started }
+    }
+
+    /// The path with `${VAR}`, `${VAR:-default}` and a leading `~` expanded; a relative one starts at `base_dir`, the
+    /// folder of the YAML file. A URL stays one.
+    ///
+    /// # Errors
+    /// Input: a variable that is not set and has no default, or `${` without `}`; a URL with a user, a password, a query or
+    /// the value of a variable that is named like a secret. For a path of a file that was found in a run folder: a variable
+    /// or `~`, which are expanded for nobody but the user, and a relative path to nothing.
+    pub fn resolve(&self, base_dir: &Path) -> Result<PathBuf> {
+        self.resolve_with(base_dir, &|name| std::env::var(name).ok())
+    }
+
+    fn resolve_with(&self, base_dir: &Path, variable: &dyn Fn(&str) -> Option<String>) -> Result<PathBuf> {
+        let Some(spelled) = self.spelled.to_str() else { return Ok(base_dir.join(&self.spelled)) };
+        let mut expansion = Expansion { spelled, variable, names: Vec::new() };
+        let expanded = match &self.origin {
+            Origin::Started => expansion.path()?,
+            Origin::Found(file) if spelled.contains("${") || spelled == "~" || spelled.starts_with("~/") => {
+                return Err(Error::file(
+                    file,
+                    format!("names `{spelled}`, which is not expanded in a run folder"),
+                    ELSEWHERE,
+                ));
+            }
+            Origin::Found(_) => spelled.to_owned(),
+        };
+        if is_url(&expanded) {
+            check_url(spelled, &expanded, &expansion.names)?;
+            return Ok(expanded.into());
+        }
+        let path = base_dir.join(&expanded);
+        match &self.origin {
+            Origin::Found(file) if Path::new(&expanded).is_relative() && !path.exists() => {
+                Err(Error::file(file, format!("names `{spelled}`, which does not lie beside it"), ELSEWHERE))
+            }
+            _ => Ok(path),
+        }
+    }
+
+    /// The spelling without what tells of a machine.
+    fn shareable(&self) -> Cow<'_, str> {
+        let text = self.spelled.to_string_lossy();
+        if let Some((_, url)) = text.split_once("://").filter(|_| is_url(&text)) {
+            let path = url.split(['?', '#']).next().unwrap_or_default().trim_end_matches('/');
+            let last = path.split_once('/').and_then(|(_, path)| path.rsplit('/').next());
+            return Cow::Owned(last.unwrap_or("URL").to_owned());
+        }
+        if self.spelled.is_absolute() {
+            return Cow::Owned(self.spelled.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        }
+        text
+    }
+}
+
+/// What to do where a run folder comes from another machine.
+const ELSEWHERE: &str = "write where it lies on this machine into paths.yaml beside config.yaml (`base.path: /models/sdxl`, \
+     likewise data.shards, faces.models, base.image_encoder), or give the command's option for it (--base, \
+     --image-encoder, --faces)";
+
+/// Longest spelling of a path, in bytes: Linux takes no longer one.
+const LONGEST: usize = 4096;
+
+/// In the names of variables that hold secrets.
+const SECRETS: [&str; 6] = ["SECRET", "TOKEN", "PASSW", "KEY", "CREDENTIAL", "SIGNATURE"];
+
+/// Whether a resolved path is a URL, which only some keys take.
+pub fn is_url(path: &str) -> bool {
+    path.split_once("://").is_some_and(|(scheme, _)| scheme.chars().all(|letter| letter.is_ascii_alphanumeric()))
+}
+
+/// A URL goes into messages, and over the network to whom it names: it holds no secret.
+fn check_url(spelled: &str, url: &str, names: &[String]) -> Result<()> {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let secret = names.iter().find(|name| SECRETS.iter().any(|part| name.to_uppercase().contains(part)));
+    let problem = match secret {
+        Some(name) => format!("puts {name}, by its name a secret, into a URL"),
+        None if authority.contains('@') => "is a URL with a user or a password".into(),
+        None if rest.contains(['?', '#']) => "is a URL with a `?` or a `#` part, which is not understood".into(),
+        None => return Ok(()),
+    };
+    let remedy = "take it out: credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, \
+        GOOGLE_SERVICE_ACCOUNT)";
+    Err(Error::input(spelled, problem, remedy))
+}
+
+/// A spelling that is being expanded.
+struct Expansion<'a> {
+    spelled: &'a str,
+    variable: &'a dyn Fn(&str) -> Option<String>,
+    /// Of all variables in it.
+    names: Vec<String>,
+}
+
+impl Expansion<'_> {
+    fn path(&mut self) -> Result<String> {
+        if self.spelled.len() > LONGEST {
+            return Err(self.refuse(format!("is no path: it has more than {LONGEST} bytes"), "give a shorter one"));
+        }
+        let expanded = self.expand(self.spelled)?;
+        match expanded.strip_prefix('~') {
+            Some(rest) if rest.is_empty() || rest.starts_with('/') => {
+                let home = (self.variable)("HOME").ok_or_else(|| self.unset("HOME"))?;
+                Ok(format!("{home}{rest}"))
+            }
+            _ => Ok(expanded),
+        }
+    }
+
+    fn expand(&mut self, text: &str) -> Result<String> {
+        let mut expanded = String::with_capacity(text.len());
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once("${") {
+            let Some(end) = closing(after) else {
+                return Err(self.refuse("`${` is never closed", "close it with `}`, as in ${HOME}/photos"));
+            };
+            expanded.push_str(before);
+            expanded.push_str(&self.value(&after[..end])?);
+            rest = &after[end + 1..];
+        }
+        expanded.push_str(rest);
+        Ok(expanded)
+    }
+
+    /// The value of what stands between `${` and its `}`.
+    fn value(&mut self, inside: &str) -> Result<String> {
+        let (name, default) = match inside.split_once(":-") {
+            Some((name, default)) => (name, Some(default)),
+            None => (inside, None),
+        };
+        let begins = name.starts_with(|letter: char| letter.is_ascii_alphabetic() || letter == '_');
+        if !begins || !name.chars().all(|letter| letter.is_ascii_alphanumeric() || letter == '_') {
+            let problem = format!("`{name}` is no name of a variable");
+            return Err(self.refuse(problem, "write ${VAR} or ${VAR:-default}"));
+        }
+        self.names.push(name.to_owned());
+        // As in the shell, `:-` also replaces a variable that is set but empty.
+        match ((self.variable)(name), default) {
+            (Some(value), None) => Ok(value),
+            (Some(value), Some(_)) if !value.is_empty() => Ok(value),
+            (_, Some(default)) => self.expand(default),
+            (None, None) => Err(self.unset(name)),
+        }
+    }
+
+    fn unset(&self, name: &str) -> Error {
+        let remedy = format!("set {name}, or write a default: ${{{name}:-/some/folder}}");
+        self.refuse(format!("the environment variable {name} is not set"), remedy)
+    }
+
+    fn refuse(&self, problem: impl ToString, remedy: impl ToString) -> Error {
+        Error::input(self.spelled, problem, remedy)
+    }
+}
+
+/// The place of the `}` that belongs to the `${` before `text`, which may hold further ones.
+fn closing(text: &str) -> Option<usize> {
+    let mut open = 0;
+    for (at, letter) in text.char_indices() {
+        match letter {
+            '}' if open == 0 => return Some(at),
+            '}' => open -= 1,
+            '{' if text[..at].ends_with('$') => open += 1,
+            _ => {}
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    fn variable(name: &str) -> Option<String> {
+        let value = match name {
+            "HOME" => "/home/ada",
+            "CACHE" => "/cache",
+            "EMPTY" => "",
+            "AWS_SECRET_ACCESS_KEY" | "SIGNED" => "hush",
+            "DATA" => "https://ada:hush@host/faces",
+            _ => return None,
+        };
+        Some(value.to_owned())
+    }
+
+    fn resolve(text: &str) -> Result<PathBuf> {
+        ConfigPath::new(text).resolve_with(Path::new("/run"), &variable)
+    }
+
+    fn refusal(text: &str) -> String {
+        let error = resolve(text).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        error.to_string()
+    }
+
+    #[test]
+    fn variables_and_home_are_expanded_and_paths_start_at_the_yaml() {
+        for (text, expected) in [
+            ("faces", "/run/faces"),
+            ("/faces", "/faces"),
+            ("~", "/home/ada"),
+            ("~/faces", "/home/ada/faces"),
+            ("a~b", "/run/a~b"),
+            ("${CACHE}/x/${CACHE}", "/cache/x//cache"),
+            ("${UNSET:-~/.cache/hyperlora}/photos", "/home/ada/.cache/hyperlora/photos"),
+            ("${EMPTY:-/d}/photos", "/d/photos"),
+            ("${CACHE:-/d}/photos", "/cache/photos"),
+            ("${UNSET:-${CACHE}}/photos", "/cache/photos"),
+            ("${UNSET:-${EMPTY:-${HOME}/x}}/photos", "/home/ada/x/photos"),
+            ("${CACHE:-${UNSET}}/photos", "/cache/photos"),
+            ("s3://bucket/${UNSET:-faces}", "s3://bucket/faces"),
+        ] {
+            assert_eq!(resolve(text).unwrap(), Path::new(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_expanded_is_refused() {
+        for (text, problem) in [
+            ("${UNSET}/x", "UNSET is not set"),
+            ("${UNSET:-${GONE}}/x", "GONE is not set"),
+            ("${CACHE/x", "never closed"),
+            ("${UNSET:-${CACHE}/x", "never closed"),
+            ("${UNSET:-${CACHE/x}", "never closed"),
+            ("${}/x", "`` is no name of a variable"),
+            ("${CACHE:=/x}", "`CACHE:=/x` is no name of a variable"),
+            ("${${CACHE}}", "`${CACHE}` is no name of a variable"),
+            (&"${A:-".repeat(100_000), "more than 4096 bytes"),
+        ] {
+            let message = refusal(text);
+            assert!(message.contains(problem) && message.contains("remedy: "), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_url_holds_no_secret_and_no_message_shows_one() {
+        for (text, problem) in [
+            ("https://host/${AWS_SECRET_ACCESS_KEY}", "AWS_SECRET_ACCESS_KEY, by its name a secret"),
+            ("https://host/${X:-${AWS_SECRET_ACCESS_KEY}}", "AWS_SECRET_ACCESS_KEY, by its name a secret"),
+            ("https://ada:hush@host/faces", "a user or a password"),
+            ("${DATA}", "a user or a password"),
+            ("https://host/faces?sig=${SIGNED}", "a `?` or a `#` part"),
+            ("https://host/faces#hush", "a `?` or a `#` part"),
+        ] {
+            let message = refusal(text);
+            assert!(message.contains(problem) && !message.contains("hush"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_found_path_is_taken_as_it_stands() {
+        let run = tempfile::tempdir().unwrap();
+        std::fs::create_dir(run.path().join("base")).unwrap();
+        let found = |text: &str| {
+            let file = run.path().join("config.yaml");
+            let path: ConfigPath = reading(Origin::Found(file.into()), || serde_json::from_value(text.into())).unwrap();
+            path.resolve_with(run.path(), &variable)
+        };
+        assert_eq!(found("base").unwrap(), run.path().join("base"));
+        assert_eq!(found("/models/none").unwrap(), Path::new("/models/none"));
+        for text in ["${HOME}", "/x/${HOME}", "https://host/${AWS_SECRET_ACCESS_KEY}", "~", "~/x", "nothing"] {
+            let message = found(text).unwrap_err().to_string();
+            let named = message.contains("config.yaml: names `") && message.contains("paths.yaml");
+            assert!(named && !message.contains("hush") && !message.contains("ada"), "{message}");
+        }
+        assert!(found("https://ada:hush@host/x").unwrap_err().to_string().contains("a password"));
+        // Nobody said who wrote it.
+        let path: ConfigPath = serde_json::from_value("${HOME}/x".into()).unwrap();
+        assert!(path.resolve_with(run.path(), &variable).is_err());
+    }
+
+    #[test]
+    fn what_is_written_tells_nothing_of_the_machine() {
+        for (text, expected) in [
+            ("/home/ada/sdxl", "sdxl"),
+            ("../faces", "../faces"),
+            ("${HYPERLORA_CACHE:-~/.cache/hyperlora}/models", "${HYPERLORA_CACHE:-~/.cache/hyperlora}/models"),
+            ("https://ada:hush@host/a/faces/?sig=x", "faces"),
+            ("s3://bucket", "URL"),
+            ("/", ""),
+        ] {
+            assert_eq!(serde_json::to_value(ConfigPath::new(text)).unwrap(), expected, "{text}");
+        }
+    }
+}

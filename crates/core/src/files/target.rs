@@ -1,0 +1,202 @@
+//! Places that the user named for what is written: followed to where they really are, tried before the work begins, and
+//! never an input.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::lock::Lock;
+use super::parent_of;
+use crate::{Error, Result};
+
+/// Links that Linux follows one after the other.
+const LINKS: usize = 40;
+
+/// A file that a command will write, tried and held from before the work begins until it is dropped.
+#[derive(Debug)]
+pub struct OutputFile {
+    path: PathBuf,
+    _lock: Lock,
+}
+
+impl OutputFile {
+    /// Claims the file at `path`, which the user named: a link there is followed. `inputs` are the files and folders that the
+    /// command reads.
+    ///
+    /// # Errors
+    /// Input for an input, for a file that another process writes to, and for a place that cannot be written to or holds
+    /// something else than a file; Disk for a failing disk.
+    pub fn claim<I: AsRef<Path>>(path: &Path, inputs: impl IntoIterator<Item = I>) -> Result<Self> {
+        if path.as_os_str().as_bytes().ends_with(b"/") {
+            return Err(Error::file(path, "names a folder", "name a file"));
+        }
+        let real = resolve(path)?;
+        if fs::metadata(&real).is_ok_and(|stands| !stands.is_file()) {
+            return Err(no_file(path));
+        }
+        apart(&real, inputs)?;
+        let lock = Lock::claim(&real)?;
+        Ok(Self { path: real, _lock: lock })
+    }
+
+    /// Where to write it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+pub(super) fn no_file(path: &Path) -> Error {
+    Error::file(path, "is no regular file", "name a file that may be written or replaced")
+}
+
+/// Checks that a command that writes to `target` writes over none of the files and folders that it reads, nor into one.
+/// Inputs that do not exist are passed over: reading them tells more.
+///
+/// # Errors
+/// Input for a target that is an input, lies in one or holds one.
+pub fn apart<I: AsRef<Path>>(target: &Path, inputs: impl IntoIterator<Item = I>) -> Result<()> {
+    let real = real(&follow(target)?);
+    for input in inputs {
+        let input = input.as_ref();
+        let Ok(read) = input.canonicalize() else { continue };
+        let relation = match () {
+            () if real == read => "is",
+            () if real.starts_with(&read) => "lies in",
+            () if read.starts_with(&real) => "holds",
+            () => continue,
+        };
+        return Err(Error::file(
+            target,
+            format!("{relation} the input {}", input.display()),
+            "name a place of its own for the output",
+        ));
+    }
+    Ok(())
+}
+
+/// The place that `path`, which need not exist, leads to: links in its last part are followed, a `/` at its end means nothing.
+///
+/// # Errors
+/// Input for a path without a name, and for links that lead in a circle.
+pub fn follow(path: &Path) -> Result<PathBuf> {
+    let mut place = path.to_path_buf();
+    for _ in 0..LINKS {
+        let Some(name) = place.file_name() else {
+            return Err(Error::file(path, "has no name of its own", "name a new file or folder, such as out/faces"));
+        };
+        place = place.with_file_name(name);
+        let Ok(link) = fs::read_link(&place) else { return Ok(place) };
+        place = parent_of(&place).join(link);
+    }
+    Err(Error::file(path, "is a link that leads in a circle", "name another place"))
+}
+
+/// As [`follow`], for what is put there with a rename.
+///
+/// # Errors
+/// Input also for the place where a file system is mounted: what is written beside it lies on another one.
+pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
+    let place = follow(path)?;
+    let disk = |path: &Path| fs::metadata(path).map(|found| found.dev()).ok();
+    match (disk(&place), disk(parent_of(&place))) {
+        (Some(own), Some(parents)) if own != parents => Err(Error::file(
+            path,
+            "is where a file system is mounted, which cannot be replaced",
+            format!("name a folder on it, such as {}", path.join("out").display()),
+        )),
+        _ => Ok(place),
+    }
+}
+
+/// `path` without links, as far as it exists.
+fn real(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| match path.file_name() {
+        Some(name) => real(parent_of(path)).join(name),
+        None => path.into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::files::write_whole;
+
+    const NONE: [&str; 0] = [];
+
+    fn claimed(path: &Path) -> Result<OutputFile> {
+        OutputFile::claim(path, NONE)
+    }
+
+    #[test]
+    fn an_output_file_is_tried_before_the_work() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        fs::create_dir(place("folder")).unwrap();
+        symlink("a", place("circle")).unwrap();
+        symlink("circle", place("a")).unwrap();
+        let long = "x".repeat(300);
+        for (name, words) in [
+            ("new/", "names a folder"),
+            ("folder", "no regular file"),
+            ("missing/new", "cannot be written"),
+            ("..", "has no name of its own"),
+            ("circle", "in a circle"),
+            (&long, "choose a shorter name"),
+        ] {
+            let error = claimed(&place(name)).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains(words), "{name}: {error}");
+        }
+        let held = claimed(&place("new")).unwrap();
+        let refused = claimed(&place("new")).unwrap_err();
+        assert!(refused.to_string().contains("another process"), "{refused}");
+        write_whole(held.path(), b"made").unwrap();
+        drop(held);
+        drop(claimed(&place("new")).unwrap());
+        assert!(!place(".new.hyperlora.lock").exists());
+    }
+
+    #[test]
+    fn a_link_is_followed_to_the_file_it_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        fs::create_dir(place("disk")).unwrap();
+        symlink("disk/real", place("link")).unwrap();
+        symlink("link", place("chain")).unwrap();
+        for content in ["made", "made again"] {
+            let output = claimed(&place("chain")).unwrap();
+            write_whole(output.path(), content.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(place("disk/real")).unwrap(), content);
+            assert!(fs::symlink_metadata(place("chain")).unwrap().is_symlink());
+        }
+    }
+
+    #[test]
+    fn an_output_is_no_input_in_none_and_around_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        fs::create_dir_all(place("run/checkpoints")).unwrap();
+        fs::write(place("a.png"), "").unwrap();
+        symlink("run", place("link")).unwrap();
+        let inputs = [place("a.png"), place("run/checkpoints"), place("missing"), "s3://bucket/shards".into()];
+        for (output, words) in [
+            ("a.png", "is the input"),
+            ("./a.png/", "is the input"),
+            ("link/checkpoints", "is the input"),
+            ("run/checkpoints/deep/new", "lies in the input"),
+            ("link/checkpoints/new", "lies in the input"),
+            ("run", "holds the input"),
+            ("link/", "holds the input"),
+        ] {
+            let error = apart(&place(output), &inputs).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains(words), "{output}: {error}");
+        }
+        for output in ["run/new", "checkpoints", "missing", "a.png.2", "new/deep"] {
+            apart(&place(output), &inputs).unwrap();
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! A file that appears whole.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use super::lock::{Lock, busy};
+use super::target::no_file;
+use super::{Hidden, sync_parent};
+use crate::{Error, Result};
+
+/// Writes `path` in one piece: until the last byte is on the disk, what stood there before stays. A link is replaced: what
+/// the user named is an [`OutputFile`](super::OutputFile).
+///
+/// # Errors
+/// Input for a place that cannot be written to or holds something else than a file, and for a file that another process
+/// writes in this moment; Disk for a full or failing disk.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_whole_with(path, |file| file.write_all(bytes))
+}
+
+/// [`write_whole`] for content that is made while it is written.
+///
+/// # Errors
+/// As [`write_whole`]; an error of `fill` counts as one of the disk.
+pub fn write_whole_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+    // The rename would put a file in the place of a device or a pipe.
+    if fs::metadata(path).is_ok_and(|stands| !stands.is_file()) {
+        return Err(no_file(path));
+    }
+    let failed = |source| Error::write(path, source);
+    let beside = Hidden::Partial.beside(path);
+    // Dropped, it removes what is half-written; what a killed run left there is written over.
+    let mut partial = Lock::take(&beside).map_err(failed)?.ok_or_else(|| busy(path))?;
+    let file = &mut partial.file;
+    file.set_len(0)
+        .and_then(|()| fill(file))
+        .and_then(|()| file.sync_all())
+        .and_then(|()| fs::rename(&beside, path))
+        .and_then(|()| sync_parent(path))
+        .map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_failed_write_keeps_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights");
+        write_whole(&path, b"old").unwrap();
+        let failed = write_whole_with(&path, |file| {
+            file.write_all(b"half of the ne")?;
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        assert_eq!(failed.unwrap_err().exit_code(), 1);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["weights"]);
+    }
+
+    #[test]
+    fn only_files_are_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        for path in [folder.path(), Path::new("/dev/full")] {
+            assert_eq!(write_whole(path, b"new").unwrap_err().exit_code(), 2);
+        }
+        assert!(!fs::metadata("/dev/full").unwrap().is_file());
+    }
+
+    #[test]
+    fn of_two_that_write_one_file_the_second_is_refused_and_what_a_killed_one_left_is_written_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lora.safetensors");
+        write_whole_with(&path, |file| {
+            file.write_all(b"first")?;
+            let refused = write_whole(&path, b"second").unwrap_err();
+            assert!(refused.exit_code() == 2 && refused.to_string().contains("another process"), "{refused}");
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"first");
+        fs::write(Hidden::Partial.beside(&path), "longer than what follows").unwrap();
+        write_whole(&path, b"third").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"third");
+        assert_eq!(names(folder.path()), ["lora.safetensors"]);
+    }
+
+    #[test]
+    fn files_of_like_names_are_nobodys_leftovers() {
+        let folder = tempfile::tempdir().unwrap();
+        for other in [".a.partial", "a.partial", ".a.lock"] {
+            fs::write(folder.path().join(other), "mine").unwrap();
+        }
+        write_whole(&folder.path().join("a"), b"new").unwrap();
+        assert_eq!(names(folder.path()), [".a.lock", ".a.partial", "a", "a.partial"]);
+        assert_eq!(fs::read(folder.path().join(".a.partial")).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn nothing_is_written_through_a_link_that_waits_beside() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, victim) = (folder.path().join("a"), folder.path().join("victim"));
+        fs::write(&victim, "mine").unwrap();
+        std::os::unix::fs::symlink(&victim, Hidden::Partial.beside(&path)).unwrap();
+        assert_eq!(write_whole(&path, b"new").unwrap_err().exit_code(), 2);
+        assert_eq!(fs::read(&victim).unwrap(), b"mine");
+    }
+}

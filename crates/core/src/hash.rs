@@ -1,0 +1,36 @@
+//! SHA-256 of bytes and files.
+
+use std::io::Read;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::paths::open_regular;
+
+/// SHA-256 of bytes in memory, in lower-case hexadecimal.
+pub fn sha256_of(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// SHA-256 of the file at `path`, in lower-case hexadecimal, read in pieces.
+///
+/// # Errors
+/// As [`Error::read`].
+pub fn sha256_of_file(path: &Path) -> Result<String> {
+    let failed = |source| Error::read(path, source);
+    let mut file = open_regular(path).map_err(failed)?;
+    let mut hasher = Sha256::new();
+    let mut piece = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut piece).map_err(failed)? {
+            0 => return Ok(hex(&hasher.finalize())),
+            read => hasher.update(&piece[..read]),
+        }
+    }
+}
+
+/// Bytes in lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,16 @@
+//! Foundations of both programs: errors with exit codes, YAML configuration, files that are whole or absent, untrusted
+//! paths and text, hashes, random numbers and signals.
+//!
+//! Nothing here knows photos, tensors or ranks.
+
+pub mod config;
+pub mod error;
+pub mod files;
+pub mod hash;
+pub mod output;
+pub mod paths;
+pub mod random;
+pub mod signals;
+pub mod text;
+
+pub use error::{Error, Result};

@@ -1,0 +1,14 @@
+//! Stable Diffusion XL on Burn, in the names of diffusers: models, schedulers, weights on disk, and LoRAs.
+//!
+//! Start with [`source::BaseSource`], which opens a base model from a diffusers folder or a single file, and
+//! [`models::unet::UNet2DConditionModel`], which takes a LoRA per sample.
+
+pub mod lora;
+pub mod memory;
+pub mod models;
+pub mod sample;
+pub mod scheduler;
+pub mod source;
+pub mod text;
+pub mod tokenizer;
+pub mod weights;

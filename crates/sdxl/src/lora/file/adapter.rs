@@ -1,0 +1,117 @@
+//! The alphas that diffusers writes into a file's metadata: PEFT's `LoraConfig` of each part, keys joined by dots; or that PEFT
+//! itself writes beside the file.
+
+use std::path::Path;
+
+use hyperlora_core::Error;
+use serde_json::{Map, Value};
+
+use crate::source::Part;
+use crate::weights::{SafetensorsFile, parse_json, read_text};
+
+/// The key of the metadata.
+pub const ADAPTER_METADATA: &str = "lora_adapter_metadata";
+
+/// The names under which PEFT saves an adapter and its `LoraConfig`.
+const PEFT_FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
+
+/// Tell a regular expression from a path; a dot is taken for itself.
+const OF_EXPRESSIONS: &str = "\\^$*+?()[]{}|";
+
+/// What the metadata says; empty where there is none.
+#[derive(Debug, Default)]
+pub(super) struct Adapter(Map<String, Value>);
+
+impl Adapter {
+    /// # Errors
+    /// Input for metadata or a config of PEFT that is no JSON, and for a DoRA.
+    pub(super) fn of(file: &SafetensorsFile) -> hyperlora_core::Result<Self> {
+        let Some(text) = file.metadata().get(ADAPTER_METADATA) else { return Self::beside(file.path()) };
+        let values: Map<String, Value> = parse_json(text).map_err(|problem| {
+            Error::file(
+                file.path(),
+                format!("{ADAPTER_METADATA} in its metadata: {problem}"),
+                "save the LoRA again with diffusers",
+            )
+        })?;
+        if values.iter().any(|(key, value)| key.ends_with(".use_dora") && *value == Value::Bool(true)) {
+            return Err(Error::file(
+                file.path(),
+                format!("is a DoRA ({ADAPTER_METADATA}), which is not supported"),
+                "give a plain LoRA",
+            ));
+        }
+        Ok(Self(values))
+    }
+
+    /// Reads PEFT's own config beside the file, for the UNet: a text encoder's file does not tell which one it is for.
+    fn beside(path: &Path) -> hyperlora_core::Result<Self> {
+        let config = path.with_file_name(PEFT_FILES[1]);
+        if path.file_name().is_none_or(|name| name != PEFT_FILES[0]) || !config.exists() {
+            return Ok(Self::default());
+        }
+        let values: Map<String, Value> = parse_json(&read_text(&config)?)
+            .map_err(|problem| Error::file(&config, problem, "save the adapter again with PEFT"))?;
+        if values.get("use_dora") == Some(&Value::Bool(true)) {
+            return Err(Error::file(&config, "tells of a DoRA, which is not supported", "give a plain LoRA"));
+        }
+        let part = Part::Unet.folder();
+        Ok(Self(values.into_iter().map(|(key, value)| (format!("{part}.{key}"), value)).collect()))
+    }
+
+    /// A module's alpha, times the root of the rank for `use_rslora`; the rank, which makes a scale of 1, where none is
+    /// told. The error says what is told in place of a number.
+    pub(super) fn alpha(&self, part: Part, path: &str, rank: usize) -> Result<f32, String> {
+        let part = part.folder();
+        let get = |key: &str| self.0.get(&format!("{part}.{key}"));
+        // A pattern names a module by the end of its path.
+        let patterns = get("alpha_pattern").and_then(Value::as_object);
+        let expression = patterns.into_iter().flatten().find(|(end, _)| end.contains(|c| OF_EXPRESSIONS.contains(c)));
+        if let Some((expression, _)) = expression {
+            return Err(format!("{path}: alpha_pattern holds the regular expression {expression}, which is not read"));
+        }
+        let own = patterns.and_then(|patterns| {
+            patterns
+                .iter()
+                .find(|(end, _)| path.strip_suffix(end.as_str()).is_some_and(is_whole))
+                .map(|(_, alpha)| alpha)
+        });
+        let rank = rank as f32;
+        let Some(told) = own.or_else(|| get("lora_alpha")).filter(|told| !told.is_null()) else { return Ok(rank) };
+        let alpha = told.as_f64().map(|alpha| alpha as f32).filter(|alpha| alpha.is_finite());
+        let alpha =
+            alpha.ok_or_else(|| format!("{path}: its alpha in {ADAPTER_METADATA} is {told}, no finite number"))?;
+        let rooted = get("use_rslora") == Some(&Value::Bool(true));
+        Ok(alpha * if rooted { rank.sqrt() } else { 1.0 })
+    }
+}
+
+/// Whether a path's beginning ends where a name does.
+fn is_whole(beginning: &str) -> bool {
+    beginning.is_empty() || beginning.ends_with('.')
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_alpha_of_its_own_comes_first_and_silence_means_the_rank() {
+        let adapter = |value: Value| Adapter(value.as_object().cloned().unwrap_or_default());
+        let told = adapter(json!({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}}));
+        assert_eq!(told.alpha(Part::Unet, "a.attn1.to_q", 4), Ok(2.0));
+        assert_eq!(told.alpha(Part::Unet, "attn1.to_q", 4), Ok(2.0));
+        assert_eq!(told.alpha(Part::Unet, "a.xattn1.to_q", 4), Ok(8.0));
+        assert_eq!(told.alpha(Part::Unet, "a.attn1.to_k", 4), Ok(8.0));
+        assert_eq!(told.alpha(Part::TextEncoder, "a.attn1.to_q", 4), Ok(4.0));
+        let unheard = adapter(json!({"unet.lora_alpha": "NaN", "unet.alpha_pattern": {"a": null}}));
+        assert_eq!(unheard.alpha(Part::Unet, "a", 4), Ok(4.0));
+        assert!(unheard.alpha(Part::Unet, "b", 4).is_err_and(|told| told.contains("NaN")));
+        let expression = adapter(json!({"unet.lora_alpha": 8, "unet.alpha_pattern": {".*attn1.*": 2}}));
+        assert!(expression.alpha(Part::Unet, "b", 4).is_err_and(|told| told.contains(".*attn1.*")));
+        let rooted = adapter(json!({"unet.lora_alpha": 8, "unet.use_rslora": true}));
+        assert_eq!(rooted.alpha(Part::Unet, "a", 4), Ok(16.0));
+    }
+}

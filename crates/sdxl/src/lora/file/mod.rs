@@ -1,0 +1,248 @@
+//! LoRA files of other tools, and of our own `generate`: which low-rank change they make to which weight of a base.
+//!
+//! A file's kind is told by its keys (see `keys`). Linears and convolutions, of any ranks, of the UNet and of both text
+//! encoders; a file may change any of them. What is not a plain LoRA is refused.
+
+mod adapter;
+mod base_names;
+mod keys;
+pub mod names;
+mod write;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use hyperlora_core::{Error, Result};
+
+use crate::lora::file::adapter::Adapter;
+use crate::lora::file::keys::{Key, Side};
+use crate::source::{Part, PartUpdates};
+use crate::weights::{LowRank, SafetensorsFile, TensorEntry, values};
+
+pub use adapter::ADAPTER_METADATA;
+pub use base_names::BaseNames;
+pub use write::Layout;
+pub(crate) use write::{COMMENT, notes_of};
+
+/// How many problems one error spells out.
+const PROBLEMS_SHOWN: usize = 10;
+
+const REMEDY: &str = "give a LoRA that was made for this base model";
+
+/// An opened LoRA file: its keys are understood, its values not read yet.
+#[derive(Debug)]
+pub struct LoraFile {
+    file: SafetensorsFile,
+    modules: Vec<Module>,
+}
+
+/// The update of one module: `alpha / rank * up @ down`.
+#[derive(Debug)]
+pub struct Module {
+    /// What the file calls it.
+    pub name: String,
+    /// What it is a part of.
+    pub part: Part,
+    /// Its path in the part, with dots or with underscores.
+    pub path: String,
+    /// `[rank, in]`, of a convolution `[rank, in, k, k]`; not checked yet.
+    pub down: TensorEntry,
+    /// `[out, rank]`, of a convolution with two axes of 1 more; not checked yet.
+    pub up: TensorEntry,
+    /// The scale times the rank, told by the file or by what its kind means where it is silent.
+    pub alpha: f32,
+}
+
+/// The tensors of one module.
+#[derive(Debug, Default)]
+struct Tensors {
+    down: Option<TensorEntry>,
+    up: Option<TensorEntry>,
+    alpha: Option<TensorEntry>,
+}
+
+impl LoraFile {
+    /// Reads the header and the alphas. Embeddings that lie in the file beside the LoRA are passed over, with a warning that
+    /// names them.
+    ///
+    /// # Errors
+    /// Input for a missing file, one that is no safetensors, or no plain LoRA (DoRA, LoHa, LoKr, ...), or lacks tensors
+    /// of a module; Disk when reading fails.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = SafetensorsFile::open(path)?;
+        let mut named: BTreeMap<String, Tensors> = BTreeMap::new();
+        let mut problems = Vec::new();
+        let mut embeddings = BTreeSet::new();
+        for entry in file.entries() {
+            let (module, side) = match keys::parse(&entry.name) {
+                Key::Of(module, side) => (module, side),
+                Key::Embedding(name) => {
+                    embeddings.insert(name.to_owned());
+                    continue;
+                }
+                Key::OtherKind(kind) => {
+                    let remedy = "give a plain LoRA, or convert this one with the tool that made it";
+                    let problem = format!("is {kind} ({}), which is not supported", entry.name);
+                    return Err(Error::file(path, problem, remedy));
+                }
+                Key::Unknown => {
+                    problems.push(format!("{}: no tensor of a LoRA", entry.name));
+                    continue;
+                }
+            };
+            let tensors = named.entry(module.to_owned()).or_default();
+            let place = match side {
+                Side::Down => &mut tensors.down,
+                Side::Up => &mut tensors.up,
+                Side::Alpha => &mut tensors.alpha,
+            };
+            if let Some(other) = place.replace(entry) {
+                problems.push(format!("{}: the file has another one for the same module", other.name));
+            }
+        }
+        if let Some(architecture) = named.keys().find_map(|name| keys::other_architecture(name)) {
+            return Err(Error::file(path, format!("was made for {architecture}, not for SDXL"), REMEDY));
+        }
+        if named.is_empty() {
+            let what = problems.first().map(|problem| format!(" ({problem})")).unwrap_or_default();
+            return Err(Error::file(
+                path,
+                format!("holds no LoRA{what}"),
+                "give a LoRA in the format of sd-scripts or diffusers",
+            ));
+        }
+
+        let adapter = Adapter::of(&file)?;
+        let mut modules = Vec::with_capacity(named.len());
+        for (name, tensors) in named {
+            let (part, module) = match keys::module(&name) {
+                Ok(found) => found,
+                Err(problem) => {
+                    problems.push(format!("{name}: {problem}"));
+                    continue;
+                }
+            };
+            let (Some(down), Some(up)) = (tensors.down, tensors.up) else {
+                problems.push(format!("{name}: lacks one of its two matrices"));
+                continue;
+            };
+            let rank = down.shape.first().copied().unwrap_or_default();
+            let alpha = match tensors.alpha {
+                Some(entry) => values::number(entry.dtype, &file.read_raw(&entry.name)?)
+                    .map_err(|problem| format!("{}: {problem}", entry.name)),
+                None => adapter.alpha(part, &module, rank),
+            };
+            let alpha = match alpha {
+                Ok(alpha) => alpha,
+                Err(problem) => {
+                    problems.push(problem);
+                    continue;
+                }
+            };
+            modules.push(Module { name, part, path: module, down, up, alpha });
+        }
+        refuse(path, &problems, "give a LoRA in the format of sd-scripts or diffusers")?;
+        if !embeddings.is_empty() {
+            let shown: Vec<_> = embeddings.iter().take(PROBLEMS_SHOWN).map(String::as_str).collect();
+            let (path, count, names) = (path.display(), embeddings.len(), shown.join(", "));
+            tracing::warn!("{path}: {count} embeddings that are bundled with the LoRA are passed over: {names}");
+        }
+        Ok(Self { file, modules })
+    }
+
+    /// The updates, by name.
+    pub fn modules(&self) -> &[Module] {
+        &self.modules
+    }
+
+    /// The file's metadata.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        self.file.metadata()
+    }
+
+    /// The bytes of a tensor of [`modules`](Self::modules).
+    ///
+    /// # Errors
+    /// Disk when reading fails.
+    pub fn read(&self, entry: &TensorEntry) -> Result<Vec<u8>> {
+        self.file.read_raw(&entry.name)
+    }
+
+    /// Adds this LoRA's changes at `weight` to `updates`.
+    ///
+    /// # Errors
+    /// Input that lists the first ten modules that the base lacks or has in other sizes, and counts them all; Disk when
+    /// reading fails.
+    pub fn add_to(&self, updates: &mut PartUpdates, base: &BaseNames, weight: f32) -> Result<()> {
+        let mut problems = Vec::new();
+        for module in &self.modules {
+            let Some((weight_name, shape)) = base.find(module.part, &module.path) else {
+                problems.push(format!("{}: the base has no such module", module.name));
+                continue;
+            };
+            match self.change(module, shape, weight)? {
+                Ok(change) => {
+                    let part = updates.entry(module.part).or_default();
+                    part.entry(weight_name.to_owned()).or_default().push(change);
+                }
+                Err(problem) => problems.push(problem),
+            }
+        }
+        refuse(self.file.path(), &problems, REMEDY)
+    }
+
+    /// The change to a weight of this shape; the inner error says what does not fit.
+    fn change(&self, module: &Module, shape: &[usize], weight: f32) -> Result<std::result::Result<LowRank, String>> {
+        let Module { down, up, alpha, .. } = module;
+        let rank = down.shape.first().copied().unwrap_or_default();
+        // A linear layer may be written as a convolution with a kernel of one pixel, and the other way round.
+        let expected = [[&[rank], &shape[1..]].concat(), vec![shape[0], rank]];
+        for (entry, expected) in [down, up].into_iter().zip(expected) {
+            if entry.shape.contains(&0) || trimmed(&entry.shape) != trimmed(&expected) {
+                return Ok(Err(format!("{}: shape {:?}, expected {expected:?}", entry.name, entry.shape)));
+            }
+        }
+        let mut values = Vec::with_capacity(2);
+        for entry in [down, up] {
+            match floats(&self.file, entry)? {
+                Ok(floats) if floats.iter().all(|value| value.is_finite()) => values.push(floats),
+                Ok(_) => return Ok(Err(format!("{}: holds values that are not finite", entry.name))),
+                Err(problem) => return Ok(Err(format!("{}: {problem}", entry.name))),
+            }
+        }
+        let [down, up] = <[Vec<f32>; 2]>::try_from(values).unwrap_or_default();
+        Ok(Ok(LowRank::new(down, up, rank, alpha / rank as f32 * weight)))
+    }
+}
+
+/// The sum of several LoRAs, each at a weight, on one base.
+///
+/// # Errors
+/// As [`LoraFile::add_to`].
+pub fn sum(loras: &[(LoraFile, f32)], base: &BaseNames) -> Result<PartUpdates> {
+    let mut updates = PartUpdates::new();
+    loras.iter().try_for_each(|(lora, weight)| lora.add_to(&mut updates, base, *weight))?;
+    Ok(updates)
+}
+
+/// A shape without the axes of length one at its end.
+fn trimmed(shape: &[usize]) -> &[usize] {
+    let end = shape.iter().rposition(|&length| length != 1).map_or(0, |last| last + 1);
+    &shape[..end]
+}
+
+fn refuse(path: &Path, problems: &[String], remedy: &str) -> Result<()> {
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let mut shown = problems.iter().take(PROBLEMS_SHOWN).cloned().collect::<Vec<_>>();
+    if problems.len() > PROBLEMS_SHOWN {
+        shown.push(format!("and {} more", problems.len() - PROBLEMS_SHOWN));
+    }
+    Err(Error::file(path, format!("{} modules do not fit:\n    {}", problems.len(), shown.join("\n    ")), remedy))
+}
+
+/// A tensor's values; the inner error tells a type that is no float.
+fn floats(file: &SafetensorsFile, entry: &TensorEntry) -> Result<std::result::Result<Vec<f32>, String>> {
+    Ok(values::decode(entry.dtype, &file.read_raw(&entry.name)?))
+}

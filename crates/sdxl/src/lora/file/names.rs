@@ -1,0 +1,177 @@
+//! What the modules of a base are called in LoRA files, and what diffusers calls them.
+
+use hyperlora_core::Result;
+
+use crate::source::Part;
+use crate::source::key_names::KeyTable;
+
+/// Names with an underscore in them: in paths whose dots are underscores, these are one name.
+const COMPOUNDS: [&str; 26] = [
+    "down_blocks",
+    "up_blocks",
+    "mid_block",
+    "transformer_blocks",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "proj_in",
+    "proj_out",
+    "time_emb_proj",
+    "conv_shortcut",
+    "conv_in",
+    "conv_out",
+    "time_embedding",
+    "add_embedding",
+    "linear_1",
+    "linear_2",
+    "text_model",
+    "text_projection",
+    "self_attn",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "out_proj",
+    "token_embedding",
+];
+
+/// The other names in the paths of linears and convolutions.
+const SIMPLE: [&str; 18] = [
+    "attentions",
+    "resnets",
+    "downsamplers",
+    "upsamplers",
+    "attn1",
+    "attn2",
+    "ff",
+    "net",
+    "proj",
+    "conv",
+    "conv1",
+    "conv2",
+    "encoder",
+    "layers",
+    "mlp",
+    "fc1",
+    "fc2",
+    "embeddings",
+];
+
+/// What published files put before the paths of text modules, and recent transformers leave out.
+pub(super) const TEXT_MODEL: &str = "text_model.";
+
+/// The path that diffusers gives a module which a file calls `path`: with dots or underscores, in diffusers or Stability
+/// naming. `None` for what is no module of an SDXL.
+///
+/// # Errors
+/// Fault when the built-in config does not parse.
+pub fn diffusers_path(part: Part, path: &str) -> Result<Option<String>> {
+    let flat = path.replace('.', "_");
+    let flat = match part {
+        Part::Unet => KeyTable::of_sdxl()?.to_diffusers(&flat).into_iter().next().map_or(flat, |(name, _)| name),
+        Part::TextEncoder | Part::TextEncoder2 => flat,
+        Part::Vae => return Ok(None),
+    };
+    let Some(dotted) = dotted(&flat) else { return Ok(None) };
+    let bare = part != Part::Unet && dotted.starts_with("encoder.");
+    Ok(Some(if bare { format!("{TEXT_MODEL}{dotted}") } else { dotted }))
+}
+
+/// A module's name in a file of kohya's sd-scripts.
+pub fn kohya(part: Part, path: &str) -> String {
+    let prefix = match part {
+        Part::Unet => "lora_unet",
+        Part::TextEncoder => "lora_te1",
+        Part::TextEncoder2 => "lora_te2",
+        Part::Vae => "lora_vae",
+    };
+    format!("{prefix}_{}", path.replace('.', "_"))
+}
+
+/// Puts the dots back into a path of diffusers' names.
+fn dotted(path: &str) -> Option<String> {
+    let mut names = Vec::new();
+    let mut rest = path;
+    while !rest.is_empty() {
+        let starts =
+            |name: &&&str| rest.strip_prefix(**name).is_some_and(|after| after.is_empty() || after.starts_with('_'));
+        // No compound is the beginning of another that goes on with an underscore.
+        let name = match COMPOUNDS.iter().find(starts) {
+            Some(name) => name,
+            None => rest.split('_').next().filter(|name| {
+                SIMPLE.contains(name) || (!name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit()))
+            })?,
+        };
+        names.push(name);
+        rest = rest[name.len()..].strip_prefix('_').unwrap_or("");
+    }
+    Some(names.join("."))
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::collections::BTreeMap;
+
+    use flate2::read::GzDecoder;
+
+    use super::*;
+
+    type Shapes = BTreeMap<String, Vec<usize>>;
+
+    #[derive(serde::Deserialize)]
+    struct Lists {
+        diffusers: BTreeMap<String, Shapes>,
+        stability: BTreeMap<String, Single>,
+    }
+
+    /// A tensor of a single file, and what diffusers calls it.
+    #[derive(serde::Deserialize)]
+    struct Single {
+        shape: Vec<usize>,
+        from: Vec<String>,
+    }
+
+    #[test]
+    fn every_module_of_sdxl_is_found_in_every_naming() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../testing/fixtures/key_lists.json.gz");
+        let lists: Lists = serde_json::from_reader(GzDecoder::new(std::fs::File::open(path).unwrap())).unwrap();
+        let parts = [("unet", Part::Unet), ("text_encoder", Part::TextEncoder), ("text_encoder_2", Part::TextEncoder2)];
+        let modules = |shapes: &Shapes| -> Vec<String> {
+            let weighty = shapes.iter().filter(|(_, shape)| matches!(shape.len(), 2 | 4));
+            let modules = weighty.filter_map(|(name, _)| Some(name.strip_suffix(".weight")?.to_owned()));
+            modules.filter(|name| !name.contains("position_embedding")).collect()
+        };
+        let found = |part, path: &str| diffusers_path(part, path).unwrap();
+        for (name, part) in parts {
+            let modules = modules(&lists.diffusers[name]);
+            assert!(modules.len() > 70, "{name}: {}", modules.len());
+            for module in modules {
+                let module = module.strip_prefix(TEXT_MODEL).unwrap_or(&module);
+                let full = if part != Part::Unet && module.starts_with("encoder.") {
+                    format!("{TEXT_MODEL}{module}")
+                } else {
+                    module.to_owned()
+                };
+                for spelled in [&full, &full.replace('.', "_"), module] {
+                    assert_eq!(found(part, spelled).as_deref(), Some(full.as_str()), "{spelled}");
+                }
+            }
+        }
+        let in_unet = lists.stability.iter().filter(|(_, single)| matches!(single.shape.len(), 2 | 4));
+        let mut count = 0;
+        for (name, Single { from, .. }) in in_unet {
+            let module = name.strip_prefix("model.diffusion_model.").and_then(|name| name.strip_suffix(".weight"));
+            let Some(module) = module else { continue };
+            let path = found(Part::Unet, module).unwrap();
+            assert_eq!(*from, [format!("{path}.weight")], "{module}");
+            assert_eq!(found(Part::Unet, &module.replace('.', "_")), Some(path));
+            count += 1;
+        }
+        assert_eq!(count, modules(&lists.diffusers["unet"]).len());
+        for wrong in ["", "core_to_q", "down_blocks__to_q", "down_blocks_1_foo"] {
+            assert_eq!(found(Part::Unet, wrong).filter(|path| !path.is_empty()), None, "{wrong}");
+        }
+    }
+}

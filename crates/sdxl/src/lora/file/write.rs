@@ -1,0 +1,141 @@
+//! A LoRA to a file, as kohya's sd-scripts or diffusers and PEFT lay it out.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use hyperlora_core::{Error, Result};
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use crate::lora::file::{ADAPTER_METADATA, names};
+use crate::lora::{LoraModule, LoraSet};
+use crate::source::Part;
+use crate::weights::{self, HASHES, TensorEntry};
+
+/// Keys of the metadata that are written anew, or left out as hashes are: the file that is written has other names, other
+/// bytes and another title. Tools count a hash that is missing, and believe one that is there.
+const NOT_KEPT: [&str; 14] = [
+    "format",
+    ADAPTER_METADATA,
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+    "ss_output_name",
+    "modelspec.title",
+    "modelspec.date",
+    "modelspec.thumbnail",
+    "modelspec.implementation",
+    "modelspec.architecture",
+    "modelspec.sai_model_spec",
+];
+
+/// Holds a person's notes about a LoRA, and our trigger words.
+pub(crate) const COMMENT: &str = "ss_training_comment";
+
+/// The layouts of LoRA files that are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// `lora_unet_{path}.{lora_down.weight, lora_up.weight, alpha}`: sd-scripts, ComfyUI, the WebUIs, diffusers.
+    Kohya,
+    /// `unet.{path}.{lora_A.weight, lora_B.weight}`, alphas in the metadata: diffusers with PEFT.
+    Diffusers,
+}
+
+impl LoraSet {
+    /// Writes the file `path`, whole or not at all. Matrices keep their bits; the same LoRA gives the same bytes.
+    ///
+    /// # Errors
+    /// Input for a place that cannot be written to, Disk for a full or failing disk.
+    pub fn save(&self, path: &Path, layout: Layout) -> Result<()> {
+        let mut metadata = self.notes.clone();
+        let mut tensors: BTreeMap<String, Stored<'_>> = BTreeMap::new();
+        for ((part, name), module) in &self.modules {
+            let (key, sides) = match layout {
+                Layout::Kohya => (names::kohya(*part, name), ["lora_down", "lora_up"]),
+                Layout::Diffusers => (format!("{}.{name}", part.folder()), ["lora_A", "lora_B"]),
+            };
+            for (side, matrix) in sides.into_iter().zip([&module.down, &module.up]) {
+                let stored =
+                    Stored { dtype: matrix.dtype, shape: &matrix.shape, bytes: matrix.bytes.as_slice().into() };
+                tensors.insert(format!("{key}.{side}.weight"), stored);
+            }
+            if layout == Layout::Kohya {
+                let bytes = module.alpha.to_le_bytes().to_vec().into();
+                tensors.insert(format!("{key}.alpha"), Stored { dtype: Dtype::F32, shape: &[], bytes });
+            }
+        }
+        match layout {
+            Layout::Kohya => metadata.extend(self.kohya_notes()),
+            Layout::Diffusers => _ = metadata.insert(ADAPTER_METADATA.into(), self.adapter_metadata()?),
+        }
+        let entries = tensors
+            .iter()
+            .map(|(name, stored)| TensorEntry { name: name.clone(), dtype: stored.dtype, shape: stored.shape.to_vec() })
+            .collect();
+        weights::save_lazily(path, metadata, entries, |entry| {
+            let stored = tensors.get(&entry.name);
+            stored.map(|stored| stored.bytes.clone()).ok_or_else(|| Error::Fault(format!("no {}", entry.name)))
+        })
+    }
+
+    /// What tools show of a file of sd-scripts; one rank and alpha only where all modules share them.
+    fn kohya_notes(&self) -> BTreeMap<String, String> {
+        let fixed = [("ss_network_module", "networks.lora"), ("ss_base_model_version", "sdxl_base_v1-0")];
+        let mut notes: BTreeMap<String, String> = fixed.map(|(key, value)| (key.into(), value.into())).into();
+        let shared = |value: fn(&LoraModule) -> f32| {
+            let mut values = self.modules.values().map(value);
+            let first = values.next()?;
+            values.all(|value| value == first).then(|| first.to_string())
+        };
+        let told = [("ss_network_dim", shared(|m| m.rank() as f32)), ("ss_network_alpha", shared(|m| m.alpha))];
+        notes.extend(told.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
+        notes
+    }
+
+    /// PEFT's `LoraConfig` of each part, keys joined by dots: where diffusers looks for ranks and alphas.
+    fn adapter_metadata(&self) -> Result<String> {
+        let mut adapter = Map::new();
+        for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
+            let modules = || self.modules.iter().filter(|((of, _), _)| *of == part).map(|((_, name), m)| (name, m));
+            let Some((_, first)) = modules().next() else { continue };
+            let (rank, alpha) = (first.rank(), first.alpha);
+            let pattern = |differs: &dyn Fn(&LoraModule) -> Option<Value>| {
+                Value::Object(modules().filter_map(|(name, module)| Some((name.clone(), differs(module)?))).collect())
+            };
+            let ranks = pattern(&|module| (module.rank() != rank).then(|| module.rank().into()));
+            let alphas = pattern(&|module| (module.alpha != alpha).then(|| number(module.alpha)));
+            let targets: Vec<Value> = modules().map(|(name, _)| name.as_str().into()).collect();
+            let fields = [
+                ("r", rank.into()),
+                ("lora_alpha", number(alpha)),
+                ("rank_pattern", ranks),
+                ("alpha_pattern", alphas),
+                ("target_modules", targets.into()),
+            ];
+            let name = part.folder();
+            adapter.extend(fields.map(|(key, value)| (format!("{name}.{key}"), value)));
+        }
+        serde_json::to_string(&adapter).map_err(|problem| Error::Fault(format!("{ADAPTER_METADATA}: {problem}")))
+    }
+}
+
+/// One tensor of the file.
+struct Stored<'a> {
+    dtype: Dtype,
+    shape: &'a [usize],
+    bytes: std::borrow::Cow<'a, [u8]>,
+}
+
+/// The notes of a file that stay true in another layout.
+pub(crate) fn notes_of(metadata: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let stale = |key: &str| NOT_KEPT.contains(&key) || HASHES.contains(&key);
+    let kept = metadata.iter().filter(|(key, _)| !stale(key));
+    kept.map(|(key, value)| (key.clone(), value.clone())).collect()
+}
+
+/// Whole where it is, as PEFT writes alphas.
+fn number(alpha: f32) -> Value {
+    if alpha.fract() == 0.0 && alpha.abs() < 1e9 { Value::from(alpha as i64) } else { Value::from(alpha) }
+}

@@ -1,0 +1,79 @@
+//! A LoRA of fewer ranks: the closest one, by singular values.
+
+use crate::lora::{LoraModule, LoraSet, Matrix};
+use hyperlora_core::{Error, Result};
+use nalgebra::DMatrix;
+
+/// Steps after which singular values will not converge any more; a LoRA's need a few per rank.
+const SVD_STEPS: usize = 1 << 20;
+
+/// What was lost, relative to the Frobenius norm of each module's update.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reduction {
+    /// Mean over the modules.
+    pub mean: f64,
+    /// The largest.
+    pub worst: f64,
+    /// The module that it is of.
+    pub worst_module: String,
+}
+
+/// Brings every module to at most `rank` ranks: the closest update of that rank in the Frobenius norm (Eckart and Young).
+/// Singular values are shared evenly between down and up; modules of no more ranks stay as they are.
+///
+/// # Errors
+/// Input for a rank of 0 and for values that the LoRA's type cannot hold; Fault where the decomposition does not converge.
+pub fn reduce(lora: &mut LoraSet, rank: usize) -> Result<Reduction> {
+    if rank == 0 {
+        return Err(Error::input("--rank", "is 0", "give a rank of at least 1"));
+    }
+    let mut lost = Reduction { mean: 0.0, worst: 0.0, worst_module: String::new() };
+    let count = lora.modules.len().max(1) as f64;
+    for ((_, name), module) in &mut lora.modules {
+        let error = if module.rank() <= rank { 0.0 } else { truncate(module, rank, name)? };
+        lost.mean += error / count;
+        if error >= lost.worst {
+            lost.worst = error;
+            lost.worst_module.clone_from(name);
+        }
+    }
+    Ok(lost)
+}
+
+/// Cuts one module down; the relative error.
+fn truncate(module: &mut LoraModule, rank: usize, name: &str) -> Result<f64> {
+    let wrong = |problem: String| Error::input(name, problem, "write f32");
+    let (output, ranks) = (module.up.shape[0], module.rank());
+    let input: usize = module.down.shape[1..].iter().product();
+    let double = |values: Vec<f32>| values.into_iter().map(f64::from).collect::<Vec<f64>>();
+    let up =
+        DMatrix::from_row_slice(output, ranks, &double(module.up.values().map_err(wrong)?)) * f64::from(module.scale());
+    let down = DMatrix::from_row_slice(ranks, input, &double(module.down.values().map_err(wrong)?));
+
+    // up @ down = Qu (Ru Rd^T) Qd^T: what is decomposed is only as large as the ranks.
+    let (up, down) = (up.qr(), down.transpose().qr());
+    let core = (up.r() * down.r().transpose()).try_svd(true, true, f64::EPSILON, SVD_STEPS);
+    let fault = || Error::Fault(format!("{name}: the singular values do not converge"));
+    let core = core.ok_or_else(fault)?;
+    let (Some(left), Some(right)) = (core.u, core.v_t) else { return Err(fault()) };
+    let values = core.singular_values; // largest first
+    let kept = rank.min(values.len());
+    let square = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>();
+    let (all, lost) = (square(values.as_slice()), square(&values.as_slice()[kept..]));
+
+    let roots = DMatrix::from_diagonal(&values.rows(0, kept).map(f64::sqrt));
+    let up = up.q() * left.columns(0, kept) * &roots; // [out, r]
+    let down = roots * right.rows(0, kept) * down.q().transpose(); // [r, in]
+    let rows = |matrix: &DMatrix<f64>| matrix.transpose().iter().map(|&value| value as f32).collect::<Vec<f32>>();
+    let shape = |matrix: &Matrix, axis: usize| {
+        let mut shape = matrix.shape.clone();
+        shape[axis] = kept;
+        shape
+    };
+    *module = LoraModule {
+        down: Matrix::of(&rows(&down), shape(&module.down, 0), module.down.dtype).map_err(wrong)?,
+        up: Matrix::of(&rows(&up), shape(&module.up, 1), module.up.dtype).map_err(wrong)?,
+        alpha: kept as f32,
+    };
+    Ok(if all > 0.0 { (lost / all).sqrt() } else { 0.0 })
+}

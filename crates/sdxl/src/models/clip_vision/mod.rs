@@ -1,0 +1,292 @@
+//! CLIP image encoder (transformers `CLIPVisionModelWithProjection`) and its image processor (`CLIPImageProcessor`).
+
+use std::path::Path;
+
+use burn::nn::LayerNorm;
+use burn::tensor::module::conv2d;
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{Device, Tensor, TensorData};
+use hyperlora_core::{Error, Result};
+use image::{RgbImage, imageops};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::models::clip_encoder::{ClipEncoder, ClipEncoderConfig};
+use crate::models::clip_vision::resize::bicubic;
+use crate::weights::{ConfigText, Weights, parse_json, read_text};
+
+mod resize;
+
+/// File of the image processor's settings.
+pub const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
+
+const REMEDY: &str = "use the folder of a CLIP image encoder, such as ViT-L/14, in transformers layout";
+
+/// The `config.json` of a CLIP image encoder, as far as it changes what is computed. Other keys are ignored.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ClipVisionConfig {
+    /// Sizes of the transformer.
+    #[serde(flatten)]
+    pub encoder: ClipEncoderConfig,
+    /// Height and width of the input, in pixels.
+    pub image_size: usize,
+    /// Side of a patch, in pixels; a divisor of the image size.
+    pub patch_size: usize,
+    /// Colour channels, 3.
+    #[serde(default = "rgb")]
+    pub num_channels: usize,
+}
+
+fn rgb() -> usize {
+    3
+}
+
+/// The largest side that a config may ask for: more is a typing error.
+const LARGEST_IMAGE: usize = 1 << 14;
+
+impl ClipVisionConfig {
+    /// Tokens of an image: the class token and one per patch.
+    pub fn tokens(&self) -> usize {
+        1 + (self.image_size / self.patch_size).pow(2)
+    }
+
+    /// Reads and checks a config: of the image encoder, or of a whole CLIP model, which holds it as `vision_config`.
+    ///
+    /// # Errors
+    /// Input for broken JSON and sizes that cannot be.
+    pub fn parse(text: &ConfigText) -> Result<Self> {
+        let keys: Map<String, Value> = text.parse()?;
+        let config: Self = match keys.get("vision_config") {
+            Some(vision) => text.with_text(vision.to_string()).parse()?,
+            None => text.parse()?,
+        };
+        match config.problem() {
+            None => Ok(config),
+            Some((key, problem)) => Err(Error::input(format!("{}: {key}", text.place().display()), problem, REMEDY)),
+        }
+    }
+
+    fn problem(&self) -> Option<(&'static str, String)> {
+        if self.patch_size == 0 || self.image_size < self.patch_size {
+            return Some(("patch_size", format!("{} does not fit image_size {}", self.patch_size, self.image_size)));
+        }
+        if self.image_size > LARGEST_IMAGE {
+            return Some(("image_size", format!("{} is above {LARGEST_IMAGE}", self.image_size)));
+        }
+        if self.num_channels != rgb() {
+            return Some(("num_channels", format!("{} is not supported, only 3", self.num_channels)));
+        }
+        self.encoder.problem()
+    }
+}
+
+/// A CLIP image encoder up to its penultimate layer, frozen.
+#[derive(Debug)]
+pub struct ClipVisionModel {
+    config: ClipVisionConfig,
+    /// `[1, 1, C]`
+    class_embedding: Tensor<3>,
+    /// `[C, 3, patch, patch]`
+    patch_embedding: Tensor<4>,
+    /// `[1, T, C]`
+    position_embedding: Tensor<3>,
+    pre_layrnorm: LayerNorm,
+    encoder: ClipEncoder,
+}
+
+impl ClipVisionModel {
+    /// Loads a folder with `config.json` and the weights (`.../image_encoder`). What comes after the penultimate layer
+    /// is not read.
+    ///
+    /// # Errors
+    /// Input when the config asks for what is not supported or the weights do not fit it.
+    pub fn load(folder: &Path, device: &Device) -> Result<Self> {
+        let config = ClipVisionConfig::parse(&ConfigText::read(&folder.join("config.json"))?)?;
+        Self::new(config, Weights::open(folder, device)?)
+    }
+
+    /// Takes the tensors of `weights` up to the penultimate layer.
+    ///
+    /// # Errors
+    /// Input for weights that do not fit the config.
+    pub fn new(config: ClipVisionConfig, weights: Weights) -> Result<Self> {
+        let root = weights.at("");
+        // Recent transformers leave the prefix out where there is no projection.
+        let bare = root.has("embeddings.class_embedding");
+        let vision = if bare { root.clone() } else { root.at("vision_model") };
+        let ClipEncoderConfig { hidden_size: width, num_hidden_layers, layer_norm_eps, .. } = config.encoder;
+        let embeddings = vision.at("embeddings");
+        embeddings.ignore("position_ids");
+        vision.at("encoder.layers").at(num_hidden_layers - 1).ignore_all();
+        vision.at("post_layernorm").ignore_all();
+        root.at("visual_projection").ignore_all();
+        // The other half of a whole CLIP model.
+        root.at("text_model").ignore_all();
+        root.at("text_projection").ignore_all();
+        root.ignore("logit_scale");
+
+        let positions = embeddings.at("position_embedding").tensor("weight", [config.tokens(), width]);
+        let kernel = [width, config.num_channels, config.patch_size, config.patch_size];
+        let model = Self {
+            class_embedding: embeddings.tensor("class_embedding", [width]).reshape([1, 1, width]),
+            patch_embedding: embeddings.at("patch_embedding").tensor("weight", kernel),
+            position_embedding: positions.unsqueeze(),
+            pre_layrnorm: vision.at("pre_layrnorm").layer_norm(width, layer_norm_eps),
+            encoder: ClipEncoder::new(&vision.at("encoder"), &config.encoder, num_hidden_layers - 1),
+            config,
+        };
+        weights.finish()?;
+        Ok(model)
+    }
+
+    /// What the folder's config says.
+    pub fn config(&self) -> &ClipVisionConfig {
+        &self.config
+    }
+
+    /// `hidden_states[-2]`, `[B, 1 + patches, C]`, of pixel values `[B, 3, image_size, image_size]` from
+    /// [`ImageProcessor`].
+    pub fn penultimate(&self, pixel_values: Tensor<4>) -> Tensor<3> {
+        let [batch, ..] = pixel_values.dims();
+        let [_, _, width] = self.class_embedding.dims();
+        // 1. One token per patch, row by row: [B, C, rows, columns] -> [B, patches, C].
+        let options = ConvOptions::new([self.config.patch_size; 2], [0; 2], [1; 2], 1);
+        let patches = conv2d(pixel_values, self.patch_embedding.clone(), None, options).flatten(2, 3).swap_dims(1, 2);
+        // 2. The class token before them, and positions.
+        let class = self.class_embedding.clone().expand([batch, 1, width]);
+        let tokens = Tensor::cat(vec![class, patches], 1) + self.position_embedding.clone();
+        // 3. All layers but the last.
+        self.encoder.forward(self.pre_layrnorm.forward(tokens), false)
+    }
+}
+
+/// A side length as the processor's config writes it.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged)]
+enum Size {
+    Side(u32),
+    Shortest { shortest_edge: u32 },
+    Both { height: u32, width: u32 },
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct ProcessorConfig {
+    size: Size,
+    crop_size: Size,
+    image_mean: [f32; 3],
+    image_std: [f32; 3],
+    #[serde(default = "per_level")]
+    rescale_factor: f64,
+    #[serde(default = "pillow_bicubic")]
+    resample: u32,
+    #[serde(default = "yes")]
+    do_resize: bool,
+    #[serde(default = "yes")]
+    do_center_crop: bool,
+    #[serde(default = "yes")]
+    do_rescale: bool,
+    #[serde(default = "yes")]
+    do_normalize: bool,
+}
+
+fn per_level() -> f64 {
+    1.0 / 255.0
+}
+
+/// Pillow's number for bicubic resampling.
+fn pillow_bicubic() -> u32 {
+    3
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Pictures to pixel values: shortest edge resized, centre cropped, normalised.
+///
+/// Bit for bit what Pillow's bicubic resampling gives.
+#[derive(Debug, Clone)]
+pub struct ImageProcessor {
+    shortest_edge: u32,
+    crop: u32,
+    rescale_factor: f32,
+    mean: [f32; 3],
+    std: [f32; 3],
+}
+
+impl ImageProcessor {
+    /// Loads `preprocessor_config.json` of a folder (`.../feature_extractor`).
+    ///
+    /// # Errors
+    /// Input for a missing or broken file and for settings that are not supported.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let path = folder.join(PREPROCESSOR_CONFIG);
+        let config: ProcessorConfig =
+            parse_json(&read_text(&path)?).map_err(|problem| Error::file(&path, problem, REMEDY))?;
+        let refuse = |key: &str, problem: &str| Error::input(format!("{}: {key}", path.display()), problem, REMEDY);
+        if !(config.do_resize && config.do_center_crop && config.do_rescale && config.do_normalize) {
+            let keys = "do_resize, do_center_crop, do_rescale, do_normalize";
+            return Err(refuse(keys, "all must be true"));
+        }
+        if config.resample != pillow_bicubic() {
+            return Err(refuse("resample", "only 3 (bicubic) is supported"));
+        }
+        let (Size::Side(shortest_edge) | Size::Shortest { shortest_edge }) = config.size else {
+            return Err(refuse("size", "only shortest_edge is supported"));
+        };
+        let crop = match config.crop_size {
+            Size::Side(side) => side,
+            Size::Both { height, width } if height == width => height,
+            Size::Both { .. } | Size::Shortest { .. } => return Err(refuse("crop_size", "only a square is supported")),
+        };
+        if crop == 0 || crop > shortest_edge {
+            return Err(refuse("crop_size", "must lie within 1 and the shortest edge"));
+        }
+        if shortest_edge as usize > LARGEST_IMAGE {
+            return Err(refuse("size", &format!("shortest_edge {shortest_edge} is above {LARGEST_IMAGE}")));
+        }
+        if !config.image_std.iter().all(|&std| std > 0.0) {
+            return Err(refuse("image_std", "must be positive"));
+        }
+        Ok(Self {
+            shortest_edge,
+            crop,
+            rescale_factor: config.rescale_factor as f32,
+            mean: config.image_mean,
+            std: config.image_std,
+        })
+    }
+
+    /// Side of the pixel values.
+    pub fn side(&self) -> u32 {
+        self.crop
+    }
+
+    /// Pixel values `[B, 3, side, side]` of pictures of any sizes above zero.
+    pub fn process(&self, pictures: &[RgbImage], device: &Device) -> Tensor<4> {
+        let side = self.crop as usize;
+        let values: Vec<f32> = pictures.iter().flat_map(|picture| self.pixel_values(picture)).collect();
+        Tensor::from_data(TensorData::new(values, [pictures.len(), 3, side, side]), device)
+    }
+
+    /// Pixel values `[3, side, side]` of one picture, flat.
+    pub fn pixel_values(&self, picture: &RgbImage) -> Vec<f32> {
+        // 1. The shortest edge to its size; the other in proportion, rounded down.
+        let (width, height) = picture.dimensions();
+        let scaled = |edge: u32| {
+            (u64::from(edge) * u64::from(self.shortest_edge) / u64::from(width.min(height))).min(u64::from(u32::MAX))
+                as u32
+        };
+        let (width, height) = (scaled(width), scaled(height));
+        let resized = bicubic(picture, width, height);
+        // 2. The centre.
+        let (left, top) = ((width - self.crop) / 2, (height - self.crop) / 2);
+        let cropped = imageops::crop_imm(&resized, left, top, self.crop, self.crop).to_image();
+        // 3. Rescaled and normalised.
+        let normalised = |channel: usize| {
+            let (mean, std) = (self.mean[channel], self.std[channel]);
+            cropped.pixels().map(move |pixel| (f32::from(pixel[channel]) * self.rescale_factor - mean) / std)
+        };
+        (0..3).flat_map(normalised).collect()
+    }
+}

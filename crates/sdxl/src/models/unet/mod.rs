@@ -1,0 +1,151 @@
+//! The denoiser of SDXL (arXiv 2307.01952; diffusers `UNet2DConditionModel`), frozen, with per-sample LoRA.
+
+pub mod blocks;
+pub mod config;
+mod gradients;
+pub mod layout;
+pub(super) mod leaves;
+pub mod transformer;
+mod transformer_gradients;
+
+use std::path::Path;
+
+use burn::tensor::activation::silu;
+use burn::tensor::{Device, FloatDType, Tensor};
+use hyperlora_core::Result;
+
+use crate::lora::{AttentionLora, AttentionSite, LoraWeights};
+use crate::models::embeddings::{TimestepEmbedding, sinusoids};
+use crate::models::unet::blocks::{Conditions, Layer};
+use crate::models::unet::config::TIME_IDS;
+use crate::models::unet::layout::Op;
+use crate::weights::Weights;
+
+pub use crate::models::unet::config::UNet2DConditionConfig;
+
+/// A noisy batch and what it is conditioned on. All tensors are f32 and stand on the plain device.
+#[derive(Debug, Clone)]
+pub struct UnetInput {
+    /// `[B, 4, h, w]`
+    pub latents: Tensor<4>,
+    /// `[B]`, 0..1000
+    pub timesteps: Tensor<1>,
+    /// `[B, 77, C]`
+    pub prompt_embeds: Tensor<3>,
+    /// `[B, P]`
+    pub pooled: Tensor<2>,
+    /// `[B, 6]`: original height and width, top and left of the crop, target height and width, in pixels.
+    pub time_ids: Tensor<2>,
+}
+
+/// The UNet as a flat list of operations.
+#[derive(Debug)]
+pub struct UNet2DConditionModel {
+    config: UNet2DConditionConfig,
+    time_embedding: TimestepEmbedding,
+    add_embedding: TimestepEmbedding,
+    ops: Vec<Op<Layer>>,
+    dtype: FloatDType,
+    sites: Vec<AttentionSite>,
+}
+
+impl UNet2DConditionModel {
+    /// Loads a UNet folder in diffusers layout: `config.json` and safetensors weights. It computes in f32.
+    ///
+    /// # Errors
+    /// Input for a missing or broken file, a config of another architecture, weights that do not fit the config.
+    pub fn load(folder: &Path, device: &Device) -> Result<Self> {
+        Self::load_as(folder, FloatDType::F32, device)
+    }
+
+    /// [`load`](Self::load) for computing in `dtype`, f32 or bf16. Whatever goes in or comes out is f32 all the same.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_as(folder: &Path, dtype: FloatDType, device: &Device) -> Result<Self> {
+        Self::new(UNet2DConditionConfig::load(folder)?, Weights::open(folder, device)?.with_dtype(dtype))
+    }
+
+    /// Takes all tensors of `weights`, and computes in their type.
+    ///
+    /// # Errors
+    /// Input for weights that do not fit the config.
+    pub fn new(config: UNet2DConditionConfig, weights: Weights) -> Result<Self> {
+        let dtype = weights.dtype();
+        let root = weights.at("");
+        let d_time = config.time_embed_dim();
+        let add_input = config.projection_class_embeddings_input_dim;
+        let time_embedding = TimestepEmbedding::load(&root.at("time_embedding"), config.block_out_channels[0], d_time);
+        let add_embedding = TimestepEmbedding::load(&root.at("add_embedding"), add_input, d_time);
+        let (ops, sites) = blocks::load(&config, &root);
+        weights.finish()?;
+        Ok(Self { config, time_embedding, add_embedding, ops, dtype, sites })
+    }
+
+    /// The sizes.
+    pub fn config(&self) -> &UNet2DConditionConfig {
+        &self.config
+    }
+
+    /// Every attention module in the order of execution: down, mid, up. [`LoraWeights`] follow this order.
+    pub fn attention_sites(&self) -> &[AttentionSite] {
+        &self.sites
+    }
+
+    /// The prediction `[B, 4, h, w]`, in f32.
+    ///
+    /// # Panics
+    /// When `lora` was made for another UNet or batch size, which only a programming error can cause.
+    pub fn forward(&self, input: &UnetInput, lora: Option<&LoraWeights>) -> Tensor<4> {
+        let conditions = self.conditions(input);
+        self.run(input.latents.clone(), lora, |layer, x, lora| layer.forward(x, &conditions, lora))
+    }
+
+    /// Runs the list; `compute` is what a layer does with its input and its LoRA.
+    fn run(
+        &self,
+        latents: Tensor<4>,
+        lora: Option<&LoraWeights>,
+        mut compute: impl FnMut(&Layer, Tensor<4>, Option<&[AttentionLora; 2]>) -> Tensor<4>,
+    ) -> Tensor<4> {
+        if let Some(lora) = lora {
+            assert_eq!(lora.modules.len(), self.sites.len(), "LoRA of another UNet");
+        }
+        let mut stack = vec![];
+        let mut x = latents.cast(self.dtype);
+        for op in &self.ops {
+            x = match op {
+                Op::Layer(layer) => compute(layer, x, lora.and_then(|lora| pair_of(lora, layer)).as_ref()),
+                Op::Push => {
+                    stack.push(x.clone());
+                    x
+                }
+                Op::PopConcat { .. } => Tensor::cat(std::iter::once(x).chain(stack.pop()).collect(), 1),
+                Op::PopAdd => stack.pop().into_iter().fold(x, |x, residual| residual + x),
+            };
+        }
+        x.cast(FloatDType::F32)
+    }
+
+    /// What all layers look at: computed once per call, on the plain device. Sinusoids are made in f32, because bf16
+    /// knows not even every timestep.
+    fn conditions(&self, input: &UnetInput) -> Conditions {
+        let [batch, ..] = input.latents.dims();
+        let time = sinusoids(input.timesteps.clone(), self.config.block_out_channels[0]);
+        let width = self.config.addition_time_embed_dim;
+        let ids = sinusoids(input.time_ids.clone().reshape([batch * TIME_IDS]), width);
+        let ids = ids.reshape([batch, TIME_IDS * width]);
+        let added = Tensor::cat(vec![input.pooled.clone(), ids], 1).cast(self.dtype);
+        let [_, _, height, width] = input.latents.dims();
+        Conditions {
+            time: silu(self.time_embedding.forward(time.cast(self.dtype)) + self.add_embedding.forward(added)),
+            prompt_embeds: input.prompt_embeds.clone().cast(self.dtype),
+            latent_size: [height, width],
+        }
+    }
+}
+
+/// The updates of a layer's two attention modules.
+fn pair_of(lora: &LoraWeights, layer: &Layer) -> Option<[AttentionLora; 2]> {
+    layer.site().map(|site| [lora.modules[site].clone(), lora.modules[site + 1].clone()])
+}

@@ -1,0 +1,360 @@
+//! The noise schedule of training (diffusers `DDPMScheduler`; Ho et al., arXiv 2006.11239) and the samplers that go the
+//! way back: one file each.
+
+use std::path::Path;
+
+use burn::tensor::{Tensor, TensorData};
+use hyperlora_core::{Error, Result};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::weights::ConfigText;
+
+mod ddim;
+mod dpm_solver;
+mod euler;
+mod sampler;
+mod spacing;
+
+pub use ddim::DdimSampler;
+pub use dpm_solver::DpmSolverSampler;
+pub use euler::EulerSampler;
+pub use sampler::{NoiseSampler, SamplerKind};
+
+/// Share of the image that samplers dividing by its root see at a last timestep without any: f16's smallest number, as in
+/// diffusers.
+const SMALLEST_SHARE: f64 = 1.0 / (1 << 24) as f64;
+
+/// The most training timesteps that a config may ask for; all bases have 1000.
+const MOST_TIMESTEPS: usize = 1 << 20;
+
+/// What the UNet predicts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Prediction {
+    /// The noise.
+    Epsilon,
+    /// The velocity `sqrt(a) noise - sqrt(1 - a) latents` (Salimans and Ho, arXiv 2202.00512).
+    VPrediction,
+}
+
+/// How sampling steps are laid over the training timesteps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TimestepSpacing {
+    /// Multiples of `training steps / steps`, from 0, plus `steps_offset`: SDXL.
+    Leading,
+    /// Multiples of `training steps / steps`, from the last timestep downwards.
+    Trailing,
+    /// Evenly from the first to the last.
+    Linspace,
+}
+
+/// How the noise variance grows over the training timesteps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BetaSchedule {
+    /// Evenly in beta.
+    Linear,
+    /// Evenly in the square root of beta: Stable Diffusion.
+    ScaledLinear,
+}
+
+/// The noise level that sampling ends at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinalSigmas {
+    /// None.
+    Zero,
+    /// That of the first training timestep.
+    SigmaMin,
+}
+
+/// The `scheduler_config.json` of a base, as far as it changes what is computed. Other keys are ignored.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ScheduleConfig {
+    /// Training timesteps, 1000.
+    pub num_train_timesteps: usize,
+    /// Beta of the first timestep.
+    pub beta_start: f64,
+    /// Beta of the last timestep.
+    pub beta_end: f64,
+    /// The way from the first to the last.
+    pub beta_schedule: BetaSchedule,
+    /// What the UNet predicts.
+    #[serde(default = "epsilon")]
+    pub prediction_type: Prediction,
+    /// The spacing of sampling steps; each sampler's own in diffusers where left out.
+    #[serde(default)]
+    pub timestep_spacing: Option<TimestepSpacing>,
+    /// Added to the timesteps of leading spacing.
+    #[serde(default)]
+    pub steps_offset: usize,
+    /// Shifts the schedule so that the last timestep is pure noise (Lin et al., arXiv 2305.08891).
+    #[serde(default)]
+    pub rescale_betas_zero_snr: bool,
+    /// Lays the noise levels of Euler and DPM-Solver after Karras et al., arXiv 2206.00364, equation 5.
+    #[serde(default)]
+    pub use_karras_sigmas: Option<bool>,
+    /// Where Euler and DPM-Solver end.
+    #[serde(default = "zero")]
+    pub final_sigmas_type: FinalSigmas,
+    /// Whether DDIM ends at no noise, instead of at the first training timestep.
+    #[serde(default = "yes")]
+    pub set_alpha_to_one: bool,
+    /// Whether DPM-Solver ends in a first-order step when there are fewer than 15.
+    #[serde(default = "yes")]
+    pub lower_order_final: bool,
+    /// Whether DPM-Solver always ends in a first-order step.
+    #[serde(default)]
+    pub euler_at_final: bool,
+    /// Names the sampler that the base was published with.
+    #[serde(default, rename = "_class_name")]
+    pub class_name: Option<String>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+/// Keys that change what is trained, each with the values that are supported. `null` and absence are supported too.
+fn trained_keys() -> [(&'static str, Vec<Value>); 3] {
+    // A learned variance is a second output of the UNet; all others are a sampler's affair.
+    let variances = ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"];
+    [
+        ("trained_betas", Vec::new()),
+        ("timestep_type", vec![json!("discrete")]),
+        ("variance_type", variances.map(Value::from).to_vec()),
+    ]
+}
+
+fn epsilon() -> Prediction {
+    Prediction::Epsilon
+}
+
+fn zero() -> FinalSigmas {
+    FinalSigmas::Zero
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl ScheduleConfig {
+    /// Says which of `keys` has a value that is not among the supported ones.
+    fn check_keys(&self, keys: &[(&str, Vec<Value>)]) -> std::result::Result<(), String> {
+        for (key, supported) in keys {
+            let value = self.others.get(*key).filter(|value| !value.is_null() && !supported.contains(value));
+            if let Some(value) = value {
+                let supported: Vec<_> = [Value::Null].iter().chain(supported).map(Value::to_string).collect();
+                return Err(format!("{key}: {value} is not supported, only {}", supported.join(", ")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How much of an image is left at each training timestep.
+#[derive(Debug, Clone)]
+pub struct NoiseSchedule {
+    config: ScheduleConfig,
+    /// The file that it comes from, for messages.
+    place: String,
+    alphas_cumprod: Vec<f32>,
+}
+
+impl NoiseSchedule {
+    /// Loads `scheduler_config.json` of a folder (`.../scheduler`).
+    ///
+    /// # Errors
+    /// Input for a missing or broken file and for a schedule that is not supported.
+    pub fn load(folder: &Path) -> Result<Self> {
+        Self::parse(&ConfigText::read(&folder.join("scheduler_config.json"))?)
+    }
+
+    /// Reads and checks a config.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn parse(text: &ConfigText) -> Result<Self> {
+        let schedule = Self::new(text.parse()?)
+            .map_err(|problem| Error::file(text.place(), problem, "use the scheduler_config.json of an SDXL base"))?;
+        Ok(Self { place: text.place().display().to_string(), ..schedule })
+    }
+
+    /// Computes the schedule; an error tells the key that does not hold.
+    ///
+    /// # Errors
+    /// The key and the problem, as a message.
+    pub fn new(config: ScheduleConfig) -> std::result::Result<Self, String> {
+        let ScheduleConfig { num_train_timesteps: count, beta_start: start, beta_end: end, .. } = config;
+        config.check_keys(&trained_keys())?;
+        if config.rescale_betas_zero_snr && config.prediction_type == Prediction::Epsilon {
+            let problem = "a schedule that ends in pure noise needs prediction_type v_prediction";
+            return Err(format!("rescale_betas_zero_snr: {problem}: its noise tells nothing of the image"));
+        }
+        if !(2..=MOST_TIMESTEPS).contains(&count) {
+            return Err(format!("num_train_timesteps: {count} is not within 2 and {MOST_TIMESTEPS}"));
+        }
+        if config.steps_offset >= count {
+            return Err(format!("steps_offset: {} is beyond the last of {count} timesteps", config.steps_offset));
+        }
+        if !(start > 0.0 && start <= end && end < 1.0) {
+            return Err(format!("beta_start, beta_end: {start} to {end} do not rise between 0 and 1"));
+        }
+        let beta = |step: usize| {
+            let share = step as f64 / (count - 1) as f64;
+            match config.beta_schedule {
+                BetaSchedule::Linear => start + (end - start) * share,
+                BetaSchedule::ScaledLinear => (start.sqrt() + (end.sqrt() - start.sqrt()) * share).powi(2),
+            }
+        };
+        let mut left = 1.0;
+        let mut shares: Vec<f64> = (0..count)
+            .map(|step| {
+                left *= 1.0 - beta(step);
+                left
+            })
+            .collect();
+        if shares.first().is_none_or(|&share| share as f32 == 1.0) {
+            return Err(format!("beta_start: {start} adds no noise that f32 could tell"));
+        }
+        if config.rescale_betas_zero_snr {
+            end_in_noise(&mut shares);
+        }
+        let place = "scheduler_config.json".into();
+        Ok(Self { config, place, alphas_cumprod: shares.into_iter().map(|share| share as f32).collect() })
+    }
+
+    /// What the schedule was made from.
+    pub fn config(&self) -> &ScheduleConfig {
+        &self.config
+    }
+
+    /// The share of the image's variance left at each training timestep; falls from about 1 to about 0.
+    pub fn alphas_cumprod(&self) -> &[f32] {
+        &self.alphas_cumprod
+    }
+
+    /// The noise level of each training timestep where the image keeps its scale, rising: `sqrt((1 - a) / a)`.
+    fn sigmas(&self) -> Vec<f64> {
+        let sigma = |&share: &f32| {
+            let share = f64::from(share).max(SMALLEST_SHARE);
+            ((1.0 - share) / share).sqrt()
+        };
+        self.alphas_cumprod.iter().map(sigma).collect()
+    }
+
+    /// Checks a number of sampling steps.
+    fn check_steps(&self, steps: usize) -> Result<()> {
+        let train = self.config.num_train_timesteps;
+        if (1..=train).contains(&steps) {
+            return Ok(());
+        }
+        Err(Error::input("steps", format!("{steps} is not within 1 and {train}"), "20 to 30 are usual"))
+    }
+
+    /// Checks the keys that `sampler` has a meaning for.
+    fn check_sampler(&self, sampler: &str, keys: &[(&str, Vec<Value>)]) -> Result<()> {
+        self.config.check_keys(keys).map_err(|problem| {
+            let remedy = "draw with another --sampler (train.samples.sampler), or change the key in the base's file";
+            Error::input(&self.place, format!("{problem} with the sampler {sampler}"), remedy)
+        })
+    }
+
+    /// `sqrt(a) latents + sqrt(1 - a) noise`, all `[B, C, h, w]`, with one timestep below `num_train_timesteps` per sample.
+    pub fn add_noise(&self, latents: Tensor<4>, noise: Tensor<4>, timesteps: &[usize]) -> Tensor<4> {
+        let (image, rest) = self.shares(&latents, timesteps);
+        latents * image + noise * rest
+    }
+
+    /// What the UNet shall predict for [`add_noise`](Self::add_noise)'s result: the noise or the velocity.
+    pub fn target(&self, latents: Tensor<4>, noise: Tensor<4>, timesteps: &[usize]) -> Tensor<4> {
+        match self.config.prediction_type {
+            Prediction::Epsilon => noise,
+            Prediction::VPrediction => {
+                let (image, rest) = self.shares(&latents, timesteps);
+                noise * image - latents * rest
+            }
+        }
+    }
+
+    /// `sqrt(a)` and `sqrt(1 - a)` of each sample, `[B, 1, 1, 1]`.
+    fn shares(&self, like: &Tensor<4>, timesteps: &[usize]) -> (Tensor<4>, Tensor<4>) {
+        let per_sample = |share: fn(f32) -> f32| {
+            let values: Vec<f32> = timesteps.iter().map(|&t| share(self.alphas_cumprod[t])).collect();
+            let data = TensorData::new(values, [timesteps.len(), 1, 1, 1]);
+            Tensor::from_data(data, (&like.device(), like.dtype()))
+        };
+        (per_sample(f32::sqrt), per_sample(|a| (1.0 - a).sqrt()))
+    }
+}
+
+/// Shifts and scales the roots of `shares` so that the last is 0 and the first stays.
+fn end_in_noise(shares: &mut [f64]) {
+    let root = |share: Option<&f64>| share.copied().unwrap_or_default().sqrt();
+    let (first, last) = (root(shares.first()), root(shares.last()));
+    for share in shares {
+        *share = ((share.sqrt() - last) * first / (first - last)).powi(2);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn schedules_that_cannot_be_computed_are_refused_by_key() {
+        let with = |key: &str, value: serde_json::Value| {
+            let mut config = serde_json::json!({
+                "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            });
+            config[key] = value;
+            let config = serde_json::from_value::<ScheduleConfig>(config).map_err(|problem| problem.to_string());
+            config.and_then(NoiseSchedule::new).map(|_| ())
+        };
+        assert_eq!(with("unknown_key", 1.into()), Ok(()));
+        assert_eq!(with("solver_order", Value::Null), Ok(()));
+        for (key, value) in [
+            ("num_train_timesteps", 1.into()),
+            ("beta_start", (-0.1).into()),
+            ("beta_end", 1.5.into()),
+            ("beta_schedule", "squaredcos_cap_v2".into()),
+            ("prediction_type", "sample".into()),
+            ("trained_betas", vec![0.1].into()),
+            ("rescale_betas_zero_snr", true.into()),
+            ("timestep_type", "continuous".into()),
+            ("variance_type", "learned_range".into()),
+        ] {
+            assert!(with(key, value).is_err(), "{key} was accepted");
+        }
+    }
+
+    #[test]
+    fn only_the_sampler_that_a_key_is_for_refuses_it() {
+        let samplers = [SamplerKind::Euler, SamplerKind::DpmPp2m, SamplerKind::DpmPp2mKarras, SamplerKind::Ddim];
+        for (key, value, refusing) in [
+            ("variance_type", json!("fixed_small"), &samplers[4..]),
+            ("lambda_min_clipped", json!("-Infinity"), &samplers[4..]),
+            ("lambda_min_clipped", json!(-5.1), &samplers[1..3]),
+            ("clip_sample", json!(true), &samplers[3..]),
+            ("thresholding", json!(true), &samplers[1..]),
+            ("sigma_max", json!("Infinity"), &samplers[..1]),
+            ("use_beta_sigmas", json!(true), &samplers[..3]),
+            ("solver_order", json!(3), &samplers[1..3]),
+            ("algorithm_type", json!("sde-dpmsolver++"), &samplers[1..3]),
+        ] {
+            let mut config = json!({
+                "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            });
+            config[key] = value;
+            let config = serde_json::from_value::<ScheduleConfig>(config).map_err(|problem| problem.to_string());
+            let schedule = config.and_then(NoiseSchedule::new).expect("training needs none of these keys");
+            for sampler in samplers {
+                let made = NoiseSampler::new(&schedule, Some(sampler), 20);
+                assert_eq!(made.is_err(), refusing.contains(&sampler), "{key}, {sampler:?}");
+                assert!(made.map_err(|error| error.to_string()).err().is_none_or(|told| told.contains(key)));
+            }
+        }
+    }
+}

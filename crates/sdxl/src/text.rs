@@ -1,0 +1,149 @@
+//! Both text encoders and their tokenizers as one: prompts to what the UNet is conditioned on.
+
+use std::path::Path;
+
+use burn::tensor::{Device, Tensor};
+use hyperlora_core::{Error, Result};
+
+use crate::models::clip_text::{ClipTextConfig, ClipTextModel};
+use crate::source::{BaseSource, Part};
+use crate::tokenizer::{ClipTokenizer, PROMPT_TOKENS, TEXT_TOKENS};
+
+/// Encoded prompts.
+#[derive(Debug, Clone)]
+pub struct PromptStates {
+    /// `[B, 77, C1 + C2]`: the penultimate states of both encoders side by side.
+    pub prompt_embeds: Tensor<3>,
+    /// `[B, P]`: the pooled output of the second encoder.
+    pub pooled: Tensor<2>,
+}
+
+/// The text side of an SDXL base.
+#[derive(Debug)]
+pub struct TextEncoders {
+    tokenizers: [ClipTokenizer; 2],
+    encoders: [ClipTextModel; 2],
+    /// Whether zeros stand for the empty negative prompt, instead of its states.
+    zeros_for_empty: bool,
+}
+
+impl TextEncoders {
+    /// Loads `tokenizer`, `tokenizer_2`, `text_encoder` and `text_encoder_2` of a base in diffusers layout.
+    ///
+    /// # Errors
+    /// Input when one of them is missing, broken or not supported, or when they do not fit each other.
+    pub fn load(base: &Path, device: &Device) -> Result<Self> {
+        Self::open(&BaseSource::folder(base, None), device)
+    }
+
+    /// Loads the text side of a base in either layout.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn open(base: &BaseSource, device: &Device) -> Result<Self> {
+        const PARTS: [Part; 2] = [Part::TextEncoder, Part::TextEncoder2];
+        let configs = [base.config(PARTS[0])?, base.config(PARTS[1])?];
+        let encoder = |index: usize| {
+            ClipTextModel::new(ClipTextConfig::parse(&configs[index])?, base.weights(PARTS[index], device)?)
+        };
+        let this = Self {
+            tokenizers: base.tokenizers()?,
+            encoders: [encoder(0)?, encoder(1)?],
+            zeros_for_empty: base.zeros_for_empty_prompt()?,
+        };
+        for ((encoder, tokenizer), text) in this.encoders.iter().zip(&this.tokenizers).zip(&configs) {
+            let config = encoder.config();
+            let place = text.place();
+            if config.max_position_embeddings < PROMPT_TOKENS {
+                let problem = format!("max_position_embeddings {} is below 77", config.max_position_embeddings);
+                return Err(Error::file(place, problem, "use the text encoders of an SDXL base"));
+            }
+            if tokenizer.vocabulary_size() > config.vocab_size {
+                let problem = format!(
+                    "vocab_size {} is below the tokenizer's {}",
+                    config.vocab_size,
+                    tokenizer.vocabulary_size()
+                );
+                return Err(Error::file(place, problem, "use the tokenizer that belongs to this encoder"));
+            }
+        }
+        if !this.encoders[1].has_projection() {
+            return Err(Error::file(
+                configs[1].place(),
+                "architectures does not name CLIPTextModelWithProjection",
+                "use the second text encoder of an SDXL base",
+            ));
+        }
+        Ok(this)
+    }
+
+    /// Widths of the prompt embeddings and of the pooled output.
+    pub fn widths(&self) -> (usize, usize) {
+        let context = self.encoders.iter().map(|encoder| encoder.config().encoder.hidden_size).sum();
+        (context, self.encoders[1].config().projection_dim)
+    }
+
+    /// What stands beside `prompt` where nothing is to be avoided: what the base was trained with in place of a prompt,
+    /// zeros or the states of the empty prompt (`force_zeros_for_empty_prompt` of its `model_index.json`).
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn negative(&self, prompt: &PromptStates) -> Result<PromptStates> {
+        let PromptStates { prompt_embeds, pooled } = prompt;
+        if self.zeros_for_empty {
+            return Ok(PromptStates { prompt_embeds: prompt_embeds.zeros_like(), pooled: pooled.zeros_like() });
+        }
+        let [count, _] = pooled.dims();
+        let empty = self.encode(&[""])?;
+        Ok(PromptStates {
+            prompt_embeds: empty.prompt_embeds.repeat_dim(0, count),
+            pooled: empty.pooled.repeat_dim(0, count),
+        })
+    }
+
+    /// Tokens at the end of `prompt` that neither encoder is given.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn surplus(&self, prompt: &str) -> Result<usize> {
+        surplus(&self.tokenizers, prompt)
+    }
+
+    /// [`encode`](Self::encode) for one prompt of the user, with a warning where its end is left out; `name` tells which.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_and_warn(&self, name: &str, prompt: &str) -> Result<PromptStates> {
+        let surplus = self.surplus(prompt)?;
+        if surplus > 0 {
+            tracing::warn!("{name}: its last {surplus} tokens are left out: the text encoders take {TEXT_TOKENS}");
+        }
+        self.encode(&[prompt])
+    }
+
+    /// Encodes prompts as the SDXL pipeline of diffusers does (clip skip 2).
+    ///
+    /// # Errors
+    /// Fault when a prompt cannot be tokenised, or when there is none.
+    pub fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<PromptStates> {
+        let mut states = Vec::with_capacity(2);
+        let mut pooled = None;
+        for (tokenizer, encoder) in self.tokenizers.iter().zip(&self.encoders) {
+            let ids: Vec<_> = prompts.iter().map(|prompt| tokenizer.encode(prompt.as_ref())).collect::<Result<_>>()?;
+            let output = encoder.forward(&ids);
+            states.push(output.penultimate);
+            pooled = output.pooled;
+        }
+        let pooled = pooled.ok_or_else(|| Error::Fault("the second text encoder gave no pooled output".into()))?;
+        Ok(PromptStates { prompt_embeds: Tensor::cat(states, 2), pooled })
+    }
+}
+
+/// Tokens of `prompt` beyond those that the encoders take.
+///
+/// # Errors
+/// Fault when the prompt cannot be tokenised.
+pub fn surplus(tokenizers: &[ClipTokenizer; 2], prompt: &str) -> Result<usize> {
+    let counts = [tokenizers[0].count(prompt)?, tokenizers[1].count(prompt)?];
+    Ok(counts.into_iter().max().unwrap_or(0).saturating_sub(TEXT_TOKENS))
+}

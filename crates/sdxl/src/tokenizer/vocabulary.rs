@@ -1,0 +1,36 @@
+//! CLIP's vocabulary, for bases that bring none: a single-file checkpoint.
+
+use std::io::Read;
+
+use flate2::read::GzDecoder;
+use hyperlora_core::{Error, Result};
+use serde_json::{Map, Value};
+
+use crate::tokenizer::{END, START, WORD_END};
+
+/// The merges of OpenAI's CLIP, one per line, most frequent first (`ci/parity/clip_vocab.py`; licence beside it).
+const MERGES: &[u8] = include_bytes!("merges.txt.gz");
+
+/// Vocabulary and merges in the form that `vocab.json` and `merges.txt` have.
+pub(super) fn built_in() -> Result<(Value, Value)> {
+    let mut text = String::new();
+    GzDecoder::new(MERGES)
+        .read_to_string(&mut text)
+        .map_err(|problem| Error::Fault(format!("built-in vocabulary: {problem}")))?;
+    // Bytes, bytes that end a word, merged pairs, and the two marks: the id is the place in this list.
+    let bytes: Vec<String> = byte_characters().map(String::from).collect();
+    let ends = bytes.iter().map(|byte| format!("{byte}{WORD_END}"));
+    let merged = text.lines().map(|line| line.replace(' ', ""));
+    let marks = [START, END].map(String::from);
+    let tokens = bytes.iter().cloned().chain(ends).chain(merged).chain(marks);
+    let vocabulary: Map<_, _> = tokens.enumerate().map(|(id, token)| (token, id.into())).collect();
+    Ok((vocabulary.into(), text.lines().collect()))
+}
+
+/// A printable character for each byte: those that are printable in Latin-1 stand for themselves and come first, the
+/// others stand above all bytes.
+fn byte_characters() -> impl Iterator<Item = char> {
+    let printable = || (b'!'..=b'~').chain(0xa1..=0xac).chain(0xae..=0xff);
+    let others = (0..=u8::MAX).filter(move |byte| !printable().any(|other| other == *byte)).enumerate();
+    printable().map(char::from).chain(others.filter_map(|(index, _)| char::from_u32(0x100 + index as u32)))
+}

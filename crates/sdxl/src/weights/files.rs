@@ -1,0 +1,169 @@
+//! The files of one model: a single one, or shards with an index, under the names of diffusers and transformers.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hyperlora_core::files::write_whole;
+use hyperlora_core::paths::is_plain;
+use hyperlora_core::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::weights::file::SafetensorsFile;
+use crate::weights::json::{parse_json, read_text};
+use crate::weights::place::Place;
+
+/// What diffusers and transformers call the weights of one model.
+const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
+
+/// The variant that is taken where no other is there.
+const HALF: &str = "fp16";
+
+/// How many names one error spells out.
+const NAMES_SHOWN: usize = 10;
+
+/// The file with the weights in a model folder, or the index of its shards: of `variant` where the folder has it, else
+/// the plain one, else that of the variant fp16.
+///
+/// # Errors
+/// Input for a folder without any of them.
+pub fn weights_in(folder: &Path, variant: Option<&str>) -> Result<PathBuf> {
+    let wanted = variant.into_iter().flat_map(|variant| names(Some(variant)));
+    let mut candidates = wanted.chain(names(None)).chain(names(Some(HALF))).map(|name| folder.join(name));
+    candidates.find(|path| path.is_file()).ok_or_else(|| {
+        Error::file(
+            folder,
+            "holds no diffusion_pytorch_model or model .safetensors, neither whole nor in shards, of any variant",
+            "give a model folder in diffusers layout; pickles (.bin, .ckpt) are never read: convert them to safetensors",
+        )
+    })
+}
+
+/// Whether a model folder has weights of this variant.
+pub fn has_variant(folder: &Path, variant: &str) -> bool {
+    names(Some(variant)).iter().any(|name| folder.join(name).is_file())
+}
+
+/// The names of files and indices of a variant. Two spellings of an index are in use (diffusers `_add_variant`, and what
+/// it wrote before).
+fn names(variant: Option<&str>) -> Vec<String> {
+    let of = |stem: &str| match variant {
+        None => vec![format!("{stem}.safetensors.index.json"), format!("{stem}.safetensors")],
+        Some(variant) => vec![
+            format!("{stem}.safetensors.index.{variant}.json"),
+            format!("{stem}.{variant}.safetensors.index.json"),
+            format!("{stem}.{variant}.safetensors"),
+        ],
+    };
+    STEMS.into_iter().flat_map(of).collect()
+}
+
+/// Every tensor of a safetensors file, or of the shards that an index (`.json`) names.
+pub(super) fn places(path: &Path) -> Result<BTreeMap<String, Place>> {
+    if path.extension().is_some_and(|extension| extension == "json") {
+        return of_shards(path);
+    }
+    Ok(places_of(&Arc::new(SafetensorsFile::open(path)?)))
+}
+
+/// The file of shard `part` of `parts`, counted from 0, of weights whose file would be `{stem}.safetensors`.
+pub fn shard_name(stem: &str, part: usize, parts: usize) -> String {
+    match parts {
+        1 => format!("{stem}.safetensors"),
+        _ => format!("{stem}-{:05}-of-{parts:05}.safetensors", part + 1),
+    }
+}
+
+/// The file that tells which tensor is in which shard.
+pub fn index_name(stem: &str) -> String {
+    format!("{stem}.safetensors.index.json")
+}
+
+/// The `*.safetensors.index.json` of sharded weights.
+#[derive(Debug, Serialize)]
+pub struct ShardIndex {
+    metadata: ShardMetadata,
+    /// Tensor -> file beside the index.
+    weight_map: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Serialize)]
+struct ShardMetadata {
+    /// Bytes of all tensors.
+    total_size: u64,
+}
+
+/// What is read of an index. Its metadata is left alone: `total_size` is a float in some files.
+#[derive(Debug, Deserialize)]
+struct ReadIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl ShardIndex {
+    /// The index of shards that hold `total_size` bytes: the file of each tensor.
+    pub fn new(total_size: u64, weight_map: BTreeMap<String, String>) -> Self {
+        Self { metadata: ShardMetadata { total_size }, weight_map }
+    }
+
+    /// Writes it, whole or not at all.
+    ///
+    /// # Errors
+    /// Input for a place that cannot be written to, Disk for a full or failing disk.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|problem| Error::Fault(format!("{}: cannot be put as JSON: {problem}", path.display())))?;
+        write_whole(path, text.as_bytes())
+    }
+}
+
+fn of_shards(path: &Path) -> Result<BTreeMap<String, Place>> {
+    let index: ReadIndex = parse_json(&read_text(path)?).map_err(|problem| {
+        Error::file(path, format!("is no index of shards: {problem}"), "fetch the file again from where the model came")
+    })?;
+    let mut shards = BTreeMap::new();
+    for name in index.weight_map.values() {
+        if shards.contains_key(name) {
+            continue;
+        }
+        if !is_plain(name) || name.contains('/') {
+            let problem = format!("names the shard `{name}`, which is no plain file name");
+            return Err(Error::file(path, problem, "use an index whose shards lie beside it"));
+        }
+        let shard = path.with_file_name(name);
+        let file = SafetensorsFile::open(&shard).map_err(|error| match shard.exists() {
+            true => error,
+            false => Error::file(
+                path,
+                format!("names the shard {name}, which is not beside it"),
+                "fetch all shards that the index names into this folder",
+            ),
+        })?;
+        shards.insert(name, places_of(&Arc::new(file)));
+    }
+    let mut found = BTreeMap::new();
+    let mut missing = Vec::new();
+    for (name, shard) in &index.weight_map {
+        match shards.get_mut(shard).and_then(|places| places.remove(name)) {
+            Some(place) => _ = found.insert(name.clone(), place),
+            None => missing.push(format!("{name} in {shard}")),
+        }
+    }
+    let unnamed = shards.iter().flat_map(|(shard, places)| places.keys().map(move |name| format!("{name} in {shard}")));
+    let unnamed: Vec<_> = unnamed.collect();
+    for (names, problem) in [(missing, "names tensors that the shards lack"), (unnamed, "lacks tensors of its shards")]
+    {
+        if !names.is_empty() {
+            let shown = names.iter().take(NAMES_SHOWN).map(String::as_str).collect::<Vec<_>>().join("\n    ");
+            return Err(Error::file(
+                path,
+                format!("{problem}, {} in all:\n    {shown}", names.len()),
+                "fetch index and shards again: they are of different models",
+            ));
+        }
+    }
+    Ok(found)
+}
+
+fn places_of(file: &Arc<SafetensorsFile>) -> BTreeMap<String, Place> {
+    file.infos().map(|(name, info)| (name.to_owned(), Place::new(file, info))).collect()
+}

@@ -1,0 +1,297 @@
+//! Named tensors in safetensors files: read one at a time, checked as a whole, written in a fixed order.
+//!
+//! A model is built by asking [`WeightsAt`] for layers of the shapes that its config tells. What is missing or does not
+//! fit is replaced by zeros that take no memory and noted; [`Weights::finish`] then reports everything at once, so that
+//! a wrong file costs one message instead of a hunt key by key.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use hyperlora_core::{Error, Result};
+use serde::de::DeserializeOwned;
+
+use crate::weights::place::Place;
+
+mod file;
+mod files;
+mod json;
+mod layers;
+mod output_name;
+mod place;
+mod rewrite;
+mod save;
+mod update;
+pub(crate) mod values;
+
+pub use file::{HASHES, SafetensorsFile};
+pub use files::{ShardIndex, has_variant, index_name, shard_name, weights_in};
+pub use json::{parse_json, read_text};
+pub use layers::WeightsAt;
+pub use output_name::check_name;
+pub use place::Form;
+pub use rewrite::rewrite;
+pub use save::{TensorEntry, bytes_of, data_of, save, save_lazily, save_with_metadata};
+pub(crate) use update::transposed;
+pub use update::{LowRank, Updates};
+
+/// How many problems one error spells out.
+const PROBLEMS_SHOWN: usize = 10;
+
+/// Reads `config.json` of a model folder.
+///
+/// # Errors
+/// Input for a missing file, broken JSON and values that `T` does not take, with line and column.
+pub fn config<T: DeserializeOwned>(folder: &Path) -> Result<T> {
+    ConfigText::read(&folder.join("config.json"))?.parse()
+}
+
+/// A config in JSON, and where it is from.
+#[derive(Debug, Clone)]
+pub struct ConfigText {
+    place: PathBuf,
+    text: String,
+}
+
+impl ConfigText {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// As [`read_text`].
+    pub fn read(path: &Path) -> Result<Self> {
+        Ok(Self { place: path.into(), text: read_text(path)? })
+    }
+
+    /// A config that the program brings along; `place` is how messages call it.
+    pub fn built_in(place: &str, text: impl Into<String>) -> Self {
+        Self { place: format!("{place} (built in)").into(), text: text.into() }
+    }
+
+    /// Another text from the same place.
+    #[must_use]
+    pub fn with_text(&self, text: impl Into<String>) -> Self {
+        Self { place: self.place.clone(), text: text.into() }
+    }
+
+    /// What messages call it.
+    pub fn place(&self) -> &Path {
+        &self.place
+    }
+
+    /// Its JSON.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Its values, read as [`parse_json`] does.
+    ///
+    /// # Errors
+    /// Input for broken JSON and values that `T` does not take, with line and column.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
+        parse_json(&self.text).map_err(|problem| {
+            Error::file(self.place(), problem, "use the config that belongs to these weights, in diffusers layout")
+        })
+    }
+}
+
+/// The tensors of one model on disk, and the record of what was asked of them.
+#[derive(Debug)]
+pub struct Weights {
+    path: PathBuf,
+    places: BTreeMap<String, Place>,
+    device: Device,
+    dtype: FloatDType,
+    updates: Updates,
+    record: RefCell<Record>,
+}
+
+/// What a model asked for so far.
+#[derive(Debug, Default)]
+struct Record {
+    asked: BTreeSet<String>,
+    problems: Vec<String>,
+    /// Whether one of them is a type that is not read.
+    mistyped: bool,
+    failure: Option<Error>,
+}
+
+impl Weights {
+    /// Opens a safetensors file, an index of shards (`.safetensors.index.json`), or what [`weights_in`] finds in a model
+    /// folder. Tensors will stand on `device` in f32, whatever float type the file holds. Only headers are read here.
+    ///
+    /// # Errors
+    /// Input for a missing file, a file that is no safetensors file (a pickle, a web page, a Git LFS pointer), a header
+    /// that does not agree with the file's length, a missing shard, and an index that does not fit its shards.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        Self::open_variant(path, None, device)
+    }
+
+    /// [`open`](Self::open) that prefers the files of a variant, such as fp16, in a model folder.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_variant(path: &Path, variant: Option<&str>, device: &Device) -> Result<Self> {
+        let path = if path.is_dir() { weights_in(path, variant)? } else { path.to_path_buf() };
+        Ok(Self::new(files::places(&path)?, path, device))
+    }
+
+    /// The tensors of `file` under other names: `rename` tells those of each key, and how each tensor differs from the one
+    /// in the file.
+    pub fn renamed(file: &Arc<SafetensorsFile>, rename: impl Fn(&str) -> Vec<(String, Form)>, device: &Device) -> Self {
+        let places = file.infos().flat_map(|(key, info)| {
+            let place = Place::new(file, info);
+            rename(key).into_iter().map(move |(name, form)| (name, place.formed(form)))
+        });
+        Self::new(places.collect(), file.path().to_path_buf(), device)
+    }
+
+    /// Names and shapes without values, for checking and counting what a model asks for: its tensors are zeros that take
+    /// no memory.
+    pub fn without_data(shapes: impl IntoIterator<Item = (String, Vec<usize>)>) -> Self {
+        let places = shapes.into_iter().map(|(name, shape)| (name, Place::without_data(shape)));
+        Self::new(places.collect(), PathBuf::new(), &Device::flex())
+    }
+
+    fn new(places: BTreeMap<String, Place>, path: PathBuf, device: &Device) -> Self {
+        Self {
+            path,
+            places,
+            device: device.clone(),
+            dtype: FloatDType::F32,
+            updates: Updates::new(),
+            record: RefCell::default(),
+        }
+    }
+
+    /// Makes tensors of `dtype` instead of f32.
+    #[must_use]
+    pub fn with_dtype(self, dtype: FloatDType) -> Self {
+        Self { dtype, ..self }
+    }
+
+    /// The type that tensors are made in.
+    pub fn dtype(&self) -> FloatDType {
+        self.dtype
+    }
+
+    /// Adds changes to the tensors while they are read, in f32 and before any rounding.
+    #[must_use]
+    pub fn with_updates(self, updates: Updates) -> Self {
+        Self { updates, ..self }
+    }
+
+    /// The file, or the index of the shards.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Every file that holds tensors.
+    pub fn files(&self) -> BTreeSet<&Path> {
+        self.places.values().filter_map(Place::file).collect()
+    }
+
+    /// Every tensor's name and shape, sorted by name.
+    pub fn shapes(&self) -> BTreeMap<&str, &[usize]> {
+        self.places.iter().map(|(name, place)| (name.as_str(), place.shape())).collect()
+    }
+
+    /// A handle for the keys that start with `prefix` and a dot; an empty prefix means all.
+    pub fn at(&self, prefix: impl Into<String>) -> WeightsAt<'_> {
+        WeightsAt { weights: self, prefix: prefix.into() }
+    }
+
+    /// Ends the loading.
+    ///
+    /// # Errors
+    /// Input that lists the first ten missing, misshaped, mistyped or unexpected keys and counts them all; Disk when
+    /// reading failed.
+    pub fn finish(self) -> Result<()> {
+        let Record { asked, mut problems, mistyped, failure } = self.record.into_inner();
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        let unexpected = self.places.keys().filter(|&name| !asked.contains(name));
+        problems.extend(unexpected.map(|name| format!("{name}: not a part of this model")));
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let count = problems.len();
+        problems.truncate(PROBLEMS_SHOWN);
+        if count > PROBLEMS_SHOWN {
+            problems.push(format!("and {} more", count - PROBLEMS_SHOWN));
+        }
+        Err(Error::file(
+            &self.path,
+            format!("{count} tensors do not fit the model:\n    {}", problems.join("\n    ")),
+            match mistyped {
+                true => {
+                    "give the weights in bf16, f16 or f32: other types are mostly quantised, and need what made them"
+                }
+                false => "use weights of the architecture that config.json describes",
+            },
+        ))
+    }
+
+    /// Where `name` lies; notes that it was asked for, and whether it fits.
+    fn ask<const D: usize>(&self, name: String, shape: [usize; D]) -> Option<&Place> {
+        let mut record = self.record.borrow_mut();
+        record.asked.insert(name.clone());
+        let problem = match self.places.get(&name) {
+            None => format!("{name}: missing, expected {shape:?}"),
+            Some(place) if place.shape() != shape => {
+                format!("{name}: shape {:?}, expected {shape:?}", place.shape())
+            }
+            Some(place) => return place.has_data().then_some(place),
+        };
+        record.problems.push(problem);
+        None
+    }
+
+    /// The values at `place`, transposed where `transpose` says so; notes what is wrong with them. Changes are added from
+    /// `first_row` on: the place may be a part of the tensor.
+    fn read(&self, name: &str, place: &Place, first_row: usize, transpose: bool) -> Option<TensorData> {
+        let mut record = self.record.borrow_mut();
+        record.mistyped |= !place.is_readable();
+        let values = match self.updates.get(name) {
+            None => place.read(self.dtype, transpose),
+            Some(changes) => place.read(FloatDType::F32, false).map(|values| {
+                let changed = update::changed(values?, changes, first_row, transpose).convert_dtype(self.dtype.into());
+                let finite = changed.iter::<f32>().all(f32::is_finite);
+                finite.then_some(changed).ok_or_else(|| "its changes lead to values that are not finite".into())
+            }),
+        };
+        match values {
+            Ok(Ok(values)) => return Some(values),
+            Ok(Err(problem)) => record.problems.push(format!("{name}: {problem}")),
+            Err(failure) => _ = record.failure.get_or_insert(failure),
+        }
+        None
+    }
+
+    /// The tensor of these values; zeros that take no memory where there are none.
+    fn stand<const D: usize>(&self, values: Option<TensorData>, shape: [usize; D]) -> Tensor<D> {
+        let options = (&self.device, DType::from(self.dtype));
+        match values {
+            Some(values) => Tensor::from_data(values, options),
+            // Nothing can be stretched to nothing.
+            None if shape.contains(&0) => Tensor::zeros(shape, options),
+            None => Tensor::<D>::zeros([1; D], options).expand(shape),
+        }
+    }
+
+    /// A tensor as it is named.
+    fn tensor<const D: usize>(&self, name: String, shape: [usize; D]) -> Tensor<D> {
+        let values = self.ask(name.clone(), shape).and_then(|place| self.read(&name, place, 0, false));
+        self.stand(values, shape)
+    }
+
+    /// The transpose of some rows of a matrix.
+    fn transposed_rows(&self, name: &str, place: Option<&Place>, rows: Range<usize>, columns: usize) -> Tensor<2> {
+        let shape = [columns, rows.len()];
+        let values = place.and_then(|place| self.read(name, &place.rows(rows.clone()), rows.start, true));
+        self.stand(values, shape)
+    }
+}
