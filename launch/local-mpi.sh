@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run as N ranks on the CPUs of this machine, started by mpirun. Stopped or broken off, the same command goes on.
+# Runs a training as N ranks on the CPUs of this machine, started by mpirun. After an interruption the same command resumes.
 #
 #   ./launch/local-mpi.sh N CONFIG [further arguments of hyperlora train]
 #
@@ -16,11 +16,11 @@ program=${HYPERLORA:-${CARGO_TARGET_DIR:-target}/release/hyperlora}
 [ -x "$program" ] || fail "$program is missing" "cargo build --release --features burn-hyperlora/mpi"
 command -v mpirun >/dev/null || apt_install mpirun openmpi-bin libopenmpi-dev
 
-# The ranks share the cores. Each gets its part of the threads, and none is bound to a core: they may be more than there are.
+# The ranks share the cores: each gets its share of the threads, and none is bound to a core, since there may be more ranks than cores.
 cores=$(nproc)
 export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 options=(-n "$ranks" --bind-to none --oversubscribe --mca mpi_yield_when_idle 1)
-# On SIGTERM mpirun hands it on and kills what still runs after this time: enough to save.
+# mpirun passes SIGTERM on and kills ranks that still run after this time, which must be enough to save.
 options+=(--mca odls_base_sigkill_timeout "${GRACE_S:-60}")
 [ "$(id -u)" != 0 ] || options+=(--allow-run-as-root)
 exec mpirun "${options[@]}" "$program" train "$config" --device cpu "$@"

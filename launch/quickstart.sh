@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained HyperLoRA: photos -> shards -> three training stages -> identity gap -> LoRA -> pictures.
-# Small enough for two CPU cores; the parts are the ones that train the real SDXL. Interrupted, the same command goes on.
+# Small enough for two CPU cores, with the same code as for the real SDXL. After an interruption the same command resumes.
+# docs/tutorial.md explains each step.
 #
 #   ./launch/quickstart.sh [cpu|cuda:N]
 set -euo pipefail

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# One run on GPUs, one rank per GPU, started by torchrun. Call it on every machine. When a rank ends in failure, torchrun stops
-# the others and starts all of them again; they go on from the last whole checkpoint.
+# Runs a training on GPUs with torchrun, one rank per GPU. Call it on every machine. If a rank fails, torchrun stops the others and
+# starts all of them again; they resume from the last whole checkpoint.
 #
 #   HYPERLORA_TOKEN=SECRET NNODES=2 MASTER=node-0:29500 ./launch/torchrun.sh CONFIG [further arguments of hyperlora train]
 #
-# torchrun comes with PyTorch (pip install torch); nothing else of it is used.
+# torchrun comes with PyTorch (pip install torch); nothing else of PyTorch is used.
 #
-#   NNODES          machines, or MIN:MAX to go on with fewer or more (elastic)                           [1]
+#   NNODES          machines, or MIN:MAX to continue with fewer or more (elastic)                           [1]
 #   NPROC_PER_NODE  GPUs of this machine                        [those of CUDA_VISIBLE_DEVICES, else what nvidia-smi lists]
 #   MASTER          HOST:PORT of the first machine; its ports PORT and the one that torchrun gives the ranks,
 #                   with its successor, must be reachable from the others; one machine takes a free port      [none]
-#   HYPERLORA_TOKEN a secret by which the ranks know each other, the same on all machines; one machine
+#   HYPERLORA_TOKEN the secret that proves to the ranks that they belong together, the same on all machines; one machine
 #                   needs none                                                              [none]
-#   RUN_ID          with MASTER: the same on all machines, another for every run that goes on at once   [hyperlora]
-#   MAX_RESTARTS    how often to start again                                                              [20]
+#   RUN_ID          with MASTER: the same on all machines, different for runs at the same time          [hyperlora]
+#   MAX_RESTARTS    how often torchrun starts again                                                             [20]
 #   GRACE_S         how long the ranks may take to save after SIGTERM, seconds                           [110]
 #   DEVICE          cuda: every rank takes the GPU of its LOCAL_RANK                                    [cuda]
 #   HYPERLORA       the program, built with --features burn-hyperlora/cuda            [target/release/hyperlora]
 #
-# The world size has to divide data.streams (48) and global_batch / micro_batch: with 8 GPUs each, 1, 2, 3, 4 or 6 machines for
-# the streams. At any other number every rank says so and ends with exit code 2.
+# The world size must divide data.streams (48) and global_batch / micro_batch: with 8 GPUs each, 48 streams allow 1, 2, 3 or 6
+# machines. With any other number every rank says so and ends with exit code 2.
 #
-# No --restart: torchrun repeats it whenever it starts the ranks again. Move the old run folder aside, or give another --out.
+# Do not use --restart: torchrun repeats it whenever it starts the ranks again. Move the old run folder aside, or give another --out.
 #
-# The network: NCCL finds InfiniBand and NVLink by itself; NCCL_DEBUG=INFO shows what it chose. On machines with several
-# networks set NCCL_SOCKET_IFNAME (as eth0), with InfiniBand NCCL_IB_HCA (as mlx5).
+# NCCL finds InfiniBand and NVLink by itself; NCCL_DEBUG=INFO shows its choice. On machines with several networks set
+# NCCL_SOCKET_IFNAME (such as eth0), with InfiniBand NCCL_IB_HCA (such as mlx5).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/setup.sh
@@ -55,7 +55,7 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
   else
     command -v nvidia-smi >/dev/null || fail "nvidia-smi is missing, so nobody says how many GPUs there are" \
       "install the NVIDIA driver, or set NPROC_PER_NODE; for CPUs use launch/local-mpi.sh"
-    # The parts that a GPU is divided into (MIG) are listed below it.
+    # The partitions of a GPU (MIG) are listed below it.
     gpus=$(nvidia-smi --list-gpus | grep -c '^GPU ' || true)
     told="nvidia-smi lists"
   fi
@@ -67,10 +67,10 @@ options=(--no-python --nnodes "$nodes" --nproc-per-node "$NPROC_PER_NODE" --max-
 if [ -n "${MASTER:-}" ]; then
   options+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER" --rdzv-id "${RUN_ID:-hyperlora}")
 else
-  # A free port and an id of its own: runs beside each other on one machine do not meet.
+  # Uses a free port and its own id, so that runs beside each other on one machine do not meet.
   options+=(--standalone)
 fi
-# PyTorch before 2.10 or so gives its processes 30 s after SIGTERM and has no option for it.
+# PyTorch before about 2.10 gives its processes 30 s after SIGTERM and has no option for it.
 if "$TORCHRUN" --help | grep -q -- --shutdown-timeout; then
   options+=(--shutdown-timeout "${GRACE_S:-110}")
 fi

@@ -5,7 +5,7 @@
 #
 #   ./ci/bench/scaling.sh [CONFIG]      [experiments/sdxl/id-clip.yaml, the largest gradients]
 #
-# PROFILE=release is what docs/distributed.md quotes; any other is for trying the script out.
+# PROFILE=release is what docs/design/distributed.md quotes; any other is for trying the script out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . ci/setup.sh

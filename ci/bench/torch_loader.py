@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 GREY = (127, 127, 127)
-# docs/architecture.md: the masks of the original, whose blurs are given for crops of 512 pixels.
+# The masks of the original, whose blurs are given for crops of 512 pixels.
 REFERENCE_SIZE, MASK_BLUR, FACE_BLUR = 512, 15, 45
 MASK_CROP, ID_CROP, ID_RAISED, BASE_OUTLINE = 0.8, 0.75, 0.125, 1.4
 COLUMNS = [

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Reads a shard folder with pyarrow and checks types and values: python ci/parity/check_shards.py DIR
 
-What docs/data-format.md promises to readers in other languages is asserted here, without a line of the Rust code.
+What docs/reference/formats.md promises to readers in other languages is asserted here, without a line of the Rust code.
 Needs pyarrow, numpy and Pillow.
 """
 
