@@ -11,6 +11,7 @@ say "assets (photos and face models, downloaded once)"
 ci/assets.sh
 
 python3 -B ci/assets_test.py
+python3 -B ci/check_links.py
 
 say "format"
 cargo fmt --all --check

@@ -1,6 +1,6 @@
 //! What a training costs, from its configs alone: parameters, memory, traffic, operations, days.
 //!
-//! docs/planning.md states every formula. Counts of parameters, bytes and operations are exact; memory and time rest on
+//! docs/design/planning.md states every formula. Counts of parameters, bytes and operations are exact; memory and time rest on
 //! the assumptions that stand beside them.
 
 mod advice;

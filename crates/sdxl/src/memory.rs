@@ -2,7 +2,7 @@
 //!
 //! What is counted is the peak between the start of the forward pass and the last LoRA gradient, weights and LoRA not included.
 //! The factors below count tensors of a layer's own size; they were read off an allocator on the CPU backend at several sizes of a
-//! narrow SDXL and hold there within [`TOLERANCE`]; docs/numerics.md compares them with the full width. What GPU backends
+//! narrow SDXL and hold there within [`TOLERANCE`]; docs/design/numerics.md compares them with the full width. What GPU backends
 //! keep was not measured.
 
 use burn::tensor::FloatDType;

@@ -1,6 +1,6 @@
 //! The contract between preparation and training: what a shard folder holds, how it is written and read.
 //!
-//! `docs/data-format.md` describes the format for readers in other languages.
+//! `docs/reference/formats.md` describes the format for readers in other languages.
 
 pub mod index;
 mod limits;
