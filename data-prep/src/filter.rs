@@ -161,8 +161,6 @@ fn laplacian_variance(grey: &GrayImage) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     fn face(side: f32) -> Detection {

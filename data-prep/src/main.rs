@@ -172,3 +172,16 @@ impl Display {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use hyperlora_testing::reference::{check, command_line};
+
+    use super::Cli;
+
+    #[test]
+    fn the_reference_of_the_command_line_is_up_to_date() {
+        check("command-line.md", "data-prep", &command_line(Cli::command()));
+    }
+}

@@ -53,8 +53,6 @@ fn listing(folder: &Path) -> Option<Listing> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::fs;
 
     use super::*;

@@ -95,8 +95,6 @@ fn choose_gpu(asked: Option<usize>, local_rank: Option<usize>, visible: usize) -
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     #[test]

@@ -116,3 +116,16 @@ fn complain(problem: &dyn Display) {
     output::note(format_args!("error: {problem}"));
     log::note_failure(problem);
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use hyperlora_testing::reference::{check, command_line};
+
+    use super::Cli;
+
+    #[test]
+    fn the_reference_of_the_command_line_is_up_to_date() {
+        check("command-line.md", "hyperlora", &command_line(Cli::command()));
+    }
+}

@@ -100,8 +100,6 @@ fn bytes_of(record: &FaceRecord) -> usize {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;

@@ -211,8 +211,6 @@ pub fn make_all(maker: &SampleMaker, requests: Vec<Request>) -> Result<Vec<Sampl
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc::channel;
 

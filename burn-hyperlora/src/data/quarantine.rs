@@ -164,8 +164,6 @@ fn entries(text: &str, shards: &str) -> impl Iterator<Item = BadRowGroup> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     fn bad(group: u32) -> BadRowGroup {

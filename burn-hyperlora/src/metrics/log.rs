@@ -118,8 +118,6 @@ impl MakeWriter<'_> for BesideBars {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     #[test]

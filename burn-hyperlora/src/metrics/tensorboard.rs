@@ -168,8 +168,6 @@ fn latest_start(folder: &Path) -> io::Result<Option<u64>> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     /// Every event of a file, with both checksums of each record checked.

@@ -1,6 +1,4 @@
 //! The counts against torch's (`ci/parity/plan_flops.py`) and against the real modules.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

@@ -216,8 +216,6 @@ pub fn move_aside(run: &Path) -> Result<Option<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     #[test]

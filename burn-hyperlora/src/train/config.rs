@@ -378,8 +378,6 @@ impl TrainConfig {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::path::Path;
 
     use super::*;

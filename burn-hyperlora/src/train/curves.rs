@@ -128,8 +128,6 @@ impl Curves {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::collections::BTreeMap;
 
     use hyperlora_ranks::WorldOfOne;

@@ -54,8 +54,6 @@ fn remove(tree: &mut Value, keys: &[&str]) {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::path::Path;
 
     use hyperlora_core::config::parse;

@@ -43,8 +43,6 @@ fn print(out: &mut dyn Write, text: Arguments<'_>) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::io::BufWriter;
 
     use super::*;

@@ -143,8 +143,6 @@ fn regular(file: File) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::os::unix::fs::symlink;
     use std::process::Command;
 

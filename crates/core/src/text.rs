@@ -111,8 +111,6 @@ fn acts(letter: char) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::sync::{Arc, Mutex};
 
     use super::*;

@@ -117,8 +117,6 @@ fn time_left(until: Instant) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::net::TcpListener;
 
     use super::*;

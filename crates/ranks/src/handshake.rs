@@ -98,8 +98,6 @@ impl Handshake {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     fn handshake() -> Handshake {

@@ -238,8 +238,6 @@ fn master(variable: &impl Fn(&str) -> Option<String>) -> Result<Option<(String, 
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     fn detect(set: &[(&str, &str)]) -> Result<Option<Placement>> {

@@ -298,8 +298,6 @@ fn introduce(meeting: &Meeting<'_>, address: SocketAddr, token: &[u8], until: In
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     #[test]

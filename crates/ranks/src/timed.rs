@@ -92,8 +92,6 @@ impl Collective for Timed {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use burn::tensor::Device;
 
     use super::*;

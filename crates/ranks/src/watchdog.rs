@@ -68,8 +68,6 @@ fn held(waits: &Mutex<Waits>) -> MutexGuard<'_, Waits> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::mem;
     use std::sync::mpsc;
 

@@ -14,6 +14,7 @@ pub mod fuzz;
 pub mod kills;
 pub mod mpirun;
 pub mod mutate;
+pub mod reference;
 #[cfg(feature = "training")]
 pub mod stability;
 #[cfg(feature = "training")]

@@ -86,8 +86,6 @@ fn read_sidecar(files: &SourceFiles, path: &Path) -> std::result::Result<Option<
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     #[test]

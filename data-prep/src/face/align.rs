@@ -92,8 +92,6 @@ pub(super) fn mean(points: &[[f32; 2]]) -> [f32; 2] {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use image::Rgb;
 
     use super::*;

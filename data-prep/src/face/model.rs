@@ -141,8 +141,6 @@ fn open(runtime: &Runtime, file: &Path) -> ort::Result<Session> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     #[test]

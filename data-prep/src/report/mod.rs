@@ -265,8 +265,6 @@ fn thumbnail(image: &RgbImage) -> (Canvas, f32) {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     fn photo(shade: u8) -> RgbImage {

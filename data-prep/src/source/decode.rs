@@ -113,8 +113,6 @@ fn is_heif(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     fn png(width: u32, height: u32) -> Vec<u8> {

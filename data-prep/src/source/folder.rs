@@ -261,8 +261,6 @@ fn walk_error(root: &Path, error: walkdir::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::ffi::OsStr;
     use std::fs;
     use std::os::unix::fs::symlink;

@@ -113,8 +113,6 @@ fn next_marker(bytes: &[u8], mut at: usize) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     /// Small files of libjpeg-turbo: 40 x 40 pixels, 4:2:0.

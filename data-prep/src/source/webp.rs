@@ -62,8 +62,6 @@ fn compare(name: &[u8; 4], content: &[u8], announced: Option<[u32; 2]>) -> Resul
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     fn chunk(name: &[u8; 4], content: &[u8]) -> Vec<u8> {

@@ -101,8 +101,6 @@ fn unet_path(prefix: &str) -> Result<Option<String>> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::unet_path;
 
     #[test]

@@ -143,8 +143,6 @@ fn suggest(kind: &str, given: &str, known: &[&str]) -> (String, String) {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use serde::Deserialize;
 
     use super::*;

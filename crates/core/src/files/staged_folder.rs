@@ -190,8 +190,6 @@ fn sync_all(folder: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::os::unix::fs::symlink;
 
     use super::super::{MARKER, write_whole};

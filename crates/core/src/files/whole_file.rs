@@ -43,8 +43,6 @@ pub fn write_whole_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     fn names(folder: &Path) -> Vec<String> {

@@ -1,7 +1,5 @@
 //! NCCL itself, on a machine with a GPU: `cargo test -p burn-hyperlora --features cuda --lib nccl -- --ignored`.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::net::TcpListener;
 
 use super::*;

@@ -1,7 +1,5 @@
 //! Meetings, notes and ends of ranks that are threads of one process.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::sync::{Barrier, Mutex, mpsc};

@@ -299,8 +299,6 @@ fn end_in_noise(shares: &mut [f64]) {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::expect_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     #[test]

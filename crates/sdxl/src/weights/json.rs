@@ -63,8 +63,6 @@ fn quoted(text: &str) -> Cow<'_, str> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use serde_json::{Value, json};
 
     use super::*;

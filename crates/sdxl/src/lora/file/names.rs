@@ -110,8 +110,6 @@ fn dotted(path: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::collections::BTreeMap;
 
     use flate2::read::GzDecoder;
