@@ -26,7 +26,7 @@ fn shards_are_read_face_by_face() {
     command.arg(world.path("shards"));
     let lines = run(command).with(0).stdout;
     assert_eq!(lines.lines().count(), 16);
-    assert!(lines.lines().all(|line| line.split('\t').count() == 5), "{lines}");
+    assert!(lines.lines().all(|line| line.split('\t').count() == 4), "{lines}");
 }
 
 #[test]

@@ -58,11 +58,6 @@ fn describe(program: &Command, command: &Command, page: &mut String) {
     let name = command.get_bin_name().unwrap_or(command.get_name());
     let is_program = std::ptr::eq(program, command);
     if is_program || command.get_subcommands().next().is_none() {
-        let title = if is_program { format!("`{name}`, options of every command") } else { format!("`{name}`") };
-        *page += &format!("### {title}\n\n");
-        if !is_program {
-            *page += &format!("{}.\n\n", text(command.get_about()).trim_end_matches('.'));
-        }
         // Options of the whole program are described once, with it.
         let global = |argument: &Arg| program.get_arguments().any(|known| known.get_id() == argument.get_id());
         let own: Vec<&Arg> = command
@@ -70,6 +65,11 @@ fn describe(program: &Command, command: &Command, page: &mut String) {
             .filter(|argument| !["help", "version"].contains(&argument.get_id().as_str()))
             .filter(|argument| !argument.is_hide_set() && (is_program || !global(argument)))
             .collect();
+        if !is_program {
+            *page += &format!("### `{name}`\n\n{}.\n\n", text(command.get_about()).trim_end_matches('.'));
+        } else if !own.is_empty() {
+            *page += &format!("### `{name}`, options of every command\n\n");
+        }
         if !own.is_empty() {
             *page += "| argument | meaning |\n|---|---|\n";
             own.into_iter().for_each(|argument| *page += &row(argument));
@@ -103,7 +103,11 @@ fn row(argument: &Arg) -> String {
         meaning += &format!(". Default: `{}`", defaults.join(" "));
     }
     let needed = if argument.is_required_set() && !flags.is_empty() { ". Required" } else { "" };
-    format!("| `{}` | {}{needed} |\n", name.trim(), meaning.replace('|', "\\|").replace(".. ", ". "))
+    format!(
+        "| `{}` | {}{needed} |\n",
+        name.trim(),
+        meaning.replace('|', "\\|").replace('<', "\\<").replace(".. ", ". ")
+    )
 }
 
 fn text(styled: Option<&clap::builder::StyledStr>) -> String {
