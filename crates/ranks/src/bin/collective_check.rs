@@ -17,8 +17,8 @@ use hyperlora_ranks::{Collective, agree, run_as_rank};
 const BUCKET: usize = 10 << 18;
 
 fn main() -> ExitCode {
-    let logging = burn_hyperlora::metrics::log::init(0, None);
-    run_as_rank(Duration::from_secs(option("--timeout").unwrap_or(60)), |world| logging.and_then(|()| run(world)))
+    tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_writer(std::io::stderr).without_time().init();
+    run_as_rank(Duration::from_secs(option("--timeout").unwrap_or(60)), run)
 }
 
 /// The number after `name` on the command line.
