@@ -1,4 +1,4 @@
-//! A status as text.
+//! Status as text.
 
 use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
