@@ -70,7 +70,7 @@ impl CheckpointStore {
     /// Lists every complete checkpoint, oldest first. A folder that does not exist holds none.
     ///
     /// # Errors
-    /// As [`Error::read`].
+    /// Same as [`Error::read`].
     pub fn list(&self) -> Result<Vec<Checkpoint>> {
         let names = match names(&self.root) {
             Err(source) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -87,7 +87,7 @@ impl CheckpointStore {
     /// Returns the checkpoint to resume from: the one with the most steps.
     ///
     /// # Errors
-    /// As [`list`](Self::list).
+    /// Same as [`list`](Self::list).
     pub fn latest(&self) -> Result<Option<Checkpoint>> {
         Ok(self.list()?.pop())
     }
@@ -101,7 +101,7 @@ impl CheckpointStore {
     /// appears and older checkpoints stay intact.
     ///
     /// # Errors
-    /// Those of `fill`; Disk: a full or failing disk; Input: a place that cannot be written to.
+    /// Errors of `fill`; Disk: a full or failing disk; Input: a place that cannot be written to.
     pub fn write(&self, step: u64, fill: impl FnOnce(&mut Part<'_>) -> Result<()>) -> Result<Checkpoint> {
         let path = self.place_of(step);
         let staged = StagedFolder::new(&path, OWNERSHIP)?;
@@ -119,7 +119,7 @@ impl CheckpointStore {
     /// next start tries again.
     ///
     /// # Errors
-    /// As [`list`](Self::list).
+    /// Same as [`list`](Self::list).
     pub fn prune(&self, keep: usize, keep_every: Option<u64>, needed: Option<u64>) -> Result<()> {
         let mut old = self.list()?;
         old.truncate(old.len().saturating_sub(keep.max(1)));

@@ -39,7 +39,7 @@ impl<'a> Part<'a> {
     /// receives.
     ///
     /// # Errors
-    /// Those of `write`; Disk: a full or failing disk.
+    /// Errors of `write`; Disk: a full or failing disk.
     pub fn file(&mut self, name: &str, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         let path = self.folder.join(name);
         if let Some(folder) = path.parent() {
@@ -54,7 +54,7 @@ impl<'a> Part<'a> {
     /// Adds `state.json`, the run's state other than tensors. Every checkpoint has one.
     ///
     /// # Errors
-    /// As [`file`](Self::file).
+    /// Same as [`file`](Self::file).
     pub fn state(&mut self, state: &impl Serialize) -> Result<()> {
         self.file(STATE, |path| write_json(path, state))
     }

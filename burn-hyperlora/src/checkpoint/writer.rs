@@ -86,7 +86,7 @@ impl CheckpointWriter {
     /// Errors of this checkpoint are reported on all ranks by [`advance`](Self::advance) and [`finish`](Self::finish).
     ///
     /// # Errors
-    /// Those of the previous checkpoint; see [`finish`](Self::finish).
+    /// Errors of the previous checkpoint; see [`finish`](Self::finish).
     pub fn begin<W: FnOnce(&mut Part<'_>) -> Result<()> + Send + 'static>(
         &mut self,
         world: &dyn Collective,
@@ -170,7 +170,7 @@ impl CheckpointWriter {
     /// exchange progress meanwhile, so a rank that hangs is noticed as in any step.
     ///
     /// # Errors
-    /// As [`advance`](Self::advance); Fault, on all ranks: a disk that does not finish within the deadline.
+    /// Same as [`advance`](Self::advance); Fault, on all ranks: a disk that does not finish within the deadline.
     pub fn finish(&mut self, world: &dyn Collective) -> Result<Option<Checkpoint>> {
         let begun = Instant::now();
         while self.writing.is_some() {

@@ -1,4 +1,4 @@
-//! `--device`: where a command computes.
+//! `--device`: the device that a command computes on.
 
 use std::fmt::{self, Display, Formatter};
 use std::str::FromStr;
@@ -9,11 +9,11 @@ use hyperlora_core::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::cli::settings;
 
-/// A device by name, checked while the command line is read.
+/// Device name, checked while the command line is parsed.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum DeviceChoice {
     Cpu,
-    /// The GPU of this rank where the number is left out.
+    /// The GPU of this rank if the number is omitted.
     Cuda(Option<usize>),
 }
 
@@ -41,7 +41,7 @@ impl Display for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// Opens the device; `useful` tells whether the command runs models at all.
+    /// Opens the device; `useful` is true if the command runs models.
     pub(super) fn open(self, useful: bool) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::flex()),
@@ -67,8 +67,8 @@ impl DeviceChoice {
     }
 }
 
-/// The number of the GPU to use, of the `visible` ones: `asked`, or that of the rank. A launcher may show each rank its own GPU
-/// alone (`srun --gpus-per-task=1`, a container per GPU), which is number 0 then.
+/// Chooses the index of the GPU among the `visible` ones: `asked`, or that of the rank. A launcher may show each rank
+/// only its own GPU (`srun --gpus-per-task=1`, a container per GPU), which then has index 0.
 #[cfg(any(feature = "cuda", test))]
 fn choose_gpu(asked: Option<usize>, local_rank: Option<usize>, visible: usize) -> Result<usize> {
     let index = asked.unwrap_or(if visible == 1 { 0 } else { local_rank.unwrap_or(0) });

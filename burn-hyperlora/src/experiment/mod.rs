@@ -178,7 +178,7 @@ impl Experiment {
     /// Trains as one of several ranks; see [`train`](Self::train).
     ///
     /// # Errors
-    /// As [`train`](Self::train); Peer: another rank is lost; PeerFailed: another rank fails.
+    /// Same as [`train`](Self::train); Peer: another rank is lost; PeerFailed: another rank fails.
     pub fn train_together(&self, ranks: &Ranks, run: &Path, device: &Device, options: TrainOptions) -> Result<Outcome> {
         train::run(self.setup(ranks, run, device)?, options)
     }
@@ -186,7 +186,7 @@ impl Experiment {
     /// Opens the run in the folder `run` for a custom training loop, as one of `ranks`.
     ///
     /// # Errors
-    /// As [`train`](Self::train).
+    /// Same as [`train`](Self::train).
     pub fn session(&self, ranks: &Ranks, run: &Path, device: &Device, options: TrainOptions) -> Result<Session> {
         Session::begin(self.setup(ranks, run, device)?, options)
     }

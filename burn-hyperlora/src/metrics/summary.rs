@@ -98,7 +98,7 @@ impl Summary {
     /// Reads the summary of a run, changes it, and writes the whole file.
     ///
     /// # Errors
-    /// Those of [`read`](Self::read); Input: a place that cannot be written to; Disk: a full or failing disk.
+    /// Errors of [`read`](Self::read); Input: a place that cannot be written to; Disk: a full or failing disk.
     pub fn update(run: &Path, change: impl FnOnce(&mut Self)) -> Result<()> {
         let path = run.join(FILE);
         let mut summary = Self::read(run)?;

@@ -109,7 +109,7 @@ impl Optimizer {
     /// gets the part that it owns. Reduces in place: one bucket travels while the next is prepared.
     ///
     /// # Errors
-    /// Those of the collective.
+    /// Errors of the collective.
     pub fn reduce(&mut self, world: &dyn Collective) -> Result<ReducedGradients> {
         let what = "the gradients of all ranks";
         let share = self.share;
@@ -155,7 +155,7 @@ impl Optimizer {
     /// the old weights, at most a few buckets are in memory twice.
     ///
     /// # Errors
-    /// Those of the collective. Some parameters and their state are then updated and others are not.
+    /// Errors of the collective. Some parameters and their state are then updated and others are not.
     pub fn step<M: Module>(
         &mut self,
         module: &mut M,

@@ -97,7 +97,7 @@ const LONGEST: u64 = 16 << 20;
 /// Writes the resolved configuration with its checksum.
 ///
 /// # Errors
-/// As [`write_whole`].
+/// Same as [`write_whole`].
 pub(crate) fn write_config(run: &Path, yaml: &str) -> Result<()> {
     let sealed = format!("{yaml}{SEAL}{}\n", sha256_of(yaml.as_bytes()));
     write_whole(&run.join(CONFIG_FILE), sealed.as_bytes())
@@ -124,7 +124,7 @@ pub fn verify_config(run: &Path) -> Result<()> {
 /// `patience`. The ranks wait for each other up to the deadline of `ranks`.
 ///
 /// # Errors
-/// As [`Claim::take`] on the main rank, reported on all ranks. Input, the same on all ranks: names the first rank whose
+/// Same as [`Claim::take`] on the main rank, reported on all ranks. Input, the same on all ranks: names the first rank whose
 /// run folder is a different one.
 pub(crate) fn claim_together(ranks: &Ranks, run: &Path, patience: Duration) -> Result<Option<Claim>> {
     let claimed = ranks.try_on_all("rank 0 to claim the run folder", || {

@@ -99,7 +99,7 @@ impl MomentFiles {
     /// Reads the elements `range` of a tensor as f32 data.
     ///
     /// # Errors
-    /// As [`read_raw`](Self::read_raw).
+    /// Same as [`read_raw`](Self::read_raw).
     pub fn read(&self, name: &str, range: Range<usize>) -> Result<TensorData> {
         let length = range.len();
         Ok(TensorData::from_bytes_vec(self.read_raw(name, range)?, [length], DType::F32))
@@ -108,7 +108,7 @@ impl MomentFiles {
     /// Writes all moments as one file.
     ///
     /// # Errors
-    /// As [`read_raw`](Self::read_raw); Input or Disk: a place or disk that cannot be written to.
+    /// Same as [`read_raw`](Self::read_raw); Input or Disk: a place or disk that cannot be written to.
     pub fn write_whole(&self, path: &Path) -> Result<()> {
         let lengths = self.lengths();
         let entries = lengths.iter().map(|(name, length)| TensorEntry::new(*name, DType::F32, [*length]));

@@ -23,7 +23,7 @@ struct Line {
 /// Records that `step` was skipped. `own` holds the draws of this rank's samples and the keys of their photos.
 ///
 /// # Errors
-/// On all ranks, Input or Disk: the main rank cannot write the file. Also those of the collective.
+/// On all ranks, Input or Disk: the main rank cannot write the file. Also errors of the collective.
 pub(crate) fn note(
     ranks: &Ranks,
     run: &Path,
@@ -60,7 +60,7 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
 /// process does not count.
 ///
 /// # Errors
-/// As [`Error::read`].
+/// Same as [`Error::read`].
 pub fn count(run: &Path) -> Result<usize> {
     let path = run.join(SKIPPED);
     let text = match read_regular(&path, LARGEST) {

@@ -87,7 +87,7 @@ impl Curves {
     /// if known.
     ///
     /// # Errors
-    /// Those of the collective.
+    /// Errors of the collective.
     pub fn take(
         &mut self,
         world: &dyn Collective,

@@ -23,7 +23,7 @@ const END: u64 = 1 << 20;
 /// weights.
 ///
 /// # Errors
-/// As [`Error::read`]: a file that is missing or cannot be read.
+/// Same as [`Error::read`]: a file that is missing or cannot be read.
 pub(super) fn of_base(config: &BaseConfig, yaml_folder: &Path) -> Result<Value> {
     let source = config.source(yaml_folder)?;
     let mut parts = Map::new();
@@ -43,7 +43,7 @@ pub(super) fn of_base(config: &BaseConfig, yaml_folder: &Path) -> Result<Value> 
 /// Computes a checksum of a hypernetwork in the released layout, over the names, lengths and both ends of its files.
 ///
 /// # Errors
-/// As [`Error::read`].
+/// Same as [`Error::read`].
 pub(super) fn of_released(folder: &Path) -> Result<String> {
     let failed = |source| Error::read(folder, source);
     let entries = fs::read_dir(folder).map_err(failed)?.collect::<io::Result<Vec<_>>>().map_err(failed)?;

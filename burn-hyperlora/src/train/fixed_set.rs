@@ -60,7 +60,7 @@ impl FixedSet {
     /// are read.
     ///
     /// # Errors
-    /// As [`SampleMaker::make`].
+    /// Same as [`SampleMaker::make`].
     pub fn first_people(&self, count: usize, stop: Stop<'_>) -> Result<ControlFlow<&'static str, Vec<Sample>>> {
         let (maker, requests) = (self.maker.clone(), self.requests.clone());
         self.aside.read(stop, move || {
@@ -82,7 +82,7 @@ impl FixedSet {
     /// was asked to `stop`.
     ///
     /// # Errors
-    /// As [`SampleMaker::make`] and [`denoising_loss`]; those of the collective.
+    /// Same as [`SampleMaker::make`] and [`denoising_loss`]; also errors of the collective.
     pub fn loss(
         &self,
         base: &Base,

@@ -38,7 +38,7 @@ impl RankFigures {
 /// Exchanges the figures of all ranks and combines them into curves.
 ///
 /// # Errors
-/// Those of the collective; Fault: a rank's message cannot be read.
+/// Errors of the collective; Fault: a rank's message cannot be read.
 pub(super) fn share(world: &dyn Collective, own: RankFigures) -> Result<Vec<(String, f64)>> {
     let notes = world.exchange("the figures of all ranks", &own.to_note())?;
     let figures = notes.iter().map(|note| RankFigures::of_note(note)).collect::<Option<Vec<_>>>();

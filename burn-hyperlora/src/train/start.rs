@@ -86,7 +86,7 @@ pub(super) fn check_same_settings(setup: &TrainSetup, options: &TrainOptions, co
 /// Checks that all ranks have the same data and base, wherever the files are.
 ///
 /// # Errors
-/// As [`check_same_settings`].
+/// Same as [`check_same_settings`].
 pub(super) fn check_same_files(setup: &TrainSetup, settings: &Value) -> Result<()> {
     agree(
         &*setup.ranks,
@@ -100,7 +100,7 @@ pub(super) fn check_same_files(setup: &TrainSetup, settings: &Value) -> Result<(
 /// Checks that all ranks begin at the same step with the same parameters; `origin` identifies the initial weights.
 ///
 /// # Errors
-/// As [`check_same_settings`].
+/// Same as [`check_same_settings`].
 pub(super) fn check_same_start(
     setup: &TrainSetup,
     hyper_lora: &HyperLora,

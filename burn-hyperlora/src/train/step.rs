@@ -125,7 +125,7 @@ pub struct StepGradients {
 /// one instead of a batch, on any rank.
 ///
 /// # Errors
-/// Those of the data; PeerFailed: another rank fails. The weights are unchanged.
+/// Errors of the data; PeerFailed: another rank fails. The weights are unchanged.
 pub fn gradients(
     base: &Base,
     learner: &mut Learner,
@@ -161,7 +161,7 @@ pub fn gradients(
 /// Clips the gradients by their global norm and updates the weights; a step that would do harm updates nothing.
 ///
 /// # Errors
-/// Those of the collective. The weights are then partly updated, and the run must be resumed from a checkpoint.
+/// Errors of the collective. The weights are then partly updated, and the run must be resumed from a checkpoint.
 pub fn apply(
     learner: &mut Learner,
     gradients: StepGradients,
@@ -183,7 +183,7 @@ pub fn apply(
 /// its data.
 ///
 /// # Errors
-/// As [`Ranks::share`].
+/// Same as [`Ranks::share`].
 fn share_losses(
     ranks: &Ranks,
     own: std::result::Result<ControlFlow<&'static str, &[SampleLoss]>, &Error>,

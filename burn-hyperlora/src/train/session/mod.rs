@@ -101,7 +101,7 @@ impl Session {
     /// Claims the run folder, loads models and data, and resumes from the latest checkpoint if there is one.
     ///
     /// # Errors
-    /// As [`crate::train::run`].
+    /// Same as [`crate::train::run`].
     pub fn begin(setup: TrainSetup, options: TrainOptions) -> Result<Self> {
         let ranks = setup.ranks.clone();
         // A quarter of the timeout, so that the ranks do not give each other up while one looks for the folder.
@@ -161,7 +161,7 @@ impl Session {
     /// everything is saved; see [`outcome`](Self::outcome).
     ///
     /// # Errors
-    /// As [`crate::train::run`].
+    /// Same as [`crate::train::run`].
     pub fn next_window(&mut self) -> Result<Option<Window>> {
         while self.outcome.is_none() {
             let Some(entry) = self.setup.train.stages.get(self.state.stage).cloned() else {
