@@ -6,8 +6,7 @@
 //!
 //! Writes the inputs of the PyTorch side into FOLDER: `plan.json` (settings, and the content of some draws) and
 //! `check.safetensors` (the samples of these draws). Then answers every line `{"workers", "epochs"}` on stdin with the
-//! samples and the seconds of that many epochs of the experiment's last stage, from unopened shards to batches of
-//! tensors.
+//! samples and the seconds of that many epochs of the experiment's last stage, from unopened shards to tensors.
 
 mod common;
 

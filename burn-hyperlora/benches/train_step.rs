@@ -177,7 +177,7 @@ impl Bench {
             let gradients =
                 step::gradients(&self.base, &mut learner, &config, &Denoising, &ranks, f64::INFINITY, next_batch)?;
             let ControlFlow::Continue(gradients) = gradients else {
-                return Err(Error::Fault("the step was broken off".into()));
+                return Err(Error::Fault("the step was interrupted".into()));
             };
             let report = step::apply(&mut learner, gradients, optim.clip_norm, optim.learning_rate, &*ranks)?;
             let total = clock.elapsed();
@@ -189,8 +189,7 @@ impl Bench {
     }
 }
 
-/// Gives the up bases values as if trained. At zero the LoRA would have no effect and half of the gradients would be
-/// zero.
+/// Gives the up bases values as if trained: at zero the LoRA has no effect, and half of the gradients are zero.
 struct RaiseUpBases(u64);
 
 impl ParameterMapper for RaiseUpBases {

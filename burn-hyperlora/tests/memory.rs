@@ -61,8 +61,7 @@ fn lora(sites: &[AttentionSite], batch: usize) -> LoraWeights {
     LoraWeights { modules: sites.iter().map(module).collect() }
 }
 
-/// Returns the formula's estimate divided by the measured growth: the bytes at the peak of a pass minus those before
-/// it.
+/// Returns the formula's estimate divided by the measured growth: bytes at the peak of a pass minus those before.
 fn measure(unet: &UNet2DConditionModel, batch: usize, size: [usize; 2], dtype: FloatDType, recompute: bool) -> f64 {
     let (input, lora) = (input(unet, batch, size), lora(unet.attention_sites(), batch));
     ALLOCATOR.reset_peak_usage();

@@ -166,7 +166,7 @@ impl Checkpoint {
             Some(step) if path.is_dir() => Ok(Self { step, path: path.into() }),
             _ => Err(Error::file(
                 path,
-                "is no checkpoint folder",
+                "is not a checkpoint folder",
                 "give one such as runs/NAME/checkpoints/step-00000300",
             )),
         }
@@ -188,8 +188,7 @@ impl Checkpoint {
     /// Compares every file with its checksum.
     ///
     /// # Errors
-    /// Input: names the first file that is missing, truncated, changed, or not covered by a checksum; Disk: a failing
-    /// disk.
+    /// Input: names the first file that is missing, truncated, changed or has no checksum; Disk: a failing disk.
     pub fn verify(&self) -> Result<()> {
         let sums = self.sums()?;
         if !sums.contains_key(STATE) {
@@ -198,7 +197,7 @@ impl Checkpoint {
         if let Some(name) = unlisted(&self.path, &listing_of(&sums))? {
             return Err(Error::file(
                 &self.path.join(name),
-                format!("is no file that {CHECKSUMS} covers: it was not written with the checkpoint"),
+                format!("is not a file that {CHECKSUMS} covers: it was not written with the checkpoint"),
                 format!("move it out of the folder {}", self.path.display()),
             ));
         }
@@ -252,7 +251,7 @@ impl Checkpoint {
         Error::file(
             &self.path.join(name),
             problem,
-            format!("delete the folder {} to go on from the checkpoint before it", self.path.display()),
+            format!("delete the folder {} to resume from the previous checkpoint", self.path.display()),
         )
     }
 }

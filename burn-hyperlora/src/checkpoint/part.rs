@@ -35,8 +35,7 @@ impl<'a> Part<'a> {
         Self { folder, sums: FileSums::new() }
     }
 
-    /// Adds the file `name`, relative to the checkpoint with `/` between folders. `write` creates it at the path it
-    /// receives.
+    /// Adds the file `name`, relative to the checkpoint with `/` between folders. `write` creates it at the given path.
     ///
     /// # Errors
     /// Errors of `write`; Disk: a full or failing disk.
@@ -79,7 +78,7 @@ fn sync_folders(folder: &Path) -> io::Result<()> {
 
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value)
-        .map_err(|source| Error::Fault(format!("{}: cannot be put as JSON: {source}", path.display())))?;
+        .map_err(|source| Error::Fault(format!("{}: cannot be written as JSON: {source}", path.display())))?;
     write_whole(path, text.as_bytes())
 }
 

@@ -15,7 +15,7 @@ impl<T: Send + 'static> Task<T> {
     pub(super) fn start(work: impl FnOnce() -> Result<T> + Send + 'static) -> Self {
         match Builder::new().name("checkpoint".into()).spawn(work) {
             Ok(thread) => Self { thread: Some(thread), ended: None },
-            Err(source) => Self::done(Err(Error::Fault(format!("no thread for the checkpoint: {source}")))),
+            Err(source) => Self::done(Err(Error::Fault(format!("the checkpoint thread cannot be started: {source}")))),
         }
     }
 }

@@ -151,7 +151,7 @@ impl CheckpointWriter {
                 std::mem::forget(phase);
                 let (path, seconds) = (writing.checkpoint.path.display(), self.deadline.as_secs());
                 return Err(Error::Fault(format!(
-                    "{path}: not written after {seconds} s\n  remedy: see what keeps the disk, or give it more time with train.collective_timeout_s (a tenth of these seconds)"
+                    "{path}: not written after {seconds} s\n  remedy: check why the disk is slow, or allow more time with train.collective_timeout_s (a tenth of these seconds)"
                 )));
             }
             (None, phase) => Some(Writing { phase, ..writing }),

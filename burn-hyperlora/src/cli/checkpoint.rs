@@ -40,7 +40,7 @@ pub(super) struct VerifyArgs {
     path: PathBuf,
 }
 
-/// Merge the parts that several ranks wrote, as if one process had written them
+/// Join the parts that several ranks wrote, as if one process had written them
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  hyperlora checkpoint consolidate runs/quickstart\n  hyperlora checkpoint consolidate runs/quickstart -o hyperlora-released/"

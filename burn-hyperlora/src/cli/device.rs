@@ -47,7 +47,7 @@ impl DeviceChoice {
             Self::Cpu => Ok(Device::flex()),
             Self::Cuda(_) if !useful => Err(Error::input(
                 format!("--device {self}"),
-                "this command has no use for a GPU: it works on the CPU alone",
+                "this command does not use a GPU: it runs on the CPU only",
                 "leave --device out",
             )),
             #[cfg(feature = "cuda")]
@@ -81,7 +81,7 @@ fn choose_gpu(asked: Option<usize>, local_rank: Option<usize>, visible: usize) -
             "check that nvidia-smi lists a GPU here, and CUDA_VISIBLE_DEVICES; or leave --device out for the CPU";
         return Err(Error::input(place, "no NVIDIA GPU is visible to this process", remedy));
     }
-    let range = if visible == 1 { "number 0 alone is".into() } else { format!("numbers 0 to {} are", visible - 1) };
+    let range = if visible == 1 { "only number 0 is".into() } else { format!("numbers 0 to {} are", visible - 1) };
     let problem = match (asked, local_rank) {
         (None, Some(rank)) => format!("local rank {rank} has no GPU: {range} visible"),
         _ => format!("there is no such GPU: {range} visible"),
@@ -113,7 +113,7 @@ mod tests {
         for (asked, local_rank, visible, words) in [
             (None, None, 0, "no NVIDIA GPU is visible"),
             (None, Some(2), 2, "local rank 2 has no GPU: numbers 0 to 1 are visible"),
-            (Some(1), None, 1, "--device cuda:1: there is no such GPU: number 0 alone is visible"),
+            (Some(1), None, 1, "--device cuda:1: there is no such GPU: only number 0 is visible"),
         ] {
             let error = choose_gpu(asked, local_rank, visible).unwrap_err();
             assert!(error.exit_code() == 2 && error.to_string().contains(words), "{error}");

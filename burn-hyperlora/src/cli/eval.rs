@@ -31,7 +31,7 @@ pub(super) fn run(command: &EvalCommand, common: &Common, device: &Device) -> Re
     common.start_log(None)?;
     let gap = identity_gap::run(&args.run, device)?;
     let (known, unseen) = (line("held-out photos of known people", &gap.known), line("people never seen", &gap.unseen));
-    let title = "identity gap: denoising loss with somebody else's LoRA minus that with the person's own";
+    let title = "identity gap: denoising loss with another person's LoRA minus that with the person's own";
     output::line(format_args!("{title}\n{known}\n{unseen}"))?;
     Ok(ExitCode::SUCCESS)
 }

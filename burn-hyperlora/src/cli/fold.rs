@@ -15,7 +15,7 @@ use crate::cli::options::Common;
 /// Fold a weighted Base-LoRA into an ID-LoRA: one file instead of two
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 -o anna-studio.safetensors\n  To the ID-LoRA's own rank, with what that costs:\n    hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 --rank 8 -o anna-studio.safetensors"
+    after_help = "Examples:\n  hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 -o anna-studio.safetensors\n  At the ID-LoRA's own rank, with the relative error of that:\n    hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 --rank 8 -o anna-studio.safetensors"
 )]
 pub(super) struct FoldArgs {
     /// ID-LoRA file, in any layout

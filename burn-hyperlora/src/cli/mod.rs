@@ -36,7 +36,7 @@ use crate::cli::options::Common;
     name = "hyperlora",
     version,
     propagate_version = true,
-    after_help = "Examples:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart\n  hyperlora generate --checkpoint runs/quickstart --image a.png -o lora.safetensors\n\nExit codes: 0 done, 2 the input needs mending, 3 stopped by a signal with everything saved, 1 the disk or the program failed.\n75 another rank of the run was lost or fell silent: start again."
+    after_help = "Examples:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart\n  hyperlora generate --checkpoint runs/quickstart --image a.png -o lora.safetensors\n\nExit codes: 0 done, 2 the input needs fixing, 3 stopped by a signal with everything saved, 1 the disk or the program failed.\n75 another rank of the run was lost or fell silent: start again."
 )]
 struct Cli {
     #[command(subcommand)]

@@ -14,7 +14,7 @@ use crate::cli::options::Common;
 /// Write the difference of two LoRAs: a slider for what distinguishes them
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  hyperlora slider --positive smiling.safetensors --negative serious.safetensors -o smile.safetensors\n\nThe difference is exact: ranks add up. Its weight is the slider, below 0 the other way round. Made of two photos of one\nperson, it changes what tells the photos apart."
+    after_help = "Example:\n  hyperlora slider --positive smiling.safetensors --negative serious.safetensors -o smile.safetensors\n\nThe difference is exact: ranks add up. Its weight is the slider; negative weights reverse it. Made from two\nphotos of one person, it changes what distinguishes the photos."
 )]
 pub(super) struct SliderArgs {
     /// LoRA for positive weights, a file in any layout

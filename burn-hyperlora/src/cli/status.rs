@@ -25,7 +25,7 @@ pub(super) fn run(args: &StatusArgs, common: &Common) -> Result<ExitCode> {
     let status = Status::read(&args.run)?;
     if args.json {
         let json = serde_json::to_string_pretty(&status)
-            .map_err(|error| Error::Fault(format!("the status cannot be put as JSON: {error}")))?;
+            .map_err(|error| Error::Fault(format!("the status cannot be written as JSON: {error}")))?;
         output::line(format_args!("{json}"))?;
     } else {
         output::text(format_args!("{status}"))?;

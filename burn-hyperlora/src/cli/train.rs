@@ -41,8 +41,7 @@ pub(super) struct TrainArgs {
 pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<ExitCode> {
     let stop = StopFlag::install()?;
     let placement = Placement::of_process()?;
-    // An error here may affect this rank only, so it is kept until the ranks have joined: the others wait to hear of
-    // it.
+    // An error here may affect this rank only. It is kept until the ranks have joined, because the others wait for it.
     let prepared = prepare(args, common, placement.as_ref().map_or(0, |placement| placement.rank));
     let timeout = prepared.as_ref().map_or(COLLECTIVE_TIMEOUT, |(experiment, _)| experiment.train.collective_timeout());
     let timeouts = JoinConfig { timeout, start_timeout: long(timeout) };
@@ -74,7 +73,7 @@ fn prepare(args: &TrainArgs, common: &Common, rank: usize) -> Result<(Experiment
     }
     let Found { experiment, run, earlier, aside } = found?;
     if let Some(told) = earlier.filter(|_| rank == 0) {
-        tracing::warn!("--restart is passed over: the launcher has started this run before ({told})");
+        tracing::warn!("--restart is ignored: the launcher has started this run before ({told})");
     }
     if let Some(aside) = aside {
         tracing::info!("the old run is kept in {}", aside.display());
@@ -116,14 +115,14 @@ fn tell(outcome: &Outcome) -> ExitCode {
         Outcome::Paused { step, checkpoint } => (
             0,
             format!(
-                "paused after {step} steps: {}; without --max-steps the same command goes on",
+                "paused after {step} steps: {}; the same command without --max-steps resumes the run",
                 checkpoint.display()
             ),
         ),
         Outcome::Stopped { signal, step, checkpoint } => (
             3,
             format!(
-                "stopped by {signal} after {step} steps, everything is saved: {}; the same command goes on",
+                "stopped by {signal} after {step} steps, everything is saved: {}; the same command resumes the run",
                 checkpoint.display()
             ),
         ),

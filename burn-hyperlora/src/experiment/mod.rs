@@ -88,8 +88,7 @@ impl Default for IdentityGapConfig {
 }
 
 impl Experiment {
-    /// Reads, completes and checks a YAML that the user named. The `config.yaml` of a run is read as a run's
-    /// configuration.
+    /// Reads, completes and checks a YAML that the user named. The `config.yaml` of a run is read as such.
     ///
     /// # Errors
     /// Input: names file, position and key.
@@ -110,7 +109,7 @@ impl Experiment {
         if !path.is_file() {
             return Err(Error::file(
                 run,
-                format!("is no run folder: it holds no {CONFIG_FILE}"),
+                format!("is not a run folder: it holds no {CONFIG_FILE}"),
                 "give a folder that `hyperlora train` wrote",
             ));
         }
@@ -273,9 +272,9 @@ impl Experiment {
             Some((key, split)) => Err(Error::input(
                 format!("{place}: {key}"),
                 format!(
-                    "is `{split}`, the split to learn from (data.split): what was learnt by heart would look understood"
+                    "is `{split}`, the training split (data.split): evaluating on training data would hide overfitting"
                 ),
-                "name a split that is not learnt from",
+                "name a split that is not trained on",
             )),
             None => Ok(()),
         }

@@ -9,7 +9,7 @@ use hyperlora_core::{Error, Result};
 use crate::experiment::Experiment;
 
 /// First line of the file.
-const HEADER: &str = "# Where on this machine lies what config.yaml names. Leave this file out of what you share.\n";
+const HEADER: &str = "# Local paths of the files and folders that config.yaml names. Do not share this file.\n";
 
 impl Experiment {
     /// Returns the resolved places of all paths, as YAML by their keys.

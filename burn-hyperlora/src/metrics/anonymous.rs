@@ -112,7 +112,7 @@ mod tests {
         let place = |place: &str, instead| (place.to_owned(), instead);
         let places = Places(vec![place("/work/my runs/", ""), place("/home/ada b", "~"), place("gpu07", "here")]);
         for (text, kept) in [
-            ("going on from /work/my runs/runs/a/checkpoints", "going on from runs/a/checkpoints"),
+            ("resuming from /work/my runs/runs/a/checkpoints", "resuming from runs/a/checkpoints"),
             ("/home/ada b/x: missing", "~/x: missing"),
             ("base: `/mnt/models/sdxl/` (/scratch/a)", "base: `…/sdxl` (…/a)"),
             ("/etc/a.yaml:3:5: unknown key", "…/a.yaml:3:5: unknown key"),

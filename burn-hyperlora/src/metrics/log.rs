@@ -131,12 +131,12 @@ mod tests {
 
         init(-1, Some(&run)).unwrap();
         tracing::debug!("learning rate 1e-4");
-        tracing::debug!("going on from {}\u{7}, https://a:b@h/x", run.join("checkpoints").display());
+        tracing::debug!("resuming from {}\u{7}, https://a:b@h/x", run.join("checkpoints").display());
         tracing::trace!("too small to note");
         note_failure(&"the disk is full");
         let text = fs::read_to_string(run.join("run.log")).unwrap();
         assert!(text.contains("DEBUG") && text.contains("learning rate 1e-4") && !text.contains("too small"), "{text}");
-        assert!(text.contains("going on from …/checkpoints\\u{7}, https://***@h/x\n"), "{text}");
+        assert!(text.contains("resuming from …/checkpoints\\u{7}, https://***@h/x\n"), "{text}");
         assert!(text.contains("ERROR") && text.contains("the disk is full"), "{text}");
         assert_eq!(init(0, None).unwrap_err().exit_code(), 1);
     }

@@ -113,8 +113,7 @@ impl Progress {
 
     fn state(&self, step: u64, loss: Option<f64>, elapsed: f64) -> String {
         let left = HumanDuration(self.pace.left(elapsed, self.total.saturating_sub(step)));
-        // Steps without a loss are sampling steps, of which one image needs several, so their images per second mean
-        // nothing.
+        // Steps without a loss are sampling steps, several per image, so their images per second mean nothing.
         let Some(loss) = loss else { return format!("{left} left") };
         let speed = self.pace.images_per_second(elapsed);
         format!("loss {loss:.4}  {speed:.1} images/s  {left} left")

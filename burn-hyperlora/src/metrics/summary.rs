@@ -104,7 +104,7 @@ impl Summary {
         let mut summary = Self::read(run)?;
         change(&mut summary);
         let text = serde_json::to_string_pretty(&summary)
-            .map_err(|source| Error::Fault(format!("{}: cannot be put as JSON: {source}", path.display())))?;
+            .map_err(|source| Error::Fault(format!("{}: cannot be written as JSON: {source}", path.display())))?;
         write_whole(&path, format!("{text}\n").as_bytes())
     }
 

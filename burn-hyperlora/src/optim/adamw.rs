@@ -1,5 +1,4 @@
-//! AdamW (arXiv 1711.05101) over a module's flat parameters, with its state sharded over the ranks (ZeRO stage 1, arXiv
-//! 1910.02054).
+//! AdamW (arXiv 1711.05101) over a module's flat parameters, sharded over the ranks (ZeRO-1, arXiv 1910.02054).
 //!
 //! The trainable parameters lie in [buckets](super::buckets). Each rank owns one part of each bucket: it receives the
 //! mean gradient of that part, steps the part, and sends the result to the others. A single rank owns everything and
@@ -249,7 +248,7 @@ impl Optimizer {
         origin: &Path,
     ) -> Result<()> {
         let misfit = |problem: String| {
-            let remedy = "go on with the configuration that the checkpoint was made with, or start anew";
+            let remedy = "resume with the configuration that wrote the checkpoint, or start a new run";
             Error::file(origin, problem, remedy)
         };
         let parameters = trainable(module);
@@ -280,7 +279,7 @@ impl Optimizer {
                 continue;
             };
             if paths.any(|other| steps.get(other) != Some(&time)) {
-                return Err(misfit("its parameters were stepped unequally often".into()));
+                return Err(misfit("its parameters have different step counts".into()));
             }
             let own = self.share.own(bucket);
             let mut moment = |name: &str| {

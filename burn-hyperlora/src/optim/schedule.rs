@@ -1,5 +1,4 @@
-//! Learning rate schedule: a pure function of the step, so there is nothing to save and the world size cannot change
-//! it.
+//! Learning rate schedule: a pure function of the step, with nothing to save and no influence of the world size.
 
 use std::f64::consts::PI;
 

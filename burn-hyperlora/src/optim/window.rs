@@ -17,7 +17,7 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// Creates an empty window. Gradients that do not travel (`travels`) are not packed: each parameter is then its own
+    /// Creates an empty window. Gradients that do not travel (`travels`) are not packed: each parameter is its own
     /// bucket.
     pub(super) fn new(buckets: usize, travels: bool) -> Self {
         Self { travels, sums: vec![None; buckets], micro_batches: 0 }

@@ -62,8 +62,7 @@ pub fn summary(checkpoint: &Checkpoint) -> Summary {
 /// one file each. On any failure, the checkpoint stays as it was.
 ///
 /// # Errors
-/// Input: a damaged checkpoint, or a run that is being trained; Input or Disk: a place or disk that cannot be written
-/// to.
+/// Input: a damaged checkpoint, or a run that is being trained; Input or Disk: an unwritable place or disk.
 pub fn consolidate(checkpoint: &Checkpoint) -> Result<()> {
     let absolute = std::path::absolute(checkpoint.path()).map_err(|source| Error::read(checkpoint.path(), source))?;
     let Some(root) = absolute.parent() else { return Err(Error::file(&absolute, "has no parent", "move it")) };

@@ -1,5 +1,4 @@
-//! Claim on the run folder: one training at a time, the same folder for all ranks, and the old folder kept on a
-//! restart.
+//! Claim on the run folder: one training at a time, the same folder for all ranks, and the old folder kept.
 
 use std::fs::{self, File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -64,7 +63,7 @@ impl Claim {
             }
             Err(TryLockError::Error(source)) => {
                 tracing::warn!(
-                    "{}: cannot be locked ({source}): see that no other process trains into this folder",
+                    "{}: cannot be locked ({source}): make sure that no other process trains into this folder",
                     path.display()
                 );
             }
@@ -112,9 +111,9 @@ pub fn verify_config(run: &Path) -> Result<()> {
     let path = run.join(CONFIG_FILE);
     let text = Root::open(run)?.read(Path::new(CONFIG_FILE), LONGEST).map_err(|source| Error::read(&path, source))?;
     let text = String::from_utf8_lossy(&text);
-    let remedy = "see that it says what you trained with: the next `hyperlora train` into this folder writes it anew";
+    let remedy = "check that it matches what you trained with: the next `hyperlora train` into this folder rewrites it";
     match text.strip_suffix('\n').and_then(|text| text.rsplit_once(SEAL)) {
-        None => Err(Error::file(&path, "is covered by no checksum: an older version wrote it", remedy)),
+        None => Err(Error::file(&path, "has no checksum: an older version wrote it", remedy)),
         Some((yaml, sha256)) if sha256_of(yaml.as_bytes()) == sha256 => Ok(()),
         Some(_) => Err(Error::file(&path, "does not match its checksum", remedy)),
     }
@@ -124,8 +123,8 @@ pub fn verify_config(run: &Path) -> Result<()> {
 /// `patience`. The ranks wait for each other up to the deadline of `ranks`.
 ///
 /// # Errors
-/// Same as [`Claim::take`] on the main rank, reported on all ranks. Input, the same on all ranks: names the first rank whose
-/// run folder is a different one.
+/// Same as [`Claim::take`] on the main rank, reported on all ranks. Input, the same on all ranks: names the first rank
+/// with a different run folder.
 pub(crate) fn claim_together(ranks: &Ranks, run: &Path, patience: Duration) -> Result<Option<Claim>> {
     let claimed = ranks.try_on_all("rank 0 to claim the run folder", || {
         let claim = || {

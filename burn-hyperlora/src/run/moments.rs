@@ -64,7 +64,7 @@ impl MomentFiles {
                 let (&[length], Dtype::F32) = (&shape[..], dtype) else {
                     let place = format!("{}: {name}", file.path().display());
                     let problem = format!("is {dtype:?} {shape:?}, moments are flat and F32");
-                    return Err(Error::input(place, problem, "go on from another checkpoint"));
+                    return Err(Error::input(place, problem, "resume from another checkpoint"));
                 };
                 pieces.entry(name).or_default().push((index, length));
             }

@@ -114,8 +114,7 @@ impl Source {
     /// the released layout.
     ///
     /// # Errors
-    /// Input: a folder that is none of these, a run without a checkpoint, or a damaged checkpoint; Disk: a failing
-    /// disk.
+    /// Input: another kind of folder, a run without a checkpoint, or a damaged checkpoint; Disk: a failing disk.
     pub fn find(folder: &Path) -> Result<Self> {
         if folder.join(CHECKPOINTS).is_dir() {
             let checkpoint = latest(folder)?.ok_or_else(|| {
@@ -160,7 +159,7 @@ pub fn check_settings(place: &str, saved: &SavedState, settings: &Value) -> Resu
     Err(Error::input(
         format!("{place}: {key}"),
         format!("is {now}, the run's checkpoint was made with {then}"),
-        "set it back to go on, or begin anew with --restart (the old run folder is kept aside)",
+        "set it back to resume, or start a new run with --restart (the old run folder is moved aside)",
     ))
 }
 

@@ -85,8 +85,7 @@ fn default_collective_timeout() -> u64 {
     COLLECTIVE_TIMEOUT.as_secs()
 }
 
-/// Returns the longest wait for a rank that works alone, and for all ranks at the start, given the longest wait in a
-/// collective.
+/// Returns the longest wait for a rank that works alone, and for all ranks at the start, given that in a collective.
 pub fn long(timeout: Duration) -> Duration {
     timeout.saturating_mul(10)
 }

@@ -19,7 +19,7 @@ use crate::conditioning::BaseConfig;
 /// Different weights differ in nearly every value, so reading gigabytes at every start is not worth the time.
 const END: u64 = 1 << 20;
 
-/// Computes a checksum of each component of the base, over its configuration and over the length and both ends of its
+/// Computes a checksum of each component of the base, over its configuration and the length and both ends of its
 /// weights.
 ///
 /// # Errors

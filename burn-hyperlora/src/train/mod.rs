@@ -1,6 +1,6 @@
 //! Training: three stages, one step function, and a state from which a run resumes bit for bit.
 //!
-//! [`Session`] is a run in progress. [`run`] is the loop of `hyperlora train` over it; a custom loop starts with
+//! [`Session`] is a run in progress. [`run`] is its loop in `hyperlora train`; a custom loop starts with
 //! [`Session::open`].
 
 pub mod config;
@@ -137,8 +137,7 @@ pub fn run(setup: TrainSetup, options: TrainOptions) -> Result<Outcome> {
     train().inspect_err(|_| session.fail())
 }
 
-/// Opens the shards that an experiment names. Damaged row groups are skipped, as listed in the quarantine file of
-/// `run`.
+/// Opens the shards that an experiment names. Skips damaged row groups, as listed in the quarantine file of `run`.
 ///
 /// # Errors
 /// Input: a missing, foreign or corrupt shard folder.

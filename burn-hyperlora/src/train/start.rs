@@ -55,8 +55,7 @@ pub(super) fn check_wire(setup: &TrainSetup) -> Result<()> {
     Ok(())
 }
 
-/// Returns the learner at the beginning of a stage: only the stage's groups train, and the optimiser has not stepped
-/// yet.
+/// Returns the learner at the beginning of a stage: only the stage's groups train, before the optimiser's first step.
 pub(super) fn begin_learning(setup: &TrainSetup, hyper_lora: HyperLora, entry: &StageEntry) -> Learner {
     let config = entry.config();
     learner(setup, hyper_lora.trainable(&config.groups), &config.optim)
@@ -114,7 +113,7 @@ pub(super) fn check_same_start(
         &[
             ("checkpoint", format!("step {}", state.global_step)),
             ("parameters", short(shapes.0)),
-            ("weights to begin with", origin.into()),
+            ("initial weights", origin.into()),
         ],
     )
 }
@@ -142,7 +141,7 @@ fn check_trigger(setup: &TrainSetup) -> Result<()> {
         0 => Ok(()),
         _ => Err(Error::input(
             format!("{}: train.trigger", setup.place),
-            format!("fills the {TEXT_TOKENS} tokens that the text encoders take: no word of a caption would be learnt"),
+            format!("fills the {TEXT_TOKENS} tokens that the text encoders take: no word of a caption would be used"),
             "give a few rare words, such as the default's three",
         )),
     }
@@ -217,7 +216,7 @@ fn resume(setup: &TrainSetup, base: &Base, checkpoint: &Checkpoint, settings: &V
         let (hyper_lora, steps) = (&learner.hyper_lora, &saved.optimizer_steps);
         learner.optimizer.restore(hyper_lora, steps, moments.lengths(), read, checkpoint.path())?;
     }
-    tracing::info!("going on from {}", checkpoint.path().display());
+    tracing::info!("resuming from {}", checkpoint.path().display());
     Ok((learner, saved.train))
 }
 

@@ -45,8 +45,7 @@ pub struct StepConfig<'a> {
 pub struct StepReport {
     /// Losses, one entry per sample of all ranks.
     pub losses: Vec<SampleLoss>,
-    /// Draw and photo key of each of this rank's samples. If a damaged photo was replaced, the key is that of the
-    /// replacement.
+    /// Draw and photo key of each of this rank's samples. A replaced damaged photo has the key of its replacement.
     pub photos: Vec<(u64, String)>,
     /// Global gradient norm before clipping.
     pub gradient_norm: f64,
@@ -203,8 +202,7 @@ fn share_losses(
     Ok(all.map_continue(|all| all.into_iter().flatten().map(sample).collect()))
 }
 
-/// Accumulates the gradients of this rank's batches. Returns the report so far, or the signal that arrived instead of a
-/// batch.
+/// Accumulates the gradients of this rank's batches. Returns the report so far, or the signal instead of a batch.
 fn window(
     base: &Base,
     learner: &mut Learner,
@@ -288,8 +286,7 @@ fn pass(
 
 /// Runs `work` on every item and its index, each on its own thread, and returns the results in item order.
 ///
-/// Uses threads outside rayon's pool: a pool thread that waits for a piece of one item could begin another item
-/// meanwhile.
+/// Uses threads outside rayon's pool: a pool thread that waits for a piece of one item could begin another.
 fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(usize, &T) -> Result<R> + Sync) -> Result<Vec<R>> {
     if let [only] = items {
         return Ok(vec![work(0, only)?]);
@@ -324,7 +321,7 @@ fn harm(report: &StepReport, loss_limit: f64) -> Option<String> {
     if !norm.is_finite() || !loss.is_finite() {
         return Some(format!("the gradient norm is {norm}, the loss {loss}"));
     }
-    (loss > loss_limit).then(|| format!("the loss is {loss:.5}, at most {loss_limit:.5} was to be expected"))
+    (loss > loss_limit).then(|| format!("the loss is {loss:.5}, above the limit of {loss_limit:.5}"))
 }
 
 impl StepReport {

@@ -127,7 +127,7 @@ fn max_steps_pauses_and_restart_keeps_the_old_run_aside() {
     };
     // A requeued job repeats the command, and the run resumes.
     let ended = again("SLURM_RESTART_COUNT", "2").with(0);
-    assert!(ended.stderr.contains("--restart is passed over"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("--restart is ignored"), "{}", ended.stderr);
     // Launchers that do not report a repeated start would move the run aside each time.
     for (name, value) in
         [("TORCHELASTIC_MAX_RESTARTS", "20"), ("TORCHELASTIC_RUN_ID", "a"), ("JOB_COMPLETION_INDEX", "0")]

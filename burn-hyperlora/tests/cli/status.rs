@@ -23,7 +23,7 @@ fn told(folder: &Path) -> String {
 fn a_run_tells_where_it_stands_at_work_killed_and_finished() {
     let world = World::new();
     let folder = world.path("run");
-    run(hyperlora([Path::new("status"), &folder])).refused(2, &["is no run folder"]);
+    run(hyperlora([Path::new("status"), &folder])).refused(2, &["is not a run folder"]);
 
     // An active run that is paused: it keeps its lock.
     let mut child = world.train("run", &[]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -51,8 +51,7 @@ fn a_run_tells_where_it_stands_at_work_killed_and_finished() {
     assert!(contents(&folder) == before, "status writes nothing");
 
     run(world.train("run", &[])).with(0);
-    // Step 3 repeats after a kill; a row group is listed twice, another belongs to other shards; both files end
-    // mid-line.
+    // Step 3 repeats after a kill; a row group is listed twice, another belongs to other shards; both end mid-line.
     let skipped = |step: u64| json!({"step": step, "stage": "base", "reason": "", "photos": []});
     fs::write(folder.join("skipped.jsonl"), format!("{}\n{}\n{}\n{{\"st", skipped(3), skipped(4), skipped(3))).unwrap();
     let saved = fs::read(folder.join(format!("checkpoints/step-{STEPS:08}/state.json"))).unwrap();

@@ -112,8 +112,7 @@ pub(crate) fn run(mut command: Command) -> Ended {
 }
 
 impl World {
-    /// Creates shards of four people with four photos each, the last of them held out, and the YAML of [`YAML`]; no run
-    /// yet.
+    /// Creates shards of four people with four photos each, the last of them held out, and [`YAML`]; no run yet.
     pub(crate) fn new() -> Self {
         Self(hyperlora_testing::world::World::of(Recipe {
             yaml: YAML,

@@ -51,7 +51,7 @@ fn places(document: &Value) -> Vec<String> {
     children.into_iter().flat_map(below).collect()
 }
 
-/// Sets the value at a place, or removes it.
+/// Sets the value at a place, or removes it; an array loses its last element instead.
 pub(crate) fn change(document: &mut Value, place: &str, value: Option<Value>) {
     if let Some(value) = value {
         if let Some(old) = document.pointer_mut(place) {

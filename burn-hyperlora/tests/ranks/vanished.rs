@@ -51,8 +51,7 @@ fn copy_shards(world: &World) {
     }
 }
 
-/// Moves all files of a folder to another one. Renaming the folder would not do, because an open folder is still
-/// readable.
+/// Moves all files of a folder to another one. Renaming is not enough: an open folder stays readable.
 fn carry(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for file in fs::read_dir(from).unwrap().map(Result::unwrap) {

@@ -47,8 +47,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
     finished(world.train(&experiment, "whole", None).unwrap());
     let whole = tensors(&world.path("whole"), STEPS);
 
-    // A kill leaves the checkpoints written before it: of a run stopped after `stop` steps, those after `left` are
-    // removed.
+    // A kill leaves the checkpoints written before it: of a run stopped after `stop` steps, those after `left` go.
     for (stop, left) in [(5, 5), (5, 4), (2, 2), (3, 2), (6, 6), (8, 8), (7, 6)] {
         let name = format!("killed-{stop}-{left}");
         let run = world.path(&name);

@@ -131,8 +131,7 @@ fn a_data_thread_that_is_stuck_does_not_keep_a_run_from_stopping() {
         }
         let intact = fs::read(world.path("shards/shard-00000.parquet")).unwrap();
         damage(&world);
-        // A damaged row group is recorded under a lock, so a thread that waits for the lock is as stuck as one in a
-        // read.
+        // A damaged row group is recorded under a lock, so a thread that waits for the lock is as stuck as a read.
         let path = world.path(&run).join(QUARANTINE_FILE);
         let lock = OpenOptions::new().append(true).create(true).open(path).unwrap();
         lock.lock().unwrap();

@@ -95,7 +95,7 @@ fn base_of(args: &SampleArgs, checkpoint: &Path, generator: &Generator) -> Resul
         (None, Some(experiment)) => Ok((experiment.base.clone(), experiment.folder().into())),
         (None, None) => Err(Error::file(
             checkpoint,
-            "is a HyperLoRA folder without a run around it: it does not say which base to draw with",
+            "is a HyperLoRA folder without a run: it does not say which base to draw with",
             "give the base with --base",
         )),
     }

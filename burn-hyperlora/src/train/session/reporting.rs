@@ -103,7 +103,7 @@ impl Session {
         let Some(metrics) = &mut self.metrics else { return };
         write(metrics, self.state.global_step);
         if let Some(error) = metrics.take_error() {
-            tracing::warn!("no more curves, the run goes on: {error}");
+            tracing::warn!("no more curves are written, the run continues: {error}");
         }
     }
 
@@ -118,14 +118,17 @@ impl Session {
     fn draw_pictures(&mut self, entry: &StageEntry, config: &SamplesConfig, set: &FixedSet) -> Result<()> {
         let setup = Rc::clone(&self.setup);
         if setup.ranks.asked_to_stop(self.options.stop.raised_by())?.is_some() {
-            tracing::warn!("the pictures of step {} are not drawn: the run is to stop", self.state.global_step);
+            tracing::warn!("the pictures of step {} are not drawn: the run is stopping", self.state.global_step);
             return Ok(());
         }
         setup.ranks.on_main("rank 0 to draw the pictures", || {
             let people = match set.first_people(config.count, &|| self.options.stop.raised_by())? {
                 ControlFlow::Continue(people) => people,
                 ControlFlow::Break(_) => {
-                    tracing::warn!("the pictures of step {} are not drawn: the run is to stop", self.state.global_step);
+                    tracing::warn!(
+                        "the pictures of step {} are not drawn: the run is stopping",
+                        self.state.global_step
+                    );
                     return Ok(());
                 }
             };

@@ -66,9 +66,9 @@ impl Session {
         self.finish_checkpoint()?;
         let setup = Rc::clone(&self.setup);
         let checkpoint = self.checkpoints.of_step(step);
-        tracing::warn!("{reason}: back to the weights of {}", checkpoint.path().display());
+        tracing::warn!("{reason}: rolled back to the weights of {}", checkpoint.path().display());
         setup.ranks.on_main("rank 0 to verify a checkpoint", || {
-            checkpoint.verify().map_err(|error| error.with_remedy("restore it, or begin anew with --restart"))
+            checkpoint.verify().map_err(|error| error.with_remedy("restore it, or start a new run with --restart"))
         })?;
         (self.learner, _) = setup.ranks.try_on_all("all ranks to go back to a checkpoint", || {
             begin_or_resume(&setup, &self.base, Some(&checkpoint), &self.settings)
@@ -80,6 +80,6 @@ impl Session {
 /// Returns the error of a run whose weights cannot be trusted.
 pub(super) fn diverged(reason: &str) -> Error {
     Error::Fault(format!(
-        "the training diverged: {reason}; the photos of the skipped steps are in {SKIPPED}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart"
+        "the training diverged: {reason}; the photos of the skipped steps are in {SKIPPED}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then start a new run with --restart"
     ))
 }

@@ -103,9 +103,7 @@ impl Session {
             let (cut, images) = (self.base.cut_captions() - stage.cut_before, stage.images);
             if cut > 0 {
                 let name = entry.name();
-                tracing::warn!(
-                    "stage {name}: the ends of {cut} of {images} captions were left out, beyond {TEXT_TOKENS} tokens"
-                );
+                tracing::warn!("stage {name}: {cut} of {images} captions were truncated to {TEXT_TOKENS} tokens");
             }
             let fixed_set = stage.fixed_set.clone();
             // The loader's threads end before the fixed set is measured.
