@@ -127,7 +127,7 @@ await 'the job is requeued' 2
 await 'id_embedding [0-9]*/10' 1
 note "scontrol requeue: Slurm takes the machine back, as for a preemption"
 scontrol requeue "$job"
-await 'going on from' 3
+await 'resuming from' 3
 note "one rank is killed once more: there is a newer checkpoint than at the first time"
 kill -KILL "$(pgrep -f "^$program train $state/train.yaml" | tail -n 1)"
 await 'finished in life' 1

@@ -67,13 +67,13 @@ for time in 1 2; do
   worker=$(pgrep -f "^$program train $state/train.yaml --device cpu --out $state/killed")
   echo "--- $(date +%T) the worker $worker is killed" | tee -a "$state/killed.log"
   kill -KILL "$worker"
-  await killed 'going on from' "$time"
+  await killed 'resuming from' "$time"
 done
 for process in "${launched[@]}"; do
   wait "$process" || fail "a run under torchrun ended with exit code $?" "see the logs in $state"
 done
 launched=()
-grep -hE 'killed$|failed \(exitcode|restart worker group|going on from|finished after' "$state/killed.log" "$state/beside.log"
+grep -hE 'killed$|failed \(exitcode|restart worker group|resuming from|finished after' "$state/killed.log" "$state/beside.log"
 same_weights "$state/killed"
 same_weights "$state/beside"
 

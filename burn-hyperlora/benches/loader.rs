@@ -4,9 +4,9 @@
 //! cargo bench --bench loader -- EXPERIMENT FOLDER
 //! ```
 //!
-//! Writes into FOLDER what the other side needs: `plan.json` (settings, and what some draws are) and `check.safetensors`
-//! (what these draws become); then answers every line `{"workers", "epochs"}` on stdin with the samples and the seconds of
-//! so many epochs of the experiment's last stage, from shards that nobody has opened yet to batches of tensors.
+//! Writes the inputs of the PyTorch side into FOLDER: `plan.json` (settings, and the content of some draws) and
+//! `check.safetensors` (the samples of these draws). Then answers every line `{"workers", "epochs"}` on stdin with the
+//! samples and the seconds of that many epochs of the experiment's last stage, from unopened shards to tensors.
 
 mod common;
 
@@ -34,7 +34,7 @@ use serde_json::{Value, json};
 
 use crate::common::{Sizes, arguments, serve};
 
-/// Draws whose samples the other side has to make, too.
+/// Number of draws whose samples the PyTorch side must reproduce.
 const CHECKED: u64 = 16;
 
 /// Epochs to load, as a line on stdin.
@@ -54,7 +54,7 @@ fn main() -> Result<()> {
     serve(r#"{"workers": 2, "epochs": 8}"#, |order| bench.run(order))
 }
 
-/// What samples are made with.
+/// Inputs of sample making.
 struct Bench {
     experiment: Experiment,
     shards: PathBuf,
@@ -74,7 +74,7 @@ impl Bench {
         Ok(Self { experiment, shards, preprocessing, sizes, shape })
     }
 
-    /// The shards, opened anew: nothing of them is in memory.
+    /// Opens the shards again, with nothing of them in memory.
     fn open(&self) -> Result<(SampleMaker, Draws)> {
         let Experiment { data, train, seed, .. } = &self.experiment;
         let dataset = Arc::new(Dataset::open(ShardFolder::open(&self.shards)?, data.cache_mib)?);
@@ -95,7 +95,7 @@ impl Bench {
         Ok((SampleMaker::new(dataset, data, *seed, self.shape.clone()), draws))
     }
 
-    /// What the other side makes, and what some of it has to look like.
+    /// Writes the plan of the PyTorch side and the samples that it must reproduce.
     fn write(&self, folder: &Path) -> Result<()> {
         let Experiment { data, train, .. } = &self.experiment;
         let (maker, mut draws) = self.open()?;
@@ -120,7 +120,7 @@ impl Bench {
         write_whole(&folder.join("plan.json"), plan.to_string().as_bytes())
     }
 
-    /// The photos of a request, and the crop that is drawn for it.
+    /// Describes the photos of a request and the crop drawn for it.
     fn describe(&self, maker: &SampleMaker, request: Request) -> Result<Value> {
         let data = &self.experiment.data;
         let record = maker.dataset.record(request.target)?;

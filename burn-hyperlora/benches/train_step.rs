@@ -4,10 +4,10 @@
 //! cargo bench --bench train_step -- FOLDER
 //! ```
 //!
-//! Writes into FOLDER what the other side needs: `plan.json` (sizes, trained parameters, optimiser, prompts), `hyper_lora/`
-//! (weights) and `batch-N.safetensors`; then answers every line `{"steps", "recompute"}` on stdin with the losses and the
-//! seconds by phase of so many steps from these weights. The step is stage 3 of the quickstart; pictures and weights are
-//! random, because what they hold does not change what is computed.
+//! Writes the inputs of the PyTorch side into FOLDER: `plan.json` (sizes, trained parameters, optimiser, prompts),
+//! `hyper_lora/` (weights) and `batch-N.safetensors`. Then answers every line `{"steps", "recompute"}` on stdin with
+//! the losses and the seconds by phase of that many steps from these weights. The step is stage 3 of the quickstart.
+//! Pictures and weights are random, because their content does not change the computation.
 
 mod common;
 
@@ -58,7 +58,7 @@ fn main() -> Result<()> {
     serve(r#"{"steps": 6, "recompute": false}"#, |order| bench.run(order))
 }
 
-/// Everything that a step needs, at the same start every time.
+/// Inputs of a step, always from the same start.
 struct Bench {
     experiment: Experiment,
     base: Base,
@@ -82,7 +82,7 @@ impl Bench {
         Ok(bench)
     }
 
-    /// Stage 3.
+    /// Returns stage 3.
     fn stage(&self) -> Result<&StageEntry> {
         let mut stages = self.experiment.train.stages.iter();
         stages
@@ -100,7 +100,7 @@ impl Bench {
         (0..train.accumulation()).map(batch).collect()
     }
 
-    /// A sample of noise in the sizes of the quickstart's.
+    /// Makes a sample of noise in the quickstart's sizes.
     fn sample(&self, draw: u64) -> Sample {
         let (seed, stage) = (self.experiment.seed, 2);
         let &Sizes { image, condition, ref latent, id_embedding } = &self.sizes;
@@ -126,7 +126,7 @@ impl Bench {
         }
     }
 
-    /// What the other side computes with.
+    /// Writes the inputs of the PyTorch side.
     fn write(&self, folder: &Path) -> Result<()> {
         let Experiment { hyper_lora, train, base, .. } = &self.experiment;
         let config = self.stage()?.config();
@@ -152,7 +152,7 @@ impl Bench {
         write_whole(&folder.join("plan.json"), plan.to_string().as_bytes())
     }
 
-    /// Takes steps from the start; losses and seconds by phase, one entry per step.
+    /// Takes steps from the start; returns losses and seconds by phase, one entry per step.
     fn run(&mut self, order: &Order) -> Result<Value> {
         let stage = self.stage()?.clone();
         let train = &self.experiment.train;
@@ -177,7 +177,7 @@ impl Bench {
             let gradients =
                 step::gradients(&self.base, &mut learner, &config, &Denoising, &ranks, f64::INFINITY, next_batch)?;
             let ControlFlow::Continue(gradients) = gradients else {
-                return Err(Error::Fault("the step was broken off".into()));
+                return Err(Error::Fault("the step was interrupted".into()));
             };
             let report = step::apply(&mut learner, gradients, optim.clip_norm, optim.learning_rate, &*ranks)?;
             let total = clock.elapsed();
@@ -189,7 +189,7 @@ impl Bench {
     }
 }
 
-/// Gives the up bases values as after some training: at zero the LoRA would do nothing, and half of the gradients be zero.
+/// Gives the up bases values as if trained: at zero the LoRA has no effect, and half of the gradients are zero.
 struct RaiseUpBases(u64);
 
 impl ParameterMapper for RaiseUpBases {

@@ -1,9 +1,9 @@
-//! Trains with an objective and a loop of your own.
+//! Trains with a custom objective and a custom loop.
 //!
 //!     cargo run --release --example custom_loop -- experiments/quickstart/train.yaml
 //!
-//! The session reads the YAML, the shards and the frozen models, goes on from the latest checkpoint of `runs/NAME`, and writes
-//! checkpoints, curves and pictures as `hyperlora train` does.
+//! The session reads the YAML, the shards and the frozen models, resumes from the latest checkpoint of `runs/NAME`, and
+//! writes checkpoints, curves and pictures like `hyperlora train`.
 
 use burn::tensor::{Device, Tensor};
 use burn_hyperlora::conditioning::Conditions;
@@ -11,7 +11,7 @@ use burn_hyperlora::objective::Objective;
 use burn_hyperlora::train::Session;
 use hyperlora_core::{Error, Result};
 
-/// The Huber loss: quadratic up to an error of `delta`, linear beyond. Outliers pull less than in the squared error.
+/// Huber loss: quadratic up to an error of `delta`, linear beyond. Outliers weigh less than in the squared error.
 struct Huber {
     delta: f32,
 }
@@ -39,7 +39,7 @@ fn main() -> Result<()> {
             gradients.mean_loss(),
             gradients.norm()
         );
-        // The schedule of the YAML, at half its height.
+        // The YAML's schedule, at half the learning rate.
         session.apply(gradients, 0.5 * window.learning_rate)?;
     }
     println!("{:?}", session.outcome()?);

@@ -22,13 +22,13 @@ fn main() -> Result<()> {
         ));
     };
     let generator = Generator::open(run, None, &Device::flex())?;
-    // 1. Photos to the states of CLIP and the ID embedding, averaged over the photos.
+    // 1. Photos to CLIP states and ID embedding, averaged over the photos.
     let mut reader = PhotoReader::open(&generator, &PhotoModels::default())?;
     let portraits = photos.iter().map(|photo| reader.portrait(photo)).collect::<Result<Vec<_>>>()?;
     let person = reader.person(&portraits, false);
     // 2. One forward pass of the hypernetwork: the ID-LoRA at weight 1, no Base-LoRA.
     let lora = generator.lora(&person, 1.0, 0.0)?;
-    // 3. A file that ComfyUI, diffusers and kohya's tools read.
+    // 3. A file that ComfyUI, diffusers and kohya's tools load.
     write(output, &generator, &lora)
 }
 

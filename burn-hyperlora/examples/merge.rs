@@ -1,4 +1,4 @@
-//! Merges a LoRA file into a base model, in the layout and types that the base came in.
+//! Merges a LoRA file into a base model, in the base's own layout and types.
 //!
 //!     cargo run --release --example merge -- experiments/quickstart/base anna.safetensors runs/base-with-anna
 

@@ -1,4 +1,4 @@
-//! Reads the shards that `data-prep` wrote: prints every face, one line each.
+//! Reads the shards that `data-prep` wrote, and prints one line per face.
 //!
 //!     cargo run --release --example read_shards -- runs/quickstart-data
 
@@ -13,7 +13,7 @@ fn main() -> Result<()> {
     })?;
     let shards = ShardFolder::open(&folder)?;
     for group in shards.row_groups() {
-        // Rows are checked as they are read. A damaged row group is told apart from an error, so that a training can go on.
+        // Rows are checked as they are read. A damaged row group is not an error, so that training can continue.
         match shards.read(group)? {
             Ok(faces) => faces.iter().for_each(|face| {
                 println!("{}\t{}x{}\t{:.3}\t{}", face.key, face.width, face.height, face.score, face.caption);

@@ -1,4 +1,4 @@
-//! Trains an experiment from a program: changes its settings in Rust, takes a few steps, and tells what they taught.
+//! Trains an experiment from a program: changes its settings in Rust, takes a few steps, and prints the results.
 //!
 //!     cargo run --release --example train_tiny -- experiments/quickstart/train.yaml runs/tiny
 
@@ -15,7 +15,7 @@ fn main() -> Result<()> {
         Error::input("train_tiny", "takes a YAML and a run folder", "give experiments/quickstart/train.yaml runs/tiny")
     })?;
     let mut experiment = Experiment::load(&yaml)?;
-    // A curve point at every step, and no pictures on the way.
+    // One curve point per step, and no pictures during training.
     experiment.train.log_every = 1;
     experiment.train.samples = None;
 

@@ -1,8 +1,8 @@
 //! Training and generation of HyperLoRA (arXiv 2503.16944) on Burn.
 //!
-//! photos -> [`data`] -> [`conditioning`] -> [`hypernet`] -> LoRA weights -> frozen SDXL (`hyperlora_sdxl`) -> [`objective`]
-//! -> gradients -> [`optim`] -> [`checkpoint`] -> [`export`] / [`generate`] / [`eval`]. Imports run one way, in the order
-//! below; a test holds them to it.
+//! photos -> [`data`] -> [`conditioning`] -> [`hypernet`] -> LoRA weights -> frozen SDXL (`hyperlora_sdxl`) ->
+//! [`objective`] -> gradients -> [`optim`] -> [`checkpoint`] -> [`export`] / [`generate`] / [`eval`]. Modules import
+//! only modules above them in the list below; a test enforces this.
 
 pub mod data;
 

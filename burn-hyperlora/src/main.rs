@@ -1,4 +1,4 @@
-//! `hyperlora`: train a HyperLoRA, write LoRAs from photos, draw with them, measure what was learnt.
+//! `hyperlora`: trains a HyperLoRA, writes LoRAs from photos, draws pictures with them, and evaluates a run.
 
 mod cli;
 

@@ -1,4 +1,4 @@
-//! What is in memory at once, by an allocator that counts: the UNet's activations, and the weights while they are moved.
+//! Peak memory, measured by a counting allocator: the UNet's activations, and the weights during an optimiser step.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
@@ -21,10 +21,10 @@ use hyperlora_testing::ALLOCATOR;
 use safetensors::Dtype;
 use serde::Deserialize;
 
-/// Held by one test at a time: others would allocate meanwhile.
+/// Held by one test at a time, because others would allocate meanwhile.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// SDXL's topology at a tenth of its width.
+/// Builds SDXL's topology at a tenth of its width.
 fn unet(dtype: FloatDType) -> UNet2DConditionModel {
     let fixture = hyperlora_testing::fixture("unet_140");
     let folder = tempfile::tempdir().unwrap();
@@ -61,7 +61,7 @@ fn lora(sites: &[AttentionSite], batch: usize) -> LoraWeights {
     LoraWeights { modules: sites.iter().map(module).collect() }
 }
 
-/// What the formula tells, over the bytes at the peak of a pass less those before it.
+/// Returns the formula's estimate divided by the measured growth: bytes at the peak of a pass minus those before.
 fn measure(unet: &UNet2DConditionModel, batch: usize, size: [usize; 2], dtype: FloatDType, recompute: bool) -> f64 {
     let (input, lora) = (input(unet, batch, size), lora(unet.attention_sites(), batch));
     ALLOCATOR.reset_peak_usage();
@@ -91,7 +91,7 @@ fn the_formula_tells_the_peak_of_the_activations() {
     }
 }
 
-/// Ranks that all do what this one does.
+/// Ranks that all do the same as this one.
 struct Echo([String; 4]);
 
 impl Collective for Echo {
@@ -135,7 +135,7 @@ fn gradients_are_reduced_in_their_place_and_new_weights_take_that_of_the_old_one
     const BUCKET: usize = SIDE * SIDE * size_of::<f32>();
     const WEIGHTS: usize = 8 * BUCKET;
     let device = Device::flex().autodiff();
-    // Each is a bucket by itself.
+    // Each parameter is its own bucket.
     let mut module: Vec<Linear> =
         (0..8).map(|_| LinearConfig::new(SIDE, SIDE).with_bias(false).init(&device)).collect();
     let gradients = |parameters: usize| {
@@ -148,7 +148,7 @@ fn gradients_are_reduced_in_their_place_and_new_weights_take_that_of_the_old_one
     };
     let world = Echo(["a", "b", "c", "d"].map(String::from));
     let mut optimizer = Optimizer::new(&OptimConfig::default(), &module, Share::of(&world, true, Wire::F32));
-    // The first step makes the moments.
+    // The first step allocates the moments.
     for first in [true, false] {
         let micro_batches = [gradients(module.len()), gradients(module.len())];
         ALLOCATOR.reset_peak_usage();
@@ -172,11 +172,11 @@ fn gradients_are_reduced_in_their_place_and_new_weights_take_that_of_the_old_one
 
 #[derive(Deserialize)]
 struct Lists {
-    /// Part -> name -> shape.
+    /// Component -> name -> shape.
     diffusers: BTreeMap<String, BTreeMap<String, Vec<usize>>>,
 }
 
-/// The full SDXL, every weight zero.
+/// Builds the full SDXL UNet, with every weight zero.
 fn full_unet(dtype: FloatDType) -> UNet2DConditionModel {
     let lists = hyperlora_testing::fixture("key_lists.json.gz");
     let lists: Lists = serde_json::from_reader(GzDecoder::new(File::open(lists).unwrap())).unwrap();

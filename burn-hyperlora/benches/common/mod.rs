@@ -1,4 +1,4 @@
-//! What both sides of a comparison with PyTorch need: orders on stdin, answers on stdout, and batches as named tensors.
+//! Shared parts of the comparisons with PyTorch: orders on stdin, answers on stdout, and batches as named tensors.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
@@ -14,15 +14,15 @@ use serde_json::{Value, json};
 
 const STDIN: &str = "stdin";
 
-/// The arguments of the bench; cargo's own begin with two dashes.
+/// Returns the arguments of the bench, without cargo's own, which begin with two dashes.
 pub(crate) fn arguments() -> Vec<String> {
     std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect()
 }
 
-/// Says that the files are written, then answers every line on stdin; `example` is such a line.
+/// Reports that the files are written, then answers every line on stdin; `example` is such a line.
 ///
 /// # Errors
-/// Input for a line that is no order, those of `run`.
+/// Input: a line that is not an order. Also errors of `run`.
 pub(crate) fn serve<Order: DeserializeOwned>(
     example: &str,
     mut run: impl FnMut(&Order) -> Result<Value>,
@@ -48,17 +48,17 @@ pub(crate) struct Sizes {
     pub(crate) image: usize,
     /// Side of the condition images, in pixels.
     pub(crate) condition: usize,
-    /// Of the latents, `[C, h, w]`.
+    /// Shape of the latents, `[C, h, w]`.
     pub(crate) latent: [usize; 3],
-    /// Numbers of an ID embedding.
+    /// Number of elements of an ID embedding.
     pub(crate) id_embedding: usize,
 }
 
 impl Sizes {
-    /// Those of an experiment.
+    /// Returns the sizes of an experiment.
     ///
     /// # Errors
-    /// As [`Base::vision`].
+    /// Same as [`Base::vision`].
     pub(crate) fn of(experiment: &Experiment, base: &Base) -> Result<Self> {
         let image = experiment.data.image_size;
         Ok(Self {
@@ -69,7 +69,7 @@ impl Sizes {
         })
     }
 
-    /// A batch as its tensors by name.
+    /// Converts a batch to its tensors by name.
     pub(crate) fn tensors(&self, samples: &[Sample]) -> BTreeMap<String, TensorData> {
         let &Self { image, condition, latent, id_embedding } = self;
         let count = samples.len();

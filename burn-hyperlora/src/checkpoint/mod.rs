@@ -1,10 +1,10 @@
-//! Checkpoints: folders that are whole or absent, and that say for themselves whether they still are what was written.
+//! Checkpoints: folders that are complete or absent, and that can verify their own content.
 //!
-//! `checkpoints/step-NNNNNNNN/` holds the caller's files (plain safetensors), `state.json` (the run's state that is no
-//! tensor) and `checksums.json` (size and SHA-256 of every other file), which is read before anything else.
+//! `checkpoints/step-NNNNNNNN/` holds the caller's files (plain safetensors), `state.json` (the run's state other than
+//! tensors) and `checksums.json` (size and SHA-256 of every other file), which is read before anything else.
 //!
-//! Several ranks fill one folder beside its place, each with [its part](Part); rank 0 puts it there once it has the sums of
-//! all ([`CheckpointWriter`]).
+//! Several ranks fill one folder beside its final place, each with [its part](Part). The main rank moves it into place
+//! once it has the checksums of all ranks ([`CheckpointWriter`]).
 
 mod part;
 mod task;
@@ -27,13 +27,13 @@ pub use writer::CheckpointWriter;
 const STATE: &str = "state.json";
 const CHECKSUMS: &str = "checksums.json";
 
-/// Longest `state.json` and `checksums.json`, in bytes.
+/// Maximum size of `state.json` and `checksums.json`, in bytes.
 const LONGEST: u64 = 64 << 20;
 
-/// Only a folder of the files that its checksums list is replaced.
+/// A folder is replaced only if it holds exactly the files that its checksums list.
 const OWNERSHIP: Ownership = Ownership::Listed(listing);
 
-/// The checkpoints of one run.
+/// Checkpoints of one run.
 #[derive(Debug, Clone)]
 pub struct CheckpointStore {
     root: PathBuf,
@@ -48,12 +48,13 @@ pub struct Checkpoint {
 }
 
 impl CheckpointStore {
-    /// Opens `root` (made if absent) for writing, and tidies up what a killed run left there.
+    /// Opens `root` for writing, creates it if absent, and removes what a killed run left there.
     ///
-    /// Only the one process that writes to the run may open it so: another's half-written checkpoint looks like a leftover.
+    /// Only the one process that writes to the run may open its checkpoints this way: another process's unfinished
+    /// checkpoint looks like a leftover.
     ///
     /// # Errors
-    /// Input for a place that cannot be written to, Disk for a failing disk.
+    /// Input: `root` cannot be written to; Disk: a failing disk.
     pub fn open(root: &Path) -> Result<Self> {
         let store = Self { root: root.into() };
         fs::create_dir_all(root).map_err(|source| Error::write(root, source))?;
@@ -61,15 +62,15 @@ impl CheckpointStore {
         Ok(store)
     }
 
-    /// The checkpoints below `root`, for reading only: nothing is made or tidied.
+    /// Opens the checkpoints below `root` read-only: nothing is created or removed.
     pub fn at(root: &Path) -> Self {
         Self { root: root.into() }
     }
 
-    /// Every whole checkpoint, oldest first.
+    /// Lists every complete checkpoint, oldest first. A folder that does not exist holds none.
     ///
     /// # Errors
-    /// As [`Error::read`]; a folder that does not exist holds none.
+    /// Same as [`Error::read`].
     pub fn list(&self) -> Result<Vec<Checkpoint>> {
         let names = match names(&self.root) {
             Err(source) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -83,24 +84,24 @@ impl CheckpointStore {
         Ok(found)
     }
 
-    /// The checkpoint to go on from: the one with the most steps.
+    /// Returns the checkpoint to resume from: the one with the most steps.
     ///
     /// # Errors
-    /// As [`list`](Self::list).
+    /// Same as [`list`](Self::list).
     pub fn latest(&self) -> Result<Option<Checkpoint>> {
         Ok(self.list()?.pop())
     }
 
-    /// The checkpoint of `step`, whether it is there or not: [`Checkpoint::verify`] tells.
+    /// Returns the checkpoint of `step` without checking that it exists; see [`Checkpoint::verify`].
     pub fn of_step(&self, step: u64) -> Checkpoint {
         Checkpoint { step, path: self.place_of(step) }
     }
 
-    /// Writes the checkpoint of `step` at once, as one part: `fill` adds its files. Whatever fails, no new folder appears
-    /// and the older checkpoints are intact.
+    /// Writes the checkpoint of `step` immediately, as one part; `fill` adds its files. On any failure, no new folder
+    /// appears and older checkpoints stay intact.
     ///
     /// # Errors
-    /// Those of `fill`; Disk for a full or failing disk, Input for a place that cannot be written to.
+    /// Errors of `fill`; Disk: a full or failing disk; Input: a place that cannot be written to.
     pub fn write(&self, step: u64, fill: impl FnOnce(&mut Part<'_>) -> Result<()>) -> Result<Checkpoint> {
         let path = self.place_of(step);
         let staged = StagedFolder::new(&path, OWNERSHIP)?;
@@ -111,14 +112,14 @@ impl CheckpointStore {
         Ok(Checkpoint { step, path })
     }
 
-    /// Removes all but the newest `keep` checkpoints, of which one always stays, and the first that was written in each
-    /// span of `keep_every` (M) steps: M to 2 M - 1, 2 M to 3 M - 1, and so on. That of step `needed` stays too.
+    /// Removes old checkpoints. Keeps the newest `keep` (at least one), the first one of each span of `keep_every` (M)
+    /// steps (M to 2 M - 1, 2 M to 3 M - 1, and so on), and that of step `needed`.
     ///
-    /// A folder that cannot be removed is warned of: as long as someone has a file of it open, NFS keeps it. The next start tries
-    /// again.
+    /// Warns about a folder that cannot be removed: NFS keeps a folder while a process has one of its files open. The
+    /// next start tries again.
     ///
     /// # Errors
-    /// Those of [`list`](Self::list).
+    /// Same as [`list`](Self::list).
     pub fn prune(&self, keep: usize, keep_every: Option<u64>, needed: Option<u64>) -> Result<()> {
         let mut old = self.list()?;
         old.truncate(old.len().saturating_sub(keep.max(1)));
@@ -132,7 +133,7 @@ impl CheckpointStore {
             if needed == Some(checkpoint.step) {
                 continue;
             }
-            // Out of sight first: a kill in the middle of the removal must not leave half a checkpoint.
+            // The folder is hidden first, because a kill during the removal must not leave half a checkpoint.
             let doomed = Hidden::Partial.beside(&checkpoint.path);
             match fs::rename(&checkpoint.path, &doomed) {
                 Ok(()) => remove(&doomed),
@@ -146,7 +147,7 @@ impl CheckpointStore {
         self.root.join(format!("step-{step:08}"))
     }
 
-    /// Removes half-written folders, and puts back a whole one that was being replaced when the run was killed.
+    /// Removes unfinished folders, and restores a complete one that was being replaced when the run was killed.
     fn tidy(&self) -> Result<()> {
         let names = names(&self.root).map_err(|source| Error::read(&self.root, source))?;
         let targets: BTreeSet<&str> = names.iter().filter_map(|name| leftover(name)).collect();
@@ -155,31 +156,31 @@ impl CheckpointStore {
 }
 
 impl Checkpoint {
-    /// The checkpoint in a folder that the user named, as `runs/a/checkpoints/step-00000300`.
+    /// Opens the checkpoint in a folder that the user named, such as `runs/a/checkpoints/step-00000300`.
     ///
     /// # Errors
-    /// Input when there is no such folder or its name is not that of a checkpoint.
+    /// Input: the folder does not exist, or its name is not a checkpoint's.
     pub fn at(path: &Path) -> Result<Self> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         match step_of(&name) {
             Some(step) if path.is_dir() => Ok(Self { step, path: path.into() }),
             _ => Err(Error::file(
                 path,
-                "is no checkpoint folder",
+                "is not a checkpoint folder",
                 "give one such as runs/NAME/checkpoints/step-00000300",
             )),
         }
     }
 
-    /// The folder.
+    /// Path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Every file by its path in the folder (`/` between folders), with the bytes that it should have.
+    /// Lists every file by its path in the folder (`/` between folders), with its expected size in bytes.
     ///
     /// # Errors
-    /// Input for a list of checksums that is missing or damaged, Disk for a failing disk.
+    /// Input: missing or damaged checksums; Disk: a failing disk.
     pub fn files(&self) -> Result<Vec<(String, u64)>> {
         Ok(self.sums()?.into_iter().map(|(name, sum)| (name, sum.bytes)).collect())
     }
@@ -187,8 +188,7 @@ impl Checkpoint {
     /// Compares every file with its checksum.
     ///
     /// # Errors
-    /// Input that names the first file that is missing, truncated or changed, or that no checksum covers; Disk for a failing
-    /// disk.
+    /// Input: names the first file that is missing, truncated, changed or has no checksum; Disk: a failing disk.
     pub fn verify(&self) -> Result<()> {
         let sums = self.sums()?;
         if !sums.contains_key(STATE) {
@@ -197,7 +197,7 @@ impl Checkpoint {
         if let Some(name) = unlisted(&self.path, &listing_of(&sums))? {
             return Err(Error::file(
                 &self.path.join(name),
-                format!("is no file that {CHECKSUMS} covers: it was not written with the checkpoint"),
+                format!("is not a file that {CHECKSUMS} covers: it was not written with the checkpoint"),
                 format!("move it out of the folder {}", self.path.display()),
             ));
         }
@@ -215,15 +215,15 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The state that was given to [`CheckpointStore::write`]. Does not verify: see [`verify`](Self::verify).
+    /// Reads the state given to [`CheckpointStore::write`] without verifying it; see [`verify`](Self::verify).
     ///
     /// # Errors
-    /// Input for a state that is missing or of another version of the program, Disk for a failing disk.
+    /// Input: the state is missing or was written by another version of the program; Disk: a failing disk.
     pub fn state<T: DeserializeOwned>(&self) -> Result<T> {
         self.read_json(STATE)
     }
 
-    /// The sums of every file, by names that lead to files below the folder.
+    /// Reads the checksums of every file, and checks that every name leads to a file below the folder.
     fn sums(&self) -> Result<FileSums> {
         let sums: FileSums = self.read_json(CHECKSUMS)?;
         let list = self.path.join(CHECKSUMS);
@@ -251,12 +251,12 @@ impl Checkpoint {
         Error::file(
             &self.path.join(name),
             problem,
-            format!("delete the folder {} to go on from the checkpoint before it", self.path.display()),
+            format!("delete the folder {} to resume from the previous checkpoint", self.path.display()),
         )
     }
 }
 
-/// `.step-00000300.hyperlora.old`, a [`Hidden`] name -> `step-00000300`.
+/// Name of the target of a [`Hidden`] name: `.step-00000300.hyperlora.old` -> `step-00000300`.
 fn leftover(name: &str) -> Option<&str> {
     let (target, role) = name.strip_prefix('.')?.split_once(".hyperlora.")?;
     (step_of(target).is_some() && matches!(role, "old" | "partial" | "lock")).then_some(target)
@@ -278,7 +278,7 @@ fn step_of(name: &str) -> Option<u64> {
     digits.parse().ok()
 }
 
-/// The names in a folder, sorted; those that are not UTF-8 are none of ours.
+/// Lists the names in a folder, sorted. Names that are not UTF-8 are skipped: this program writes none.
 fn names(folder: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -288,18 +288,18 @@ fn names(folder: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// Removes a hidden folder that is of no more use; where it stays, it does no harm.
+/// Removes a hidden folder that is no longer needed. If it cannot be removed, it does no harm.
 fn remove(hidden: &Path) {
     if let Err(source) = fs::remove_dir_all(hidden) {
         tracing::warn!("{}: cannot be removed, the next start tries again: {source}", hidden.display());
     }
 }
 
-/// Puts a folder in its place once every file is there that its ranks wrote. They may have written elsewhere.
+/// Moves a folder into place once it holds every file that the ranks wrote; a rank may have written elsewhere.
 fn place(staged: StagedFolder, sums: &FileSums) -> Result<()> {
     for (name, sum) in sums {
         let path = below(staged.path(), name, Path::new("a rank's part"))?;
-        // Opened, not only looked at: NFS then asks the server how long the file is by now.
+        // The file is opened rather than only stat'ed, because NFS then asks the server for the current length.
         let problem = match File::open(&path).and_then(|file| file.metadata()) {
             Ok(found) if found.len() == sum.bytes => continue,
             Ok(found) => format!("has {} bytes, its rank wrote {}", found.len(), sum.bytes),

@@ -1,4 +1,4 @@
-//! What one process writes of a checkpoint, and the sums that vouch for it.
+//! Part of a checkpoint that one process writes, with the checksums of its files.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -20,10 +20,10 @@ pub(super) struct FileSum {
     pub(super) sha256: String,
 }
 
-/// By path relative to the checkpoint, with `/` between folders.
+/// Checksums by path relative to the checkpoint, with `/` between folders.
 pub(super) type FileSums = BTreeMap<String, FileSum>;
 
-/// The files that this process adds to a checkpoint; other ranks may add theirs to the same folder at the same time.
+/// Files that this process adds to a checkpoint. Other ranks may add theirs to the same folder at the same time.
 #[derive(Debug)]
 pub struct Part<'a> {
     folder: &'a Path,
@@ -35,10 +35,10 @@ impl<'a> Part<'a> {
         Self { folder, sums: FileSums::new() }
     }
 
-    /// Adds the file `name`, relative to the checkpoint with `/` between folders: `write` makes it at the path it is given.
+    /// Adds the file `name`, relative to the checkpoint with `/` between folders. `write` creates it at the given path.
     ///
     /// # Errors
-    /// Those of `write`; Disk for a full or failing disk.
+    /// Errors of `write`; Disk: a full or failing disk.
     pub fn file(&mut self, name: &str, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         let path = self.folder.join(name);
         if let Some(folder) = path.parent() {
@@ -50,15 +50,15 @@ impl<'a> Part<'a> {
         Ok(())
     }
 
-    /// Adds `state.json`: what the run knows beside its tensors. Every checkpoint has one.
+    /// Adds `state.json`, the run's state other than tensors. Every checkpoint has one.
     ///
     /// # Errors
-    /// As [`file`](Self::file).
+    /// Same as [`file`](Self::file).
     pub fn state(&mut self, state: &impl Serialize) -> Result<()> {
         self.file(STATE, |path| write_json(path, state))
     }
 
-    /// Syncs the folders; the sums of all that was added.
+    /// Syncs the folders and returns the checksums of all added files.
     pub(super) fn finish(self) -> Result<FileSums> {
         sync_folders(self.folder).map_err(|source| Error::write(self.folder, source))?;
         Ok(self.sums)
@@ -78,7 +78,7 @@ fn sync_folders(folder: &Path) -> io::Result<()> {
 
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value)
-        .map_err(|source| Error::Fault(format!("{}: cannot be put as JSON: {source}", path.display())))?;
+        .map_err(|source| Error::Fault(format!("{}: cannot be written as JSON: {source}", path.display())))?;
     write_whole(path, text.as_bytes())
 }
 

@@ -1,11 +1,11 @@
-//! Checkpoints written by all ranks together, while the training goes on.
+//! Background writer of checkpoints, run by all ranks together while training continues.
 //!
-//! 1. Every rank copies its part to host memory: all that a step waits for.
-//! 2. A thread of every rank writes the copy, syncs it and sums it up.
-//! 3. Once all ranks have told rank 0 their sums, a thread of rank 0 puts the folder in its place.
+//! 1. Every rank copies its part to host memory; a step waits only for this.
+//! 2. A thread of every rank writes the copy, syncs it and computes its checksums.
+//! 3. Once all ranks have sent the main rank their checksums, a thread of the main rank moves the folder into place.
 //!
-//! The ranks tell each other between steps, in [`CheckpointWriter::advance`], never from the threads. A checkpoint whose writing
-//! was cut off in whatever moment stays a hidden folder, which the next start removes.
+//! The ranks exchange notes between steps, in [`CheckpointWriter::advance`], never from the threads. A checkpoint that
+//! was interrupted at any point stays a hidden folder, which the next start removes.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,20 +19,20 @@ use super::part::{FileSums, Part};
 use super::task::Task;
 use super::{Checkpoint, CheckpointStore, OWNERSHIP, place};
 
-/// Between two looks at a disk that is waited for.
+/// Pause between two checks of a disk being waited for.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// Writes checkpoints in the background, one at a time. All ranks call the same methods in the same order.
 ///
-/// Dropped, it waits for its thread, and what is not in its place by then is given up.
+/// Dropping it waits for its thread and abandons a checkpoint that is not in its place by then.
 pub struct CheckpointWriter {
     store: CheckpointStore,
-    /// The longest wait for the ranks' disks.
+    /// Longest wait for the ranks' disks.
     deadline: Duration,
     writing: Option<Writing>,
 }
 
-/// A checkpoint on its way to the disk.
+/// Checkpoint being written.
 struct Writing {
     checkpoint: Checkpoint,
     phase: Phase,
@@ -40,32 +40,32 @@ struct Writing {
 
 enum Phase {
     Parts(WrittenPart),
-    /// On rank 0; the others have nothing left to do.
+    /// On the main rank only; the others have nothing left to do.
     Placing(Task<()>),
 }
 
-/// This rank's part, on its way.
+/// This rank's part while it is written.
 struct WrittenPart {
     sums: Task<FileSums>,
-    /// `None` where it could not be made, and once it was handed on.
+    /// `None` if it could not be created, or once it was handed on.
     folder: Option<StagedFolder>,
     leads: bool,
-    /// Whether rank 0 was told that it is there.
+    /// True once the main rank was told that the part is written.
     told: bool,
     afterwards: Afterwards,
 }
 
 type Afterwards = Box<dyn FnOnce() -> Result<()> + Send>;
 
-/// What a rank tells the others.
+/// Message from one rank to the others.
 #[derive(Serialize, Deserialize)]
 struct Word {
     note: Note,
-    /// Whether it has waited beyond the deadline: the ranks' clocks differ, and all must give up in the same moment.
+    /// True if this rank has waited beyond the deadline. The ranks' clocks differ, and all must give up together.
     late: bool,
 }
 
-/// How far it is with its work.
+/// Progress of a rank's work.
 #[derive(Serialize, Deserialize)]
 enum Note {
     Working,
@@ -74,19 +74,19 @@ enum Note {
 }
 
 impl CheckpointWriter {
-    /// A writer into `store`; a disk is waited for up to `deadline`.
+    /// Creates a writer into `store` that waits for a disk up to `deadline`.
     pub fn new(store: CheckpointStore, deadline: Duration) -> Self {
         Self { store, deadline, writing: None }
     }
 
-    /// Begins the checkpoint of `step`, once the last one is in its place. `copy` makes this rank's copy in host memory, and
-    /// what it gives writes it, in a thread; rank 0's writes [`Part::state`] too. Rank 0 does `afterwards`, in a thread, when
-    /// the checkpoint is in its place.
+    /// Begins the checkpoint of `step`, once the previous one is in its place. `copy` copies this rank's part to host
+    /// memory and returns a closure that writes it, which runs in a thread; the main rank's closure also writes
+    /// [`Part::state`]. The main rank runs `afterwards`, in a thread, once the checkpoint is in its place.
     ///
-    /// What goes wrong with this checkpoint, [`advance`](Self::advance) and [`finish`](Self::finish) tell on all ranks.
+    /// Errors of this checkpoint are reported on all ranks by [`advance`](Self::advance) and [`finish`](Self::finish).
     ///
     /// # Errors
-    /// Those of the last one, see [`finish`](Self::finish).
+    /// Errors of the previous checkpoint; see [`finish`](Self::finish).
     pub fn begin<W: FnOnce(&mut Part<'_>) -> Result<()> + Send + 'static>(
         &mut self,
         world: &dyn Collective,
@@ -115,17 +115,17 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Hears how far the ranks are, and goes on with what can be done. To be called between steps: it waits for no disk.
-    /// Gives the checkpoint that came into its place, if one did.
+    /// Exchanges progress with the other ranks and starts the next phase if all are ready. Call it between steps: it
+    /// waits for no disk. Returns the checkpoint that was moved into place, if any.
     ///
     /// # Errors
-    /// What kept this rank from writing its part: Disk for a full or failing disk, Input for a place that cannot be written
-    /// to. Where another rank failed, PeerFailed that names it. Older checkpoints are intact.
+    /// Disk: this rank's disk is full or failing; Input: the place cannot be written to; PeerFailed: names another rank
+    /// that failed. Older checkpoints are intact.
     pub fn advance(&mut self, world: &dyn Collective) -> Result<Option<Checkpoint>> {
         self.hear(world, false)
     }
 
-    /// [`advance`](Self::advance); where a rank is `late` and the disks are still at work, all ranks give up.
+    /// Runs [`advance`](Self::advance). If any rank is `late` while disks are still busy, all ranks give up.
     fn hear(&mut self, world: &dyn Collective, late: bool) -> Result<Option<Checkpoint>> {
         let Some(mut writing) = self.writing.take() else { return Ok(None) };
         let what = format!("all ranks to write {}", writing.checkpoint.path.display());
@@ -146,11 +146,12 @@ impl CheckpointWriter {
         }
         self.writing = match (all, writing.phase) {
             (None, phase) if any_late => {
-                // Nobody waits any longer for a disk that may hang; the next start removes what it has written.
+                // The task is leaked, because waiting for a disk that hangs would hang too. The next start removes what
+                // it wrote.
                 std::mem::forget(phase);
                 let (path, seconds) = (writing.checkpoint.path.display(), self.deadline.as_secs());
                 return Err(Error::Fault(format!(
-                    "{path}: not written after {seconds} s\n  remedy: see what keeps the disk, or give it more time with train.collective_timeout_s (a tenth of these seconds)"
+                    "{path}: not written after {seconds} s\n  remedy: check why the disk is slow, or allow more time with train.collective_timeout_s (a tenth of these seconds)"
                 )));
             }
             (None, phase) => Some(Writing { phase, ..writing }),
@@ -165,11 +166,11 @@ impl CheckpointWriter {
         Ok(None)
     }
 
-    /// Waits until the checkpoint that was begun last is in its place, and gives it where it was not given before. The ranks
-    /// hear of each other all the while: one that hangs is noticed as in any step.
+    /// Waits until the last checkpoint is in its place, and returns it unless it was returned before. The ranks
+    /// exchange progress meanwhile, so a rank that hangs is noticed as in any step.
     ///
     /// # Errors
-    /// As [`advance`](Self::advance); Fault, on all ranks, for a disk that does not end its work within the deadline.
+    /// Same as [`advance`](Self::advance); Fault, on all ranks: a disk that does not finish within the deadline.
     pub fn finish(&mut self, world: &dyn Collective) -> Result<Option<Checkpoint>> {
         let begun = Instant::now();
         while self.writing.is_some() {
@@ -203,7 +204,7 @@ impl Writing {
         }
     }
 
-    /// This rank's error.
+    /// Takes this rank's error.
     fn fail(&mut self) -> Result<()> {
         let failed = match &mut self.phase {
             Phase::Parts(part) => part.sums.take().map(|sums| sums.map(drop)),
@@ -214,7 +215,7 @@ impl Writing {
 }
 
 impl WrittenPart {
-    /// Rank 0 puts the folder with the files of `sums` in its place; the others leave it to that.
+    /// Moves the folder with the files of `sums` into place on the main rank; does nothing on the others.
     fn place(mut self, sums: FileSums) -> Task<()> {
         let afterwards = std::mem::replace(&mut self.afterwards, Box::new(|| Ok(())));
         let Some(folder) = self.folder.take() else { return Task::done(Ok(())) };
@@ -227,7 +228,7 @@ impl WrittenPart {
 }
 
 impl Drop for WrittenPart {
-    /// Removes the folder, unless rank 0 may be about to put it in its place.
+    /// Removes the folder, unless the main rank may be about to move it into place.
     fn drop(&mut self) {
         self.sums.wait();
         if let Some(folder) = self.folder.take_if(|_| self.told && !self.leads) {

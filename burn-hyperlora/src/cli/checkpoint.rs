@@ -1,4 +1,4 @@
-//! `hyperlora checkpoint`: look after the checkpoints of a run.
+//! `hyperlora checkpoint`: maintenance of the checkpoints of a run.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,10 +10,10 @@ use hyperlora_core::{Error, Result, output};
 
 use crate::cli::options::Common;
 
-/// Bytes of the unit in which sizes are shown, MB.
+/// Number of bytes in a MB, the unit in which sizes are shown.
 const MEGA: f64 = 1e6;
 
-/// Look after the checkpoints of a run
+/// List, verify and consolidate the checkpoints of a run
 #[derive(Debug, Subcommand)]
 #[command(
     after_help = "Examples:\n  hyperlora checkpoint list runs/quickstart\n  hyperlora checkpoint verify runs/quickstart/checkpoints/step-00000300"
@@ -24,32 +24,32 @@ pub(super) enum CheckpointCommand {
     Consolidate(ConsolidateArgs),
 }
 
-/// Show step, stage, size and ranks of every checkpoint, and whether its files are all there
+/// Show step, stage, size and ranks of every checkpoint, and whether its files are complete
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hyperlora checkpoint list runs/quickstart")]
 pub(super) struct ListArgs {
-    /// The run folder, or one of its checkpoints
+    /// Run folder, or one of its checkpoints
     path: PathBuf,
 }
 
-/// Compare every file with its checksum: those of checkpoints, and the configuration of a run
+/// Verify the checksum of every file of checkpoints, and of a run's configuration
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hyperlora checkpoint verify runs/quickstart")]
 pub(super) struct VerifyArgs {
-    /// The run folder, for all of its checkpoints, or one of them
+    /// Run folder, for all of its checkpoints, or one of them
     path: PathBuf,
 }
 
-/// Bring the parts that several ranks wrote together, as one process would have written them
+/// Join the parts that several ranks wrote, as if one process had written them
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  hyperlora checkpoint consolidate runs/quickstart\n  hyperlora checkpoint consolidate runs/quickstart -o hyperlora-released/"
 )]
 pub(super) struct ConsolidateArgs {
-    /// The run folder, for its latest checkpoint, or one of them; rewritten in its place
+    /// Run folder, for its latest checkpoint, or one of them; rewritten in place
     path: PathBuf,
-    /// Leave the checkpoint as it is and write its hypernetwork alone, in the released layout; a folder that this program
-    /// wrote is replaced, any other refused
+    /// Keep the checkpoint and write only its hypernetwork to this folder, in the released layout; replaces a folder
+    /// only if this program wrote it
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
 }
@@ -81,7 +81,7 @@ fn verify(args: &VerifyArgs) -> Result<()> {
         checkpoint.verify()?;
         output::line(format_args!("{}: whole", checkpoint.path().display()))?;
     }
-    // A checkpoint alone says nothing of the run that it may lie in.
+    // A checkpoint alone does not name the run that it may belong to.
     if args.path.join(CHECKPOINTS).is_dir() {
         verify_config(&args.path)?;
         output::line(format_args!("{}: whole", args.path.join(CONFIG_FILE).display()))?;

@@ -1,4 +1,4 @@
-//! `hyperlora completions` and `hyperlora man`: completions for shells, and man pages.
+//! `hyperlora completions` and `hyperlora man`: shell completions and man pages.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,7 +15,7 @@ use crate::cli::Cli;
     after_help = "Example, for bash:\n  hyperlora completions bash > ~/.local/share/bash-completion/completions/hyperlora"
 )]
 pub(super) struct CompletionsArgs {
-    /// The shell
+    /// Shell to complete for
     shell: Shell,
 }
 
@@ -23,7 +23,7 @@ pub(super) struct CompletionsArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hyperlora man -o ~/.local/share/man/man1")]
 pub(super) struct ManArgs {
-    /// The folder, which must exist
+    /// Output folder, which must exist
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
 }

@@ -1,4 +1,4 @@
-//! `--device`: where a command computes.
+//! `--device`: the device that a command computes on.
 
 use std::fmt::{self, Display, Formatter};
 use std::str::FromStr;
@@ -9,11 +9,11 @@ use hyperlora_core::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::cli::settings;
 
-/// A device by name, checked while the command line is read.
+/// Device name, checked while the command line is parsed.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum DeviceChoice {
     Cpu,
-    /// The GPU of this rank where the number is left out.
+    /// The GPU of this rank if the number is omitted.
     Cuda(Option<usize>),
 }
 
@@ -41,13 +41,13 @@ impl Display for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// Opens the device; `useful` tells whether the command runs models at all.
+    /// Opens the device; `useful` is true if the command runs models.
     pub(super) fn open(self, useful: bool) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::flex()),
             Self::Cuda(_) if !useful => Err(Error::input(
                 format!("--device {self}"),
-                "this command has no use for a GPU: it works on the CPU alone",
+                "this command does not use a GPU: it runs on the CPU only",
                 "leave --device out",
             )),
             #[cfg(feature = "cuda")]
@@ -67,8 +67,8 @@ impl DeviceChoice {
     }
 }
 
-/// The number of the GPU to use, of the `visible` ones: `asked`, or that of the rank. A launcher may show each rank its own GPU
-/// alone (`srun --gpus-per-task=1`, a container per GPU), which is number 0 then.
+/// Chooses the index of the GPU among the `visible` ones: `asked`, or that of the rank. A launcher may show each rank
+/// only its own GPU (`srun --gpus-per-task=1`, a container per GPU), which then has index 0.
 #[cfg(any(feature = "cuda", test))]
 fn choose_gpu(asked: Option<usize>, local_rank: Option<usize>, visible: usize) -> Result<usize> {
     let index = asked.unwrap_or(if visible == 1 { 0 } else { local_rank.unwrap_or(0) });
@@ -81,7 +81,7 @@ fn choose_gpu(asked: Option<usize>, local_rank: Option<usize>, visible: usize) -
             "check that nvidia-smi lists a GPU here, and CUDA_VISIBLE_DEVICES; or leave --device out for the CPU";
         return Err(Error::input(place, "no NVIDIA GPU is visible to this process", remedy));
     }
-    let range = if visible == 1 { "number 0 alone is".into() } else { format!("numbers 0 to {} are", visible - 1) };
+    let range = if visible == 1 { "only number 0 is".into() } else { format!("numbers 0 to {} are", visible - 1) };
     let problem = match (asked, local_rank) {
         (None, Some(rank)) => format!("local rank {rank} has no GPU: {range} visible"),
         _ => format!("there is no such GPU: {range} visible"),
@@ -111,7 +111,7 @@ mod tests {
         for (asked, local_rank, visible, words) in [
             (None, None, 0, "no NVIDIA GPU is visible"),
             (None, Some(2), 2, "local rank 2 has no GPU: numbers 0 to 1 are visible"),
-            (Some(1), None, 1, "--device cuda:1: there is no such GPU: number 0 alone is visible"),
+            (Some(1), None, 1, "--device cuda:1: there is no such GPU: only number 0 is visible"),
         ] {
             let error = choose_gpu(asked, local_rank, visible).unwrap_err();
             assert!(error.exit_code() == 2 && error.to_string().contains(words), "{error}");

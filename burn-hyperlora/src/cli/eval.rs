@@ -1,4 +1,4 @@
-//! `hyperlora eval`: what a run has learnt.
+//! `hyperlora eval`: evaluation of a run.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,18 +11,18 @@ use hyperlora_core::{Result, output};
 
 use crate::cli::options::Common;
 
-/// Measure what a run has learnt
+/// Evaluate a trained run
 #[derive(Debug, Subcommand)]
 #[command(after_help = "Example:\n  hyperlora eval identity-gap runs/quickstart")]
 pub(super) enum EvalCommand {
     IdentityGap(IdentityGapArgs),
 }
 
-/// Does the LoRA of the right person denoise a photo better than somebody else's?
+/// Measure whether the LoRA of the right person denoises a photo better than another person's
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hyperlora eval identity-gap runs/quickstart")]
 pub(super) struct IdentityGapArgs {
-    /// The run folder
+    /// Run folder
     run: PathBuf,
 }
 
@@ -31,7 +31,7 @@ pub(super) fn run(command: &EvalCommand, common: &Common, device: &Device) -> Re
     common.start_log(None)?;
     let gap = identity_gap::run(&args.run, device)?;
     let (known, unseen) = (line("held-out photos of known people", &gap.known), line("people never seen", &gap.unseen));
-    let title = "identity gap: denoising loss with somebody else's LoRA minus that with the person's own";
+    let title = "identity gap: denoising loss with another person's LoRA minus that with the person's own";
     output::line(format_args!("{title}\n{known}\n{unseen}"))?;
     Ok(ExitCode::SUCCESS)
 }

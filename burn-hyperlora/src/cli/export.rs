@@ -1,4 +1,4 @@
-//! `hyperlora export`: a hypernetwork for the released nodes, a LoRA file in another layout.
+//! `hyperlora export`: a hypernetwork for the released nodes, or a LoRA file in another layout.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,36 +23,36 @@ use crate::cli::options::Common;
     after_help = "Examples:\n  A folder for the released ComfyUI nodes:\n    hyperlora export --format comfyui --checkpoint runs/mine -o hyper_lora/ --dtype f16\n  A LoRA file for diffusers and PEFT:\n    hyperlora export --format diffusers --lora anna.safetensors -o pytorch_lora_weights.safetensors"
 )]
 pub(super) struct ExportArgs {
-    /// What to write
+    /// Format to write
     #[arg(long, value_enum)]
     format: Format,
-    /// The hypernetwork: a run folder (its latest checkpoint), a checkpoint, or a HyperLoRA folder
+    /// Hypernetwork: a run folder (its latest checkpoint), a checkpoint, or a HyperLoRA folder
     #[arg(long, value_name = "DIR")]
     checkpoint: Option<PathBuf>,
     /// Number format of the hypernetwork
     #[arg(long, value_enum, default_value_t = FileDType::F16, conflicts_with = "lora")]
     dtype: FileDType,
-    /// Leave the Base-LoRA out
+    /// Omit the Base-LoRA
     #[arg(long, conflicts_with = "lora")]
     no_base: bool,
     /// Width of an attention head of a released hypernetwork [default: 64]
     #[arg(long, value_name = "N", conflicts_with = "lora")]
     head_dim: Option<usize>,
-    /// The LoRA file, in any layout
+    /// LoRA file, in any layout
     #[arg(long, value_name = "FILE")]
     lora: Option<PathBuf>,
-    /// The folder (comfyui) or file to write; a folder that this program wrote is replaced, any other refused
+    /// Folder (comfyui) or file to write; replaces a folder only if this program wrote it
     #[arg(short, long, value_name = "PATH")]
     output: PathBuf,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
-    /// A HyperLoRA folder that the released ComfyUI nodes load
+    /// HyperLoRA folder for the released ComfyUI nodes
     Comfyui,
-    /// A LoRA file as kohya's sd-scripts lay it out
+    /// LoRA file in the layout of kohya's sd-scripts
     Kohya,
-    /// A LoRA file as diffusers and PEFT lay it out
+    /// LoRA file in the layout of diffusers and PEFT
     Diffusers,
 }
 

@@ -12,16 +12,16 @@ use crate::cli::formats::finite;
 use crate::cli::loras::CombinedArgs;
 use crate::cli::options::Common;
 
-/// Fold a Base-LoRA, at a weight, into an ID-LoRA: one file in place of two
+/// Fold a weighted Base-LoRA into an ID-LoRA: one file instead of two
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 -o anna-studio.safetensors\n  To the ID-LoRA's own rank, with what that costs:\n    hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 --rank 8 -o anna-studio.safetensors"
+    after_help = "Examples:\n  hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 -o anna-studio.safetensors\n  At the ID-LoRA's own rank, with the relative error of that:\n    hyperlora fold --id anna.safetensors --base studio.safetensors --base-weight 0.25 --rank 8 -o anna-studio.safetensors"
 )]
 pub(super) struct FoldArgs {
-    /// The ID-LoRA: a LoRA file in any layout
+    /// ID-LoRA file, in any layout
     #[arg(long, value_name = "FILE")]
     id: PathBuf,
-    /// The Base-LoRA
+    /// Base-LoRA file
     #[arg(long, value_name = "FILE")]
     base: PathBuf,
     /// Weight of the ID-LoRA
@@ -30,7 +30,7 @@ pub(super) struct FoldArgs {
     /// Weight of the Base-LoRA
     #[arg(long, value_parser = finite::<f32>, allow_negative_numbers = true)]
     base_weight: f32,
-    /// The closest LoRA of this rank, by singular values [default: exact, ranks add up]
+    /// Approximate by a LoRA of this rank, by singular values [default: exact, ranks add up]
     #[arg(long, value_name = "R")]
     rank: Option<usize>,
     #[command(flatten)]
@@ -45,7 +45,7 @@ pub(super) fn run(args: &FoldArgs, common: &Common) -> Result<ExitCode> {
     let mut folded = concat(&[(&id, args.id_weight), (&base, args.base_weight)], dtype)?;
     let lost = args.rank.map(|rank| Ok((rank, reduce(&mut folded, rank)?))).transpose()?;
     args.combined.save(&folded, &output)?;
-    // The result first: whoever reads what is printed may be gone.
+    // The result is saved before printing, because the reader of the output may be gone.
     if let Some((rank, Reduction { mean, worst, worst_module })) = lost {
         output::line(format_args!(
             "relative error of rank {rank}: mean {mean:.3e}, worst {worst:.3e} ({worst_module})"

@@ -1,4 +1,4 @@
-//! Number types and layouts of the files that commands write, and numbers on the command line.
+//! Number types and layouts of the files that commands write, and parsing of numbers on the command line.
 
 use std::str::FromStr;
 
@@ -38,7 +38,7 @@ impl From<FileDType> for FloatDType {
 /// Layout of a LoRA file.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(super) enum LoraFormat {
-    /// kohya's sd-scripts: ComfyUI, the WebUIs and diffusers load it
+    /// kohya's sd-scripts: loads in ComfyUI, the WebUIs and diffusers
     Kohya,
     /// diffusers with PEFT
     Diffusers,

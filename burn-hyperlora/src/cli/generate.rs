@@ -22,17 +22,17 @@ use crate::cli::options::{Common, HyperLoraArgs};
 #[derive(Debug, Args)]
 #[command(
     group(ArgGroup::new("person").required(true).args(["images", "features"])),
-    after_help = "Examples:\n  From photos, with a hypernetwork of one's own:\n    hyperlora generate --checkpoint runs/quickstart --image a.png --image b.png -o lora.safetensors\n  With a released one:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --image-encoder clip_vit_large_14/ --faces antelopev2/ --image a.png -o lora.safetensors\n  From features that another program made:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --features anna.safetensors -o lora.safetensors\n\nThe file is in kohya's layout, which ComfyUI, diffusers and the WebUIs load; --format diffusers is for diffusers with PEFT.\nPut the trigger words of the run before the prompt: `fcsks fxhks fhyks, a photo of a person`."
+    after_help = "Examples:\n  From photos, with your own hypernetwork:\n    hyperlora generate --checkpoint runs/quickstart --image a.png --image b.png -o lora.safetensors\n  With a released one:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --image-encoder clip_vit_large_14/ --faces antelopev2/ --image a.png -o lora.safetensors\n  From features that another program made:\n    hyperlora generate --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --features anna.safetensors -o lora.safetensors\n\nThe file is in kohya's layout, which ComfyUI, diffusers and the WebUIs load; --format diffusers is for diffusers with PEFT.\nPut the trigger words of the run before the prompt: `fcsks fxhks fhyks, a photo of a person`."
 )]
 pub(super) struct GenerateArgs {
-    /// A run folder (its latest checkpoint), a checkpoint, or a HyperLoRA folder in the released layout
+    /// Run folder (its latest checkpoint), checkpoint, or HyperLoRA folder in the released layout
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
-    /// A photo of the person; several are averaged
+    /// Photo of the person; may be repeated, and the photos are averaged
     #[arg(long = "image", value_name = "FILE")]
     images: Vec<PathBuf>,
-    /// Ready features in place of photos: `clip_hidden_states` [N, 257, 1024], `id_embedding` [N, 512] and, for --base,
-    /// `base_clip_hidden_states`; N images are averaged
+    /// Precomputed features instead of photos: `clip_hidden_states` [N, 257, 1024], `id_embedding` [N, 512] and, for
+    /// --base, `base_clip_hidden_states`; N images are averaged
     #[arg(long, value_name = "FILE", conflicts_with_all = ["image_encoder", "feature_extractor", "faces"])]
     features: Option<PathBuf>,
     #[command(flatten)]
@@ -52,7 +52,7 @@ pub(super) struct GenerateArgs {
     /// Layout of the file
     #[arg(long, value_enum, default_value_t = LoraFormat::Kohya)]
     format: LoraFormat,
-    /// The LoRA file
+    /// LoRA file to write
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }

@@ -1,4 +1,4 @@
-//! The options of commands that take LoRA files, and of those that make one of two.
+//! Options shared by commands that read LoRA files or combine two into one.
 
 use std::path::{Path, PathBuf};
 
@@ -16,24 +16,24 @@ use crate::cli::formats::{FileDType, LoraFormat, finite};
 /// LoRA files and their weights.
 #[derive(Debug, Args)]
 pub(super) struct LoraArgs {
-    /// A LoRA file of sd-scripts, diffusers or PEFT; several add up
+    /// LoRA file of sd-scripts, diffusers or PEFT; may be repeated, and the LoRAs add up
     #[arg(long = "lora", value_name = "FILE")]
     loras: Vec<PathBuf>,
-    /// Weight of each --lora, in their order; 1 where left out
+    /// Weight of each --lora, in the same order [default: 1]
     #[arg(long = "lora-weight", value_name = "W", value_parser = finite::<f32>, allow_negative_numbers = true)]
     lora_weights: Vec<f32>,
 }
 
 impl LoraArgs {
-    /// The files.
+    /// Returns the LoRA files.
     pub(super) fn paths(&self) -> &[PathBuf] {
         &self.loras
     }
 
-    /// What the LoRAs change of this base.
+    /// Computes the changes that the LoRAs make to this base.
     ///
     /// # Errors
-    /// Input for more weights than LoRAs, and for LoRAs that cannot be read or do not fit.
+    /// Input: more weights than LoRAs, or LoRAs that cannot be read or do not fit.
     pub(super) fn updates(&self, base: &BaseSource) -> Result<PartUpdates> {
         if self.lora_weights.len() > self.loras.len() {
             return Err(Error::input(
@@ -52,22 +52,22 @@ impl LoraArgs {
     }
 }
 
-/// The file that is made of two LoRA files.
+/// Output options of a LoRA file made from two others.
 #[derive(Debug, Args)]
 pub(super) struct CombinedArgs {
-    /// Number format of the file [default: the wider one of the two]
+    /// Number format of the file [default: the wider of the two]
     #[arg(long, value_enum)]
     dtype: Option<FileDType>,
     /// Layout of the file
     #[arg(long, value_enum, default_value_t = LoraFormat::Kohya)]
     format: LoraFormat,
-    /// The LoRA file
+    /// LoRA file to write
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }
 
 impl CombinedArgs {
-    /// The number format of what is made of `one` and `other`.
+    /// Returns the number format of the combination of `one` and `other`.
     pub(super) fn dtype(&self, one: &LoraSet, other: &LoraSet) -> Dtype {
         self.dtype.map_or_else(|| one.wider(other), Into::into)
     }
@@ -75,16 +75,16 @@ impl CombinedArgs {
     /// Claims the output of a command that reads `inputs`.
     ///
     /// # Errors
-    /// As [`check_name`] and [`OutputFile::claim`].
+    /// Same as [`check_name`] and [`OutputFile::claim`].
     pub(super) fn claim(&self, inputs: [&Path; 2]) -> Result<OutputFile> {
         check_name(&self.output)?;
         OutputFile::claim(&self.output, inputs)
     }
 
-    /// Writes what was made to the claimed output.
+    /// Writes the combined LoRA to the claimed output.
     ///
     /// # Errors
-    /// As [`LoraSet::save`].
+    /// Same as [`LoraSet::save`].
     pub(super) fn save(&self, made: &LoraSet, output: &OutputFile) -> Result<()> {
         made.save(output.path(), self.format.into())?;
         tracing::info!("{}: {} modules", self.output.display(), made.modules.len());

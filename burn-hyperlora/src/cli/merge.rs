@@ -1,4 +1,4 @@
-//! `hyperlora merge`: a base with LoRAs in its weights.
+//! `hyperlora merge`: LoRAs merged into the weights of a base.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,24 +14,24 @@ use hyperlora_sdxl::weights::check_name;
 use crate::cli::loras::LoraArgs;
 use crate::cli::options::Common;
 
-/// Merge LoRAs into a base, in the layout and types it came in
+/// Merge LoRAs into a base, in the base's own layout and types
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  hyperlora merge --base sdxl/ --lora anna.safetensors --lora-weight 0.8 -o sdxl-anna/\n  hyperlora merge --base sdxl.safetensors --lora a.safetensors --lora b.safetensors -o merged.safetensors"
 )]
 pub(super) struct MergeArgs {
-    /// The base: an SDXL pipeline folder in diffusers layout, or a single file in Stability naming
+    /// Base model: an SDXL pipeline folder in diffusers layout, or a single file in Stability naming
     #[arg(long, value_name = "DIR|FILE")]
     base: PathBuf,
-    /// The weights to change and keep in a pipeline folder, such as fp16
+    /// Variant of the weights in a pipeline folder to change and keep, such as fp16
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
-    /// A pipeline folder whose configs describe the single file; SDXL-Base-1.0's where left out
+    /// Pipeline folder whose configs describe the single file [default: SDXL-Base-1.0's]
     #[arg(long, value_name = "DIR")]
     base_config: Option<PathBuf>,
     #[command(flatten)]
     loras: LoraArgs,
-    /// The new folder or file
+    /// Folder or file to write
     #[arg(short, long, value_name = "DIR|FILE")]
     output: PathBuf,
 }

@@ -1,4 +1,4 @@
-//! The commands of `hyperlora`: parse, call the library, print.
+//! Commands of `hyperlora`: parse, call the library, print.
 
 mod checkpoint;
 mod completions;
@@ -36,7 +36,7 @@ use crate::cli::options::Common;
     name = "hyperlora",
     version,
     propagate_version = true,
-    after_help = "Examples:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart\n  hyperlora generate --checkpoint runs/quickstart --image a.png -o lora.safetensors\n\nExit codes: 0 done, 2 the input needs mending, 3 stopped by a signal with everything saved, 1 the disk or the program failed.\n75 another rank of the run was lost or fell silent: start again."
+    after_help = "Examples:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart\n  hyperlora generate --checkpoint runs/quickstart --image a.png -o lora.safetensors\n\nExit codes: 0 done, 2 the input needs fixing, 3 stopped by a signal with everything saved, 1 the disk or the program failed.\n75 another rank of the run was lost or fell silent: start again."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -65,18 +65,19 @@ enum Command {
 }
 
 impl Command {
-    /// Whether it runs models, which a GPU can do.
+    /// Returns whether the command runs models, which a GPU can do.
     fn uses_device(&self) -> bool {
         matches!(self, Self::Train(_) | Self::Generate(_) | Self::Sample(_) | Self::Eval(_))
     }
 }
 
-/// Parses the command line and runs it. The exit code: 0 done, 2 the user's input, 3 stopped by a signal with everything
+/// Parses the command line and runs it. Exit codes: 0 done, 2 the user's input, 3 stopped by a signal with everything
 /// saved, 1 a fault, 75 another rank of the run was lost or fell silent.
 pub(crate) fn run() -> ExitCode {
     let cli = Cli::parse();
     settings::pass_over_current_folder();
-    // The tensor library panics where memory runs out or shapes disagree: one clear end for whatever got past the checks.
+    // The tensor library panics when memory runs out or shapes disagree. Catching that gives one clear message for
+    // whatever passed the checks.
     catch_unwind(AssertUnwindSafe(|| dispatch(&cli))).unwrap_or_else(|_| {
         complain(&"a fault in the program (above)\n  remedy: run it again with RUST_BACKTRACE=1 and report what it prints; checkpoints are intact");
         ExitCode::from(1)
@@ -111,7 +112,7 @@ fn dispatch(cli: &Cli) -> ExitCode {
     })
 }
 
-/// Says on stderr, and in `run.log` where there is one, what ended the command.
+/// Prints the error that ended the command to stderr and, if there is one, to `run.log`.
 fn complain(problem: &dyn Display) {
     output::note(format_args!("error: {problem}"));
     log::note_failure(problem);

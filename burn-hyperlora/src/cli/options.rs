@@ -1,4 +1,4 @@
-//! Options that several commands take.
+//! Options shared by several commands.
 
 use std::path::{Path, PathBuf};
 
@@ -12,25 +12,25 @@ use crate::cli::device::DeviceChoice;
 /// Options of every command.
 #[derive(Debug, Args)]
 pub(super) struct Common {
-    /// Where to compute: `cpu`, `cuda:N`, or `cuda` for the GPU of this rank (the first where there is one rank, the only one
-    /// where no other is visible). Commands that run no model take `cpu` alone.
+    /// Device to compute on: `cpu`, `cuda:N`, or `cuda` for the GPU of this rank (the first for a single rank, the only
+    /// one if no other is visible). Commands that run no model accept only `cpu`
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(super) device: DeviceChoice,
-    /// Say more (-vv: everything).
+    /// Log more (-vv: everything)
     #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
     pub(super) verbose: u8,
-    /// Say only what went wrong.
+    /// Log only warnings and errors
     #[arg(short, long, global = true)]
     pub(super) quiet: bool,
 }
 
 impl Common {
-    /// Starts the log; with a run folder, `run.log` in it too.
+    /// Starts the log on stderr and, given a run folder, in its `run.log`.
     pub(super) fn start_log(&self, run: Option<&Path>) -> Result<()> {
         log::init(if self.quiet { -1 } else { i8::try_from(self.verbose).unwrap_or(i8::MAX) }, run)
     }
 
-    /// Starts the log of a rank other than 0: warnings on stderr, each with the rank.
+    /// Starts the log of a rank other than the main rank: warnings on stderr, each with the rank.
     pub(super) fn start_follower_log(&self, rank: usize) -> Result<()> {
         log::init_follower(i8::try_from(self.verbose).unwrap_or(i8::MAX), rank)
     }
@@ -40,7 +40,7 @@ impl Common {
     }
 }
 
-/// Facts that a hypernetwork in the released layout does not carry, and the models that look at photos for it.
+/// Settings that a hypernetwork in the released layout does not contain, and the models that process photos for it.
 #[derive(Debug, Args)]
 pub(super) struct HyperLoraArgs {
     /// Width of an attention head of a released hypernetwork [default: 64]
@@ -58,7 +58,7 @@ pub(super) struct HyperLoraArgs {
 }
 
 impl HyperLoraArgs {
-    /// The folders that it names.
+    /// Lists the folders that the options name.
     pub(super) fn folders(&self) -> Vec<PathBuf> {
         [&self.image_encoder, &self.feature_extractor, &self.faces].into_iter().flatten().cloned().collect()
     }

@@ -1,4 +1,4 @@
-//! `hyperlora plan`: what a training costs, before anything is paid for.
+//! `hyperlora plan`: cost estimate of a training run.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,39 +16,39 @@ use hyperlora_core::{Error, Result, output};
 
 use crate::cli::options::Common;
 
-/// Tell memory, traffic, speed and days of a training from its configs alone
+/// Estimate memory, traffic, speed and days of a training from its configs alone
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  hyperlora plan experiments/sdxl/id-embed.yaml --gpus 16 --gpu a100-80g --images 4400000\n  hyperlora plan experiments/sdxl/one-gpu-24g.yaml --gpu rtx-4090\n\nExit codes: 0 it fits, 2 it does not (the report says why and what to turn) or the input needs mending.\nThe formulas and assumptions stand in docs/design/planning.md."
+    after_help = "Examples:\n  hyperlora plan experiments/sdxl/id-embed.yaml --gpus 16 --gpu a100-80g --images 4400000\n  hyperlora plan experiments/sdxl/one-gpu-24g.yaml --gpu rtx-4090\n\nExit codes: 0 it fits, 2 it does not (the report says why and what to change) or the input needs fixing.\nThe formulas and assumptions are in docs/design/planning.md."
 )]
 pub(super) struct PlanArgs {
-    /// The experiment's YAML
+    /// YAML of the experiment
     config: PathBuf,
-    /// How many GPUs
+    /// Number of GPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = RangedU64ValueParser::<u64>::new().range(1..=1 << 16))]
     gpus: u64,
-    /// Their kind: a100-40g, a100-80g, h100-80g, h200, l40s, rtx-a6000, a10g, rtx-4090 or rtx-3090
+    /// GPU model: a100-40g, a100-80g, h100-80g, h200, l40s, rtx-a6000, a10g, rtx-4090 or rtx-3090
     #[arg(long, value_name = "NAME")]
     gpu: Gpu,
-    /// What connects them: a speed per direction (300GB/s, 200Gb/s), nvlink3..5, pcie3..5, infiniband-edr, -hdr or -ndr,
-    /// ethernet-10g, -25g or -100g. Of a GPU; above eight GPUs, which stand in machines of eight, of a machine's port
-    /// [default: the GPU's own link, above eight infiniband-hdr]
+    /// Link between GPUs: a speed per direction (300GB/s, 200Gb/s), nvlink3..5, pcie3..5, infiniband-edr, -hdr or -ndr,
+    /// ethernet-10g, -25g or -100g. Speed per GPU; above eight GPUs, which run in machines of eight, per port of a
+    /// machine [default: the GPU's own link, above eight infiniband-hdr]
     #[arg(long, value_name = "SPEED")]
     link: Option<Link>,
-    /// Ports of a machine to the others, where there are several machines
+    /// Ports from each machine to the others, if there are several machines
     #[arg(long, value_name = "N", default_value_t = PORTS, value_parser = RangedU64ValueParser::<u64>::new().range(1..=64))]
     ports: u64,
-    /// What a message takes from a GPU to the next whatever its length, a measured one such as 7.1us, for every hop
-    /// [default: NCCL's own: 3.4us over NVLink, 5.7us over PCIe, 14us from machine to machine]
+    /// Latency of a message from one GPU to the next, whatever its length; a measured value such as 7.1us applies to
+    /// every hop [default: NCCL's own: 3.4us over NVLink, 5.7us over PCIe, 14us from machine to machine]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     hop: Option<f64>,
-    /// Images of an epoch; those of the shards where left out
+    /// Images per epoch [default: those of the shards]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
     images: Option<u64>,
-    /// The share of the GPU's peak that a step reaches, above 0, at most 1
+    /// Fraction of the GPU's peak that a step reaches, above 0, at most 1
     #[arg(long, value_name = "SHARE", value_parser = share)]
     mfu: Option<f64>,
-    /// Memory of one GPU in place of the kind's own, such as 24GiB
+    /// Memory of one GPU instead of the model's own, such as 24GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
     gpu_memory: Option<u64>,
     /// Print JSON
@@ -97,7 +97,7 @@ impl PlanArgs {
         })
     }
 
-    /// The number of images: as told, or as the shards' manifest counts the split, where there are shards.
+    /// Returns the number of images: the option's, or the split's count in the shards' manifest if there are shards.
     fn images(&self, experiment: &Experiment) -> Result<Option<u64>> {
         let shards = experiment.data.shards.resolve(experiment.folder())?;
         if self.images.is_some() || !shards.is_dir() {

@@ -1,21 +1,22 @@
-//! Settings of the tensor library. By itself it takes them from `burn.toml` and `cubecl.toml` in the current folder or above
-//! it, and compiled kernels from a folder `target` there: whoever made that folder would choose files to overwrite and code
-//! to run. Only environment variables change them here.
+//! Settings of the tensor library. By default the library reads `burn.toml` and `cubecl.toml` from the current folder
+//! or above it, and compiled kernels from a folder `target` there. Whoever made that folder could choose files to
+//! overwrite and code to run, so this program accepts settings only from environment variables.
 
 use burn::BurnConfig;
 use cubecl_environment::config::RuntimeConfig;
 
-/// Settles what would be looked for in the current folder. To be called before any tensor is made.
+/// Fixes the settings that the library would look for in the current folder. Call it before any tensor is made.
 pub(super) fn pass_over_current_folder() {
-    // Where it is settled already, it stays as it is.
+    // Settings that are already fixed stay as they are.
     BurnConfig::try_set(BurnConfig::default().override_from_env());
 }
 
-/// Names the file in which compiled and tuned kernels are kept for the next start: by machine and rank, so that no two ranks of
-/// a run write to the same one, nor two machines over a network file system. `CUBECL_ENVIRONMENT` gives it another name.
+/// Sets the cache file of compiled and tuned kernels for the next start. The name contains machine and rank, so that
+/// two ranks of a run, or two machines on a network file system, do not write to the same file. `CUBECL_ENVIRONMENT`
+/// overrides the name.
 ///
 /// # Errors
-/// Input where the cache folder cannot be resolved.
+/// Input: the cache folder cannot be resolved.
 #[cfg(feature = "cuda")]
 pub(super) fn keep_kernels(local_rank: usize) -> hyperlora_core::Result<()> {
     use cubecl_runtime::config::CubeClRuntimeConfig;

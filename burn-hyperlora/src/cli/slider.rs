@@ -1,4 +1,4 @@
-//! `hyperlora slider`: the difference of two LoRAs.
+//! `hyperlora slider`: difference of two LoRAs.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,16 +11,16 @@ use hyperlora_sdxl::lora::ops::concat;
 use crate::cli::loras::CombinedArgs;
 use crate::cli::options::Common;
 
-/// Write the difference of two LoRAs: a slider for what tells them apart
+/// Write the difference of two LoRAs: a slider for what distinguishes them
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  hyperlora slider --positive smiling.safetensors --negative serious.safetensors -o smile.safetensors\n\nThe difference is exact: ranks add up. Its weight is the slider, below 0 the other way round. Made of two photos of one\nperson, it changes what tells the photos apart."
+    after_help = "Example:\n  hyperlora slider --positive smiling.safetensors --negative serious.safetensors -o smile.safetensors\n\nThe difference is exact: ranks add up. Its weight is the slider; negative weights reverse it. Made from two\nphotos of one person, it changes what distinguishes the photos."
 )]
 pub(super) struct SliderArgs {
-    /// What a positive weight leads to: a LoRA file in any layout
+    /// LoRA for positive weights, a file in any layout
     #[arg(long, value_name = "FILE")]
     positive: PathBuf,
-    /// What a negative weight leads to
+    /// LoRA for negative weights
     #[arg(long, value_name = "FILE")]
     negative: PathBuf,
     #[command(flatten)]

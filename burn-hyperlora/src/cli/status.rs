@@ -1,4 +1,4 @@
-//! `hyperlora status`: where a run stands.
+//! `hyperlora status`: status of a run.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,13 +9,13 @@ use hyperlora_core::{Error, Result, output};
 
 use crate::cli::options::Common;
 
-/// Tell where a run stands, from its files alone: running, finished or stopped
+/// Show the status of a run, read from its files only: running, finished or stopped
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hyperlora status runs/quickstart")]
 pub(super) struct StatusArgs {
-    /// The run folder
+    /// Run folder
     run: PathBuf,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -25,7 +25,7 @@ pub(super) fn run(args: &StatusArgs, common: &Common) -> Result<ExitCode> {
     let status = Status::read(&args.run)?;
     if args.json {
         let json = serde_json::to_string_pretty(&status)
-            .map_err(|error| Error::Fault(format!("the status cannot be put as JSON: {error}")))?;
+            .map_err(|error| Error::Fault(format!("the status cannot be written as JSON: {error}")))?;
         output::line(format_args!("{json}"))?;
     } else {
         output::text(format_args!("{status}"))?;

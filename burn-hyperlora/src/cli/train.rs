@@ -1,4 +1,4 @@
-//! `hyperlora train`: from a YAML to a trained hypernetwork.
+//! `hyperlora train`: trains a hypernetwork from a YAML.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,22 +17,23 @@ use hyperlora_ranks::{JoinConfig, Placement, Ranks};
 
 use crate::cli::options::Common;
 
-/// Train a hypernetwork, or go on where its run stands
+/// Train a hypernetwork, or resume its run
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hyperlora train experiments/quickstart/train.yaml --out runs/quickstart")]
 pub(super) struct TrainArgs {
-    /// The experiment's YAML
+    /// YAML of the experiment
     config: PathBuf,
-    /// The run folder; runs/<name> where left out
+    /// Run folder [default: runs/<name>]
     #[arg(long, value_name = "RUN")]
     out: Option<PathBuf>,
-    /// Stop, with a checkpoint, once this many optimiser steps are done in all
+    /// Stop, with a checkpoint, once this many optimiser steps are done in total
     #[arg(long, value_name = "N")]
     max_steps: Option<u64>,
-    /// Begin anew; the old run folder is kept aside. Where Slurm starts the run again, it goes on; not with torchrun
+    /// Start a new run and move the old run folder aside; if Slurm requeues the job, the new run resumes. Refused under
+    /// launchers that repeat the command without a count, such as torchrun
     #[arg(long)]
     restart: bool,
-    /// The GPU of each rank, for the model FLOP utilisation in the curves: a name as `hyperlora plan` knows
+    /// GPU of each rank, for the model FLOP utilisation in the curves: a name that `hyperlora plan` accepts
     #[arg(long, value_name = "NAME")]
     gpu: Option<Gpu>,
 }
@@ -40,7 +41,7 @@ pub(super) struct TrainArgs {
 pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<ExitCode> {
     let stop = StopFlag::install()?;
     let placement = Placement::of_process()?;
-    // What fails here may fail on this rank alone: the others wait for it to say so.
+    // An error here may affect this rank only. It is kept until the ranks have joined, because the others wait for it.
     let prepared = prepare(args, common, placement.as_ref().map_or(0, |placement| placement.rank));
     let timeout = prepared.as_ref().map_or(COLLECTIVE_TIMEOUT, |(experiment, _)| experiment.train.collective_timeout());
     let timeouts = JoinConfig { timeout, start_timeout: long(timeout) };
@@ -62,7 +63,7 @@ pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<
     Ok(tell(&outcome))
 }
 
-/// What a rank does by itself before it meets the others: reads the experiment, finds the run folder, and starts the log.
+/// Prepares a rank before it joins the others: reads the experiment, finds the run folder, and starts the log.
 fn prepare(args: &TrainArgs, common: &Common, rank: usize) -> Result<(Experiment, PathBuf)> {
     let found = read(args, rank == 0);
     match &found {
@@ -72,7 +73,7 @@ fn prepare(args: &TrainArgs, common: &Common, rank: usize) -> Result<(Experiment
     }
     let Found { experiment, run, earlier, aside } = found?;
     if let Some(told) = earlier.filter(|_| rank == 0) {
-        tracing::warn!("--restart is passed over: the launcher has started this run before ({told})");
+        tracing::warn!("--restart is ignored: the launcher has started this run before ({told})");
     }
     if let Some(aside) = aside {
         tracing::info!("the old run is kept in {}", aside.display());
@@ -80,48 +81,48 @@ fn prepare(args: &TrainArgs, common: &Common, rank: usize) -> Result<(Experiment
     Ok((experiment, run))
 }
 
-/// What the command line names.
+/// Run named by the command line.
 struct Found {
     experiment: Experiment,
     run: PathBuf,
-    /// What tells that the launcher repeats the command.
+    /// Evidence that the launcher repeats the command.
     earlier: Option<String>,
-    /// Where the old run folder is kept.
+    /// New place of the old run folder.
     aside: Option<PathBuf>,
 }
 
-/// Reads the experiment and finds the run folder, which the rank that leads moves aside where it is to begin anew.
+/// Reads the experiment and finds the run folder. On a restart, the main rank (`leads`) moves the old folder aside.
 fn read(args: &TrainArgs, leads: bool) -> Result<Found> {
     let experiment = Experiment::load(&args.config)?;
     let run = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&experiment.name));
-    // A link to another disk stays one, also where the folder behind it is set aside.
+    // A link to another disk is kept, even if the folder behind it is moved aside.
     let run = match run.file_name() {
         Some(_) => follow(&run)?,
         None => run.canonicalize().map_err(|source| Error::read(&run, source))?,
     };
     apart(&run, experiment.inputs()?)?;
-    // Launchers repeat the whole command: only their first start begins anew.
+    // Launchers repeat the whole command, so only their first start may begin a new run.
     let earlier = if args.restart { hyperlora_ranks::earlier_life(|name| std::env::var(name).ok())? } else { None };
     let anew = leads && args.restart && earlier.is_none();
     let aside = if anew { run_folder::move_aside(&run)? } else { None };
     Ok(Found { experiment, run, earlier, aside })
 }
 
-/// Says how the run ended; the exit code.
+/// Prints how the run ended and returns the exit code.
 fn tell(outcome: &Outcome) -> ExitCode {
     let (code, line) = match outcome {
         Outcome::Finished { step, checkpoint } => (0, format!("finished after {step} steps: {}", checkpoint.display())),
         Outcome::Paused { step, checkpoint } => (
             0,
             format!(
-                "paused after {step} steps: {}; without --max-steps the same command goes on",
+                "paused after {step} steps: {}; the same command without --max-steps resumes the run",
                 checkpoint.display()
             ),
         ),
         Outcome::Stopped { signal, step, checkpoint } => (
             3,
             format!(
-                "stopped by {signal} after {step} steps, everything is saved: {}; the same command goes on",
+                "stopped by {signal} after {step} steps, everything is saved: {}; the same command resumes the run",
                 checkpoint.display()
             ),
         ),

@@ -1,4 +1,4 @@
-//! The YAML of a run: composes the configurations of all parts, fills in their defaults and checks them once.
+//! Experiment YAML: composes the configurations of all parts, fills in their defaults and checks them once.
 
 mod places;
 
@@ -20,39 +20,39 @@ use crate::run::{CONFIG_FILE, PATHS_FILE, Resolved};
 use crate::train::config::TrainConfig;
 use crate::train::{self, Outcome, Session, TrainOptions, TrainSetup};
 
-/// Everything that describes a run; cluster facts are no part of it.
+/// Full description of a run, without cluster-specific settings.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Experiment {
-    /// Names the run folder: `runs/<name>` unless the command says otherwise.
+    /// Name of the run folder: `runs/<name>` unless the command sets another.
     pub name: String,
-    /// All randomness hangs on it.
+    /// Seed of all randomness.
     pub seed: u64,
-    /// The frozen models.
+    /// Frozen base models.
     pub base: BaseConfig,
-    /// How faces are found in the photos that `generate` and `sample` are given.
+    /// Face detection for the photos given to `generate` and `sample`.
     #[serde(default)]
     pub faces: Option<FaceConfig>,
-    /// Where the samples come from.
+    /// Source of the samples.
     pub data: DataConfig,
     /// Sizes of the hypernetwork.
     #[serde(default)]
     pub hyper_lora: HyperLoraConfig,
-    /// How it is trained.
+    /// Training settings.
     pub train: TrainConfig,
-    /// How it is judged.
+    /// Evaluation settings.
     #[serde(default)]
     pub eval: EvalConfig,
-    /// The file that this was read from.
+    /// File that this was read from.
     #[serde(skip)]
     origin: PathBuf,
 }
 
-/// How a trained hypernetwork is judged.
+/// Evaluation settings of a trained hypernetwork.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvalConfig {
-    /// Does a LoRA of the right person help more than one of somebody else?
+    /// Identity gap: whether a LoRA of the right person helps more than one of another person.
     pub identity_gap: IdentityGapConfig,
 }
 
@@ -62,21 +62,21 @@ pub struct EvalConfig {
 pub struct IdentityGapConfig {
     /// Noises and timesteps per photo, averaged before any statistics.
     pub draws: usize,
-    /// Photos that were not trained on, of people who were.
+    /// Held-out photos of people in the training set.
     pub known: GapSet,
-    /// Photos of people who were never seen.
+    /// Photos of people that training never saw.
     pub unseen: GapSet,
-    /// Samples that go through the UNet at once.
+    /// Samples that pass through the UNet at once.
     pub batch: usize,
 }
 
-/// The photos of one judgement, and where their reference photos come from.
+/// Photos of one evaluation, with the split of their reference photos.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GapSet {
     /// Split of the photos.
     pub photos: String,
-    /// Split of the photos that the LoRAs are made from; never the judged photo itself.
+    /// Split of the photos that the LoRAs are made from; the evaluated photo itself is never used.
     pub references: String,
 }
 
@@ -91,7 +91,7 @@ impl Experiment {
     /// Reads, completes and checks a YAML that the user named. The `config.yaml` of a run is read as such.
     ///
     /// # Errors
-    /// Input, naming file, position and key.
+    /// Input: names file, position and key.
     pub fn load(path: &Path) -> Result<Self> {
         match path.file_name() {
             Some(name) if name == CONFIG_FILE && path.with_file_name(PATHS_FILE).exists() => Self::load_run(path),
@@ -99,17 +99,17 @@ impl Experiment {
         }
     }
 
-    /// Reads the configuration of a run folder, which may be a stranger's: no variable is expanded, and nothing is written
-    /// where it says.
+    /// Reads the configuration of a run folder, which may come from an untrusted source: no variable is expanded, and
+    /// nothing is written to its paths.
     ///
     /// # Errors
-    /// Input for a folder that holds no run.
+    /// Input: a folder that holds no run.
     pub fn of_run(run: &Path) -> Result<Self> {
         let path = run.join(CONFIG_FILE);
         if !path.is_file() {
             return Err(Error::file(
                 run,
-                format!("is no run folder: it holds no {CONFIG_FILE}"),
+                format!("is not a run folder: it holds no {CONFIG_FILE}"),
                 "give a folder that `hyperlora train` wrote",
             ));
         }
@@ -122,7 +122,7 @@ impl Experiment {
         if places.exists() {
             experiment.take_places(&places)?;
         }
-        // A cache makes room for itself: what lies in it is deleted.
+        // A cache deletes files to make room, so its path is not taken from the configuration.
         experiment.data.remote.cache = RemoteShards::default().cache;
         experiment.complete(path)
     }
@@ -134,67 +134,69 @@ impl Experiment {
         Ok(self)
     }
 
-    /// The folder that the paths of the YAML start at.
+    /// Returns the folder that the YAML's relative paths start from.
     pub fn folder(&self) -> &Path {
         // The parent of a bare file name is the empty path, which names no folder.
         self.origin.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
 
-    /// The YAML file, for messages.
+    /// Returns the path of the YAML file, for messages.
     pub fn place(&self) -> String {
         self.origin.display().to_string()
     }
 
-    /// The configuration with all defaults written out, without what tells of this machine, and beside it where all that it
-    /// names lies here.
+    /// Returns the configuration with all defaults written out and without machine-specific paths, and separately the
+    /// local places of the paths that it names.
     ///
     /// # Errors
-    /// Input for a path that cannot be resolved.
+    /// Input: a path that cannot be resolved.
     pub fn resolved(&self) -> Result<Resolved> {
         Ok(Resolved { config: config::to_yaml(self)?, paths: self.places_yaml()? })
     }
 
-    /// Checks that `faces`, whose paths start at `base_dir`, finds the embedder that made the shards; warns of another
-    /// detector or landmark model. Shards that are not there any more are not asked, nor are those behind a URL.
+    /// Checks that `faces`, whose paths start from `base_dir`, finds the embedder that made the shards. Warns about
+    /// another detector or landmark model. Shards that no longer exist or that are behind a URL are not checked.
     ///
     /// # Errors
-    /// Input for another embedder, and for a folder without usable models.
+    /// Input: another embedder, or a folder without usable models.
     pub fn check_faces(&self, faces: &FaceConfig, base_dir: &Path) -> Result<()> {
         let shards = self.data.shards.resolve(self.folder()).ok();
         let Some(shards) = shards.filter(|shards| shards.join(MANIFEST_FILE).is_file()) else { return Ok(()) };
         compare_models(faces, base_dir, &Manifest::read(&shards)?, &shards)
     }
 
-    /// Trains, or goes on where a checkpoint in `run` stands.
+    /// Trains, or resumes from the latest checkpoint in `run`.
     ///
     /// # Errors
-    /// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
-    /// that diverged.
+    /// Input: a problem with what the YAML names, or a checkpoint of other settings; Disk: a failing disk; Fault: a
+    /// training that diverged.
     pub fn train(&self, run: &Path, device: &Device, options: TrainOptions) -> Result<Outcome> {
         self.train_together(&Ranks::alone(), run, device, options)
     }
 
-    /// As [`train`](Self::train), as one of several ranks.
+    /// Trains as one of several ranks; see [`train`](Self::train).
     ///
     /// # Errors
-    /// As there; Peer where another rank is lost, PeerFailed where it fails.
+    /// Same as [`train`](Self::train); Peer: another rank is lost; PeerFailed: another rank fails.
     pub fn train_together(&self, ranks: &Ranks, run: &Path, device: &Device, options: TrainOptions) -> Result<Outcome> {
         train::run(self.setup(ranks, run, device)?, options)
     }
 
-    /// Opens the run in the folder `run` for a training loop of your own, as one of `ranks`.
+    /// Opens the run in the folder `run` for a custom training loop, as one of `ranks`.
     ///
     /// # Errors
-    /// As [`train`](Self::train).
+    /// Same as [`train`](Self::train).
     pub fn session(&self, ranks: &Ranks, run: &Path, device: &Device, options: TrainOptions) -> Result<Session> {
         Session::begin(self.setup(ranks, run, device)?, options)
     }
 
-    /// Everything that training reads of the experiment; checks that the face models are those that made the shards.
+    /// Collects everything that training reads of the experiment, and checks that the face models are those that made
+    /// the shards.
     fn setup(&self, ranks: &Ranks, run: &Path, device: &Device) -> Result<TrainSetup> {
         let ranks = ranks.with_deadline(self.train.long_timeout());
         let resolved = ranks.try_on_all("all ranks to resolve the configuration", || {
-            // Training itself needs no face models: a machine without them trains, one with the wrong ones does not begin.
+            // Training itself needs no face models: a machine without them trains, but one with the wrong models must
+            // not start.
             if let Some(faces) = &self.faces
                 && faces.models.resolve(self.folder())?.is_dir()
             {
@@ -219,10 +221,10 @@ impl Experiment {
         })
     }
 
-    /// The files and folders that are read; URLs among them.
+    /// Lists the files, folders and URLs that are read.
     ///
     /// # Errors
-    /// Input for a path with an unset variable.
+    /// Input: a path with an unset variable.
     pub fn inputs(&self) -> Result<Vec<PathBuf>> {
         let base = &self.base;
         let named = [Some(&base.path), Some(&self.data.shards), base.config.as_ref(), base.image_encoder.as_ref()];
@@ -236,7 +238,7 @@ impl Experiment {
 
     fn validate(&self) -> Result<()> {
         let place = self.place();
-        // `.` and `..` are no names.
+        // `.` and `..` are not valid names.
         if !is_plain(&self.name) || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
             return Err(Error::input(
                 format!("{place}: name"),
@@ -270,9 +272,9 @@ impl Experiment {
             Some((key, split)) => Err(Error::input(
                 format!("{place}: {key}"),
                 format!(
-                    "is `{split}`, the split to learn from (data.split): what was learnt by heart would look understood"
+                    "is `{split}`, the training split (data.split): evaluating on training data would hide overfitting"
                 ),
-                "name a split that is not learnt from",
+                "name a split that is not trained on",
             )),
             None => Ok(()),
         }
@@ -280,11 +282,12 @@ impl Experiment {
 }
 
 impl Session {
-    /// Opens the training that the YAML file at `path` describes, in the run folder `runs/NAME`, as a single process. It goes on
-    /// from the latest checkpoint of the run.
+    /// Opens the training described by the YAML file at `path`, in the run folder `runs/NAME`, as a single process.
+    /// Resumes from the latest checkpoint of the run.
     ///
     /// # Errors
-    /// Input, naming file and key, for what the YAML names and for a checkpoint of other settings; Disk for a failing disk.
+    /// Input: names file and key for a problem with what the YAML names, or for a checkpoint of other settings; Disk: a
+    /// failing disk.
     pub fn open(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let experiment = Experiment::load(path.as_ref())?;
         let run = Path::new("runs").join(&experiment.name);

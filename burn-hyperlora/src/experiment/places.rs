@@ -1,4 +1,4 @@
-//! `paths.yaml` of a run folder: where on this machine lies what `config.yaml` names. It stays behind when a run is shared.
+//! `paths.yaml` of a run folder: the local places of the paths in `config.yaml`. It is not shared with the run.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,14 +8,14 @@ use hyperlora_core::{Error, Result};
 
 use crate::experiment::Experiment;
 
-/// The file's begin.
-const HEADER: &str = "# Where on this machine lies what config.yaml names. Leave this file out of what you share.\n";
+/// First line of the file.
+const HEADER: &str = "# Local paths of the files and folders that config.yaml names. Do not share this file.\n";
 
 impl Experiment {
-    /// The resolved places of all paths, as YAML by their keys.
+    /// Returns the resolved places of all paths, as YAML by their keys.
     ///
     /// # Errors
-    /// Input for a path that cannot be resolved, Fault where YAML cannot express one.
+    /// Input: a path that cannot be resolved; Fault: a path that YAML cannot express.
     pub(super) fn places_yaml(&self) -> Result<String> {
         let folder = std::path::absolute(self.folder()).map_err(|source| Error::read(self.folder(), source))?;
         let base = &self.base;
@@ -41,10 +41,10 @@ impl Experiment {
         Ok(HEADER.to_owned() + &config::to_yaml(&places)?)
     }
 
-    /// Puts the places that the file `path` tells into the paths of a run's configuration.
+    /// Sets the paths of a run's configuration to the places in the file `path`.
     ///
     /// # Errors
-    /// Input for a file that is no list of places.
+    /// Input: a file that is not a list of places.
     pub(super) fn take_places(&mut self, path: &Path) -> Result<()> {
         let places: BTreeMap<String, ConfigPath> = config::load_found(path)?;
         for (key, place) in places {

@@ -1,11 +1,11 @@
-//! Text without what tells of the machine that wrote it: `run.log` is attached to reports.
+//! Anonymous log output: removes host names and absolute paths, because users attach `run.log` to bug reports.
 
 use std::io::{self, Write};
 use std::path::Path;
 
 use hyperlora_ranks::host_name;
 
-/// A file that is told less than the terminal: no absolute paths, no names of machines.
+/// Writer that removes absolute paths and host names, unlike the terminal.
 #[derive(Debug)]
 pub(super) struct Anonymous<W> {
     to: W,
@@ -17,13 +17,13 @@ impl<W> Anonymous<W> {
         Self { to, places: Places::of_process() }
     }
 
-    /// What writes one entry.
+    /// Creates a writer for one entry.
     pub(super) fn entry(&self) -> Entry<'_, W> {
         Entry(self)
     }
 }
 
-/// Writes an entry, which comes in one piece.
+/// Writes one log entry, received in one piece.
 pub(super) struct Entry<'a, W>(&'a Anonymous<W>);
 
 impl<W> Write for Entry<'_, W>
@@ -41,7 +41,7 @@ where
     }
 }
 
-/// Texts that tell of this machine, and what stands for them.
+/// Texts that identify this machine, with their replacements.
 #[derive(Debug)]
 struct Places(Vec<(String, &'static str)>);
 
@@ -50,7 +50,7 @@ impl Places {
         let folder = |path: &Path| path.parent().is_some().then(|| path.display().to_string());
         let here = std::env::current_dir().ok().and_then(|path| folder(&path)).map(|path| (path + "/", ""));
         let home = std::env::var_os("HOME").and_then(|path| folder(Path::new(&path))).map(|path| (path, "~"));
-        // A shorter name is part of other words.
+        // A shorter host name would also match parts of other words.
         let host = Some(host_name()).filter(|host| host.len() > 3 && host != "localhost").map(|host| (host, "here"));
         Self([here, home, host].into_iter().flatten().collect())
     }
@@ -61,7 +61,7 @@ impl Places {
     }
 }
 
-/// Takes the name of the machine out of `rank 3 (gpu07)`.
+/// Removes the host name from `rank 3 (gpu07)`.
 fn without_hosts(text: &str) -> String {
     let mut pieces = text.split("rank ");
     let mut kept = pieces.next().unwrap_or_default().to_owned();
@@ -77,7 +77,7 @@ fn without_hosts(text: &str) -> String {
     kept
 }
 
-/// Leaves of every absolute path the last part.
+/// Reduces every absolute path to its last part.
 fn without_paths(text: &str) -> String {
     let mut kept = String::with_capacity(text.len());
     let mut rest = text;
@@ -112,7 +112,7 @@ mod tests {
         let place = |place: &str, instead| (place.to_owned(), instead);
         let places = Places(vec![place("/work/my runs/", ""), place("/home/ada b", "~"), place("gpu07", "here")]);
         for (text, kept) in [
-            ("going on from /work/my runs/runs/a/checkpoints", "going on from runs/a/checkpoints"),
+            ("resuming from /work/my runs/runs/a/checkpoints", "resuming from runs/a/checkpoints"),
             ("/home/ada b/x: missing", "~/x: missing"),
             ("base: `/mnt/models/sdxl/` (/scratch/a)", "base: `…/sdxl` (…/a)"),
             ("/etc/a.yaml:3:5: unknown key", "…/a.yaml:3:5: unknown key"),

@@ -1,6 +1,6 @@
-//! The protobuf messages of a TensorBoard event file, as far as scalars, images, texts and restarts need them.
+//! Protobuf messages of a TensorBoard event file: scalars, images, texts and restarts only.
 //!
-//! Field numbers are those of TensorBoard's `compat/proto/{event,summary,tensor,tensor_shape}.proto`.
+//! Field numbers follow TensorBoard's `compat/proto/{event,summary,tensor,tensor_shape}.proto`.
 
 /// `Event`: one record of the file.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -16,7 +16,7 @@ pub(super) struct Event {
 
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub(super) enum What {
-    /// The first record of a file: `brain.Event:2`.
+    /// First record of a file: `brain.Event:2`.
     #[prost(string, tag = "3")]
     FileVersion(String),
     #[prost(message, tag = "5")]
@@ -25,7 +25,7 @@ pub(super) enum What {
     SessionLog(SessionLog),
 }
 
-/// `SessionLog`: a start makes TensorBoard drop what older files of the run say about this step and later ones.
+/// `SessionLog`: a start makes TensorBoard drop this step and later ones from older files of the run.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct SessionLog {
     #[prost(int32, tag = "1")]
@@ -72,12 +72,12 @@ pub(super) struct Image {
     /// 3: RGB
     #[prost(int32, tag = "3")]
     pub colorspace: i32,
-    /// A PNG file.
+    /// PNG file.
     #[prost(bytes = "vec", tag = "4")]
     pub encoded_image_string: Vec<u8>,
 }
 
-/// `SummaryMetadata`: which plugin shows the value.
+/// `SummaryMetadata`: names the plugin that shows the value.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct SummaryMetadata {
     #[prost(message, optional, tag = "1")]

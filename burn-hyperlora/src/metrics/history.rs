@@ -1,4 +1,4 @@
-//! Reading curves back: the last value of every scalar.
+//! Last value of every scalar, read back from event files.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,26 +12,26 @@ use prost::Message;
 use crate::metrics::event::{Content, Event, What};
 use crate::metrics::tensorboard::masked_crc;
 
-/// Longer records hold pictures.
+/// Maximum record size in bytes for scalars; longer records hold pictures.
 const LONGEST_OF_SCALARS: u64 = 1 << 20;
 
-/// The last values of the curves in a folder.
+/// Last values of the curves in a folder.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LastScalars {
-    /// By tag, as `loss/id_clip`.
+    /// Values by tag, such as `loss/id_clip`.
     pub values: BTreeMap<String, f64>,
-    /// The last step that the newest file has a scalar of; `None` where the process that writes it has not got that far.
+    /// Last step with a scalar in the newest file; `None` if its process has written none yet.
     pub step: Option<u64>,
-    /// When that was, in seconds since 1970.
+    /// Time of that scalar, in seconds since 1970.
     pub written: Option<f64>,
 }
 
 impl LastScalars {
-    /// Reads the event files of `folder`, from the newest back to one that holds scalars. Half a record at the end, as a
-    /// writer at work leaves it, is passed over; a folder that is not there holds nothing.
+    /// Reads the event files of `folder`, from the newest back to one that holds scalars. Skips an incomplete record at
+    /// the end, which an active writer leaves. A missing folder holds nothing.
     ///
     /// # Errors
-    /// Input or Disk for a file that cannot be read.
+    /// Input or Disk: a file cannot be read.
     pub fn read(folder: &Path) -> Result<Self> {
         let mut last = Self::default();
         for (age, path) in event_files(folder).map_err(|source| Error::read(folder, source))?.into_iter().enumerate() {
@@ -89,7 +89,7 @@ impl LastScalars {
     }
 }
 
-/// The newest first: their names tell when they were begun.
+/// Lists event files, newest first; their names hold their start time.
 fn event_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -122,14 +122,14 @@ mod tests {
                 RgbImage::from_fn(700, 700, |x, y| image::Rgb([(x * y) as u8, (x ^ y) as u8, (x * x + y) as u8]));
             writer.image(step, "samples/base", &noise);
         }
-        // The writer is at work: half of a record is there.
+        // An active writer has written half of a record.
         let mut file = fs::OpenOptions::new().append(true).open(writer.path()).unwrap();
         let length = 50_u64.to_le_bytes();
         file.write_all(&[&length[..], &masked_crc(&length), b"half"].concat()).unwrap();
         let last = LastScalars::read(folder.path()).unwrap();
         assert_eq!((last.step, last.values["loss/base"], last.values.len()), (Some(3), 1.5, 2));
 
-        // A new process has begun, and has no scalar yet.
+        // A new process has started and has no scalar yet.
         MetricsWriter::create(folder.path(), 3).unwrap();
         let last = LastScalars::read(folder.path()).unwrap();
         assert_eq!((last.step, last.values["loss/base"]), (None, 1.5));

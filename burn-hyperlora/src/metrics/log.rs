@@ -1,4 +1,4 @@
-//! The log: stderr at the level that `-v` and `-q` ask for, and `run.log` in the run folder.
+//! Log: stderr at the level set by `-v` and `-q`, and `run.log` in the run folder.
 
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -18,21 +18,21 @@ use crate::metrics::progress::around_bars;
 
 /// Starts the log, once per process.
 ///
-/// `verbosity` is the number of `-v` less that of `-q`: below 0 stderr shows warnings only, 0 adds progress and results,
-/// 1 details, 2 everything, dependencies included. `run.log` in `run` is appended to and holds the details always, but no
-/// absolute paths and no names of machines; when its disk is full, lines are lost and the run goes on.
+/// `verbosity` is the number of `-v` minus that of `-q`: below 0, stderr shows warnings only; 0 adds progress and
+/// results, 1 details, 2 everything including dependencies. `run.log` in `run` is appended to and always holds the
+/// details, without absolute paths and host names. If its disk is full, lines are lost and the run continues.
 ///
 /// # Errors
-/// Input when `run.log` cannot be opened for writing, Disk for a failing disk, Fault when a log was started before.
+/// Input: `run.log` cannot be opened for writing; Disk: a failing disk; Fault: a log was started before.
 pub fn init(verbosity: i8, run: Option<&Path>) -> Result<()> {
     start(verbosity, run, String::new())
 }
 
-/// Starts the log of a rank that does not lead, once per process: stderr alone, one level less than `verbosity` asks for, each
-/// line with the rank.
+/// Starts the log of a rank other than the main rank, once per process: stderr only, one level below `verbosity`, with
+/// the rank on each line.
 ///
 /// # Errors
-/// Fault when a log was started before.
+/// Fault: a log was started before.
 pub fn init_follower(verbosity: i8, rank: usize) -> Result<()> {
     start(verbosity - 1, None, format!("rank {rank}: "))
 }
@@ -46,7 +46,7 @@ fn start(verbosity: i8, run: Option<&Path>, prefix: String) -> Result<()> {
         2.. => Targets::new().with_default(LevelFilter::TRACE),
     };
     let shown = shown.with_target(FAILURE, LevelFilter::OFF);
-    // Where stderr is gone, as after a SIGHUP, saying so there would panic.
+    // After a SIGHUP stderr may be gone, and reporting that to stderr would panic.
     let stderr = fmt::layer().fmt_fields(log_fields()).with_ansi(false).log_internal_errors(false);
     let stderr = stderr.without_time().with_target(verbosity > 0).with_writer(BesideBars { prefix });
     let file = match run {
@@ -63,15 +63,15 @@ fn start(verbosity: i8, run: Option<&Path>, prefix: String) -> Result<()> {
         .map_err(|problem| Error::Fault(format!("the log cannot be started: {problem}")))
 }
 
-/// Puts what ended the program into `run.log` only: saying it on stderr is the caller's, log or no log.
+/// Writes the error that ended the program to `run.log` only. The caller prints it to stderr, with or without a log.
 pub fn note_failure(problem: &dyn Display) {
     tracing::error!(target: FAILURE, "{problem}");
 }
 
-/// Target of the messages that stderr does not show.
+/// Target of messages that stderr does not show.
 const FAILURE: &str = "hyperlora::failure";
 
-/// The crates whose messages are this program's own.
+/// Crates of this program.
 const OWN: [&str; 3] = ["hyperlora", "burn_hyperlora", "data_prep"];
 
 fn open(run: &Path) -> Result<File> {
@@ -79,7 +79,7 @@ fn open(run: &Path) -> Result<File> {
     fs::create_dir_all(run).and_then(|()| append(&path)).map_err(|source| Error::write(&path, source))
 }
 
-/// `run.log`.
+/// Writer of `run.log`.
 struct RunLog(Anonymous<File>);
 
 impl<'a> MakeWriter<'a> for RunLog {
@@ -90,10 +90,10 @@ impl<'a> MakeWriter<'a> for RunLog {
     }
 }
 
-/// Stderr, written to while the progress bars are out of the way.
+/// Stderr writer that hides the progress bars while it writes.
 #[derive(Clone)]
 struct BesideBars {
-    /// Before each entry.
+    /// Text before each entry.
     prefix: String,
 }
 
@@ -129,12 +129,12 @@ mod tests {
 
         init(-1, Some(&run)).unwrap();
         tracing::debug!("learning rate 1e-4");
-        tracing::debug!("going on from {}\u{7}, https://a:b@h/x", run.join("checkpoints").display());
+        tracing::debug!("resuming from {}\u{7}, https://a:b@h/x", run.join("checkpoints").display());
         tracing::trace!("too small to note");
         note_failure(&"the disk is full");
         let text = fs::read_to_string(run.join("run.log")).unwrap();
         assert!(text.contains("DEBUG") && text.contains("learning rate 1e-4") && !text.contains("too small"), "{text}");
-        assert!(text.contains("going on from …/checkpoints\\u{7}, https://***@h/x\n"), "{text}");
+        assert!(text.contains("resuming from …/checkpoints\\u{7}, https://***@h/x\n"), "{text}");
         assert!(text.contains("ERROR") && text.contains("the disk is full"), "{text}");
         assert_eq!(init(0, None).unwrap_err().exit_code(), 1);
     }

@@ -1,4 +1,4 @@
-//! What a run tells about itself: TensorBoard events, progress, the log, `summary.json`, and what it uses of the machine.
+//! Metrics and logs of a run: TensorBoard events, progress, the log, `summary.json` and resource usage.
 
 mod anonymous;
 mod event;

@@ -1,4 +1,4 @@
-//! Where a run stands: a bar on a terminal, a line now and then elsewhere.
+//! Progress display: a bar on a terminal, else a line at intervals.
 
 use std::io::{self, IsTerminal};
 use std::sync::LazyLock;
@@ -6,27 +6,27 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
-/// Every bar of the process, so that log lines can step around them.
+/// All bars of the process, so that log lines can be printed around them.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
-/// Between two lines.
+/// Time between two lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 const TEMPLATE: &str = "{prefix} {bar:30} {pos}/{len}  {msg}";
 
-/// How progress is shown.
+/// Display mode of progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Display {
-    /// A bar that stays in its place on the terminal; lines go to the log file only.
+    /// Bar at a fixed place on the terminal; lines go to the log file only.
     Bar,
-    /// A log line at intervals.
+    /// Log line at intervals.
     Lines,
-    /// A log line at intervals, in the log file only.
+    /// Log line at intervals, in the log file only.
     Hidden,
 }
 
 impl Display {
-    /// Hidden for `quiet`, else a bar where stderr is a terminal, else lines.
+    /// Selects hidden if `quiet`, else a bar if stderr is a terminal, else lines.
     pub fn detect(quiet: bool) -> Self {
         match (quiet, io::stderr().is_terminal()) {
             (true, _) => Self::Hidden,
@@ -36,7 +36,7 @@ impl Display {
     }
 }
 
-/// The progress of one stage.
+/// Progress of one stage.
 #[derive(Debug)]
 pub struct Progress {
     stage: String,
@@ -47,7 +47,7 @@ pub struct Progress {
     last_line: Option<Instant>,
 }
 
-/// Speed over what this process has done of the stage.
+/// Speed of this process in the stage.
 #[derive(Debug)]
 struct Pace {
     begun: Instant,
@@ -67,7 +67,7 @@ impl Pace {
 }
 
 impl Progress {
-    /// Progress of `stage`, of which `done` of `total` steps were done before.
+    /// Creates the progress of `stage`, which starts at `done` of `total` steps.
     pub fn new(stage: &str, done: u64, total: u64, display: Display) -> Self {
         let bar = (display == Display::Bar).then(|| {
             let style = ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -79,7 +79,7 @@ impl Progress {
         Self { stage: stage.into(), total, bar, display, pace, last_line: None }
     }
 
-    /// Notes that `step` steps are done, the last of them over `images` images; drawing has no loss.
+    /// Records that `step` steps are done, the last one with `images` images. Sampling has no loss.
     pub fn step(&mut self, step: u64, loss: impl Into<Option<f64>>, images: usize) {
         self.pace.steps += 1;
         self.pace.images += images as u64;
@@ -99,12 +99,12 @@ impl Progress {
         }
     }
 
-    /// Images per second over what this process has done of the stage.
+    /// Returns the images per second of this process in the stage.
     pub fn images_per_second(&self) -> f64 {
         self.pace.images_per_second(self.pace.begun.elapsed().as_secs_f64())
     }
 
-    /// Leaves the bar as it stands.
+    /// Leaves the bar as it is.
     pub fn finish(self) {
         if let Some(bar) = self.bar {
             bar.abandon();
@@ -113,14 +113,14 @@ impl Progress {
 
     fn state(&self, step: u64, loss: Option<f64>, elapsed: f64) -> String {
         let left = HumanDuration(self.pace.left(elapsed, self.total.saturating_sub(step)));
-        // Steps without a loss are those of drawing: several make one image.
+        // Steps without a loss are sampling steps, several per image, so their images per second mean nothing.
         let Some(loss) = loss else { return format!("{left} left") };
         let speed = self.pace.images_per_second(elapsed);
         format!("loss {loss:.4}  {speed:.1} images/s  {left} left")
     }
 }
 
-/// Runs `print` with the bars out of the way.
+/// Runs `print` with the bars hidden.
 pub(super) fn around_bars<T>(print: impl FnOnce() -> T) -> T {
     BARS.suspend(print)
 }
@@ -135,7 +135,7 @@ mod tests {
         for step in 11..=20 {
             progress.step(step, 0.5, 4);
         }
-        // 10 steps of 4 images in 20 s, 80 steps to go.
+        // 10 steps of 4 images in 20 s, with 80 steps left.
         assert_eq!(progress.state(20, Some(0.125), 20.0), "loss 0.1250  2.0 images/s  3 minutes left");
         assert_eq!(progress.state(20, None, 20.0), "3 minutes left");
         assert_eq!(

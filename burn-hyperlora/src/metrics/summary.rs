@@ -1,4 +1,4 @@
-//! `summary.json`: the run in numbers. Training and evaluation each write their part and keep the other's.
+//! `summary.json`: key figures of a run. Training and evaluation each write their own part and keep the other's.
 
 use std::io;
 use std::path::Path;
@@ -9,77 +9,77 @@ use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// The file's name in the run folder.
+/// Name of the file in the run folder.
 const FILE: &str = "summary.json";
 
-/// Largest file that can be a summary, in bytes.
+/// Maximum size of a summary file, in bytes.
 const LARGEST: u64 = 16 << 20;
 
-/// What is known about a run; fields that this version does not know stay as they are.
+/// Key figures of a run. Fields that this version does not know are kept.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
-    /// In the order in which they ran.
+    /// Stages in the order in which they ran.
     #[serde(default)]
     pub stages: Vec<StageSummary>,
     /// Present once `hyperlora eval identity-gap` has run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity_gap: Option<IdentityGap>,
-    /// Everything else in the file.
+    /// All other fields of the file.
     #[serde(flatten)]
     pub other: Map<String, Value>,
 }
 
-/// One training stage.
+/// Key figures of one training stage.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StageSummary {
-    /// As in the YAML.
+    /// Name as in the YAML.
     pub name: String,
     /// Optimiser steps done.
     pub steps: u64,
-    /// Mean loss over the fixed set of photos, noises and timesteps when the stage began.
+    /// Mean loss over the fixed set of photos, noises and timesteps at the start of the stage.
     pub fixed_set_loss_before: Option<f64>,
-    /// The same at its end; `None` until then.
+    /// Mean loss over the fixed set at the end of the stage; `None` until then.
     pub fixed_set_loss_after: Option<f64>,
     /// Training throughput, without start-up and evaluation.
     pub images_per_second: f64,
-    /// Wall time of the training steps, over all resumptions.
+    /// Wall time of the training steps, over all resumes.
     pub seconds: f64,
-    /// Everything else in the file.
+    /// All other fields of the file.
     #[serde(flatten)]
     pub other: Map<String, Value>,
 }
 
-/// Whether a LoRA of the right person denoises better than one of somebody else.
+/// Identity gap: whether a LoRA of the right person denoises better than a LoRA of another person.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct IdentityGap {
     /// Held-out photos of people in the training set.
     pub known: GapStatistics,
     /// People that training never saw.
     pub unseen: GapStatistics,
-    /// Everything else in the file.
+    /// All other fields of the file.
     #[serde(flatten)]
     pub other: Map<String, Value>,
 }
 
-/// Statistics of the paired gap over photos: loss with the LoRA of another person minus that with the same person's.
+/// Statistics of the paired gap over photos: loss with another person's LoRA minus loss with the right person's.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct GapStatistics {
     /// Mean gap.
     pub mean: f64,
-    /// Its t-statistic; `None` where it is undefined, as for a single photo.
+    /// T-statistic of the mean; `None` if undefined, such as for a single photo.
     pub t: Option<f64>,
     /// Number of photos.
     pub n: usize,
-    /// Everything else in the file, such as the mean loss of each condition.
+    /// All other fields of the file, such as the mean loss of each condition.
     #[serde(flatten)]
     pub other: Map<String, Value>,
 }
 
 impl Summary {
-    /// Reads the summary of a run; a run that has none yet has an empty one.
+    /// Reads the summary of a run; empty if the run has none yet.
     ///
     /// # Errors
-    /// Input for a file that is no summary, Disk for a failing disk.
+    /// Input: a file that is not a summary; Disk: a failing disk.
     pub fn read(run: &Path) -> Result<Self> {
         let path = run.join(FILE);
         let text = match read_regular(&path, LARGEST) {
@@ -95,20 +95,20 @@ impl Summary {
         })
     }
 
-    /// Reads the summary of a run, changes it, and writes it whole.
+    /// Reads the summary of a run, changes it, and writes the whole file.
     ///
     /// # Errors
-    /// Those of [`read`](Self::read); Input for a place that cannot be written to, Disk for a full or failing disk.
+    /// Errors of [`read`](Self::read); Input: a place that cannot be written to; Disk: a full or failing disk.
     pub fn update(run: &Path, change: impl FnOnce(&mut Self)) -> Result<()> {
         let path = run.join(FILE);
         let mut summary = Self::read(run)?;
         change(&mut summary);
         let text = serde_json::to_string_pretty(&summary)
-            .map_err(|source| Error::Fault(format!("{}: cannot be put as JSON: {source}", path.display())))?;
+            .map_err(|source| Error::Fault(format!("{}: cannot be written as JSON: {source}", path.display())))?;
         write_whole(&path, format!("{text}\n").as_bytes())
     }
 
-    /// The stage of that name, added at the end if it is new.
+    /// Returns the stage of that name, and appends it if it is new.
     pub fn stage(&mut self, name: &str) -> &mut StageSummary {
         let index = self.stages.iter().position(|stage| stage.name == name).unwrap_or_else(|| {
             self.stages.push(StageSummary { name: name.into(), ..StageSummary::default() });

@@ -18,8 +18,8 @@ use crate::metrics::event::{
 const RGB: i32 = 3;
 const STRING: i32 = 7;
 
-/// Writes one event file. Monitoring never stops a run: the first error (a full disk, say) ends the writing and waits in
-/// [`take_error`](Self::take_error), later calls do nothing.
+/// Writes one event file. Monitoring never stops a run: after the first error, such as a full disk, later calls do
+/// nothing. [`take_error`](Self::take_error) returns that error.
 #[derive(Debug)]
 pub struct MetricsWriter {
     path: PathBuf,
@@ -29,20 +29,21 @@ pub struct MetricsWriter {
 }
 
 impl MetricsWriter {
-    /// Begins a new event file in `folder` (made if absent).
+    /// Creates a new event file in `folder`, and the folder if absent.
     ///
-    /// `first_step` is the first step that this process will write: what older files in the folder hold of that step and
-    /// later ones, TensorBoard then drops. So a resumed run shows each step once.
+    /// `first_step` is the first step that this process will write. TensorBoard drops that step and later ones from
+    /// older files in the folder, so a resumed run shows each step once.
     ///
     /// # Errors
-    /// Input for a folder that cannot be written to, Disk for a failing disk.
+    /// Input: a folder that cannot be written to; Disk: a failing disk.
     pub fn create(folder: &Path, first_step: u64) -> Result<Self> {
         let failed = |source| Error::write(folder, source);
         fs::create_dir_all(folder).map_err(failed)?;
-        // Files are read in the order of their names, so the time in the name must be later than any other's there.
+        // TensorBoard reads files in name order, so the time in the name must be later than any other's.
         let now = seconds_since_1970() as u64;
         let seconds = latest_start(folder).map_err(failed)?.map_or(now, |latest| now.max(latest + 1));
-        // Others put the machine's name between the numbers, which those who get the file need not know.
+        // Other programs put the host name between the numbers; it is left out because recipients of the file need not
+        // know it.
         let name = format!("events.out.tfevents.{seconds:010}.hyperlora.{}", std::process::id());
         Self::append_to(&folder.join(name), first_step)
     }
@@ -55,17 +56,17 @@ impl MetricsWriter {
         Ok(writer)
     }
 
-    /// The event file.
+    /// Path of the event file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Writes one number.
+    /// Writes one scalar.
     pub fn scalar(&mut self, step: u64, tag: &str, value: f64) {
         self.scalars(step, &[(tag, value)]);
     }
 
-    /// Writes several numbers of one step.
+    /// Writes several scalars of one step.
     pub fn scalars(&mut self, step: u64, values: &[(impl AsRef<str>, f64)]) {
         let value = values
             .iter()
@@ -111,7 +112,7 @@ impl MetricsWriter {
         self.event(step, What::Summary(Summary { value: vec![value] }));
     }
 
-    /// The error that ended the writing: given once, for the log and the final report.
+    /// Takes the error that stopped the writing, for the log and the final report; returns it once.
     pub fn take_error(&mut self) -> Option<Error> {
         self.error.take()
     }
@@ -130,16 +131,17 @@ impl MetricsWriter {
     }
 }
 
-/// Appends a whole record or none.
+/// Appends a whole record or nothing.
 fn append(file: &mut File, record: &[u8]) -> io::Result<()> {
     let end = file.seek(io::SeekFrom::End(0))?;
     file.write_all(record).inspect_err(|_| {
-        // The write's own error counts; a reader passes over half a record at the end as well.
+        // The error of the write is the one to report. Readers skip an incomplete record at the end, so a failed
+        // truncation does no harm.
         let _ = file.set_len(end);
     })
 }
 
-/// A `TFRecord`: length and data, each followed by its masked CRC-32C, little-endian.
+/// Frames a `TFRecord`: length and data, each followed by its masked CRC-32C, little-endian.
 fn frame(data: &[u8]) -> Vec<u8> {
     let length = (data.len() as u64).to_le_bytes();
     [&length[..], &masked_crc(&length), data, &masked_crc(data)].concat()
@@ -150,11 +152,11 @@ pub(super) fn masked_crc(data: &[u8]) -> [u8; 4] {
 }
 
 fn seconds_since_1970() -> f64 {
-    // A clock before 1970 only moves points along TensorBoard's time axis.
+    // A clock before 1970 only shifts points along TensorBoard's time axis.
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// The latest start time in the names of the folder's event files.
+/// Returns the latest start time in the names of the folder's event files.
 fn latest_start(folder: &Path) -> io::Result<Option<u64>> {
     let mut latest = None;
     for entry in fs::read_dir(folder)? {
@@ -170,7 +172,7 @@ fn latest_start(folder: &Path) -> io::Result<Option<u64>> {
 mod tests {
     use super::*;
 
-    /// Every event of a file, with both checksums of each record checked.
+    /// Reads every event of a file, and checks both checksums of each record.
     fn events(path: &Path) -> Vec<Event> {
         let bytes = fs::read(path).unwrap();
         let mut rest = &bytes[..];
@@ -221,7 +223,7 @@ mod tests {
         let name = paths[0].file_name().unwrap().to_string_lossy();
         let parts: Vec<&str> = name.split('.').collect();
         assert_eq!((parts[..3].join("."), parts[4]), ("events.out.tfevents".into(), "hyperlora"));
-        // Older files have the machine's name there.
+        // Older files have the host name there.
         let old = folder.path().join("events.out.tfevents.9999999998.gpu07.example.org.4711");
         fs::write(old, "").unwrap();
         let after = MetricsWriter::create(folder.path(), 3).unwrap();
@@ -231,7 +233,7 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_told_once_and_survived() {
-        // Every write to /dev/full ends in ENOSPC.
+        // Every write to /dev/full fails with ENOSPC.
         let mut writer = MetricsWriter::append_to(Path::new("/dev/full"), 0).unwrap();
         writer.scalar(1, "loss", 1.0);
         let error = writer.take_error().unwrap();

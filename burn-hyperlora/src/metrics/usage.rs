@@ -1,33 +1,33 @@
-//! What a run uses of the machine, and means over the window between two reports.
+//! Resource usage of a run: memory, waiting time, and means over the window between two reports.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
-/// The process's memory, in bytes.
+/// Memory of the process, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
-    /// In use now (`VmRSS`).
+    /// Current use (`VmRSS`).
     pub resident: u64,
-    /// The most so far (`VmHWM`).
+    /// Peak use so far (`VmHWM`).
     pub peak: u64,
 }
 
 impl Memory {
-    /// Reads `/proc/self/status`; `None` where the system has none.
+    /// Reads `/proc/self/status`; `None` if the system has none.
     pub fn now() -> Option<Self> {
         let status = fs::read_to_string("/proc/self/status").ok()?;
         Some(Self { resident: kibibytes(&status, "VmRSS:")?, peak: kibibytes(&status, "VmHWM:")? })
     }
 }
 
-/// `VmRSS:     1234 kB` -> 1234 * 1024
+/// `VmRSS:   1234 kB` -> 1234 * 1024
 fn kibibytes(status: &str, key: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     Some(line.trim().strip_suffix("kB")?.trim_end().parse::<u64>().ok()? * 1024)
 }
 
-/// Measures which share of the time goes into waiting, for the next batch above all.
+/// Measures the fraction of time spent waiting, mainly for the next batch.
 #[derive(Debug)]
 pub struct WaitClock {
     since: Instant,
@@ -49,7 +49,7 @@ impl WaitClock {
         result
     }
 
-    /// The share of the time since the last call that was waiting, in `[0, 1]`; then counts anew.
+    /// Returns the fraction of time spent waiting since the last call, in `[0, 1]`, and resets the clock.
     pub fn take_share(&mut self) -> f64 {
         let Self { since, waited } = std::mem::take(self);
         let whole = since.elapsed().as_secs_f64();
@@ -57,21 +57,21 @@ impl WaitClock {
     }
 }
 
-/// Means by name, over what was added since they were last taken.
+/// Means by name of the values added since the last [`take`](Self::take).
 #[derive(Debug, Clone, Default)]
 pub struct RunningMeans {
     sums: BTreeMap<String, (f64, u64)>,
 }
 
 impl RunningMeans {
-    /// Adds one value under `name`, as `loss/id_clip/quartile_0`.
+    /// Adds one value under `name`, such as `loss/id_clip/quartile_0`.
     pub fn add(&mut self, name: impl Into<String>, value: f64) {
         let (sum, count) = self.sums.entry(name.into()).or_default();
         *sum += value;
         *count += 1;
     }
 
-    /// Every name with its mean, in the order of the names; then counts anew.
+    /// Returns every name with its mean, in name order, and resets the means.
     pub fn take(&mut self) -> Vec<(String, f64)> {
         std::mem::take(&mut self.sums).into_iter().map(|(name, (sum, count))| (name, sum / count as f64)).collect()
     }

@@ -1,7 +1,8 @@
-//! AdamW (arXiv 1711.05101) over a module's flat parameters, its state divided among the ranks (ZeRO stage 1, arXiv 1910.02054).
+//! AdamW (arXiv 1711.05101) over a module's flat parameters, sharded over the ranks (ZeRO-1, arXiv 1910.02054).
 //!
-//! The trainable parameters lie in [buckets](super::buckets). Each rank owns one part of each bucket: it receives the mean
-//! gradient of that part, steps it, and gives the result to the others. A world of one owns everything: the same code.
+//! The trainable parameters lie in [buckets](super::buckets). Each rank owns one part of each bucket: it receives the
+//! mean gradient of that part, steps the part, and sends the result to the others. A single rank owns everything and
+//! runs the same code.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -20,55 +21,57 @@ use crate::optim::{GradientMap, OptimConfig, Wire};
 const FIRST_MOMENT: &str = "exp_avg";
 const SECOND_MOMENT: &str = "exp_avg_sq";
 
-/// The optimiser of one training stage.
+/// Optimiser of one training stage.
 pub struct Optimizer {
     adamw: AdamW,
     buckets: Vec<Bucket>,
     share: Share,
-    /// Of this rank's part of each bucket, on the plain device; `None` before the first step.
+    /// State of this rank's part of each bucket, on the plain device; `None` before the first step.
     states: Vec<Option<AdamWState<1>>>,
     window: Window,
 }
 
-/// Which part of the optimiser's state lies on this rank.
+/// Part of the optimiser state that lies on this rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Share {
     part: usize,
     parts: usize,
     wire: Wire,
-    /// In a world of one.
+    /// True in a world of one rank.
     alone: bool,
 }
 
 impl Share {
-    /// All of it, in a world of one.
+    /// The whole state, in a world of one rank.
     pub const WHOLE: Self = Self { part: 0, parts: 1, wire: Wire::F32, alone: true };
 
-    /// This rank's part where the state is divided (`sharded`), else all of it. Gradients travel as `wire`, where they travel.
+    /// Returns this rank's part if the state is `sharded`, else the whole state. Gradients travel between ranks as
+    /// `wire`; a world of one sends none.
     pub fn of(world: &dyn Collective, sharded: bool, wire: Wire) -> Self {
         let (part, parts) = if sharded { (world.rank(), world.world_size()) } else { (0, 1) };
         let alone = world.world_size() == 1;
         Self { part, parts, wire: if alone { Wire::F32 } else { wire }, alone }
     }
 
-    /// Numbers of a bucket, at least. Alone, every parameter is a bucket by itself: packing would only copy.
+    /// Minimum number of elements in a bucket. In a world of one, every parameter is its own bucket, because packing
+    /// would only copy.
     fn bucket_numbers(self) -> usize {
         if self.alone { 1 } else { bucket_numbers(self.parts) }
     }
 }
 
-/// The gradients' mean over all ranks, of which this rank has its part.
+/// Mean gradients over all ranks; this rank holds its own part.
 pub struct ReducedGradients {
-    /// Whole buckets: beside this rank's part of each is what it sent.
+    /// Whole buckets. Outside this rank's part, a bucket still holds this rank's own unreduced gradients.
     buckets: Vec<Tensor<1>>,
-    /// The global L2 norm, the same on all ranks. NaN or infinite where a gradient is: then they must not be applied.
+    /// Global L2 norm, the same on all ranks. NaN or infinite if any gradient is; such gradients must not be applied.
     pub norm: f64,
-    /// What they are multiplied with before they are applied, at most 1.
+    /// Factor applied to the gradients before the step, at most 1.
     factor: f64,
 }
 
 impl ReducedGradients {
-    /// Scales so that the global norm is at most `max_norm` (as `torch.nn.utils.clip_grad_norm_`).
+    /// Scales the gradients so that their global norm is at most `max_norm`, like `torch.nn.utils.clip_grad_norm_`.
     #[must_use]
     pub fn clip(self, max_norm: Option<f64>) -> Self {
         let factor = max_norm.map_or(1.0, |max| max / (self.norm + 1e-6));
@@ -77,7 +80,7 @@ impl ReducedGradients {
 }
 
 impl Optimizer {
-    /// An optimiser of the module's trainable parameters that has not stepped yet.
+    /// Creates an optimiser of the module's trainable parameters, before its first step.
     pub fn new<M: Module>(config: &OptimConfig, module: &M, share: Share) -> Self {
         let [beta_1, beta_2] = config.betas;
         let adamw = AdamWConfig::new()
@@ -96,16 +99,16 @@ impl Optimizer {
     /// Adds the gradients of one micro-batch to those of the step.
     ///
     /// # Errors
-    /// Fault when a trainable parameter has no gradient.
+    /// Fault: a trainable parameter has no gradient.
     pub fn accumulate(&mut self, gradients: GradientMap) -> Result<()> {
         self.window.add(&self.buckets, gradients)
     }
 
-    /// The mean of all that was [accumulated](Self::accumulate) on all ranks since the last call, of which each rank gets what
-    /// it owns. It is reduced in its place: one bucket is on the wire while the next is made ready.
+    /// Returns the mean of all gradients [accumulated](Self::accumulate) on all ranks since the last call; each rank
+    /// gets the part that it owns. Reduces in place: one bucket travels while the next is prepared.
     ///
     /// # Errors
-    /// Those of the collective.
+    /// Errors of the collective.
     pub fn reduce(&mut self, world: &dyn Collective) -> Result<ReducedGradients> {
         let what = "the gradients of all ranks";
         let share = self.share;
@@ -129,29 +132,29 @@ impl Optimizer {
         Ok(ReducedGradients { buckets, norm, factor: 1.0 })
     }
 
-    /// The L2 norm over the parts of all ranks.
+    /// Computes the L2 norm over the parts of all ranks.
     fn norm(&self, reduced: &[Tensor<1>], world: &dyn Collective) -> Result<f64> {
         if reduced.is_empty() {
             return Ok(0.0);
         }
         let own = self.buckets.iter().zip(reduced).map(|(bucket, whole)| self.share.part_of(bucket, whole.clone()));
         let squares = own.map(|part| part.square().sum()).collect();
-        // One read from the device; the sum over buckets and ranks is in f64, in the same order everywhere.
+        // Reads once from the device. The sum over buckets and ranks is in f64, in the same order on every rank.
         let own = Tensor::cat(squares, 0).into_data().iter::<f64>().sum::<f64>();
         let all = world.exchange("the gradient norms of all ranks", &own.to_le_bytes())?;
         let numbers = all.iter().map(|note| note.as_slice().try_into().map_or(f64::NAN, f64::from_le_bytes));
-        // Where every rank has all of it, rank 0's number counts: a GPU does not add twice in the same order, and ranks that clip
-        // by different numbers drift apart.
+        // If every rank holds all gradients, only the main rank's norm counts: a GPU does not add in the same order
+        // twice, and ranks that clip by different norms drift apart.
         let counted = if self.share.parts == 1 { 1 } else { all.len() };
         Ok(numbers.take(counted).sum::<f64>().sqrt())
     }
 
-    /// Moves every trainable parameter of `module`; frozen ones stay bit for bit. Each rank steps its own part, and all get
-    /// all of it. New weights take the place of the old ones bucket by bucket: unless somebody else holds the old ones, at
-    /// most a few buckets are in memory twice.
+    /// Updates every trainable parameter of `module`; frozen ones stay bit for bit. Each rank steps its own part, then
+    /// all ranks receive all parts. New weights replace the old ones bucket by bucket: unless the caller still holds
+    /// the old weights, at most a few buckets are in memory twice.
     ///
     /// # Errors
-    /// Those of the collective: some parameters and their state are then moved, others are not.
+    /// Errors of the collective. Some parameters and their state are then updated and others are not.
     pub fn step<M: Module>(
         &mut self,
         module: &mut M,
@@ -166,7 +169,7 @@ impl Optimizer {
         stepped
     }
 
-    /// [`step`](Self::step) of the trainable parameters, flat.
+    /// Runs [`step`](Self::step) on the flat trainable parameters.
     fn step_values(
         &mut self,
         values: &mut BTreeMap<String, Tensor<1>>,
@@ -193,27 +196,28 @@ impl Optimizer {
         Ok(())
     }
 
-    /// How often each parameter was stepped: with the [`pieces`](Self::pieces) of all ranks, all that the next step depends on.
+    /// Returns the step count of each parameter. Together with the [`pieces`](Self::pieces) of all ranks, this is the
+    /// whole state that the next step depends on.
     pub fn steps(&self) -> BTreeMap<String, usize> {
         let stepped =
             self.buckets.iter().zip(&self.states).filter_map(|(bucket, state)| Some((bucket, state.as_ref()?)));
         stepped.flat_map(|(bucket, state)| bucket.paths().map(|path| (path.into(), state.momentum.time))).collect()
     }
 
-    /// Bytes of the moments that lie on this rank; 0 before the first step.
+    /// Returns the size in bytes of the moments on this rank; 0 before the first step.
     pub fn state_bytes(&self) -> u64 {
         let moments =
             self.states.iter().flatten().flat_map(|AdamWState { momentum }| [&momentum.moment_1, &momentum.moment_2]);
         moments.map(|moment| (moment.dims()[0] * moment.dtype().size()) as u64).sum()
     }
 
-    /// The moments that this rank of the world saves, by parameter, flat, as `exp_avg.{path}` and `exp_avg_sq.{path}`: of
-    /// every parameter a piece, all of it, or nothing. The pieces of all ranks, in the order of the ranks, are the whole, the
-    /// same at any world size.
+    /// Returns the flat moments that this rank saves, keyed `exp_avg.{path}` and `exp_avg_sq.{path}`: a piece of each
+    /// parameter, all of it, or nothing. The pieces of all ranks, joined in rank order, are the whole moments, the same
+    /// at any world size.
     pub fn pieces(&self, world: &dyn Collective) -> BTreeMap<String, Tensor<1>> {
         let mut pieces = BTreeMap::new();
         for (index, (bucket, state)) in self.buckets.iter().zip(&self.states).enumerate() {
-            // What every rank has, each bucket's rank saves.
+            // State that every rank holds is saved once: the ranks take the buckets in turn.
             if self.share.parts == 1 && index % world.world_size() != world.rank() {
                 continue;
             }
@@ -226,14 +230,15 @@ impl Optimizer {
         pieces
     }
 
-    /// Takes up the state that [`steps`](Self::steps) gave and [`pieces`](Self::pieces), put together, at whatever world size,
-    /// bit for bit. `lengths` are those of the whole moments, `read` gives numbers of one; only what lies on this rank is
-    /// read.
+    /// Restores, bit for bit and at any world size, the state returned by [`steps`](Self::steps) and the joined
+    /// [`pieces`](Self::pieces). `lengths` holds the lengths of the whole moments; `read` returns a range of one. Only
+    /// this rank's part is read.
     ///
-    /// `origin` is where the moments come from, for messages.
+    /// `origin` is the source of the moments, for messages.
     ///
     /// # Errors
-    /// Input when the state does not fit the module's trainable parameters, those of `read`; the optimiser is then unchanged.
+    /// Input: the state does not fit the module's trainable parameters. Also the errors of `read`. The optimiser is
+    /// then unchanged.
     pub fn restore<M: Module>(
         &mut self,
         module: &M,
@@ -243,7 +248,7 @@ impl Optimizer {
         origin: &Path,
     ) -> Result<()> {
         let misfit = |problem: String| {
-            let remedy = "go on with the configuration that the checkpoint was made with, or start anew";
+            let remedy = "resume with the configuration that wrote the checkpoint, or start a new run";
             Error::file(origin, problem, remedy)
         };
         let parameters = trainable(module);
@@ -274,7 +279,7 @@ impl Optimizer {
                 continue;
             };
             if paths.any(|other| steps.get(other) != Some(&time)) {
-                return Err(misfit("its parameters were stepped unequally often".into()));
+                return Err(misfit("its parameters have different step counts".into()));
             }
             let own = self.share.own(bucket);
             let mut moment = |name: &str| {
@@ -292,24 +297,24 @@ impl Optimizer {
 }
 
 impl Share {
-    /// The numbers of a bucket that are this rank's.
+    /// Returns this rank's range of a bucket.
     fn own(self, bucket: &Bucket) -> Range<usize> {
         let part = bucket.len() / self.parts;
         self.part * part..(self.part + 1) * part
     }
 
-    /// This rank's part of a whole bucket.
+    /// Cuts this rank's part out of a whole bucket.
     fn part_of(self, bucket: &Bucket, whole: Tensor<1>) -> Tensor<1> {
         if self.parts == 1 { whole } else { whole.slice(self.own(bucket)) }
     }
 
-    /// A whole bucket of the ranks' parts.
+    /// Gathers a whole bucket from the parts of all ranks.
     fn gather<'a>(self, part: Tensor<1>, world: &'a dyn Collective) -> Result<Pending<'a>> {
         if self.parts == 1 { Ok(Box::new(|| Ok(part))) } else { world.all_gather("the weights of all ranks", part) }
     }
 }
 
-/// Every trainable parameter by its path, flat, on the plain device.
+/// Collects every trainable parameter by its path, flat, on the plain device.
 fn trainable<M: Module>(module: &M) -> BTreeMap<String, Tensor<1>> {
     let mut lister = Lister::default();
     module.visit(&mut lister);
@@ -338,8 +343,8 @@ impl ModuleVisitor for Lister {
     }
 }
 
-/// Puts values into trainable parameters, and takes out those of the parameters that it has none for; a single zero, spread
-/// over the shape, stands in for what is taken.
+/// Puts values into trainable parameters, and takes out the values of parameters that it has none for. A single zero,
+/// broadcast to the shape, replaces what is taken.
 #[derive(Default)]
 struct Swap {
     path: Vec<String>,

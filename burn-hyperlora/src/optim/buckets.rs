@@ -1,39 +1,40 @@
-//! Flat buckets: parameters as few long tensors instead of hundreds of short ones.
+//! Flat buckets: parameters packed into a few long tensors instead of hundreds of short ones.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};
 
-/// Numbers of a bucket, at least: 16 MiB in f32, long enough for the wire, short enough to have several under way.
+/// Minimum number of elements in a bucket: 16 MiB in f32, long enough to use the bandwidth, short enough to have
+/// several in flight.
 const LEAST_NUMBERS: usize = 4 << 20;
 
-/// Numbers of each rank's part of a bucket, at least: 1 MiB in f32. A bucket takes a hop per rank whatever its length; from 16
-/// ranks on the hops of shorter buckets would soon take longer than their bytes.
+/// Minimum number of elements in each rank's part of a bucket: 1 MiB in f32. A bucket takes one hop per rank whatever
+/// its length; from 16 ranks on, the hops of shorter buckets would take longer than their bytes.
 const PART_NUMBERS: usize = 256 << 10;
 
-/// Numbers of a bucket that falls into `parts`, at least. A single larger parameter is a bucket by itself.
+/// Returns the minimum number of elements in a bucket of `parts` parts. A single larger parameter is its own bucket.
 pub(super) fn bucket_numbers(parts: usize) -> usize {
     LEAST_NUMBERS.max(parts.saturating_mul(PART_NUMBERS))
 }
 
-/// Bytes of a bucket that `ranks` share, at least.
+/// Returns the minimum size in bytes of a bucket shared by `ranks`.
 pub fn bucket_bytes(ranks: u64) -> u64 {
     let parts = usize::try_from(ranks).unwrap_or(usize::MAX);
     4 * bucket_numbers(parts) as u64
 }
 
-/// Whole parameters, one after the other, that are reduced, stepped and gathered as one tensor.
+/// Whole parameters, concatenated, that are reduced, stepped and gathered as one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Bucket {
     /// Paths and lengths.
     parameters: Vec<(String, usize)>,
-    /// All of them and the zeros behind them that make the ranks' parts equal.
+    /// Total length, including the zeros at the end that make the ranks' parts equal.
     length: usize,
 }
 
-/// Cuts parameters into buckets of at least `numbers` (the last one may be shorter) that fall into `parts` equal parts.
-/// The cut depends on the parameters alone, so that all ranks make the same.
+/// Cuts parameters into buckets of at least `numbers` elements (the last may be shorter), each divisible into `parts`
+/// equal parts. The cut depends only on the parameters, so all ranks make the same one.
 pub(super) fn cut(parameters: impl IntoIterator<Item = (String, usize)>, numbers: usize, parts: usize) -> Vec<Bucket> {
     let mut buckets: Vec<Bucket> = Vec::new();
     for parameter in parameters {
@@ -52,17 +53,17 @@ pub(super) fn cut(parameters: impl IntoIterator<Item = (String, usize)>, numbers
 }
 
 impl Bucket {
-    /// Numbers in it, padding included.
+    /// Returns the number of elements, including padding.
     pub(super) fn len(&self) -> usize {
         self.length
     }
 
-    /// The paths of its parameters.
+    /// Iterates over the paths of the parameters.
     pub(super) fn paths(&self) -> impl Iterator<Item = &str> {
         self.parameters.iter().map(|(path, _)| path.as_str())
     }
 
-    /// Its parameters, and which numbers of the bucket each is.
+    /// Iterates over the parameters and their ranges in the bucket.
     pub(super) fn places(&self) -> impl Iterator<Item = (&str, Range<usize>)> {
         let mut start = 0;
         self.parameters.iter().map(move |(path, length)| {
@@ -72,7 +73,7 @@ impl Bucket {
         })
     }
 
-    /// What the numbers `range` of the bucket are: parameters, and which numbers of each.
+    /// Iterates over the parameters in `range` of the bucket, with the covered range of each parameter.
     pub(super) fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = (&str, Range<usize>)> {
         self.places().filter_map(move |(path, place)| {
             let (from, to) = (range.start.max(place.start), range.end.min(place.end));
@@ -80,7 +81,7 @@ impl Bucket {
         })
     }
 
-    /// The numbers `range` of the bucket, where `values` holds its parameters flat.
+    /// Packs `range` of the bucket from `values`, which holds its parameters flat.
     pub(super) fn pack(&self, range: Range<usize>, values: &BTreeMap<String, Tensor<1>>) -> Tensor<1> {
         let pieces = self.pieces(range.clone()).map(|(path, piece)| {
             let value = values[path].clone();
@@ -89,7 +90,7 @@ impl Bucket {
         self.join(range, pieces.collect(), || values[&self.parameters[0].0].device())
     }
 
-    /// The numbers `range` of the bucket, of its [`pieces`](Self::pieces) and zeros behind the last parameter.
+    /// Joins `range` of the bucket from its [`pieces`](Self::pieces), with zeros behind the last parameter.
     pub(super) fn join(
         &self,
         range: Range<usize>,
@@ -100,7 +101,7 @@ impl Bucket {
         padded(pieces, range.end.saturating_sub(end.max(range.start)), device)
     }
 
-    /// What `part`, the numbers `range` of the bucket, holds of its parameters, flat.
+    /// Splits `part`, which is `range` of the bucket, into flat pieces of its parameters.
     pub(super) fn unpack(&self, range: Range<usize>, part: &Tensor<1>) -> BTreeMap<String, Tensor<1>> {
         let mut start = 0;
         let pieces = self.pieces(range).map(|(path, piece)| {

@@ -1,21 +1,22 @@
-//! Gradients by parameter path, flat: summed over the micro-batches of this rank.
+//! Flat gradients by parameter path, summed over the micro-batches of this rank.
 
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
 
-/// The gradients of a module's trainable parameters, keyed by the parameter's path in the module.
+/// Gradients of a module's trainable parameters, keyed by the parameter's path in the module.
 ///
-/// Each is flattened and lives on the plain device; the order is that of the paths, so sums over all of them are the same in every run.
+/// Each gradient is flat and lies on the plain device. The order is that of the paths, so sums over all gradients are
+/// the same in every run.
 #[derive(Debug, Clone, Default)]
 pub struct GradientMap {
     by_path: BTreeMap<String, Tensor<1>>,
 }
 
 impl GradientMap {
-    /// Takes the gradients of `module`'s parameters that require one; where the backward pass reached a parameter not at
-    /// all, its gradient is zero, so that the set of paths never depends on what a batch happened to hold.
+    /// Takes the gradients of `module`'s trainable parameters. A parameter that the backward pass did not reach gets a
+    /// zero gradient, so the set of paths does not depend on the batch.
     pub fn take<M: Module>(module: &M, gradients: &mut Gradients) -> Self {
         let mut taker = Taker { gradients, path: Vec::new(), taken: Self::default() };
         module.visit(&mut taker);
@@ -27,12 +28,12 @@ impl GradientMap {
         self.by_path.insert(path.into(), gradient);
     }
 
-    /// Takes one parameter's gradient out.
+    /// Removes and returns one parameter's gradient.
     pub fn remove(&mut self, path: &str) -> Option<Tensor<1>> {
         self.by_path.remove(path)
     }
 
-    /// All of them in the order of their paths.
+    /// Iterates over all gradients in path order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor<1>)> {
         self.by_path.iter().map(|(path, gradient)| (path.as_str(), gradient))
     }
@@ -79,7 +80,7 @@ mod tests {
         let device = Device::flex().autodiff();
         let mut linear = LinearConfig::new(2, 3).init(&device);
         let input = Tensor::<2>::ones([1, 2], &device);
-        // The bias is trainable but not on the way of this loss.
+        // The bias is trainable, but this loss does not use it.
         let mut backward = input.clone().matmul(linear.weight.val()).sum().backward();
         let taken = GradientMap::take(&linear, &mut backward);
         assert_eq!(taken.iter().map(|(path, _)| path).collect::<Vec<_>>(), ["bias", "weight"]);

@@ -1,4 +1,4 @@
-//! From gradients to new weights: accumulation, reduction over the ranks, clipping, AdamW, and the learning rate as a function of the step.
+//! Optimiser: gradient accumulation, reduction over the ranks, clipping, AdamW and the learning rate schedule.
 
 mod adamw;
 mod buckets;
@@ -15,40 +15,40 @@ pub use buckets::bucket_bytes;
 pub use gradients::GradientMap;
 pub use schedule::{Decay, Schedule};
 
-/// How the weights are updated. The paper names none of it: the defaults are this project's.
+/// Optimiser settings. The paper names none of them; the defaults are this project's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimConfig {
-    /// The peak learning rate, above 0.
+    /// Peak learning rate, above 0.
     pub learning_rate: f64,
     /// Decay rates of the first and second moment, each in `[0, 1)`.
     pub betas: [f32; 2],
-    /// Added to the square root of the corrected second moment, above 0.
+    /// Added to the square root of the bias-corrected second moment; above 0.
     pub epsilon: f32,
-    /// Decoupled weight decay per step, times the learning rate; 0 or above.
+    /// Decoupled weight decay per step, multiplied by the learning rate; 0 or above.
     pub weight_decay: f32,
-    /// The largest global gradient norm that passes unscaled; `null` switches clipping off.
+    /// Largest global gradient norm that passes unscaled; `null` disables clipping.
     pub clip_norm: Option<f64>,
     /// Warm-up and decay of the learning rate.
     pub schedule: Schedule,
 }
 
-/// How the learning rate follows the number of ranks. The batch does not: `global_batch` is fixed, so `none` is what keeps a
-/// run the same at any world size.
+/// Scaling of the learning rate with the number of ranks. The batch does not scale: `global_batch` is fixed, so `none`
+/// keeps a run the same at any world size.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LrScaling {
-    /// Not at all.
+    /// No scaling.
     #[default]
     None,
-    /// With its square root.
+    /// Proportional to the square root of the number of ranks.
     Sqrt,
-    /// In proportion.
+    /// Proportional to the number of ranks.
     Linear,
 }
 
 impl LrScaling {
-    /// What the learning rate is multiplied with in a world of `ranks`.
+    /// Returns the learning rate's factor in a world of `ranks`.
     pub fn factor(self, ranks: usize) -> f64 {
         match self {
             Self::None => 1.0,
@@ -58,11 +58,11 @@ impl LrScaling {
     }
 }
 
-/// The type in which gradients travel between ranks.
+/// Type in which gradients travel between ranks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Wire {
-    /// As they are.
+    /// Full precision.
     #[default]
     F32,
     /// Half the bytes, 8 bits of precision; NCCL only.
@@ -83,10 +83,10 @@ impl Default for OptimConfig {
 }
 
 impl OptimConfig {
-    /// Checks every range; `place` says where the block stands, as in `train.yaml: optim`.
+    /// Checks every range; `place` names the location of the block, such as `train.yaml: optim`.
     ///
     /// # Errors
-    /// Input, naming the first key that is out of range.
+    /// Input: names the first key that is out of range.
     pub fn validate(&self, place: &str) -> Result<()> {
         let beta = |value: f32| (0.0..1.0).contains(&value);
         let min_factor = match self.schedule.decay {
@@ -113,7 +113,7 @@ impl OptimConfig {
         }
     }
 
-    /// The learning rate of step `step` (from 0) of a run of `total_steps`.
+    /// Returns the learning rate of step `step` (from 0) in a run of `total_steps`.
     pub fn learning_rate_at(&self, step: u64, total_steps: u64) -> f64 {
         self.learning_rate * self.schedule.factor(step, total_steps)
     }

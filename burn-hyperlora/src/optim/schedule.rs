@@ -1,36 +1,36 @@
-//! The learning rate as a pure function of the step: nothing to save, nothing that a world size could change.
+//! Learning rate schedule: a pure function of the step, with nothing to save and no influence of the world size.
 
 use std::f64::consts::PI;
 
 use serde::{Deserialize, Serialize};
 
-/// Warm-up, then decay.
+/// Learning rate schedule: warm-up, then decay.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Schedule {
-    /// Steps over which the rate grows linearly; the first step has `1 / warmup_steps` of the peak.
+    /// Steps of linear warm-up; the first step uses `1 / warmup_steps` of the peak.
     pub warmup_steps: u64,
-    /// What comes after the warm-up.
+    /// Decay after the warm-up.
     pub decay: Decay,
 }
 
-/// The course of the learning rate after the warm-up.
+/// Decay of the learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Decay {
     /// Stays at the peak.
     #[default]
     Constant,
-    /// Falls along half a cosine, to reach `min_factor` of the peak at the end of the run.
+    /// Falls along half a cosine to `min_factor` of the peak at the end of the run.
     Cosine {
-        /// Of the peak, in `[0, 1]`.
+        /// Fraction of the peak, in `[0, 1]`.
         #[serde(default)]
         min_factor: f64,
     },
 }
 
 impl Schedule {
-    /// The share of the peak rate that step `step` (from 0) of `total_steps` uses, in `[0, 1]`.
+    /// Returns the fraction of the peak rate that step `step` (from 0) of `total_steps` uses, in `[0, 1]`.
     pub fn factor(&self, step: u64, total_steps: u64) -> f64 {
         if step < self.warmup_steps {
             return (step + 1) as f64 / self.warmup_steps as f64;

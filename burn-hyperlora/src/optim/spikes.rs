@@ -1,24 +1,25 @@
-//! Steps that would do harm: a gradient that is not finite, or a loss far outside of what it was.
+//! Skipping of harmful steps: a gradient that is not finite, or a loss far outside the recent range.
 //!
-//! Such a step is skipped, on all ranks alike: what decides, the loss and the gradient norm of all ranks, is the same on each.
-//! Several in a row mean that the weights themselves are bad: then they go back to the last checkpoint that was due, once in a
-//! stage, while step and data go on, so that the same batches do not come again. The next such row ends the run. A stage that
-//! ends in the middle of a row goes back too: nothing has shown that its last weights are good.
+//! All ranks skip the same steps, because the decision uses the loss and the gradient norm over all ranks, which are
+//! the same on each. Several skipped steps in a row mean that the weights themselves are bad: they are rolled back to
+//! the last checkpoint that was due, once per stage. Step and data position advance, so the same batches do not return.
+//! The next such row ends the run. A stage that ends inside a row is rolled back too, because nothing has shown that
+//! its last weights are good.
 
 use std::collections::VecDeque;
 
 use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// When a step is skipped: `train.spikes`. Steps with NaN or infinity always are.
+/// Skip rule of `train.spikes`. Steps with NaN or infinity are always skipped.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SpikeConfig {
-    /// Standard deviations above the mean of the last `window` steps' losses; `null` lets every finite loss pass.
+    /// Standard deviations above the mean loss of the last `window` steps; `null` accepts every finite loss.
     pub sigma: Option<f64>,
-    /// Steps that are looked back at; fewer do not judge.
+    /// Number of recent steps that set the limit; until there are as many, every finite loss passes.
     pub window: usize,
-    /// Skipped steps in a row that send the weights back to the last checkpoint that was due.
+    /// Skipped steps in a row that roll the weights back to the last checkpoint that was due.
     pub most: u32,
 }
 
@@ -29,10 +30,10 @@ impl Default for SpikeConfig {
 }
 
 impl SpikeConfig {
-    /// Checks the ranges; `place` is where the block stands.
+    /// Checks the ranges; `place` names the location of the block.
     ///
     /// # Errors
-    /// Input, naming the key.
+    /// Input: names the key that is out of range.
     pub fn validate(&self, place: &str) -> Result<()> {
         let refuse = |key: &str, wanted: &str| {
             Err(Error::input(format!("{place}.{key}"), "the value is out of range", format!("give {wanted}")))
@@ -48,10 +49,10 @@ impl SpikeConfig {
     }
 }
 
-/// What the last steps were like: part of the state that a resume needs.
+/// Record of recent steps; part of the state that a resume needs.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SpikeWatch {
-    /// The last good losses.
+    /// Losses of the last good steps.
     recent: VecDeque<f64>,
     /// Skipped steps since the last good one.
     pub in_a_row: u32,
@@ -60,19 +61,19 @@ pub struct SpikeWatch {
     rolled_back: bool,
 }
 
-/// What to do after a skipped step.
+/// Action after a skipped step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Remedy {
     /// Nothing more.
     Skip,
-    /// Take the weights of the last checkpoint that was due.
+    /// Restore the weights of the last checkpoint that was due.
     RollBack,
-    /// End the run: going back did not help.
+    /// End the run, because the rollback did not help.
     Stop,
 }
 
 impl SpikeWatch {
-    /// The largest loss that passes; infinite as long as there is too little to judge by.
+    /// Returns the largest loss that passes; infinite until the window is full.
     pub fn loss_limit(&self, config: &SpikeConfig) -> f64 {
         let Some(sigma) = config.sigma.filter(|_| self.recent.len() >= config.window) else { return f64::INFINITY };
         let losses = || self.recent.iter();
@@ -82,7 +83,7 @@ impl SpikeWatch {
         mean + sigma * variance.sqrt()
     }
 
-    /// Notes a step that was taken.
+    /// Records a step that was taken.
     pub fn good(&mut self, config: &SpikeConfig, loss: f64) {
         self.in_a_row = 0;
         self.recent.push_back(loss);
@@ -91,12 +92,13 @@ impl SpikeWatch {
         }
     }
 
-    /// Notes that the stage ended; whether the weights must go back first: a step that was skipped last may have met bad ones.
+    /// Records the end of the stage. Returns true if the weights must be rolled back first: a last step that was
+    /// skipped may be the result of bad weights.
     pub fn end(&mut self) -> bool {
         std::mem::take(&mut self.in_a_row) > 0
     }
 
-    /// Notes a step that was skipped.
+    /// Records a skipped step.
     pub fn bad(&mut self, config: &SpikeConfig) -> Remedy {
         self.skipped += 1;
         self.in_a_row += 1;

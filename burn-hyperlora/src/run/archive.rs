@@ -1,4 +1,4 @@
-//! Checkpoints of a run from outside: which there are, and bringing one's parts together.
+//! Checkpoints of a run, for tools outside training: listing, consolidating and copying.
 
 use std::path::Path;
 
@@ -12,25 +12,25 @@ use crate::run::claim::Claim;
 use crate::run::moments::{self, MomentFiles, is_moments};
 use crate::run::saved::{SavedState, WEIGHTS};
 
-/// What is known of a checkpoint without reading its tensors.
+/// Summary of a checkpoint, made without reading its tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
-    /// Optimiser steps done in all.
+    /// Optimiser steps done in total.
     pub step: u64,
-    /// Name of the stage that the last step belonged to; `None` where there was none, and for a state that cannot be read.
+    /// Name of the stage of the last step; `None` if there was none or the state cannot be read.
     pub stage: Option<String>,
-    /// Of all files.
+    /// Size of all files in bytes.
     pub bytes: u64,
-    /// Ranks that wrote it.
+    /// Number of ranks that wrote it.
     pub ranks: usize,
-    /// Whether every file is there in its full length. Contents are for [`Checkpoint::verify`].
+    /// True if every file exists at its full length. [`Checkpoint::verify`] checks the content.
     pub whole: bool,
 }
 
-/// The checkpoints that a folder stands for: those of a run, oldest first, or the one it is.
+/// Lists the checkpoints of a folder: those of a run, oldest first, or the folder itself if it is a checkpoint.
 ///
 /// # Errors
-/// Input for a folder that holds none, Disk for a failing disk.
+/// Input: a folder without checkpoints; Disk: a failing disk.
 pub fn checkpoints(folder: &Path) -> Result<Vec<Checkpoint>> {
     if let Ok(checkpoint) = Checkpoint::at(folder) {
         return Ok(vec![checkpoint]);
@@ -44,7 +44,7 @@ pub fn checkpoints(folder: &Path) -> Result<Vec<Checkpoint>> {
     Ok(found)
 }
 
-/// Looks at a checkpoint, however damaged.
+/// Summarises a checkpoint, however damaged.
 pub fn summary(checkpoint: &Checkpoint) -> Summary {
     let files = checkpoint.files().unwrap_or_default();
     let length = |name: &str| checkpoint.path().join(name).symlink_metadata().map_or(0, |data| data.len());
@@ -58,12 +58,11 @@ pub fn summary(checkpoint: &Checkpoint) -> Summary {
     }
 }
 
-/// Writes a checkpoint anew, in its place, as one process would have: the bases and the moments of all ranks in one file
-/// each. Whatever fails, the checkpoint stays as it was.
+/// Rewrites a checkpoint in place as one process would have written it, with the bases and the moments of all ranks in
+/// one file each. On any failure, the checkpoint stays as it was.
 ///
 /// # Errors
-/// Input for a damaged checkpoint and for a run that is being trained; Input or Disk for a place or disk that cannot be
-/// written to.
+/// Input: a damaged checkpoint, or a run that is being trained; Input or Disk: an unwritable place or disk.
 pub fn consolidate(checkpoint: &Checkpoint) -> Result<()> {
     let absolute = std::path::absolute(checkpoint.path()).map_err(|source| Error::read(checkpoint.path(), source))?;
     let Some(root) = absolute.parent() else { return Err(Error::file(&absolute, "has no parent", "move it")) };
@@ -86,11 +85,11 @@ pub fn consolidate(checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// Copies the hypernetwork of a checkpoint to `target`, a folder of the released layout, whole or not at all.
+/// Copies the hypernetwork of a checkpoint to `target`, a folder of the released layout, completely or not at all.
 ///
 /// # Errors
-/// Input for a damaged checkpoint, a folder that this program did not write or that holds the checkpoint, and a place that
-/// cannot be written to; Disk for a full or failing disk.
+/// Input: a damaged checkpoint, a folder that this program did not write or that holds the checkpoint, or a place that
+/// cannot be written to; Disk: a full or failing disk.
 pub fn copy_weights(checkpoint: &Checkpoint, target: &Path) -> Result<()> {
     apart(target, [checkpoint.path()])?;
     let staged = StagedFolder::new(target, Ownership::Marked)?;

@@ -1,4 +1,4 @@
-//! The run folder: claimed by one training at a time, the same one for all ranks, and kept aside when a run begins anew.
+//! Claim on the run folder: one training at a time, the same folder for all ranks, and the old folder kept.
 
 use std::fs::{self, File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -15,18 +15,18 @@ use hyperlora_ranks::Ranks;
 
 use crate::run::CONFIG_FILE;
 
-/// The file in a run folder whose lock says that a process trains there. A folder would not do: its lock stays on the one
-/// machine where the file system is NFS, that of a regular file goes to the server.
+/// Lock file in a run folder; a process that trains there holds its lock. A lock on the folder itself would not do: on
+/// NFS it stays on one machine, while the lock of a regular file goes to the server.
 const LOCK: &str = ".lock";
 
-/// What the mark's name begins with by which the ranks know rank 0's run folder.
+/// Name prefix of the mark file by which ranks recognise the main rank's run folder.
 const MARK: &str = ".mark-";
 
-/// Between two looks for the mark.
+/// Pause between two checks for the mark.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// A run folder that this process trains into, until it is dropped or the process ends, however it ends: two writers would
-/// take each other's half-written checkpoints for leftovers.
+/// Exclusive claim of this process on a run folder, held until it is dropped or the process ends in any way. Two
+/// writers would take each other's unfinished checkpoints for leftovers.
 #[derive(Debug)]
 pub(crate) struct Claim {
     _locked: File,
@@ -36,16 +36,16 @@ impl Claim {
     /// Claims `run`, which must exist.
     ///
     /// # Errors
-    /// Input for a folder that another process trains into, or that may not be written to; Disk for a failing disk.
+    /// Input: a folder that another process trains into, or that cannot be written to; Disk: a failing disk.
     pub(super) fn take(run: &Path) -> Result<Self> {
-        // `hyperlora status` looks at the lock by holding it for a moment.
+        // The retry is needed because `hyperlora status` checks the lock by holding it for a moment.
         Self::take_after(run, || thread::sleep(Duration::from_millis(200)))
     }
 
-    /// [`take`](Self::take), which lets some time pass with `wait` where the folder is not free at once.
+    /// Runs [`take`](Self::take), and calls `wait` before a second try if the folder is locked.
     fn take_after(run: &Path, wait: impl FnOnce()) -> Result<Self> {
         let path = run.join(LOCK);
-        // For an exclusive lock NFS wants a file that may be written to.
+        // NFS grants an exclusive lock only on a file opened for writing.
         let file = append(&path).map_err(|source| Error::write(&path, source))?;
         let mut locked = file.try_lock();
         if let Err(TryLockError::WouldBlock) = locked {
@@ -63,7 +63,7 @@ impl Claim {
             }
             Err(TryLockError::Error(source)) => {
                 tracing::warn!(
-                    "{}: cannot be locked ({source}): see that no other process trains into this folder",
+                    "{}: cannot be locked ({source}): make sure that no other process trains into this folder",
                     path.display()
                 );
             }
@@ -72,8 +72,8 @@ impl Claim {
     }
 }
 
-/// Whether a process trains into the folder; `None` where that cannot be told. The look at the lock is a lock itself, given back
-/// on return: a training that begins in that moment tries again.
+/// Returns whether a process trains into the folder; `None` if that cannot be determined. The check itself takes a
+/// shared lock and releases it on return; a training that starts at that moment tries again.
 pub fn is_claimed(run: &Path) -> Option<bool> {
     match open_regular(&run.join(LOCK)) {
         Ok(file) => match file.try_lock_shared() {
@@ -81,22 +81,22 @@ pub fn is_claimed(run: &Path) -> Option<bool> {
             Err(TryLockError::WouldBlock) => Some(true),
             Err(TryLockError::Error(_)) => None,
         },
-        // No training has begun here, or the folder is a copy.
+        // Training never started here, or the folder is a copy.
         Err(source) if source.kind() == ErrorKind::NotFound => Some(false),
         Err(_) => None,
     }
 }
 
-/// Before the checksum in the last line of a run's configuration.
+/// Text before the checksum in the last line of a run's configuration.
 const SEAL: &str = "# SHA-256 of the lines above: ";
 
-/// Longest configuration, in bytes.
+/// Maximum size of a configuration, in bytes.
 const LONGEST: u64 = 16 << 20;
 
 /// Writes the resolved configuration with its checksum.
 ///
 /// # Errors
-/// As [`write_whole`].
+/// Same as [`write_whole`].
 pub(crate) fn write_config(run: &Path, yaml: &str) -> Result<()> {
     let sealed = format!("{yaml}{SEAL}{}\n", sha256_of(yaml.as_bytes()));
     write_whole(&run.join(CONFIG_FILE), sealed.as_bytes())
@@ -105,25 +105,26 @@ pub(crate) fn write_config(run: &Path, yaml: &str) -> Result<()> {
 /// Compares the resolved configuration of a run with its checksum.
 ///
 /// # Errors
-/// Input for one that is missing, was changed or has no checksum, as those of older versions; Disk for a failing disk.
+/// Input: a configuration that is missing, was changed, or has no checksum because an older version wrote it; Disk: a
+/// failing disk.
 pub fn verify_config(run: &Path) -> Result<()> {
     let path = run.join(CONFIG_FILE);
     let text = Root::open(run)?.read(Path::new(CONFIG_FILE), LONGEST).map_err(|source| Error::read(&path, source))?;
     let text = String::from_utf8_lossy(&text);
-    let remedy = "see that it says what you trained with: the next `hyperlora train` into this folder writes it anew";
+    let remedy = "check that it matches what you trained with: the next `hyperlora train` into this folder rewrites it";
     match text.strip_suffix('\n').and_then(|text| text.rsplit_once(SEAL)) {
-        None => Err(Error::file(&path, "is covered by no checksum: an older version wrote it", remedy)),
+        None => Err(Error::file(&path, "has no checksum: an older version wrote it", remedy)),
         Some((yaml, sha256)) if sha256_of(yaml.as_bytes()) == sha256 => Ok(()),
         Some(_) => Err(Error::file(&path, "does not match its checksum", remedy)),
     }
 }
 
-/// Claims the run folder for all ranks: rank 0 makes and locks it, the others find it within `patience`. Rank 0 waits
-/// for the others, and they for it, up to the deadline of `ranks`.
+/// Claims the run folder for all ranks: the main rank creates and locks it, the others look for it for up to
+/// `patience`. The ranks wait for each other up to the deadline of `ranks`.
 ///
 /// # Errors
-/// As [`Claim::take`] on rank 0, of which the others hear. Input, the same on all ranks, that names the first rank whose run
-/// folder is another one.
+/// Same as [`Claim::take`] on the main rank, reported on all ranks. Input, the same on all ranks: names the first rank
+/// with a different run folder.
 pub(crate) fn claim_together(ranks: &Ranks, run: &Path, patience: Duration) -> Result<Option<Claim>> {
     let claimed = ranks.try_on_all("rank 0 to claim the run folder", || {
         let claim = || {
@@ -151,11 +152,11 @@ pub(crate) fn claim_together(ranks: &Ranks, run: &Path, patience: Duration) -> R
     }
 }
 
-/// Looks for the mark until it is there, or `patience` is over: a network file system may show it late.
+/// Waits up to `patience` for the mark, because a network file system may show it late.
 fn sees(run: &Path, name: &str, patience: Duration) -> io::Result<()> {
     let begun = Instant::now();
     loop {
-        // What NFS remembers of a folder it compares with the server when the folder is opened, and not before.
+        // Opening a folder makes NFS compare its cache with the server; nothing else does.
         for folder in [run.parent(), Some(run)].into_iter().flatten() {
             drop(File::open(folder));
         }
@@ -166,8 +167,8 @@ fn sees(run: &Path, name: &str, patience: Duration) -> io::Result<()> {
     }
 }
 
-/// A file of rank 0 by which the others know its run folder; gone when it is dropped. Its name is new every time, so that no
-/// file system can answer from what it remembers.
+/// Mark file of the main rank, by which the other ranks recognise its run folder; removed on drop. Its name is new
+/// every time, so that no file system can answer from its cache.
 struct Mark {
     path: PathBuf,
     name: String,
@@ -176,11 +177,11 @@ struct Mark {
 impl Mark {
     fn put_into(run: &Path) -> Result<Self> {
         let failed = |source| Error::write(run, source);
-        // That of a start that was killed.
+        // Marks left by a start that was killed.
         for entry in fs::read_dir(run).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
             if name.to_string_lossy().starts_with(MARK) {
-                // One that stays does no harm.
+                // A mark that cannot be removed does no harm.
                 let _ = fs::remove_file(run.join(name));
             }
         }
@@ -193,15 +194,15 @@ impl Mark {
 
 impl Drop for Mark {
     fn drop(&mut self) {
-        // The next start removes it otherwise.
+        // If this fails, the next start removes the mark.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// Moves a run folder aside, to `<run>.1`, `<run>.2` and so on, and tells where; `None` where there is none.
+/// Moves a run folder aside, to `<run>.1`, `<run>.2` and so on, and returns the new path; `None` if there is no folder.
 ///
 /// # Errors
-/// Input for a folder that another process trains into; Input or Disk when the folder cannot be renamed.
+/// Input: a folder that another process trains into; Input or Disk: the folder cannot be renamed.
 pub fn move_aside(run: &Path) -> Result<Option<PathBuf>> {
     if !run.exists() {
         return Ok(None);
@@ -239,7 +240,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let run = root.path().join("quickstart");
         fs::create_dir(&run).unwrap();
-        // What a program that locks the folder itself would meet: nothing.
+        // A program that locks the folder itself would find it free.
         let claim = Claim::take(&run).unwrap();
         File::open(&run).unwrap().try_lock().unwrap();
         assert_eq!(move_aside(&run).unwrap_err().exit_code(), 2);
@@ -247,7 +248,7 @@ mod tests {
         fs::rename(&run, &moved).unwrap();
         assert_eq!(is_claimed(&moved), Some(true));
         drop(claim);
-        // Where the lock cannot even be looked at, nobody can tell.
+        // If the lock file cannot be opened, the claim is unknown.
         fs::remove_file(moved.join(LOCK)).unwrap();
         std::os::unix::fs::symlink(LOCK, moved.join(LOCK)).unwrap();
         assert_eq!(is_claimed(&moved), None);

@@ -1,4 +1,4 @@
-//! The run folder: who writes into it, where the run stands, and its checkpoints, from inside and from outside.
+//! Run folder: its lock, state and checkpoints, for training and for tools outside it.
 
 pub mod archive;
 pub mod claim;
@@ -17,17 +17,17 @@ pub const PATHS_FILE: &str = "paths.yaml";
 pub const CHECKPOINTS: &str = "checkpoints";
 /// Folder of the event files in a run folder.
 pub const TENSORBOARD: &str = "tensorboard";
-/// The skipped steps in a run folder, one JSON object a line.
+/// File of the skipped steps in a run folder, one JSON object per line.
 pub const SKIPPED: &str = "skipped.jsonl";
 /// Folder of the pictures in a run folder.
 pub const SAMPLES: &str = "samples";
 
-/// A configuration as files of a run folder, in YAML.
+/// Resolved configuration as YAML files of a run folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {
-    /// [`CONFIG_FILE`]: everything, with defaults written out. It tells nothing of the machine, and goes along when a run
-    /// is shared.
+    /// [`CONFIG_FILE`]: all settings, with defaults written out. It holds no machine-specific paths and travels with a
+    /// shared run.
     pub config: String,
-    /// [`PATHS_FILE`]: where on this machine lies what it names.
+    /// [`PATHS_FILE`]: local places of the paths that the configuration names.
     pub paths: String,
 }

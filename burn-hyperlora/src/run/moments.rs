@@ -1,7 +1,8 @@
-//! The optimiser's moments in a checkpoint: a file per rank that wrote it, read at whatever world size.
+//! Optimiser moments in a checkpoint: one file per rank that wrote it, readable at any world size.
 //!
-//! `optimizer.safetensors`, or `optimizer-00001-of-00004.safetensors` and so on, the name that diffusers gives to divided
-//! weights. Each holds pieces of flat f32 tensors; the pieces of one name, in the order of the files, are the whole.
+//! The file is `optimizer.safetensors`, or `optimizer-00001-of-00004.safetensors` and so on, which is the name that
+//! diffusers gives to sharded weights. Each file holds pieces of flat f32 tensors; the pieces of one name, in file
+//! order, are the whole tensor.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,30 +16,30 @@ use safetensors::Dtype;
 
 use crate::checkpoint::Checkpoint;
 
-/// Bytes of an f32.
+/// Size of an f32, in bytes.
 const NUMBER: usize = 4;
 
-/// The moments in a checkpoint. Only headers are in memory.
+/// Moments in a checkpoint. Only the headers are in memory.
 pub struct MomentFiles {
     files: Vec<SafetensorsFile>,
-    /// By tensor: the file and the numbers of each piece.
+    /// Pieces by tensor: file index and number of elements of each.
     pieces: BTreeMap<String, Vec<(usize, usize)>>,
 }
 
-/// The file of rank `part` of `parts`.
+/// Returns the file name of rank `part` of `parts`.
 pub fn file_name(part: usize, parts: usize) -> String {
     shard_name("optimizer", part, parts)
 }
 
-/// Whether a checkpoint's file of this name holds moments.
+/// Returns whether a checkpoint's file of this name holds moments.
 pub(super) fn is_moments(name: &str) -> bool {
     name.starts_with("optimizer") && name.ends_with(".safetensors")
 }
 
-/// The files of moments in a checkpoint, in the order of the ranks that wrote them.
+/// Lists the moment files in a checkpoint, in the order of the ranks that wrote them.
 ///
 /// # Errors
-/// Input for a folder that cannot be read, Disk for a failing disk.
+/// Input: a folder that cannot be read; Disk: a failing disk.
 pub fn files(checkpoint: &Checkpoint) -> Result<Vec<PathBuf>> {
     let failed = |source| Error::read(checkpoint.path(), source);
     let mut names = Vec::new();
@@ -50,10 +51,10 @@ pub fn files(checkpoint: &Checkpoint) -> Result<Vec<PathBuf>> {
 }
 
 impl MomentFiles {
-    /// Opens the moments of a checkpoint that was verified.
+    /// Opens the moments of a verified checkpoint.
     ///
     /// # Errors
-    /// Input for files that are missing or hold something else, Disk for a failing disk.
+    /// Input: files that are missing or hold something else; Disk: a failing disk.
     pub fn open(checkpoint: &Checkpoint) -> Result<Self> {
         let files: Vec<SafetensorsFile> =
             files(checkpoint)?.iter().map(|path| SafetensorsFile::open(path)).collect::<Result<_>>()?;
@@ -63,7 +64,7 @@ impl MomentFiles {
                 let (&[length], Dtype::F32) = (&shape[..], dtype) else {
                     let place = format!("{}: {name}", file.path().display());
                     let problem = format!("is {dtype:?} {shape:?}, moments are flat and F32");
-                    return Err(Error::input(place, problem, "go on from another checkpoint"));
+                    return Err(Error::input(place, problem, "resume from another checkpoint"));
                 };
                 pieces.entry(name).or_default().push((index, length));
             }
@@ -71,16 +72,16 @@ impl MomentFiles {
         Ok(Self { files, pieces })
     }
 
-    /// Numbers of each tensor.
+    /// Returns the number of elements of each tensor.
     pub fn lengths(&self) -> BTreeMap<&str, usize> {
         let whole = |pieces: &[(usize, usize)]| pieces.iter().map(|(_, length)| length).sum();
         self.pieces.iter().map(|(name, pieces)| (name.as_str(), whole(pieces))).collect()
     }
 
-    /// The numbers `range` of a tensor, little-endian.
+    /// Reads the elements `range` of a tensor, little-endian.
     ///
     /// # Errors
-    /// Disk when reading fails.
+    /// Disk: reading fails.
     pub fn read_raw(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(range.len() * NUMBER);
         let mut start = 0;
@@ -95,19 +96,19 @@ impl MomentFiles {
         Ok(bytes)
     }
 
-    /// [`read_raw`](Self::read_raw) as a tensor.
+    /// Reads the elements `range` of a tensor as f32 data.
     ///
     /// # Errors
-    /// As [`read_raw`](Self::read_raw).
+    /// Same as [`read_raw`](Self::read_raw).
     pub fn read(&self, name: &str, range: Range<usize>) -> Result<TensorData> {
         let length = range.len();
         Ok(TensorData::from_bytes_vec(self.read_raw(name, range)?, [length], DType::F32))
     }
 
-    /// Writes all of them as one file.
+    /// Writes all moments as one file.
     ///
     /// # Errors
-    /// As [`read_raw`](Self::read_raw); Input or Disk for a place or disk that cannot be written to.
+    /// Same as [`read_raw`](Self::read_raw); Input or Disk: a place or disk that cannot be written to.
     pub fn write_whole(&self, path: &Path) -> Result<()> {
         let lengths = self.lengths();
         let entries = lengths.iter().map(|(name, length)| TensorEntry::new(*name, DType::F32, [*length]));

@@ -1,7 +1,7 @@
-//! What a checkpoint of a run holds, and going on from one.
+//! Content of a run's checkpoint, and the source that a run resumes from.
 //!
-//! `weights/` is a hypernetwork in the released folder layout, its bases in a shard per rank, `optimizer*.safetensors` the [moments] of AdamW,
-//! and `state.json` the rest: [`SavedState`].
+//! A checkpoint holds `weights/`, a hypernetwork in the released folder layout with one shard of its bases per rank;
+//! `optimizer*.safetensors`, the [moments] of AdamW; and `state.json`, the rest: [`SavedState`].
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -25,31 +25,31 @@ pub const WEIGHTS: &str = "weights";
 /// `state.json` of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SavedState {
-    /// Where the run stands.
+    /// Position of the run.
     pub train: TrainState,
-    /// What the last step taught.
+    /// Stage that the last step trained.
     pub taught: Option<Stage>,
-    /// How often each parameter was stepped in this stage.
+    /// Step count of each parameter in this stage.
     pub optimizer_steps: BTreeMap<String, usize>,
-    /// The settings that a resume must match.
+    /// Settings that a resume must match.
     pub settings: Value,
 }
 
-/// What a rank writes of a checkpoint, copied to host memory.
+/// Part of a checkpoint that one rank writes, copied to host memory.
 pub struct Snapshot {
-    /// On rank 0.
+    /// On the main rank only.
     state: Option<SavedState>,
     weights: Vec<FolderFile>,
-    /// Name of their file.
+    /// File name of the moments.
     moments_file: String,
     moments: Vec<(String, TensorData)>,
 }
 
 impl Snapshot {
-    /// The part of this rank of the world: its moments, and its share of the weights.
+    /// Copies this rank's part: its moments and its share of the weights.
     ///
     /// # Errors
-    /// Fault when the device fails.
+    /// Fault: the device fails.
     pub fn take(
         state: &SavedState,
         hyper_lora: &HyperLora,
@@ -69,10 +69,10 @@ impl Snapshot {
         })
     }
 
-    /// Writes it; the memory becomes free meanwhile.
+    /// Writes the part and frees its memory file by file.
     ///
     /// # Errors
-    /// Disk for a full or failing disk, Input for a place that cannot be written to.
+    /// Disk: a full or failing disk; Input: a place that cannot be written to.
     pub fn write(self, part: &mut Part<'_>) -> Result<()> {
         for file in self.weights {
             part.file(&format!("{WEIGHTS}/{}", file.name), |path| file.write(path))?;
@@ -82,10 +82,10 @@ impl Snapshot {
     }
 }
 
-/// The checkpoint that a run goes on from, verified; `None` for a run without one.
+/// Returns the checkpoint to resume from, verified; `None` for a run without one.
 ///
 /// # Errors
-/// Input for a damaged checkpoint, Disk for a failing disk.
+/// Input: a damaged checkpoint; Disk: a failing disk.
 pub fn latest(run: &Path) -> Result<Option<Checkpoint>> {
     let store = CheckpointStore::at(&run.join(CHECKPOINTS));
     let latest = store.latest()?;
@@ -95,26 +95,26 @@ pub fn latest(run: &Path) -> Result<Option<Checkpoint>> {
     Ok(latest)
 }
 
-/// Where the hypernetwork lies that a folder given by the user stands for.
+/// Hypernetwork location for a folder given by the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// In a checkpoint of a run.
     Run {
-        /// The run folder.
+        /// Run folder.
         run: PathBuf,
-        /// The checkpoint, verified.
+        /// Checkpoint, verified.
         checkpoint: Checkpoint,
     },
-    /// In a folder of the released layout, which tells nothing of a run.
+    /// In a folder of the released layout, which holds no data of a run.
     Released(PathBuf),
 }
 
 impl Source {
-    /// Takes a run folder for its latest checkpoint, a checkpoint folder, or a folder of the released layout.
+    /// Finds the hypernetwork of a folder: a run folder (its latest checkpoint), a checkpoint folder, or a folder of
+    /// the released layout.
     ///
     /// # Errors
-    /// Input for a folder that is none of these, a run without checkpoint, and a damaged checkpoint; Disk for a failing
-    /// disk.
+    /// Input: another kind of folder, a run without a checkpoint, or a damaged checkpoint; Disk: a failing disk.
     pub fn find(folder: &Path) -> Result<Self> {
         if folder.join(CHECKPOINTS).is_dir() {
             let checkpoint = latest(folder)?.ok_or_else(|| {
@@ -134,14 +134,14 @@ impl Source {
         Ok(Self::Run { run, checkpoint })
     }
 
-    /// What is read of a folder that [`find`](Self::find) takes: no place for an output. Beside its checkpoints, a run folder
-    /// is one.
+    /// Returns the paths that are read from a folder accepted by [`find`](Self::find); outputs must not be written
+    /// there. In a run folder, outputs may lie beside the checkpoints.
     pub fn inputs(folder: &Path) -> Vec<PathBuf> {
         let below = folder.join(CHECKPOINTS);
         if below.is_dir() { vec![below, folder.join(CONFIG_FILE)] } else { vec![folder.into()] }
     }
 
-    /// The folder of the released layout.
+    /// Path of the folder of the released layout.
     pub fn weights(&self) -> PathBuf {
         match self {
             Self::Run { checkpoint, .. } => checkpoint.path().join(WEIGHTS),
@@ -153,17 +153,17 @@ impl Source {
 /// Checks that the run was made with `settings`.
 ///
 /// # Errors
-/// Input, naming the first key that changed.
+/// Input: names the first key that changed.
 pub fn check_settings(place: &str, saved: &SavedState, settings: &Value) -> Result<()> {
     let Some((key, then, now)) = first_difference(&saved.settings, settings) else { return Ok(()) };
     Err(Error::input(
         format!("{place}: {key}"),
         format!("is {now}, the run's checkpoint was made with {then}"),
-        "set it back to go on, or begin anew with --restart (the old run folder is kept aside)",
+        "set it back to resume, or start a new run with --restart (the old run folder is moved aside)",
     ))
 }
 
-/// The first key whose value differs: its path, the value in `then` and the value in `now`.
+/// Finds the first key whose value differs: its path, the value in `then` and the value in `now`.
 fn first_difference(then: &Value, now: &Value) -> Option<(String, String, String)> {
     match (then, now) {
         (Value::Object(a), Value::Object(b)) => a

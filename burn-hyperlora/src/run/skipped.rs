@@ -1,4 +1,4 @@
-//! The steps that were not taken: a line each in `skipped.jsonl`, with the photos of the batch.
+//! Skipped steps: one line each in `skipped.jsonl`, with the photos of the batch.
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -16,14 +16,14 @@ struct Line {
     step: u64,
     stage: String,
     reason: String,
-    /// Keys of the target photos of all ranks, in the order of their draws.
+    /// Keys of the target photos of all ranks, in draw order.
     photos: Vec<String>,
 }
 
-/// Writes down that `step` was skipped; `own` are the draws of this rank's samples and the keys of their photos.
+/// Records that `step` was skipped. `own` holds the draws of this rank's samples and the keys of their photos.
 ///
 /// # Errors
-/// On all ranks, Input or Disk for a file that rank 0 cannot write; those of the collective.
+/// On all ranks, Input or Disk: the main rank cannot write the file. Also errors of the collective.
 pub(crate) fn note(
     ranks: &Ranks,
     run: &Path,
@@ -44,10 +44,10 @@ pub(crate) fn note(
     })
 }
 
-/// Largest file that is read, in bytes: some hundred thousand steps.
+/// Maximum size of a file to read, in bytes: a few hundred thousand steps.
 const LARGEST: u64 = 1 << 28;
 
-/// Appends a line in one write. One that a dying process left half-written ends first.
+/// Appends a line in one write. First ends a line that a dying process left incomplete.
 fn append(path: &Path, line: &str) -> io::Result<()> {
     let mut file = files::append(path)?;
     let mut text = Vec::new();
@@ -56,18 +56,18 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
     file.write_all(format!("{broken}{line}\n").as_bytes())
 }
 
-/// Steps that `run` skipped. One that came again after a kill counts once; a line that a dying process left half-written does
-/// not count.
+/// Counts the steps that `run` skipped. A step repeated after a kill counts once; an incomplete line from a dying
+/// process does not count.
 ///
 /// # Errors
-/// As [`Error::read`].
+/// Same as [`Error::read`].
 pub fn count(run: &Path) -> Result<usize> {
     let path = run.join(SKIPPED);
     let text = match read_regular(&path, LARGEST) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
         text => text.map_err(|source| Error::read(&path, source))?,
     };
-    // A line may have been cut within a letter.
+    // A line may have been cut within a character.
     let text = String::from_utf8_lossy(&text);
     let lines = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
     Ok(lines.map(|line| line.step).collect::<BTreeSet<_>>().len())
@@ -91,7 +91,7 @@ mod tests {
         append(&path, &line(3)).unwrap();
         let whole = fs::read_to_string(&path).unwrap();
         assert_eq!(whole, format!("{}\n", line(3)));
-        // Killed in the middle of a line, in the middle of a letter, and before the line's end.
+        // Killed in the middle of a line, in the middle of a character, and before the line's end.
         for (step, left) in [(4, &line(4).as_bytes()[..20]), (5, b"{\"reason\": \"\xc3"), (6, line(7).as_bytes())] {
             let mut text = fs::read(&path).unwrap();
             text.extend(left);

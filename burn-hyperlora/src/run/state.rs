@@ -1,4 +1,4 @@
-//! All that the next step depends on, apart from the weights and the moments of the optimiser.
+//! Training state that the next step depends on, other than the weights and the moments of the optimiser.
 
 use std::time::Duration;
 
@@ -7,30 +7,30 @@ use serde::{Deserialize, Serialize};
 use crate::metrics::StageSummary;
 use crate::optim::spikes::SpikeWatch;
 
-/// Where a run stands. With the weights and the optimiser's moments it is all that the next step depends on.
+/// Position of a run. Together with the weights and the optimiser's moments, the next step depends on nothing else.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct TrainState {
-    /// Index of the stage that the next step belongs to; the number of stages when all are done.
+    /// Index of the stage of the next step; the number of stages when all are done.
     pub stage: usize,
     /// Steps done in that stage.
     pub stage_step: u64,
-    /// Steps done in all.
+    /// Steps done in total.
     pub global_step: u64,
-    /// The draw of that stage that comes next: the position in the data.
+    /// Next draw of that stage: the position in the data.
     pub next_draw: u64,
     /// One entry per stage that was begun.
     pub records: Vec<StageSummary>,
-    /// What the last steps of the stage were like.
+    /// Record of the stage's recent steps.
     #[serde(default)]
     pub spikes: SpikeWatch,
-    /// Step of the last checkpoint that was due, by its interval or at the end of a stage. Weights go back to that one: where
-    /// a run was interrupted, and saved something in between, has no say.
+    /// Step of the last checkpoint that was due, by its interval or at the end of a stage. A rollback restores that
+    /// one, so it does not depend on where a run was interrupted and saved in between.
     #[serde(default)]
     pub last_due: Option<u64>,
 }
 
 impl TrainState {
-    /// Counts a step over `images` samples of all ranks; `next_draw` comes next in the data.
+    /// Counts a step over `images` samples of all ranks; `next_draw` is the next position in the data.
     pub fn count(&mut self, next_draw: u64, images: usize, elapsed: Duration) {
         self.stage_step += 1;
         self.global_step += 1;
@@ -43,7 +43,7 @@ impl TrainState {
         }
     }
 
-    /// Goes over to the next stage.
+    /// Moves on to the next stage.
     pub fn finish_stage(&mut self) {
         self.stage += 1;
         self.stage_step = 0;

@@ -1,4 +1,4 @@
-//! Where a run stands, from its files alone. Nothing is written, and a run at work is not disturbed.
+//! Status of a run, read from its files only. Nothing is written, and an active run is not disturbed.
 
 mod report;
 
@@ -21,12 +21,12 @@ use crate::run::state::TrainState;
 use crate::run::{CHECKPOINTS, TENSORBOARD, is_claimed, skipped};
 use crate::train::curves::{CUT_CAPTIONS, IMAGES_PER_SECOND, RANKS};
 
-/// Lines of `run.log` that tell of the end of a run that did not finish.
+/// Number of last lines of `run.log` to show for a run that did not finish.
 const LAST_LINES: usize = 6;
-/// They lie within this many bytes of its end.
+/// Number of bytes at the end of `run.log` that hold those lines.
 const LAST_BYTES: u64 = 16 << 10;
 
-/// Whether somebody is at work on a run.
+/// Activity of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activity {
@@ -36,74 +36,74 @@ pub enum Activity {
     Finished,
     /// No process trains: the run was stopped, failed or was killed.
     Stopped,
-    /// The lock that would tell cannot be looked at.
+    /// The lock cannot be checked.
     Unknown,
 }
 
-/// The last checkpoint of a run.
+/// Last checkpoint of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LastCheckpoint {
-    /// Optimiser steps in all.
+    /// Optimiser steps in total.
     pub step: u64,
-    /// The folder.
+    /// Checkpoint folder.
     pub path: PathBuf,
     /// Seconds since it was written.
     pub age_seconds: u64,
 }
 
-/// Where a run stands.
+/// Status of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Status {
-    /// The experiment's name.
+    /// Name of the experiment.
     pub name: String,
-    /// Whether somebody is at work.
+    /// Activity of the run.
     pub activity: Activity,
-    /// The stage at hand; `None` once all are done.
+    /// Current stage; `None` once all are done.
     pub stage: Option<StageStatus>,
-    /// Optimiser steps done in all: of a run at work the last one in its curves, else those that are saved.
+    /// Optimiser steps done in total: for an active run the last one in its curves, else those that are saved.
     pub step: u64,
     /// Optimiser steps of all stages.
     pub steps: u64,
-    /// The newest checkpoint.
+    /// Newest checkpoint.
     pub checkpoint: Option<LastCheckpoint>,
     /// Seconds since the last entry in the curves of the last start.
     pub last_entry_seconds: Option<u64>,
-    /// Images per second, of all ranks.
+    /// Images per second of all ranks.
     pub images_per_second: Option<f64>,
     /// Seconds to the end of the last stage at this speed.
     pub seconds_left: Option<f64>,
-    /// Processes of the last start that got to an entry in the curves.
+    /// Number of processes of the last start that reached an entry in the curves.
     pub ranks: Option<u64>,
-    /// The last entry of every curve of losses, by its name.
+    /// Last entry of every loss curve, by name.
     pub losses: BTreeMap<String, f64>,
-    /// What `summary.json` says of each stage that was begun.
+    /// Summary of each stage that was begun, from `summary.json`.
     pub stages: Vec<StageSummary>,
     /// Steps that were skipped because they would have done harm.
     pub skipped_steps: u64,
-    /// The share of the captions whose ends were left out, where some were.
+    /// Fraction of captions that were truncated, if any were.
     pub cut_captions: Option<f64>,
     /// Row groups that are left out because they are damaged.
     pub quarantined_row_groups: u64,
-    /// The end of `run.log`, where the run did not finish and nobody is at work.
+    /// Last lines of `run.log`, if the run did not finish and no process trains.
     pub last_lines: Vec<String>,
 }
 
 /// One stage of the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StageStatus {
-    /// As in the YAML.
+    /// Name as in the YAML.
     pub name: &'static str,
-    /// From 1.
+    /// Stage number, from 1.
     pub number: usize,
-    /// Stages in all.
+    /// Number of stages.
     pub of: usize,
-    /// Optimiser steps done in it.
+    /// Optimiser steps done in the stage.
     pub step: u64,
-    /// Its optimiser steps.
+    /// Optimiser steps of the stage.
     pub steps: u64,
 }
 
-/// The part of a checkpoint's `state.json` that matters here.
+/// Fields of a checkpoint's `state.json` that the status needs.
 #[derive(Deserialize)]
 struct Saved {
     train: TrainState,
@@ -114,7 +114,7 @@ impl Status {
     /// Reads the run folder `run`.
     ///
     /// # Errors
-    /// Input for a folder that holds no run, Disk for a failing disk.
+    /// Input: a folder that holds no run; Disk: a failing disk.
     pub fn read(run: &Path) -> Result<Self> {
         let experiment = Experiment::of_run(run)?;
         let claimed = is_claimed(run);
@@ -158,7 +158,7 @@ impl Status {
     }
 }
 
-/// The stage that the step after `step` belongs to.
+/// Returns the stage of the step after `step`.
 fn stage_of(stages: &[(&'static str, u64)], step: u64) -> Option<StageStatus> {
     let mut before = 0;
     for (index, &(name, steps)) in stages.iter().enumerate() {
@@ -170,7 +170,7 @@ fn stage_of(stages: &[(&'static str, u64)], step: u64) -> Option<StageStatus> {
     None
 }
 
-/// The newest checkpoint that can be read, and the settings in it: a run at work may remove an old one at any moment.
+/// Returns the newest readable checkpoint and its settings. An active run may remove an old checkpoint at any moment.
 fn last_checkpoint(run: &Path) -> Result<Option<(LastCheckpoint, Value)>> {
     let mut found = CheckpointStore::at(&run.join(CHECKPOINTS)).list()?;
     found.reverse();
@@ -196,7 +196,8 @@ fn last_lines(log: &Path) -> Result<Vec<String>> {
     file.take(LAST_BYTES).read_to_end(&mut bytes).map_err(failed)?;
     let bytes = String::from_utf8_lossy(&bytes);
     let lines: Vec<&str> = bytes.lines().collect();
-    // The folder may be a stranger's, or older than what keeps secrets out of the log.
+    // The log is sanitised again, because the folder may come from an untrusted source or be older than the filter that
+    // keeps secrets out of the log.
     Ok(lines[lines.len().saturating_sub(LAST_LINES)..].iter().map(|line| text::shown(line).to_string()).collect())
 }
 
@@ -208,7 +209,7 @@ fn since_1970(time: SystemTime) -> f64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// Whole seconds from `then` to `now`; clocks of two machines may disagree by a little.
+/// Returns the whole seconds from `then` to `now`; the clocks of two machines may differ slightly.
 fn age(then: f64, now: f64) -> u64 {
     (now - then).max(0.0) as u64
 }

@@ -1,4 +1,4 @@
-//! A status as text.
+//! Status as text.
 
 use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
@@ -13,8 +13,8 @@ impl Display for Status {
         let activity = match self.activity {
             Activity::Running => "running",
             Activity::Finished => "finished",
-            Activity::Stopped => "not running; the same command goes on",
-            Activity::Unknown => "unknown: the lock that tells whether it is running cannot be looked at",
+            Activity::Stopped => "not running; the same command resumes the run",
+            Activity::Unknown => "unknown: the lock that a running process holds cannot be checked",
         };
         let ranks = match self.ranks {
             Some(ranks) if ranks > 1 => format!(", {ranks} ranks"),
@@ -63,10 +63,7 @@ impl Display for Status {
             row("skipped", format!("{} steps that would have done harm: skipped.jsonl", self.skipped_steps))?;
         }
         if let Some(share) = self.cut_captions {
-            row(
-                "captions",
-                format!("{:.1} % have their ends left out: longer than the text encoders take", 100.0 * share),
-            )?;
+            row("captions", format!("{:.1} % are truncated: longer than the text encoders accept", 100.0 * share))?;
         }
         if self.quarantined_row_groups > 0 {
             let count = self.quarantined_row_groups;

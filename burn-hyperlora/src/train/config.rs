@@ -1,4 +1,4 @@
-//! How to train: `train:` of an experiment.
+//! Training configuration: `train:` of an experiment.
 
 use std::time::Duration;
 
@@ -13,53 +13,53 @@ use crate::hypernet::{ParameterGroup, Stage};
 use crate::optim::spikes::SpikeConfig;
 use crate::optim::{LrScaling, OptimConfig, Wire};
 
-/// Batches, stages and what is written along the way.
+/// Training settings: batches, stages, checkpoints and pictures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Samples that go through the models at once.
+    /// Samples per micro-batch, which pass through the models at once.
     pub micro_batch: usize,
-    /// Samples of one optimiser step: gradients are summed over `global_batch / micro_batch` passes.
+    /// Samples per optimiser step; gradients are accumulated over `global_batch / micro_batch` passes.
     pub global_batch: usize,
-    /// Runs the UNet's blocks again in the backward pass instead of keeping their activations.
+    /// Recomputes the UNet's blocks in the backward pass instead of keeping their activations.
     #[serde(default = "yes")]
     pub recompute: bool,
-    /// Stands before the caption whenever the ID-LoRA acts.
+    /// Prefix of the caption whenever the ID-LoRA is active.
     #[serde(default = "default_trigger")]
     pub trigger: String,
-    /// Weights to begin with instead of random ones: a run folder (its latest checkpoint), a checkpoint, or a folder in
-    /// the released layout.
+    /// Initial weights instead of random ones: a run folder (its latest checkpoint), a checkpoint, or a folder in the
+    /// released layout.
     #[serde(default)]
     pub init_from: Option<ConfigPath>,
-    /// When to save.
+    /// Checkpoint interval and retention.
     #[serde(default)]
     pub checkpoints: CheckpointPolicy,
-    /// Pictures drawn along the way; `null` for none.
+    /// Pictures drawn during training; `null` for none.
     #[serde(default)]
     pub samples: Option<SamplesConfig>,
     /// Steps between two entries of the curves.
     #[serde(default = "default_log_every")]
     pub log_every: u64,
-    /// The set whose loss is measured before and after each stage; `null` for none.
+    /// Fixed set whose loss is measured before and after each stage; `null` for none.
     #[serde(default)]
     pub fixed_set: Option<FixedSetConfig>,
-    /// Seconds that a rank waits for the others in one collective; ten times as long where one of them works alone, as
-    /// while it saves.
+    /// Seconds that a rank waits for the others in one collective. The wait is ten times as long while one rank works
+    /// alone, such as during a save.
     #[serde(default = "default_collective_timeout")]
     pub collective_timeout_s: u64,
-    /// Divides the optimiser's state among the ranks instead of keeping all of it on each.
+    /// Shards the optimiser state over the ranks instead of keeping all of it on each.
     #[serde(default = "yes")]
     pub shard_optimizer: bool,
-    /// The type in which gradients travel between ranks.
+    /// Type in which gradients travel between ranks.
     #[serde(default)]
     pub wire: Wire,
-    /// When a step would do harm and is skipped.
+    /// Rule for skipping steps that would do harm.
     #[serde(default)]
     pub spikes: SpikeConfig,
-    /// How the learning rate follows the number of ranks.
+    /// Scaling of the learning rate with the number of ranks.
     #[serde(default)]
     pub lr_scaling: LrScaling,
-    /// In the order in which they run.
+    /// Stages in the order in which they run.
     pub stages: Vec<StageEntry>,
 }
 
@@ -67,7 +67,7 @@ fn yes() -> bool {
     true
 }
 
-/// The trigger words of the released weights.
+/// Trigger words of the released weights.
 pub const DEFAULT_TRIGGER: &str = "fcsks fxhks fhyks, ";
 
 fn default_trigger() -> String {
@@ -78,34 +78,34 @@ fn default_log_every() -> u64 {
     10
 }
 
-/// The longest wait for the other ranks where no YAML says so.
+/// Longest wait for the other ranks if no YAML sets it.
 pub const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 fn default_collective_timeout() -> u64 {
     COLLECTIVE_TIMEOUT.as_secs()
 }
 
-/// The longest wait for a rank that works alone, and for all ranks at the start, by the longest one in a collective.
+/// Returns the longest wait for a rank that works alone, and for all ranks at the start, given that in a collective.
 pub fn long(timeout: Duration) -> Duration {
     timeout.saturating_mul(10)
 }
 
-/// When checkpoints are written and how many stay.
+/// Checkpoint interval and the number of checkpoints kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointPolicy {
     /// Steps between two checkpoints; the end of a stage always gets one.
     pub every: u64,
-    /// The newest that stay, at least 1.
+    /// Number of newest checkpoints to keep, at least 1.
     pub keep: usize,
-    /// Beside them the first checkpoint of every so many steps stays for good; `null` for none.
+    /// Keeps the first checkpoint of every such number of steps permanently; `null` for none.
     #[serde(default)]
     pub keep_every: Option<u64>,
 }
 
 impl CheckpointPolicy {
-    /// The most checkpoints of `steps` steps that lie on the disk at once, the one that is being written among them. A run
-    /// that is interrupted time and again may keep one more, to go back to.
+    /// Returns the maximum number of checkpoints on disk at once in `steps` steps, including the one being written. A
+    /// run that is interrupted repeatedly may keep one more, for a rollback.
     pub fn most(&self, steps: u64) -> u64 {
         let for_good = self.keep_every.and_then(|every| steps.checked_div(every)).unwrap_or(0);
         (self.keep as u64 + 1).saturating_add(for_good)
@@ -118,22 +118,22 @@ impl Default for CheckpointPolicy {
     }
 }
 
-/// Pictures drawn during training: reference, no LoRA, with LoRA.
+/// Pictures drawn during training: reference, without LoRA, with LoRA.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SamplesConfig {
     /// Steps between two grids; the end of a stage always gets one.
     pub every: u64,
-    /// People in a grid, the first of the fixed set.
+    /// Number of people in a grid, the first of the fixed set.
     #[serde(default = "default_sample_count")]
     pub count: usize,
-    /// Steps from noise to picture.
+    /// Sampling steps from noise to picture.
     #[serde(default = "default_sample_steps")]
     pub steps: usize,
-    /// What makes them; the base's own sampler where left out.
+    /// Sampler; the base's own if omitted.
     #[serde(default)]
     pub sampler: Option<SamplerKind>,
-    /// Classifier-free guidance.
+    /// Scale of the classifier-free guidance.
     #[serde(default = "default_guidance")]
     pub guidance: f64,
 }
@@ -150,15 +150,15 @@ fn default_guidance() -> f64 {
     3.0
 }
 
-/// (photo, noise, timestep) triples that are the same at every measurement.
+/// Fixed set of (photo, noise, timestep) triples, the same at every measurement.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FixedSetConfig {
-    /// The split of the photos: not one to learn from.
+    /// Split of the photos; must not be the training split.
     pub split: String,
-    /// The split of the reference photos, for `reference: same_identity`.
+    /// Split of the reference photos, for `reference: same_identity`.
     pub references: String,
-    /// How many triples.
+    /// Number of triples.
     pub triples: usize,
 }
 
@@ -168,44 +168,44 @@ impl Default for FixedSetConfig {
     }
 }
 
-/// A stage of the training, named by what it teaches.
+/// Training stage, named by what it trains.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StageEntry {
-    /// The Base-LoRA, on crops with the face blurred away.
+    /// Base-LoRA, on crops with the face blurred.
     Base(StageConfig),
-    /// The ID-LoRA from the image encoder's view of the face; the Base-LoRA rests.
+    /// ID-LoRA from the image encoder's view of the face; the Base-LoRA is frozen.
     IdClip(StageConfig),
-    /// The ID-LoRA with the ID embedding; the attention to the image encoder's states rests.
+    /// ID-LoRA with the ID embedding; the attention to the image encoder's states is frozen.
     IdEmbedding(StageConfig),
 }
 
-/// One stage.
+/// Settings of one stage.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StageConfig {
     /// Optimiser steps.
     pub steps: u64,
-    /// The optimiser; it starts anew with each stage.
+    /// Optimiser settings; the optimiser restarts with each stage.
     #[serde(default)]
     pub optim: OptimConfig,
-    /// Parameter groups that train; empty for the stage's own.
+    /// Parameter groups to train; empty for the stage's default.
     #[serde(default)]
     pub groups: Vec<ParameterGroup>,
-    /// How often each scenario comes; the stage's own where it is left out.
+    /// Frequency of each scenario; the stage's default if omitted.
     #[serde(default)]
     pub scenarios: Option<Scenarios>,
-    /// Which photo the hypernetwork sees.
+    /// Photo that the hypernetwork sees.
     #[serde(default)]
     pub reference: Reference,
 }
 
-/// Most steps of a stage, and the largest global batch: the samples of a stage stay countable.
+/// Maximum steps of a stage and maximum global batch; these limits keep the sample count of a stage within 64 bits.
 const MOST_STEPS: u64 = 1 << 32;
 const LARGEST_BATCH: usize = 1 << 20;
 
 impl StageEntry {
-    /// What the stage teaches.
+    /// Returns the stage's kind.
     pub fn kind(&self) -> Stage {
         match self {
             Self::Base(_) => Stage::Base,
@@ -214,14 +214,14 @@ impl StageEntry {
         }
     }
 
-    /// Its settings.
+    /// Returns the stage's settings.
     pub fn config(&self) -> &StageConfig {
         match self {
             Self::Base(config) | Self::IdClip(config) | Self::IdEmbedding(config) => config,
         }
     }
 
-    /// Its name in the YAML, the curves and the summary.
+    /// Returns the stage's name in the YAML, the curves and the summary.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Base(_) => "base",
@@ -230,7 +230,7 @@ impl StageEntry {
         }
     }
 
-    /// How often each scenario comes.
+    /// Returns the frequency of each scenario.
     pub fn scenarios(&self) -> Scenarios {
         self.config().scenarios.unwrap_or(match self {
             Self::Base(_) => Scenarios::BASE,
@@ -238,7 +238,7 @@ impl StageEntry {
         })
     }
 
-    /// Fills in what the YAML left to the stage.
+    /// Fills in the stage's defaults for omitted settings.
     fn resolve(&mut self) {
         let (kind, scenarios) = (self.kind(), self.scenarios());
         let (Self::Base(config) | Self::IdClip(config) | Self::IdEmbedding(config)) = self;
@@ -276,7 +276,8 @@ impl StageEntry {
         self.validate_groups(place, has_base)
     }
 
-    /// A group without a part in the loss would get no gradient, and shrink by weight decay alone.
+    /// Checks the parameter groups. A group that the loss does not use gets no gradient, so weight decay alone would
+    /// shrink it.
     fn validate_groups(&self, place: &str, has_base: bool) -> Result<()> {
         let scenarios = self.scenarios();
         let base_lora = has_base && (scenarios.has(Scenario::Full) || scenarios.has(Scenario::BaseOnly));
@@ -297,35 +298,35 @@ impl StageEntry {
 }
 
 impl TrainConfig {
-    /// The longest wait for the other ranks in one collective.
+    /// Returns the longest wait for the other ranks in one collective.
     pub fn collective_timeout(&self) -> Duration {
         Duration::from_secs(self.collective_timeout_s)
     }
 
-    /// The longest wait for a rank that works alone, and for all ranks at the start.
+    /// Returns the longest wait for a rank that works alone, and for all ranks at the start.
     pub fn long_timeout(&self) -> Duration {
         long(self.collective_timeout())
     }
 
-    /// Passes of all ranks whose gradients make one step.
+    /// Returns the number of passes, over all ranks, whose gradients make one step.
     pub fn accumulation(&self) -> usize {
         self.global_batch / self.micro_batch.max(1)
     }
 
-    /// Optimiser steps of all stages.
+    /// Returns the optimiser steps of all stages.
     pub fn total_steps(&self) -> u64 {
         self.stages.iter().map(|stage| stage.config().steps).sum()
     }
 
-    /// Fills in what the YAML left to the stages.
+    /// Fills in the stages' defaults for omitted settings.
     pub fn resolve(&mut self) {
         self.stages.iter_mut().for_each(StageEntry::resolve);
     }
 
-    /// Checks the batch arithmetic and every stage; `place` names the file, `has_base` tells of a Base-LoRA.
+    /// Checks the batch sizes and every stage. `place` names the file; `has_base` is true if there is a Base-LoRA.
     ///
     /// # Errors
-    /// Input, naming the key.
+    /// Input: names the key.
     pub fn validate(&self, place: &str, has_base: bool) -> Result<()> {
         let Self { micro_batch, global_batch, .. } = *self;
         if micro_batch == 0 || global_batch == 0 || !global_batch.is_multiple_of(micro_batch) {

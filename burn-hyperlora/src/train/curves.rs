@@ -1,4 +1,4 @@
-//! The figures of the steps between two entries of the curves.
+//! Figures of the steps between two entries of the curves.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use crate::train::StageWork;
 use crate::train::rank_figures::{self, RankFigures};
 use crate::train::step::StepReport;
 
-/// Images per second of all ranks, in the curves.
+/// Curve of the images per second of all ranks.
 pub const IMAGES_PER_SECOND: &str = "speed/images_per_second";
-/// The share of rank 0's captions in this start of the stage whose ends were left out, in the curves.
+/// Curve of the fraction of the main rank's captions, since this start of the stage, that were truncated.
 pub const CUT_CAPTIONS: &str = "data/cut_captions";
-/// The number of ranks, in the curves.
+/// Curve of the number of ranks.
 pub const RANKS: &str = rank_figures::COUNT;
 
-/// Gathers steps until they are written.
+/// Collects steps until they are written.
 pub struct Curves {
     stage: String,
     timesteps: u32,
@@ -29,17 +29,18 @@ pub struct Curves {
     communication: Duration,
 }
 
-/// How long a step took.
+/// Duration of a step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StepTime {
-    /// In all.
+    /// Total time.
     pub elapsed: Duration,
-    /// In collectives, waiting for other ranks included.
+    /// Time in collectives, including the wait for other ranks.
     pub communication: Duration,
 }
 
 impl Curves {
-    /// Of the stage named `stage`, whose gradients are clipped to `clip_norm`; quartiles are those of `timesteps`.
+    /// Creates the curves of the stage named `stage`, whose gradients are clipped to `clip_norm`. The loss quartiles
+    /// are those of `timesteps`.
     pub fn new(stage: &str, timesteps: u32, clip_norm: Option<f64>) -> Self {
         Self {
             stage: stage.into(),
@@ -81,11 +82,12 @@ impl Curves {
         self.communication += time.communication;
     }
 
-    /// Names and values of everything gathered on all ranks, which is then forgotten. `data_wait_share` and `moment_bytes`,
-    /// the memory of the optimiser's moments, are this rank's; `work` tells of the stage's operations where they are known.
+    /// Returns the names and values of everything collected on all ranks, and resets it. `data_wait_share` and
+    /// `moment_bytes`, the memory of the optimiser's moments, are this rank's; `work` is the compute cost of the stage,
+    /// if known.
     ///
     /// # Errors
-    /// Those of the collective.
+    /// Errors of the collective.
     pub fn take(
         &mut self,
         world: &dyn Collective,

@@ -1,4 +1,4 @@
-//! What tells one base model from another, wherever it lies.
+//! Fingerprint of a base model, independent of its location.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,19 +15,19 @@ use sha2::{Digest, Sha256};
 
 use crate::conditioning::BaseConfig;
 
-/// Bytes that are read at either end of a weights file: the header with names, types and shapes, and some of the values.
-/// Reading gigabytes at every start would take longer than it is worth: other weights differ in nearly every value.
+/// Number of bytes read at each end of a weights file: the header with names, types and shapes, and some of the values.
+/// Different weights differ in nearly every value, so reading gigabytes at every start is not worth the time.
 const END: u64 = 1 << 20;
 
-/// A checksum of every model of the base by its part, over its configuration and over the length and both ends of its
+/// Computes a checksum of each component of the base, over its configuration and the length and both ends of its
 /// weights.
 ///
 /// # Errors
-/// As [`Error::read`] for a file that is missing or cannot be read.
+/// Same as [`Error::read`]: a file that is missing or cannot be read.
 pub(super) fn of_base(config: &BaseConfig, yaml_folder: &Path) -> Result<Value> {
     let source = config.source(yaml_folder)?;
     let mut parts = Map::new();
-    // Other digits in the UNet are another model.
+    // The same weights in another dtype are a different model.
     parts.insert("dtype".into(), format!("{:?}", config.dtype).to_lowercase().into());
     for part in Part::ALL {
         let checksum = of_model(&source.config(part)?, &source.weights(part, &Device::flex())?)?;
@@ -40,10 +40,10 @@ pub(super) fn of_base(config: &BaseConfig, yaml_folder: &Path) -> Result<Value> 
     Ok(parts.into())
 }
 
-/// A checksum of a hypernetwork in the released layout, over the names, lengths and both ends of its files.
+/// Computes a checksum of a hypernetwork in the released layout, over the names, lengths and both ends of its files.
 ///
 /// # Errors
-/// As [`Error::read`].
+/// Same as [`Error::read`].
 pub(super) fn of_released(folder: &Path) -> Result<String> {
     let failed = |source| Error::read(folder, source);
     let entries = fs::read_dir(folder).map_err(failed)?.collect::<io::Result<Vec<_>>>().map_err(failed)?;
@@ -67,7 +67,7 @@ fn of_model(config: &ConfigText, weights: &Weights) -> Result<String> {
     Ok(hex(&hasher.finalize()))
 }
 
-/// A file's length, and what stands at its ends.
+/// Hashes a file's length and both ends.
 fn add_ends(hasher: &mut Sha256, path: &Path) -> io::Result<()> {
     let file = File::open(path)?;
     let length = file.metadata()?.len();

@@ -1,4 +1,4 @@
-//! A set of (photo, noise, timestep) triples whose loss is comparable between moments and stages.
+//! Fixed set of (photo, noise, timestep) triples, whose loss is comparable over time and between stages.
 
 use std::ops::ControlFlow;
 
@@ -17,13 +17,13 @@ use crate::hypernet::{HyperLora, Stage};
 use crate::train::config::FixedSetConfig;
 use crate::train::forward::{denoising_loss, make_lora};
 
-/// Counts the draws of fixed sets: no training stage has this number.
+/// Stage number for the draws of fixed sets; no training stage has it.
 const DRAWS: u64 = 1 << 32;
 
-/// Names the triples; photos are decoded when they are measured.
+/// Fixed set of triples. Photos are decoded at each measurement.
 pub struct FixedSet {
     maker: SampleMaker,
-    /// With the timestep of each.
+    /// Requests, each with its timestep.
     requests: Vec<(Request, u32)>,
     kind: Stage,
     micro_batch: usize,
@@ -31,11 +31,11 @@ pub struct FixedSet {
 }
 
 impl FixedSet {
-    /// Triples over the photos of `config.split`, in rounds; timesteps are spread evenly over the schedule, so that two
-    /// sets differ little by chance. Equal for equal seed, shards and settings.
+    /// Creates triples over the photos of `config.split`, round robin. Timesteps are spread evenly over the schedule,
+    /// so that two sets differ little by chance. Equal seed, shards and settings give equal sets.
     ///
     /// # Errors
-    /// Input for a split without usable photos; Fault when the system gives no threads.
+    /// Input: a split without usable photos; Fault: the system cannot create threads.
     pub fn new(
         maker: SampleMaker,
         config: &FixedSetConfig,
@@ -56,10 +56,11 @@ impl FixedSet {
         Ok(Self { requests: requests.collect(), maker, kind, micro_batch, aside: Aside::start()? })
     }
 
-    /// The first `count` people of the set, one sample each, unless the run is to stop before they are read.
+    /// Returns the first `count` people of the set, one sample each, or the signal if the run is stopped before they
+    /// are read.
     ///
     /// # Errors
-    /// See [`SampleMaker::make`].
+    /// Same as [`SampleMaker::make`].
     pub fn first_people(&self, count: usize, stop: Stop<'_>) -> Result<ControlFlow<&'static str, Vec<Sample>>> {
         let (maker, requests) = (self.maker.clone(), self.requests.clone());
         self.aside.read(stop, move || {
@@ -76,12 +77,12 @@ impl FixedSet {
         })
     }
 
-    /// Mean loss over what can be read of the set with the LoRAs that `hyper_lora` makes at the set's stage. The ranks share the
-    /// work, and wait for each other after every micro-batch; the signal by which one of them was asked to
-    /// `stop` breaks it off.
+    /// Computes the mean loss over the readable part of the set, with the LoRAs that `hyper_lora` makes at the set's
+    /// stage. The ranks share the work and synchronise after every micro-batch. Breaks with the signal if one of them
+    /// was asked to `stop`.
     ///
     /// # Errors
-    /// See [`SampleMaker::make`] and [`denoising_loss`]; those of the collective.
+    /// Same as [`SampleMaker::make`] and [`denoising_loss`]; also errors of the collective.
     pub fn loss(
         &self,
         base: &Base,
@@ -123,8 +124,8 @@ impl FixedSet {
         Ok(ControlFlow::Continue(sum / f64::from(count)))
     }
 
-    /// The sum (its bits: JSON has no NaN) of the losses of one micro-batch at most, and their number; the signal that came
-    /// before its photos were read.
+    /// Returns the sum of the losses of at most one micro-batch, as bits because JSON has no NaN, and their number; or
+    /// the signal that arrived before its photos were read.
     fn losses(
         &self,
         base: &Base,
@@ -149,7 +150,7 @@ impl FixedSet {
     }
 }
 
-/// The samples of those requests whose photos were not left out, at their timesteps.
+/// Makes the samples of the requests whose photos are readable, at their timesteps.
 fn readable_samples(maker: &SampleMaker, requests: &[(Request, u32)]) -> Result<Vec<Sample>> {
     let mut readable = Vec::with_capacity(requests.len());
     for entry in requests {
@@ -164,9 +165,10 @@ fn readable_samples(maker: &SampleMaker, requests: &[(Request, u32)]) -> Result<
     Ok(samples)
 }
 
-/// The middle of the `index`-th of `count` equal parts of `0..timesteps`, the parts taken in a scattered order.
+/// Returns the middle of the `index`-th of `count` equal parts of `0..timesteps`, with the parts in scattered order.
 fn spread(index: usize, count: usize, timesteps: u32) -> u32 {
-    // The golden ratio's fraction scatters neighbours as far as can be: photos and timesteps do not move in step.
+    // The fractional part of the golden ratio scatters neighbours as far apart as possible, so timesteps do not
+    // correlate with photos.
     let place = (index as f64 * 0.618_033_988_749_895 + 0.5 / count.max(1) as f64).fract();
     ((place * f64::from(timesteps)) as u32).min(timesteps.saturating_sub(1))
 }

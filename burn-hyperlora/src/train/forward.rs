@@ -1,4 +1,4 @@
-//! From conditions to LoRAs, and the denoising loss given them: what training and evaluation share.
+//! Forward pass from conditions to LoRAs and the denoising loss, shared by training and evaluation.
 
 use burn::tensor::Tensor;
 use hyperlora_core::Result;
@@ -9,18 +9,18 @@ use crate::conditioning::{Base, Portraits};
 use crate::hypernet::{HyperLora, Stage};
 use crate::objective;
 
-/// LoRAs of a batch, and the coefficients that they were mixed from.
+/// LoRAs of a batch, with the coefficients that they were mixed from.
 pub struct Made {
-    /// ID- and Base-LoRA together, weighted by each sample's scenario.
+    /// ID-LoRA and Base-LoRA together, weighted by each sample's scenario.
     pub lora: LoraWeights,
-    /// `[B, Q, K]` of the LoRA that the stage teaches.
+    /// Coefficients `[B, Q, K]` of the LoRA that the stage trains.
     pub coefficients: Tensor<3>,
 }
 
-/// The LoRA of every sample, as the stage makes it; portraits and hypernetwork are on the same device.
+/// Makes the LoRA of every sample for the stage. Portraits and hypernetwork are on the same device.
 ///
 /// # Errors
-/// Input when a Base-LoRA is asked of a hypernetwork without one.
+/// Input: a Base-LoRA is requested from a hypernetwork without one.
 pub fn make_lora(hyper_lora: &HyperLora, kind: Stage, portraits: Portraits) -> Result<Made> {
     let Portraits { id, base_states, id_weight, base_weight } = portraits;
     let Some(id) = id else {
@@ -32,7 +32,7 @@ pub fn make_lora(hyper_lora: &HyperLora, kind: Stage, portraits: Portraits) -> R
     let coefficients = hyper_lora.id_coefficients(id.states, embedding, 1);
     let id_lora = hyper_lora.id_lora_of(coefficients.clone()).weighted(&id_weight);
     let lora = if hyper_lora.has_base() {
-        // In the ID stages its parameters take no gradient: no graph grows here.
+        // The Base-LoRA's parameters take no gradient in the ID stages, so this records no graph.
         id_lora.concat(hyper_lora.base_lora(base_states)?.weighted(&base_weight))
     } else {
         id_lora
@@ -40,10 +40,10 @@ pub fn make_lora(hyper_lora: &HyperLora, kind: Stage, portraits: Portraits) -> R
     Ok(Made { lora, coefficients })
 }
 
-/// The denoising loss of every sample of a batch given its LoRA, without any graph.
+/// Computes the denoising loss of every sample of a batch given its LoRA, without any graph.
 ///
 /// # Errors
-/// Fault when the device cannot give its data back.
+/// Fault: the device cannot return its data.
 pub fn denoising_loss(
     base: &Base,
     input: &UnetInput,

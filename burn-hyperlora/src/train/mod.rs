@@ -1,6 +1,6 @@
-//! Training: three stages, one step function, and a state from which a run goes on bit for bit.
+//! Training: three stages, one step function, and a state from which a run resumes bit for bit.
 //!
-//! [`Session`] is a run in progress. [`run`] is the loop of `hyperlora train` over it; a loop of your own starts with
+//! [`Session`] is a run in progress. [`run`] is its loop in `hyperlora train`; a custom loop starts with
 //! [`Session::open`].
 
 pub mod config;
@@ -35,96 +35,96 @@ use crate::train::config::TrainConfig;
 
 pub use session::{Gradients, Session, Window};
 
-/// What a run is made of: the parts of an experiment that training reads.
+/// Parts of an experiment that training reads.
 pub struct TrainSetup {
-    /// The YAML file, for messages.
+    /// Path of the YAML file, for messages.
     pub place: String,
-    /// The folder that paths of the YAML start at.
+    /// Folder that the YAML's relative paths start from.
     pub folder: PathBuf,
-    /// The run folder.
+    /// Run folder.
     pub run: PathBuf,
-    /// The experiment's name.
+    /// Name of the experiment.
     pub name: String,
-    /// All randomness hangs on it.
+    /// Seed of all randomness.
     pub seed: u64,
-    /// The frozen models.
+    /// Frozen base models.
     pub base: BaseConfig,
-    /// Where the samples come from.
+    /// Source of the samples.
     pub data: DataConfig,
     /// Sizes of the hypernetwork.
     pub hyper_lora: HyperLoraConfig,
-    /// How it is trained.
+    /// Training settings.
     pub train: TrainConfig,
-    /// The whole configuration as the run folder keeps it.
+    /// Whole configuration as the run folder keeps it.
     pub resolved: Resolved,
-    /// The plain device to train on.
+    /// Plain device to train on.
     pub device: Device,
-    /// The ranks of the run, this process among them.
+    /// Ranks of the run, including this process.
     pub ranks: Ranks,
 }
 
-/// What the command line adds.
+/// Options from the command line.
 #[derive(Debug, Clone)]
 pub struct TrainOptions {
-    /// Stops, with a checkpoint, once this many optimiser steps are done in all.
+    /// Stops, with a checkpoint, once this many optimiser steps are done in total.
     pub max_steps: Option<u64>,
-    /// Raised by SIGTERM, SIGINT and SIGHUP.
+    /// Flag raised by SIGTERM, SIGINT and SIGHUP.
     pub stop: StopFlag,
-    /// How progress is shown.
+    /// Display mode of progress.
     pub display: Display,
-    /// The work of each stage, in their order; empty where it is not known.
+    /// Compute cost of each stage, in stage order; empty if unknown.
     pub work: Vec<StageWork>,
 }
 
 impl Default for TrainOptions {
-    /// All stages to their end, without a progress bar; no signal is listened for.
+    /// Runs all stages to the end, without a progress bar and without listening for signals.
     fn default() -> Self {
         Self { max_steps: None, stop: StopFlag::default(), display: Display::Hidden, work: Vec::new() }
     }
 }
 
-/// What a stage has to compute per image: what the curves measure the speed by.
+/// Compute cost of a stage per image, from which the curves derive utilisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StageWork {
-    /// Floating-point operations of the model, those that are repeated to save memory not counted.
+    /// Floating-point operations of the model, without those repeated to save memory.
     pub flops_per_image: f64,
-    /// Seconds of them at the peak of the device, where it is known.
+    /// Seconds that these operations take at the device's peak, if known.
     pub ideal_seconds_per_image: Option<f64>,
 }
 
-/// How a run ended in order.
+/// Orderly end of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// All stages are done.
     Finished {
-        /// Steps in all.
+        /// Total steps.
         step: u64,
-        /// The last checkpoint.
+        /// Last checkpoint.
         checkpoint: PathBuf,
     },
-    /// `max_steps` was reached; the same command without it goes on.
+    /// `max_steps` was reached; the same command without it resumes.
     Paused {
-        /// Steps in all.
+        /// Total steps.
         step: u64,
-        /// The checkpoint that was written.
+        /// Checkpoint that was written.
         checkpoint: PathBuf,
     },
-    /// A signal asked for a stop and everything is saved; the same command goes on.
+    /// A signal asked for a stop and everything is saved; the same command resumes.
     Stopped {
-        /// The signal's name.
+        /// Name of the signal.
         signal: &'static str,
-        /// Steps in all.
+        /// Total steps.
         step: u64,
-        /// The checkpoint that was written.
+        /// Checkpoint that was written.
         checkpoint: PathBuf,
     },
 }
 
-/// Trains, or goes on from the latest checkpoint of the run folder.
+/// Trains, or resumes from the latest checkpoint of the run folder.
 ///
 /// # Errors
-/// Input for what the YAML names and for a checkpoint of other settings, Disk for a failing disk, Fault for a training
-/// that diverged; Input too where another process trains into the run folder, and where the ranks have not one and the same.
+/// Input: a problem with what the YAML names, a checkpoint of other settings, another process that trains into the run
+/// folder, or ranks with different run folders; Disk: a failing disk; Fault: a training that diverged.
 pub fn run(setup: TrainSetup, options: TrainOptions) -> Result<Outcome> {
     let mut session = Session::begin(setup, options)?;
     let mut train = || {
@@ -137,10 +137,10 @@ pub fn run(setup: TrainSetup, options: TrainOptions) -> Result<Outcome> {
     train().inspect_err(|_| session.fail())
 }
 
-/// Opens the shards that an experiment names; damaged row groups are left out of `run` as its quarantine file says.
+/// Opens the shards that an experiment names. Skips damaged row groups, as listed in the quarantine file of `run`.
 ///
 /// # Errors
-/// Input for a missing, foreign or corrupt shard folder.
+/// Input: a missing, foreign or corrupt shard folder.
 pub fn open_dataset(config: &DataConfig, yaml_folder: &Path, run: &Path) -> Result<Arc<Dataset>> {
     let shards = config.open_shards(yaml_folder)?;
     let quarantine = Quarantine::open(run, config.bad_row_groups, shards.checksum())?;

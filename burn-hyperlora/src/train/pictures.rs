@@ -1,4 +1,4 @@
-//! Pictures along the way: the person's photo | no LoRA | with LoRA, one row per person.
+//! Picture grid during training: the person's photo, without LoRA, with LoRA; one row per person.
 
 use std::fs;
 use std::path::Path;
@@ -19,7 +19,7 @@ use crate::train::forward::make_lora;
 /// Draws the grid for `people`, from the same noise every time.
 ///
 /// # Errors
-/// Input for more steps than the schedule has, Fault when the device cannot give its data back.
+/// Input: more steps than the schedule has; Fault: the device cannot return its data.
 pub fn grid(
     base: &Base,
     hyper_lora: &HyperLora,
@@ -40,14 +40,14 @@ pub fn grid(
 /// Writes the grid as PNG into the run folder.
 ///
 /// # Errors
-/// Input or Disk for a place that cannot be written to.
+/// Input or Disk: a place that cannot be written to.
 pub fn write(run: &Path, step: u64, grid: &RgbImage) -> Result<()> {
     let folder = run.join(SAMPLES);
     fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
     write_picture(&folder.join(format!("step-{step:08}.png")), grid, ImageFormat::Png)
 }
 
-/// One picture for each of `people`, with its caption and from its own noise.
+/// Draws one picture for each of `people`, with its caption and from its own noise.
 fn draw(
     base: &Base,
     people: &[Sample],
@@ -64,7 +64,7 @@ fn draw(
     Ok(sampler.draw(&drawing, base.noise(people), &prompt, &negative, lora, |_| ())?.images)
 }
 
-/// A square picture of flat `[3, H, W]` pixels in [-1, 1].
+/// Converts flat `[3, H, W]` pixels in [-1, 1] to a square picture.
 fn photo(pixels: &[f32]) -> RgbImage {
     let plane = pixels.len() / 3;
     let side = plane.isqrt();

@@ -1,20 +1,20 @@
-//! What the ranks measured of themselves between two entries of the curves, put together.
+//! Figures that each rank measured between two entries of the curves, combined over all ranks.
 
 use hyperlora_core::{Error, Result};
 use hyperlora_ranks::Collective;
 
-/// The figures of one rank, means over its steps.
+/// Figures of one rank, as means over its steps.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct RankFigures {
-    /// Seconds of a step outside of collectives: what this rank needs by itself, data waits included.
+    /// Seconds of a step outside of collectives: this rank's own work, including data waits.
     pub(super) work: f64,
-    /// Share of a step's time in collectives, waiting for slower ranks included.
+    /// Fraction of a step's time in collectives, including the wait for slower ranks.
     pub(super) communication_share: f64,
-    /// Share of the time that goes into waiting for data.
+    /// Fraction of the time spent waiting for data.
     pub(super) data_wait_share: f64,
-    /// The most memory that the process has had, MiB.
+    /// Peak memory of the process, in MiB.
     pub(super) peak_mib: f64,
-    /// The optimiser's moments that lie on this rank, MiB.
+    /// Optimiser moments on this rank, in MiB.
     pub(super) moments_mib: f64,
 }
 
@@ -35,10 +35,10 @@ impl RankFigures {
     }
 }
 
-/// Tells all ranks' figures to each other, and puts them together as curves.
+/// Exchanges the figures of all ranks and combines them into curves.
 ///
 /// # Errors
-/// Those of the collective; Fault for a note that is none.
+/// Errors of the collective; Fault: a rank's message cannot be read.
 pub(super) fn share(world: &dyn Collective, own: RankFigures) -> Result<Vec<(String, f64)>> {
     let notes = world.exchange("the figures of all ranks", &own.to_note())?;
     let figures = notes.iter().map(|note| RankFigures::of_note(note)).collect::<Option<Vec<_>>>();
@@ -46,10 +46,10 @@ pub(super) fn share(world: &dyn Collective, own: RankFigures) -> Result<Vec<(Str
     Ok(curves(&figures).into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
-/// Number of ranks in the curves.
+/// Curve of the number of ranks.
 pub(super) const COUNT: &str = "ranks/count";
 
-/// The curves of `figures`, which are by rank.
+/// Combines `figures`, one entry per rank, into curves.
 fn curves(figures: &[RankFigures]) -> Vec<(&'static str, f64)> {
     let count = figures.len().max(1) as f64;
     let mean = |value: fn(&RankFigures) -> f64| figures.iter().map(value).sum::<f64>() / count;

@@ -1,4 +1,4 @@
-//! The settings that all ranks must have in common, and those that a resume must match.
+//! Settings that all ranks must share, and settings that a resume must match.
 
 use hyperlora_core::{Error, Result};
 use serde_json::{Value, json};
@@ -7,13 +7,13 @@ use crate::data::DataConfig;
 use crate::hypernet::HyperLoraConfig;
 use crate::train::config::TrainConfig;
 
-/// The settings that all ranks of a run must have in common: those that decide what a step computes, and those that decide
-/// when the ranks meet.
+/// Returns the settings that all ranks of a run must share: those that decide what a step computes, and those that
+/// decide when the ranks synchronise.
 ///
-/// Where a rank's files lie is its own affair, as are its threads and its memory: what is in the files is compared by itself.
+/// File locations, threads and memory may differ between ranks; the content of the files is compared separately.
 ///
 /// # Errors
-/// Fault when a setting cannot be written as JSON.
+/// Fault: a setting cannot be written as JSON.
 pub(super) fn common_settings(
     seed: u64,
     data: &DataConfig,
@@ -31,10 +31,10 @@ pub(super) fn common_settings(
     Ok(json!({"seed": seed, "data": data, "hyper_lora": hyper_lora, "train": train}))
 }
 
-/// The settings that decide what the next step computes, as a tree that can be compared key by key: of the common ones those
-/// that a run may not change on its way, with the checksums of base and shards.
+/// Returns the settings that decide what the next step computes, as a tree that can be compared key by key: the common
+/// settings that a run may not change, with the checksums of base and shards.
 ///
-/// What only decides how things go on several ranks, or what is looked at along the way, is left out.
+/// Settings that only control the distribution over ranks or the monitoring are left out.
 pub(super) fn binding_settings(mut common: Value, base: Value, shards: &str) -> Value {
     remove(&mut common["data"], &["bad_row_groups"]);
     common["data"]["shards"] = shards.into();

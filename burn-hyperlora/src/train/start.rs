@@ -1,4 +1,4 @@
-//! How a run begins or goes on: the learner and the state, the same on all ranks.
+//! Start and resume of a run: the learner and the state, the same on all ranks.
 
 use std::sync::Arc;
 
@@ -26,10 +26,10 @@ use crate::train::settings::binding_settings;
 use crate::train::step::Learner;
 use crate::train::{TrainOptions, TrainSetup, fingerprint, open_dataset};
 
-/// The learner and the state to go on with: those of `checkpoint`, or of a run's first step.
+/// Returns the learner and state of `checkpoint`, or those of a new run.
 ///
 /// # Errors
-/// Input for a checkpoint of other settings, or weights that do not fit.
+/// Input: a checkpoint of other settings, or weights that do not fit.
 pub(super) fn begin_or_resume(
     setup: &TrainSetup,
     base: &Base,
@@ -42,10 +42,10 @@ pub(super) fn begin_or_resume(
     }
 }
 
-/// Checks that the ranks can speak as the YAML wants it.
+/// Checks that the communication backend supports the configured wire type.
 ///
 /// # Errors
-/// Input for bf16 on the wire of MPI.
+/// Input: bf16 with MPI.
 pub(super) fn check_wire(setup: &TrainSetup) -> Result<()> {
     let over_mpi = setup.ranks.world_size() > 1 && setup.device == Device::flex();
     if over_mpi && setup.train.wire == Wire::Bf16 {
@@ -55,17 +55,17 @@ pub(super) fn check_wire(setup: &TrainSetup) -> Result<()> {
     Ok(())
 }
 
-/// The learner as a stage begins: only its groups train, and the optimiser has not stepped yet.
+/// Returns the learner at the beginning of a stage: only the stage's groups train, before the optimiser's first step.
 pub(super) fn begin_learning(setup: &TrainSetup, hyper_lora: HyperLora, entry: &StageEntry) -> Learner {
     let config = entry.config();
     learner(setup, hyper_lora.trainable(&config.groups), &config.optim)
 }
 
-/// Checks that all ranks run the same program on the same settings: before anything is opened, so that what differs is named
-/// whatever it would lead to.
+/// Checks that all ranks run the same program with the same settings. Runs before anything is opened, so that the
+/// difference is reported rather than its consequences.
 ///
 /// # Errors
-/// Input, the same on all ranks, that names the first rank that differs.
+/// Input, the same on all ranks: names the first rank that differs.
 pub(super) fn check_same_settings(setup: &TrainSetup, options: &TrainOptions, common: &Value) -> Result<()> {
     let ranks = &setup.ranks;
     let program = ranks.try_on_all("all ranks to read their program", || {
@@ -82,10 +82,10 @@ pub(super) fn check_same_settings(setup: &TrainSetup, options: &TrainOptions, co
     )
 }
 
-/// Checks that all ranks have the same data and base, wherever these lie.
+/// Checks that all ranks have the same data and base, wherever the files are.
 ///
 /// # Errors
-/// As [`check_same_settings`].
+/// Same as [`check_same_settings`].
 pub(super) fn check_same_files(setup: &TrainSetup, settings: &Value) -> Result<()> {
     agree(
         &*setup.ranks,
@@ -96,10 +96,10 @@ pub(super) fn check_same_files(setup: &TrainSetup, settings: &Value) -> Result<(
     )
 }
 
-/// Checks that all ranks begin at the same step with the same parameters; `origin` tells the weights that these came from.
+/// Checks that all ranks begin at the same step with the same parameters; `origin` identifies the initial weights.
 ///
 /// # Errors
-/// As [`check_same_settings`].
+/// Same as [`check_same_settings`].
 pub(super) fn check_same_start(
     setup: &TrainSetup,
     hyper_lora: &HyperLora,
@@ -113,15 +113,15 @@ pub(super) fn check_same_start(
         &[
             ("checkpoint", format!("step {}", state.global_step)),
             ("parameters", short(shapes.0)),
-            ("weights to begin with", origin.into()),
+            ("initial weights", origin.into()),
         ],
     )
 }
 
-/// Base and data of this rank's files: the rows, and the settings that a resume must match.
+/// Opens this rank's base and data files. Returns the dataset and the settings that a resume must match.
 ///
 /// # Errors
-/// Input for what is missing or damaged, Disk for a failing disk.
+/// Input: missing or damaged files; Disk: a failing disk.
 pub(super) fn open(setup: &TrainSetup, common: Value) -> Result<(Arc<Dataset>, Value)> {
     check_trigger(setup)?;
     let dataset = open_dataset(&setup.data, &setup.folder, &setup.run)?;
@@ -133,28 +133,28 @@ pub(super) fn open(setup: &TrainSetup, common: Value) -> Result<(Arc<Dataset>, V
     Ok((dataset, settings))
 }
 
-/// Checks that words of a caption have room behind the trigger.
+/// Checks that the trigger leaves room for words of a caption.
 fn check_trigger(setup: &TrainSetup) -> Result<()> {
-    // A letter and a space are the shortest caption.
+    // The shortest caption adds a space and a letter.
     let with_a_word = format!("{} a", setup.train.trigger);
     match text::surplus(&setup.base.source(&setup.folder)?.tokenizers()?, &with_a_word)? {
         0 => Ok(()),
         _ => Err(Error::input(
             format!("{}: train.trigger", setup.place),
-            format!("fills the {TEXT_TOKENS} tokens that the text encoders take: no word of a caption would be learnt"),
+            format!("fills the {TEXT_TOKENS} tokens that the text encoders take: no word of a caption would be used"),
             "give a few rare words, such as the default's three",
         )),
     }
 }
 
-/// The base's models, checked against each other and against the YAML.
+/// Loads the base's models, and checks them against each other and against the YAML.
 ///
 /// # Errors
-/// Input for models that are missing, broken or do not go together, Disk for a failing disk.
+/// Input: models that are missing, broken or incompatible; Disk: a failing disk.
 pub(super) fn load_base(setup: &TrainSetup) -> Result<Base> {
     let base = Base::load(&setup.base, &setup.folder, &setup.device)?;
     base.check(&setup.place, setup.data.image_size, setup.hyper_lora.clip_dim)?;
-    // What would otherwise end the run at its first pictures.
+    // Without this check, the run would end at its first pictures.
     if let Some(samples) = &setup.train.samples {
         let timesteps = base.schedule.config().num_train_timesteps;
         if samples.steps > timesteps {
@@ -169,10 +169,10 @@ pub(super) fn load_base(setup: &TrainSetup) -> Result<Base> {
     Ok(base)
 }
 
-/// What tells the weights apart that a new run begins with; a run that goes on has those of its checkpoint.
+/// Identifies the initial weights of a new run. A resumed run uses its checkpoint's.
 ///
 /// # Errors
-/// Input for weights that are missing, Disk for a failing disk.
+/// Input: missing weights; Disk: a failing disk.
 pub(super) fn origin(setup: &TrainSetup, checkpoint: Option<&Checkpoint>) -> Result<String> {
     match (&setup.train.init_from, checkpoint) {
         (Some(path), None) => fingerprint::of_released(&Source::find(&path.resolve(&setup.folder)?)?.weights()),
@@ -181,7 +181,7 @@ pub(super) fn origin(setup: &TrainSetup, checkpoint: Option<&Checkpoint>) -> Res
     }
 }
 
-/// A hypernetwork at its beginning.
+/// Creates the learner of a new run.
 fn begin(setup: &TrainSetup, base: &Base) -> Result<Learner> {
     let device = setup.device.clone().autodiff();
     let sites = base.unet.attention_sites();
@@ -190,13 +190,14 @@ fn begin(setup: &TrainSetup, base: &Base) -> Result<Learner> {
             let weights = Source::find(&path.resolve(&setup.folder)?)?.weights();
             HyperLora::load(&weights, &setup.hyper_lora, sites, &device)?
         }
-        // What reads the ID embedding starts silent: the first stage that trains it begins where the one before ended.
+        // The layers that read the ID embedding start at zero, so the first stage that trains them begins where the
+        // previous stage ended.
         None => HyperLora::new(&setup.hyper_lora, sites, setup.seed, &device).start_id_embedding_stage(),
     };
     Ok(learner(setup, hyper_lora, &OptimConfig::default()))
 }
 
-/// Learner and state as the checkpoint has them.
+/// Restores the learner and state of the checkpoint.
 fn resume(setup: &TrainSetup, base: &Base, checkpoint: &Checkpoint, settings: &Value) -> Result<(Learner, TrainState)> {
     let saved: SavedState = checkpoint.state()?;
     check_settings(&setup.place, &saved, settings)?;
@@ -207,14 +208,15 @@ fn resume(setup: &TrainSetup, base: &Base, checkpoint: &Checkpoint, settings: &V
         Some(entry) => begin_learning(setup, hyper_lora, entry),
         None => learner(setup, hyper_lora, &OptimConfig::default()),
     };
-    // The moments of the stage before lie in the checkpoint at its end; a stage whose steps were all skipped has none yet.
+    // The checkpoint at the end of a stage holds the moments of that stage, which the next one does not use. A stage
+    // whose steps were all skipped has no moments yet.
     if saved.train.stage_step > 0 && !saved.optimizer_steps.is_empty() {
         let moments = MomentFiles::open(checkpoint)?;
         let read = |name: &str, range| moments.read(name, range);
         let (hyper_lora, steps) = (&learner.hyper_lora, &saved.optimizer_steps);
         learner.optimizer.restore(hyper_lora, steps, moments.lengths(), read, checkpoint.path())?;
     }
-    tracing::info!("going on from {}", checkpoint.path().display());
+    tracing::info!("resuming from {}", checkpoint.path().display());
     Ok((learner, saved.train))
 }
 
@@ -224,7 +226,7 @@ fn learner(setup: &TrainSetup, hyper_lora: HyperLora, config: &OptimConfig) -> L
     Learner { hyper_lora, optimizer }
 }
 
-/// Names and shapes of all parameters.
+/// Hash over names and shapes of all parameters.
 struct Shapes(Sha256);
 
 impl ParameterVisitor for Shapes {

@@ -18,59 +18,59 @@ use crate::objective::{self, Objective};
 use crate::optim::{GradientMap, Optimizer, ReducedGradients};
 use crate::train::forward::make_lora;
 
-/// What changes from step to step.
+/// Weights and optimiser, which change from step to step.
 pub struct Learner {
-    /// The hypernetwork, on the autodiff device.
+    /// Hypernetwork, on the autodiff device.
     pub hyper_lora: HyperLora,
-    /// Its optimiser.
+    /// Optimiser of the hypernetwork.
     pub optimizer: Optimizer,
 }
 
-/// How a stage takes its steps.
+/// Step settings of a stage.
 pub struct StepConfig<'a> {
-    /// What the stage teaches.
+    /// Stage that is trained.
     pub kind: Stage,
     /// Passes of this rank per step.
     pub accumulation: usize,
-    /// Passes that run side by side, each on a thread of its own: more than one only where the device is the CPU.
+    /// Passes that run in parallel, each on its own thread; more than one only on a CPU.
     pub lanes: usize,
-    /// Whether the UNet recomputes its blocks.
+    /// True if the UNet recomputes its blocks.
     pub recompute: bool,
-    /// Stands before captions whenever the ID-LoRA acts.
+    /// Prefix of captions whenever the ID-LoRA is active.
     pub trigger: &'a str,
 }
 
-/// What a step found out.
+/// Results of a step.
 #[derive(Debug, Default)]
 pub struct StepReport {
-    /// One entry per sample, those of all ranks.
+    /// Losses, one entry per sample of all ranks.
     pub losses: Vec<SampleLoss>,
-    /// Draw and photo of each of this rank's samples: the key of what came in the place of a damaged one.
+    /// Draw and photo key of each of this rank's samples. A replaced damaged photo has the key of its replacement.
     pub photos: Vec<(u64, String)>,
     /// Global gradient norm before clipping.
     pub gradient_norm: f64,
-    /// Why the weights were not moved, where they were not.
+    /// Reason for skipping the update, if it was skipped.
     pub skipped: Option<String>,
-    /// Of the last pass.
+    /// Statistics of the last pass.
     pub coefficients: Option<CoefficientStatistics>,
-    /// The draw that comes next.
+    /// Next draw.
     pub next_draw: u64,
-    /// Where the time went.
+    /// Time per phase.
     pub phases: Phases,
 }
 
-/// The loss of one sample and what it was drawn with.
+/// Loss of one sample, with its scenario and timestep.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SampleLoss {
     /// Mean squared error.
     pub loss: f32,
-    /// Which parts acted.
+    /// Parts that were active.
     pub scenario: Scenario,
-    /// Its timestep.
+    /// Timestep of the sample.
     pub timestep: u32,
 }
 
-/// Time per phase of a step, data waits not counted. Passes side by side share the time that they took together.
+/// Time per phase of a step, without data waits. Parallel passes share their common elapsed time.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Phases {
     /// Frozen encoders.
@@ -86,7 +86,7 @@ pub struct Phases {
 }
 
 impl Phases {
-    /// Adds the time `elapsed` that passes took together, split as their own clocks say.
+    /// Adds the time `elapsed` of parallel passes, split in proportion to their own clocks.
     fn add_share(&mut self, passes: &[Pass], elapsed: Duration) {
         let own = |pass: &Pass| [pass.phases.encode, pass.phases.hypernet, pass.phases.unet, pass.phases.backward];
         let total: Duration = passes.iter().flat_map(own).sum();
@@ -99,7 +99,7 @@ impl Phases {
         }
     }
 
-    /// With their names in the curves.
+    /// Iterates over the phases, with their names in the curves.
     pub fn named(&self) -> impl Iterator<Item = (&'static str, Duration)> {
         [
             ("encode", self.encode),
@@ -114,17 +114,17 @@ impl Phases {
 
 /// Gradients of one optimiser step, averaged over its batches and over the ranks.
 pub struct StepGradients {
-    /// Everything that is known of the step before the weights move.
+    /// Report of the step up to the weight update.
     pub report: StepReport,
     reduced: ReducedGradients,
 }
 
-/// Computes the gradients of `config.accumulation` batches, and averages them over the ranks. A gradient that is not finite,
-/// or a loss above `loss_limit`, is noted in [`StepReport::skipped`]. Breaks with a signal that `next_batch` gives in place of
-/// a batch, on any rank.
+/// Computes the gradients of `config.accumulation` batches and averages them over the ranks. Records a non-finite
+/// gradient, or a loss above `loss_limit`, in [`StepReport::skipped`]. Breaks with the signal if `next_batch` returns
+/// one instead of a batch, on any rank.
 ///
 /// # Errors
-/// Those of the data; PeerFailed where another rank fails. The weights are unchanged.
+/// Errors of the data; PeerFailed: another rank fails. The weights are unchanged.
 pub fn gradients(
     base: &Base,
     learner: &mut Learner,
@@ -134,9 +134,9 @@ pub fn gradients(
     loss_limit: f64,
     next_batch: impl FnMut() -> Result<ControlFlow<&'static str, Batch>>,
 ) -> Result<ControlFlow<&'static str, StepGradients>> {
-    // 1 to 6. This rank's part of the batch.
+    // 1 to 6. Compute this rank's part of the batch.
     let report = window(base, learner, config, objective, next_batch);
-    // 7. How it went on all ranks.
+    // 7. Exchange the losses and failures of all ranks.
     let own = match &report {
         Ok(ControlFlow::Continue(report)) => Ok(ControlFlow::Continue(&report.losses[..])),
         Ok(ControlFlow::Break(signal)) => Ok(ControlFlow::Break(*signal)),
@@ -148,7 +148,7 @@ pub fn gradients(
         (ControlFlow::Break(signal), _) | (_, ControlFlow::Break(signal)) => return Ok(ControlFlow::Break(signal)),
     };
     report.losses = losses;
-    // 8. The mean over the ranks, and its global norm.
+    // 8. Reduce the gradients over the ranks and compute their global norm.
     let clock = Instant::now();
     let reduced = learner.optimizer.reduce(&**ranks)?;
     report.gradient_norm = reduced.norm;
@@ -157,10 +157,10 @@ pub fn gradients(
     Ok(ControlFlow::Continue(StepGradients { report, reduced }))
 }
 
-/// Clips the gradients by their global norm, and moves the weights; a step that would do harm moves nothing.
+/// Clips the gradients by their global norm and updates the weights; a step that would do harm updates nothing.
 ///
 /// # Errors
-/// Those of the collective: the weights are then partly moved, and only a checkpoint leads on.
+/// Errors of the collective. The weights are then partly updated, and the run must be resumed from a checkpoint.
 pub fn apply(
     learner: &mut Learner,
     gradients: StepGradients,
@@ -178,15 +178,16 @@ pub fn apply(
     Ok(report)
 }
 
-/// The losses of all ranks, by rank, unless one of them was asked to stop before it had its data.
+/// Shares the losses of all ranks, in rank order. Breaks with the signal if one of them was asked to stop before it had
+/// its data.
 ///
 /// # Errors
-/// As [`Ranks::share`].
+/// Same as [`Ranks::share`].
 fn share_losses(
     ranks: &Ranks,
     own: std::result::Result<ControlFlow<&'static str, &[SampleLoss]>, &Error>,
 ) -> Result<ControlFlow<&'static str, Vec<SampleLoss>>> {
-    // A loss travels as its bits: JSON has no NaN.
+    // A loss travels as its bits, because JSON has no NaN.
     let bits = |losses: &[SampleLoss]| -> Vec<(u32, Scenario, u32)> {
         losses.iter().map(|sample| (sample.loss.to_bits(), sample.scenario, sample.timestep)).collect()
     };
@@ -201,7 +202,7 @@ fn share_losses(
     Ok(all.map_continue(|all| all.into_iter().flatten().map(sample).collect()))
 }
 
-/// Accumulates the gradients of this rank's batches. Returns the report so far, or the signal that came in place of a batch.
+/// Accumulates the gradients of this rank's batches. Returns the report so far, or the signal instead of a batch.
 fn window(
     base: &Base,
     learner: &mut Learner,
@@ -221,10 +222,10 @@ fn window(
                 ControlFlow::Break(signal) => return Ok(ControlFlow::Break(signal)),
             }
         }
-        // 1 to 5. Every pass by itself; their order in the sum is that of the batches, however they ran.
+        // 1 to 5. The passes run independently, but are summed in batch order, however they ran.
         let clock = Instant::now();
         let passes = side_by_side(&batches, |index, batch| {
-            // Statistics are kept of the last pass alone.
+            // Statistics are needed only for the last pass.
             pass(base, hyper_lora, config, objective, batch, index + 1 == left)
         })?;
         report.phases.add_share(&passes, clock.elapsed());
@@ -238,11 +239,11 @@ fn window(
     Ok(ControlFlow::Continue(report))
 }
 
-/// What one batch taught.
+/// Result of one batch.
 struct Pass {
     gradients: GradientMap,
     losses: Vec<f32>,
-    /// Where they were asked for.
+    /// Present if requested.
     coefficients: Option<CoefficientStatistics>,
     phases: Phases,
 }
@@ -255,19 +256,19 @@ fn pass(
     batch: &Batch,
     statistics: bool,
 ) -> Result<Pass> {
-    // Leaves of its own: passes that share them would share a graph, and wait for each other.
+    // Each pass has its own leaves. Passes with shared leaves would share a graph and wait for each other.
     let hyper_lora = hyper_lora.clone().fork(&base.device().clone().autodiff());
     let mut phases = Phases::default();
     let mut clock = Instant::now();
-    // 1. Encode with the frozen models: no graph.
+    // 1. Encode with the frozen models, without a graph.
     let conditions = base.encode(&batch.samples, config.trigger)?;
     lap(&mut clock, &mut phases.encode);
-    // 2. The hypernetwork makes a LoRA for every sample, with a graph.
+    // 2. Make a LoRA for every sample with the hypernetwork, with a graph.
     let made = make_lora(&hyper_lora, config.kind, conditions.portraits.clone().autodiff())?;
     // 3. Cut the graph at the LoRA.
     let plain = made.lora.clone().map(Tensor::inner);
     lap(&mut clock, &mut phases.hypernet);
-    // 4. The frozen UNet: the loss, and its gradients with respect to the LoRA alone.
+    // 4. Run the frozen UNet: the loss, and its gradients with respect to the LoRA only.
     let with_graph = conditions.autodiff();
     let (_, gradients, prediction) =
         base.unet.loss_and_lora_gradients(&conditions.input, plain, config.recompute, |prediction| {
@@ -275,7 +276,7 @@ fn pass(
         });
     let losses = objective::per_sample(prediction, conditions.target)?;
     lap(&mut clock, &mut phases.unet);
-    // 5. They seed the backward pass of the hypernetwork.
+    // 5. Seed the backward pass of the hypernetwork with those gradients.
     let mut backward = seeded(made.lora, gradients).backward();
     let gradients = GradientMap::take(&hyper_lora, &mut backward);
     lap(&mut clock, &mut phases.backward);
@@ -283,9 +284,9 @@ fn pass(
     Ok(Pass { gradients, losses, coefficients, phases })
 }
 
-/// `work` on every item and its index, each on a thread of its own; the results in the order of the items.
+/// Runs `work` on every item and its index, each on its own thread, and returns the results in item order.
 ///
-/// Threads outside of rayon's pool: a pool's thread that waits for a piece of one item could begin another item meanwhile.
+/// Uses threads outside rayon's pool: a pool thread that waits for a piece of one item could begin another.
 fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(usize, &T) -> Result<R> + Sync) -> Result<Vec<R>> {
     if let [only] = items {
         return Ok(vec![work(0, only)?]);
@@ -298,7 +299,7 @@ fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(usize, &T) -> Resul
     })
 }
 
-/// A number whose gradients with respect to the LoRA are `gradients`.
+/// Returns a scalar whose gradients with respect to the LoRA are `gradients`.
 fn seeded(lora: LoraWeights, gradients: LoraWeights) -> Tensor<1> {
     let products = lora
         .tensors()
@@ -308,23 +309,23 @@ fn seeded(lora: LoraWeights, gradients: LoraWeights) -> Tensor<1> {
     Tensor::cat(products.collect(), 0).sum()
 }
 
-/// The time since the last lap goes to `phase`.
+/// Adds the time since the last lap to `phase`.
 fn lap(clock: &mut Instant, phase: &mut Duration) {
     *phase += clock.elapsed();
     *clock = Instant::now();
 }
 
-/// Why the step would do harm, from figures that are the same on all ranks.
+/// Returns why the step would do harm, from figures that are the same on all ranks.
 fn harm(report: &StepReport, loss_limit: f64) -> Option<String> {
     let (norm, loss) = (report.gradient_norm, report.mean_loss());
     if !norm.is_finite() || !loss.is_finite() {
         return Some(format!("the gradient norm is {norm}, the loss {loss}"));
     }
-    (loss > loss_limit).then(|| format!("the loss is {loss:.5}, at most {loss_limit:.5} was to be expected"))
+    (loss > loss_limit).then(|| format!("the loss is {loss:.5}, above the limit of {loss_limit:.5}"))
 }
 
 impl StepReport {
-    /// Over the samples of the step.
+    /// Returns the mean loss over the samples of the step.
     pub fn mean_loss(&self) -> f64 {
         let sum: f64 = self.losses.iter().map(|sample| f64::from(sample.loss)).sum();
         sum / self.losses.len().max(1) as f64

@@ -1,4 +1,4 @@
-//! Checkpoints that are not what was written, or not of this experiment: named, never overwritten.
+//! Damaged checkpoints and checkpoints of another experiment: named, never overwritten.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! What the user gives and what is wrong with it: each gets one message, and nothing is lost.
+//! Invalid user input: each case gets one message, and nothing is lost.
 
 use std::fs;
 use std::path::Path;
@@ -63,7 +63,7 @@ fn another_embedder_than_the_shards_were_made_with_is_refused() {
     generate.arg(world.path("run")).arg("-o").arg(world.path("a.safetensors"));
     run(generate).refused(2, &refusal);
 
-    // Without face models there is nothing to compare with, and nothing in training that needs them.
+    // Without face models there is nothing to compare with, and training does not need them.
     world
         .write_yaml(&[("faces: {models: \"${HYPERLORA_CACHE:-~/.cache/hyperlora}/models\"}", "faces: {models: none}")]);
     run(world.train("without", &["--max-steps", "1"])).with(0);
@@ -135,7 +135,7 @@ fn overwrite(path: &Path, at: usize, with: &[u8]) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Makes the last number of an f16 file NaN.
+/// Sets the last number of an f16 file to NaN.
 fn not_a_number(path: &Path) {
     let end = fs::read(path).unwrap().len();
     overwrite(path, end - 2, &[0xff, 0x7f]);

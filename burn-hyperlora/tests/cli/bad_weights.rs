@@ -1,4 +1,4 @@
-//! Weights and LoRA files that are not what they should be, given to `sample`: one message each, and nothing is drawn.
+//! Invalid weights and LoRA files given to `sample`: one message each, and nothing is drawn.
 
 use std::fs;
 use std::path::Path;

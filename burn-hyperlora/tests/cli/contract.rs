@@ -1,4 +1,4 @@
-//! The command line itself: help, refusals, silence.
+//! Command line: help, refusals and silence.
 
 use hyperlora_testing::{fixture, repository};
 use std::fs::{self, OpenOptions};
@@ -69,7 +69,7 @@ fn a_build_without_cuda_says_how_to_make_one() {
     assert!(stderr.contains("--features burn-hyperlora/cuda"), "{stderr}");
 }
 
-/// Where nothing can be printed: a pipe whose reader has left.
+/// Output that cannot be written to: a pipe whose reader has left.
 fn left_pipe() -> Stdio {
     std::io::pipe().unwrap().1.into()
 }

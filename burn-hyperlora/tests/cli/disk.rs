@@ -1,4 +1,4 @@
-//! A disk that takes no more: exit code 1, one message, and the run goes on once there is space.
+//! Full disk: exit code 1, one message, and the run resumes once there is space.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::support::{STEPS, World, contents, run};
 
-/// The same command, not allowed to write files longer than `kib`: as a full disk answers, for any user.
+/// Limits the files that the command writes to `kib` KiB, which acts like a full disk for any user.
 fn limited(command: &Command, kib: u64) -> Command {
     let mut limited = Command::new("bash");
     limited.arg("-c").arg(format!("trap '' XFSZ; ulimit -f {kib}; exec \"$@\"")).arg("limited");
@@ -24,13 +24,13 @@ fn a_refused_write_leaves_what_stood_there() {
     run(world.train("run", &["--max-steps", "2"])).with(0);
 }
 
-/// A file system of its own, gone with the test.
+/// Small file system, removed with the test.
 struct SmallDisk {
     place: PathBuf,
 }
 
 impl SmallDisk {
-    /// `None` where mounting is not allowed.
+    /// Mounts the file system; `None` if mounting is not allowed.
     fn mount(place: PathBuf, kib: usize) -> Option<Self> {
         fs::create_dir(&place).unwrap();
         let mounted = mount(&["-t", "tmpfs", "-o", &format!("size={kib}k"), "tmpfs"], &place);

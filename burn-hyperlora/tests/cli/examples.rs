@@ -1,4 +1,4 @@
-//! The programs in `examples/`, run as their comments say.
+//! Programs in `examples/`, run as their comments describe.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use safetensors::SafeTensors;
 
 use crate::support::{STEPS, World, contents, hyperlora, quickstart_base, run};
 
-/// An example, which cargo builds beside the tests.
+/// Builds a command for an example, which cargo builds beside the tests.
 fn example(name: &str) -> Command {
     let program = Path::new(env!("CARGO_BIN_EXE_hyperlora")).with_file_name("examples").join(name);
     assert!(program.is_file(), "{} is missing: cargo build --examples", program.display());
@@ -37,11 +37,11 @@ fn a_loop_of_ones_own_trains_to_the_end_with_its_own_objective() {
     let ended = run(command).with(0);
     let steps: Vec<_> = ended.stdout.lines().filter(|line| line.starts_with("step ")).collect();
     assert!(steps.len() as u64 == STEPS && ended.stdout.contains("Finished"), "{}", ended.stdout);
-    // The same run with the objective and the learning rate of `hyperlora train` learns something else.
+    // With the objective and the learning rate of `hyperlora train`, the same run gets other weights.
     run(world.train("other", &[])).with(0);
     let last = format!("checkpoints/step-{STEPS:08}/weights");
     assert_ne!(contents(&world.path("runs/small").join(&last)), contents(&world.path("other").join(&last)));
-    // It goes on where it stands: at its end.
+    // A second start resumes at the end of the run.
     let mut command = example("custom_loop");
     command.arg("train.yaml").current_dir(world.path(""));
     let ended = run(command).with(0);

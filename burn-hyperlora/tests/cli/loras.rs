@@ -1,4 +1,5 @@
-//! `sample` and `merge` with LoRA files, against what diffusers draws; `ci/parity/lora_fixtures.py` made files and latents.
+//! `sample` and `merge` with LoRA files, compared with the output of diffusers; `ci/parity/lora_fixtures.py` made the
+//! files and latents.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ fn latents(path: &Path, name: &str) -> Vec<f32> {
     weights.at("").tensor(name, SHAPE).into_data().try_into_vec().unwrap()
 }
 
-/// Largest difference over the largest expected magnitude.
+/// Returns the largest difference divided by the largest expected magnitude.
 fn relative_error(actual: &[f32], expected: &[f32]) -> f32 {
     let worst = actual.iter().zip(expected).fold(0.0, |worst: f32, (a, b)| {
         let difference = (a - b).abs();
@@ -30,7 +31,7 @@ fn relative_error(actual: &[f32], expected: &[f32]) -> f32 {
     worst / expected.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()))
 }
 
-/// `sample` as the fixtures were drawn.
+/// Builds a `sample` command with the settings of the fixtures.
 fn sample(world: &World, base: &Path, more: &[&str]) -> Command {
     let initial = world.path("initial.safetensors");
     let values = latents(&fixture("drawings"), "initial");
@@ -99,7 +100,7 @@ fn a_merged_folder_draws_what_the_lora_draws() {
         }
     }
     assert_eq!(after.len() + 1, before.len());
-    // Tensors that no LoRA touches are the same.
+    // Tensors that no LoRA changes are the same.
     let open = |base: &Path| Weights::open(&base.join("unet"), &Device::flex()).unwrap();
     let value = |base: &Path, name| open(base).at("").tensor::<4>(name, [32, 32, 3, 3]).into_data();
     let (untouched, touched) = ("down_blocks.0.resnets.0.conv1.weight", "down_blocks.0.resnets.1.conv1.weight");
@@ -120,10 +121,10 @@ fn a_single_file_draws_and_merges_as_its_folder_does() {
     let lora = ["--lora", kohya.as_str()];
     let options = [described, lora].concat();
     run(merge(&single, &merged, &options)).with(0);
-    // The file is in f32: nothing is rounded.
+    // The file is in f32, so nothing is rounded.
     assert_eq!(drawn(&world, &merged, &described), drawn(&world, &single, &options));
     assert_ne!(drawn(&world, &merged, &described), drawn(&world, &single, &described));
-    // Without a description it must be of SDXL's own size.
+    // Without a description, the file must have SDXL's own sizes.
     run(sample(&world, &single, &[])).refused(2, &["base.safetensors", "tensors do not fit"]);
 }
 

@@ -1,4 +1,4 @@
-//! The `hyperlora` binary as its user meets it: what it prints, leaves on the disk and exits with.
+//! User-visible behaviour of the `hyperlora` binary: output, files and exit codes.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod bad_checkpoint;

@@ -1,4 +1,4 @@
-//! What commands may write to, replace and reveal: nothing of the user's, nothing outside of what was named.
+//! Outputs of commands: they overwrite or reveal nothing of the user's, and nothing outside of the named paths.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -26,7 +26,7 @@ fn checkpoint(arguments: &[&str], path: &Path) -> Command {
     command
 }
 
-/// A run with one checkpoint, and the folder of that.
+/// Trains a run with one checkpoint; returns both folders.
 fn trained(world: &World) -> (PathBuf, PathBuf) {
     run(world.train("run", &["--max-steps", "1"])).with(0);
     (world.path("run"), world.path("run/checkpoints/step-00000001"))
@@ -63,7 +63,7 @@ fn a_checkpoint_from_elsewhere_writes_and_reads_nothing_outside_of_it() {
         assert!(after == before);
         fs::remove_dir_all(world.path("hostile")).unwrap();
     }
-    // Links: a file of the list that lies elsewhere, and one that no checksum covers.
+    // Links: a listed file that lies elsewhere, and one that no checksum covers.
     for (file, words) in [("optimizer.safetensors", "checksums.json covers"), ("notes.txt", "checksums.json covers")] {
         fresh();
         let elsewhere = world.path("elsewhere");
@@ -94,7 +94,7 @@ fn a_run_from_elsewhere_has_its_log_written_into_no_other_file() {
         run(world.train("run", &["--max-steps", "1"])).refused(2, &[name, "it is a link"]);
         fs::remove_file(folder.join(name)).unwrap();
     }
-    // What is written whole takes the place of a link.
+    // A file that is written whole replaces a link.
     fs::remove_file(folder.join("config.yaml")).unwrap();
     symlink(&victim, folder.join("config.yaml")).unwrap();
     run(world.train("run", &["--max-steps", "1"])).with(0);
@@ -112,7 +112,7 @@ fn the_configuration_of_a_run_is_verified_and_an_old_run_goes_on() {
     let sealed = fs::read_to_string(&config).unwrap();
     fs::write(&config, sealed.replace("seed: 5", "seed: 6")).unwrap();
     run(checkpoint(&["verify"], &folder)).refused(2, &["config.yaml", "does not match its checksum"]);
-    // As an older version wrote it.
+    // Configuration as an older version wrote it.
     let (old, _) = sealed.trim_end().rsplit_once('\n').unwrap();
     fs::write(&config, format!("{old}\n")).unwrap();
     run(checkpoint(&["verify"], &folder)).refused(2, &["config.yaml", "no checksum", "older version"]);
@@ -150,7 +150,7 @@ fn a_folder_is_replaced_only_where_the_program_wrote_all_of_it() {
     let held = StagedFolder::new(&made, Ownership::Marked).unwrap();
     consolidate(&made).refused(2, &["made", "another process"]);
     drop(held);
-    // A link to another disk stays one.
+    // A link to another disk is kept.
     let link = world.path("link");
     symlink("deep/linked", &link).unwrap();
     consolidate(&link).with(0);
@@ -174,7 +174,7 @@ fn an_output_file_is_refused_before_the_work_where_it_cannot_be_written() {
     let held = OutputFile::claim(&output, [&id]).unwrap();
     run(fold(&id, &output)).refused(2, &["both.safetensors", "another process"]);
     drop(held);
-    // The place is looked at first, whatever is wrong with the input.
+    // The output path is checked first, whatever is wrong with the input.
     run(fold(&world.path("missing"), &world.path("nowhere/x.safetensors"))).refused(2, &["nowhere/x.safetensors"]);
     let dangling = world.path("dangling.safetensors");
     symlink("real.safetensors", &dangling).unwrap();
@@ -197,12 +197,12 @@ fn a_run_folder_is_no_input_and_has_a_name_of_its_own() {
         world.write_yaml(&[("name: small", &format!("name: {name}"))]);
         run(world.train("run", &[])).refused(2, &["train.yaml: name", "cannot name a folder"]);
     }
-    // Longer than any folder's name.
+    // Longer than the maximum folder name.
     world.write_yaml(&[("name: small", &format!("name: {}", "n".repeat(300)))]);
     let mut train = hyperlora(["train", "train.yaml"]);
     train.current_dir(world.path("."));
     run(train).refused(2, &["choose a shorter name"]);
-    // The folder behind a link is set aside where it lies; the link stays.
+    // The folder behind a link is moved aside in its place; the link is kept.
     world.write_yaml(&[]);
     fs::create_dir(world.path("disk")).unwrap();
     symlink("disk/real", world.path("link")).unwrap();
@@ -212,7 +212,7 @@ fn a_run_folder_is_no_input_and_has_a_name_of_its_own() {
     assert!(fs::symlink_metadata(world.path("link")).unwrap().is_symlink());
 }
 
-/// The modes of every file and folder below `folder` that differ from those expected.
+/// Lists the files and folders below `folder` whose mode differs from the expected one.
 fn other_modes(folder: &Path, file_mode: u32, folder_mode: u32) -> Vec<String> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_path_buf()];
@@ -252,7 +252,7 @@ fn only_the_user_may_read_what_is_written_unless_the_umask_is_told() {
         merge.arg(lora("kohya")).arg("--base").arg(quickstart_base()).arg("-o").arg(folder.join("merged"));
         with_umask(merge);
         let mut others = other_modes(&folder, file_mode, folder_mode);
-        // Large files of the base that no LoRA changes are the base's own, by a hard link.
+        // Large files of the base that no LoRA changes are hard links to the base's own.
         others.retain(|path| !(path.contains("/merged/") && path.contains(".safetensors: ")));
         assert_eq!(others, [""; 0]);
         assert_eq!(other_modes(&folder.join("merged/unet"), file_mode, folder_mode), [""; 0]);

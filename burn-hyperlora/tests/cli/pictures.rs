@@ -1,4 +1,4 @@
-//! `sample` and `generate`: equal input gives equal bytes, and what cannot be used is named.
+//! `sample` and `generate`: equal input gives equal bytes, and unusable input is named.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +14,7 @@ use image::{ImageFormat, RgbImage};
 
 use crate::support::{World, hyperlora, quickstart_base, run};
 
-/// Writes a random LoRA for attention modules whose text is `more` wider than the quickstart's.
+/// Writes a random LoRA for attention modules whose text input is `more` wider than the quickstart's.
 fn write_lora(path: &Path, more: usize) {
     let device = Device::flex();
     let mut sites =
@@ -92,7 +92,7 @@ fn equal_input_draws_equal_pictures() {
     assert!(draw(&["--lora", &lora, "--lora-weight", "0"]) == plain);
     assert!(draw(&["--lora", &lora, "--lora-weight", "-1"]) != with_lora);
 
-    // What is saved can be drawn from, and says what it was drawn to.
+    // Saved latents are the same every time, and a drawing can start from them.
     assert!(draw(&["--save-latents", &latents]) == plain);
     let saved = fs::read(&latents).unwrap();
     draw(&["--save-latents", &latents]);
@@ -120,7 +120,7 @@ fn a_picture_is_what_its_name_says() {
     }
     let pixels = |name: &str| image::load_from_memory(&fs::read(path(name)).unwrap()).unwrap().into_rgb8();
     assert!(pixels("a.webp") == pixels("a.png"));
-    // Before any work: the base is not there.
+    // Refused before any work: the base does not exist.
     let refused = |command: &str, output: &str, more: &[&str], parts: &[&str]| {
         let mut command = hyperlora([command, "-q"]);
         command.args(more).arg("-o").arg(path(output));
@@ -183,7 +183,7 @@ fn what_cannot_be_drawn_with_is_named() {
     run(sample(&world.path("nowhere/a.png"), &[])).refused(2, &["nowhere/a.png", "may write to"]);
 }
 
-/// A photo of the asset cache.
+/// Returns a photo of the asset cache.
 pub(crate) fn photo() -> PathBuf {
     let photo = hyperlora_testing::asset("photos/orl/s36/1.pgm");
     assert!(photo.exists(), "{} is missing: run ci/assets.sh", photo.display());
@@ -213,7 +213,7 @@ fn a_lora_is_made_of_photos_of_one_face() {
     let id_only = written(&[]);
     assert!(id_only != with_base);
 
-    // On its side the same photo gives the same LoRA.
+    // The same photo rotated by 90 degrees gives the same LoRA.
     let portrait = photo.with_file_name("../../portraits/astronaut.png");
     let turned = world.path("turned.png");
     image::open(&portrait).unwrap().rotate90().save(&turned).unwrap();

@@ -16,7 +16,7 @@ fn sdxl(name: &str) -> PathBuf {
 fn plan(config: &Path, options: &[&str]) -> Ended {
     let arguments = [OsStr::new("plan"), config.as_os_str()].into_iter().chain(options.iter().map(OsStr::new));
     let mut command = hyperlora(arguments);
-    // What this machine may hold is no part of the test.
+    // The test must not depend on files of this machine.
     command.env("HYPERLORA_MODELS", "/no/such/models").env("HYPERLORA_DATA", "/no/such/data");
     run(command)
 }

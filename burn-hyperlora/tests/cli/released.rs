@@ -1,4 +1,4 @@
-//! A hypernetwork in the released layout, without a run around it, and features in place of photos.
+//! Hypernetwork in the released layout, without a run, and features instead of photos.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use crate::support::{STEPS, World, contents, copy_folder, hyperlora, quickstart_
 const CLIP_DIM: usize = 64;
 const ID_DIM: usize = 512;
 
-/// A trained world, and its weights moved to where no run is.
+/// Trains a world, and moves its weights out of the run folder.
 fn trained() -> (World, PathBuf) {
     let world = World::new();
     run(world.train("run", &[])).with(0);
@@ -26,12 +26,12 @@ fn trained() -> (World, PathBuf) {
     (world, released)
 }
 
-/// Numbers without a pattern, in -1..1.
+/// Returns numbers without a pattern, in -1..1.
 fn numbers(count: usize, seed: usize) -> Vec<f32> {
     (0..count).map(|i| ((i * 7 + seed * 13) as f32 * 0.37).sin()).collect()
 }
 
-/// Features of two images, the second's ID embedding `scale` times its normalised one.
+/// Writes features of two images; the second's ID embedding is `scale` times its normalised one.
 fn features(path: &Path, scale: f32, with_base: bool) {
     let mut embedding: Vec<f32> = Vec::new();
     for (seed, scale) in [(1, 1.0), (2, scale)] {
@@ -75,7 +75,7 @@ fn a_released_folder_generates_what_its_run_does() {
     let with_base = of_run(&["--features", &ready, "--base"]);
     assert!(of_folder(&["--features", &ready, "--base"]) == with_base && with_base != from_features);
 
-    // An embedding of another length is the same person, and that it was is said.
+    // An embedding of another length is the same person, but the program reports it.
     let long = path("long");
     features(Path::new(&long), 2.0, true);
     let output = world.path("long.safetensors");
@@ -83,19 +83,19 @@ fn a_released_folder_generates_what_its_run_does() {
     assert!(ended.stderr.contains("length 2") && ended.stderr.contains("id_embedding"), "{}", ended.stderr);
     assert!(fs::read(&output).unwrap() == from_features);
 
-    // Photos: CLIP and the face models are named, as no run names them.
+    // Photos: CLIP and the face models are options here, because no run names them.
     let image = photo().display().to_string();
     let models = photo().ancestors().nth(4).unwrap().join("models").display().to_string();
     let encoder = quickstart_base().join("image_encoder").display().to_string();
     let from_photo = of_run(&["--image", &image, "--base"]);
     let named = ["--image", &image, "--image-encoder", &encoder, "--faces", &models, "--base"];
     let of_photo = of_folder(&named);
-    // The run has its own sizes of mask and crop: what a released folder is given are the defaults.
+    // The run has its own sizes of mask and crop; a released folder gets the defaults.
     assert!(of_photo.len() == from_photo.len() && of_photo != from_photo);
     assert!(of_run(&named) == from_photo);
 }
 
-/// Lists the modules of a hypernetwork the other way round: in its JSON, its bases and its query tokens.
+/// Reverses the order of a hypernetwork's modules in its JSON, its bases and its query tokens.
 fn turn_modules(folder: &Path) {
     let json = folder.join("hyper_lora_modules.json");
     let entries: serde_json::Map<_, _> = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
@@ -123,7 +123,7 @@ fn turn_modules(folder: &Path) {
     }
 }
 
-/// The largest difference between two pictures of a size, in levels.
+/// Returns the largest difference between two pictures of equal size, in levels.
 fn difference(one: &RgbImage, other: &RgbImage) -> u8 {
     one.iter().zip(other.iter()).map(|(one, other)| one.abs_diff(*other)).max().unwrap()
 }
@@ -131,7 +131,7 @@ fn difference(one: &RgbImage, other: &RgbImage) -> u8 {
 #[test]
 fn a_released_folder_draws_the_grid_of_its_run() {
     let world = World::new();
-    // Mask and crop as they are where no run tells them.
+    // Uses the default mask and crop, which apply without a run.
     world.write_yaml(&[("  crop: {smallest: 1.2, largest: 1.8}\n  mask: {size: 64}\n", "")]);
     run(world.train("run", &[])).with(0);
     let path = |name: &str| world.path(name).display().to_string();
@@ -163,7 +163,7 @@ fn a_released_folder_draws_the_grid_of_its_run() {
     assert!((1..4).all(|i| !columns[..i].contains(&columns[i])), "every column is another picture");
     assert!(drawn(&of_checkpoint, &[]) == of_run);
     assert!(drawn(released, &[&models, &heads, &base]) == of_run);
-    // Attention sums over the query tokens in another order: rounding may differ.
+    // Attention sums over the query tokens in another order, so rounding may differ.
     assert!(difference(&drawn(turned, &[&models, &heads, &base]), &of_run) <= 1);
     assert!(drawn(released, &[&models, &heads, &base, &["--prompt", "a hat"]]) != of_run);
 
@@ -174,7 +174,7 @@ fn a_released_folder_draws_the_grid_of_its_run() {
     grid(released, &[&models, &heads, &["--base", &path("none")]]).refused(2, &["none"]);
     grid("run", &[&["--dtype", "bf16"]]).with(2);
 
-    // The run's own base can be another one than that to draw with.
+    // The run's own base may differ from the base to draw with.
     let settings = world.path("run/paths.yaml");
     let text = fs::read_to_string(&settings).unwrap();
     fs::write(&settings, text.replace(base[1], "/no-base")).unwrap();
@@ -256,7 +256,7 @@ fn a_hypernetwork_is_exported_for_the_released_nodes() {
         hidden_size: 8,
         cross_attention_dim,
     };
-    // The smallest that the nodes load.
+    // The smallest size that the nodes load.
     let resampler = ResamplerConfig { dim: 64, depth: 4, heads: 4, head_dim: 32, ff_mult: 2 };
     let config = HyperLoraConfig { id_rank: 2, base_rank: 1, basis: 32, id_tokens: 4, resampler, ..Default::default() };
     let write = |name: &str, config: &HyperLoraConfig| {

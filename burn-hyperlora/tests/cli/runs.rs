@@ -1,4 +1,5 @@
-//! Training runs from outside: what they leave, and that killed, stopped and paused ones end where a whole one ends.
+//! Training runs from outside: their files, and that killed, stopped and paused runs end with the same result as
+//! uninterrupted ones.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{Ended, STEPS, World, contents, hyperlora, run};
 
-/// What a run's last checkpoint computes with: weights and moments, by file.
+/// Reads the weights and moments of a run's last checkpoint, by file.
 fn tensors(run: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = contents(&run.join(format!("checkpoints/step-{STEPS:08}")));
     files.retain(|path, _| path.extension().is_some_and(|extension| extension == "safetensors"));
@@ -35,7 +36,7 @@ fn checkpoints(run: &Path) -> Vec<String> {
     names
 }
 
-/// Starts a command and waits until its run has a checkpoint that is not in `known`; `None` once it ended before.
+/// Starts a command and waits until its run has a checkpoint that is not in `known`; `None` if the command ended first.
 fn until_next_checkpoint(mut command: Command, run: &Path, known: &[String]) -> Option<Child> {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let start = Instant::now();
@@ -71,7 +72,8 @@ fn a_run_leaves_its_story_and_ends_the_same_however_often_it_is_killed() {
     let stages = summary["stages"].as_array().unwrap();
     assert_eq!(stages.iter().map(|stage| stage["steps"].as_u64()).collect::<Vec<_>>(), [Some(2); 3]);
 
-    // Each life ends at another moment after a checkpoint appeared: at once, while the next step computes or is saved.
+    // Each process is killed at a different time after a checkpoint appeared: immediately, and while the next step
+    // computes or is saved.
     let killed = world.path("killed");
     let mut lives = 0;
     for wait in [0, 40, 150, 400, 90, 0, 250].into_iter().map(Duration::from_millis) {
@@ -88,7 +90,7 @@ fn a_run_leaves_its_story_and_ends_the_same_however_often_it_is_killed() {
     assert_same_end(&killed, &whole);
     assert!(!contents(&killed.join("checkpoints")).keys().any(|path| path.to_string_lossy().contains("partial")));
 
-    // Asked to stop, it saves, says so, and goes on.
+    // A run that is asked to stop saves, reports it, and can resume.
     let stopped = world.path("stopped");
     for (name, word) in [("TERM", "SIGTERM"), ("INT", "SIGINT")] {
         let child = until_next_checkpoint(world.train("stopped", &[]), &stopped, &checkpoints(&stopped)).unwrap();
@@ -99,7 +101,7 @@ fn a_run_leaves_its_story_and_ends_the_same_however_often_it_is_killed() {
     run(world.train("stopped", &[])).with(0);
     assert_same_end(&stopped, &whole);
 
-    // Nothing is left to do: the same command changes nothing.
+    // With nothing left to do, the same command changes nothing.
     run(world.train("stopped", &[])).with(0);
     assert_same_end(&stopped, &whole);
 }
@@ -123,10 +125,10 @@ fn max_steps_pauses_and_restart_keeps_the_old_run_aside() {
         assert!(!aside.exists() && saved(&first) == before, "{}", ended.stderr);
         ended
     };
-    // A requeued job repeats the command: the run goes on.
+    // A requeued job repeats the command, and the run resumes.
     let ended = again("SLURM_RESTART_COUNT", "2").with(0);
-    assert!(ended.stderr.contains("--restart is passed over"), "{}", ended.stderr);
-    // Who starts it again without saying so would set it aside each time.
+    assert!(ended.stderr.contains("--restart is ignored"), "{}", ended.stderr);
+    // Launchers that do not report a repeated start would move the run aside each time.
     for (name, value) in
         [("TORCHELASTIC_MAX_RESTARTS", "20"), ("TORCHELASTIC_RUN_ID", "a"), ("JOB_COMPLETION_INDEX", "0")]
     {
@@ -149,7 +151,7 @@ fn pictures_are_drawn_along_the_way() {
     )]);
     run(world.train("run", &["--max-steps", "1", "-q"])).with(0);
     let picture = image::open(world.path("run/samples/step-00000001.png")).unwrap();
-    // Two people; reference, no LoRA, LoRA.
+    // Two people; reference, without LoRA, with LoRA.
     assert_eq!((picture.width(), picture.height()), (3 * 32, 2 * 32));
 }
 
@@ -168,6 +170,6 @@ fn a_run_is_named_by_its_yaml_and_all_paths_may_be_relative() {
     from_inside(&["train", "train.yaml", "--max-steps", "0", "--out", "runs/small/", "--restart"]);
     assert_eq!(checkpoints(&world.path("runs/small")), ["step-00000000"]);
     assert_eq!(checkpoints(&world.path("runs/small.1")).len(), 3);
-    // The resolved configuration holds from anywhere.
+    // The resolved configuration works from any folder.
     run(hyperlora([OsStr::new("eval"), OsStr::new("identity-gap"), world.path("runs/small.1").as_os_str()])).with(0);
 }

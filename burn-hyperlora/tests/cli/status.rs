@@ -1,4 +1,4 @@
-//! `hyperlora status`: of a run at work, a killed one and a finished one, without a trace.
+//! `hyperlora status` on an active, a killed and a finished run, without leaving a trace.
 
 use std::fs;
 use std::path::Path;
@@ -23,9 +23,9 @@ fn told(folder: &Path) -> String {
 fn a_run_tells_where_it_stands_at_work_killed_and_finished() {
     let world = World::new();
     let folder = world.path("run");
-    run(hyperlora([Path::new("status"), &folder])).refused(2, &["is no run folder"]);
+    run(hyperlora([Path::new("status"), &folder])).refused(2, &["is not a run folder"]);
 
-    // At work, but made to hold still: it keeps its lock.
+    // An active run that is paused: it keeps its lock.
     let mut child = world.train("run", &[]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let start = Instant::now();
     while !folder.join("checkpoints/step-00000001").exists() {
@@ -51,7 +51,7 @@ fn a_run_tells_where_it_stands_at_work_killed_and_finished() {
     assert!(contents(&folder) == before, "status writes nothing");
 
     run(world.train("run", &[])).with(0);
-    // Step 3 came again after a kill; a row group was written down twice, one is of other shards; both files break off.
+    // Step 3 repeats after a kill; a row group is listed twice, another belongs to other shards; both end mid-line.
     let skipped = |step: u64| json!({"step": step, "stage": "base", "reason": "", "photos": []});
     fs::write(folder.join("skipped.jsonl"), format!("{}\n{}\n{}\n{{\"st", skipped(3), skipped(4), skipped(3))).unwrap();
     let saved = fs::read(folder.join(format!("checkpoints/step-{STEPS:08}/state.json"))).unwrap();
@@ -67,7 +67,7 @@ fn a_run_tells_where_it_stands_at_work_killed_and_finished() {
     assert!(finished["losses"]["loss/id_embedding"].is_number() && finished["ranks"] == 1, "{finished}");
     assert!(told(&folder).starts_with("small: finished\n"), "{}", told(&folder));
 
-    // A run folder that may only be read.
+    // A read-only run folder.
     let read_only = Command::new("chmod").args(["-R", "a-w"]).arg(&folder).status().unwrap();
     assert!(read_only.success());
     assert_eq!(status(&folder)["activity"], "finished");

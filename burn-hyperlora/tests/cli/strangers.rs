@@ -1,4 +1,4 @@
-//! A run folder that goes from hand to hand: what it tells of the machine it came from, and what it may do to the next one.
+//! Shared run folders: the traces that they carry of their machine, and the effects that they may have on the next one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,14 @@ use std::process::Command;
 use crate::pictures::photo;
 use crate::support::{World, contents, hyperlora, quickstart_base, run};
 
-/// Places of this machine that nobody else needs to know.
+/// Lists paths and names of this machine that must stay private.
 fn own_places(world: &World) -> Vec<String> {
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim().to_owned();
     let places = [world.path("").display().to_string(), quickstart_base().display().to_string(), host];
     places.into_iter().filter(|place| place.len() > 3).collect()
 }
 
-/// The first of `places` that stands in `text`.
+/// Returns the first of `places` that occurs in `text`.
 fn told<'a>(text: &[u8], places: &'a [String]) -> Option<&'a String> {
     places.iter().find(|place| text.windows(place.len()).any(|window| window == place.as_bytes()))
 }
@@ -46,13 +46,13 @@ fn what_is_shared_of_a_run_tells_nothing_of_the_machine() {
     run(generate(&world, "run", &[])).with(0);
     assert_eq!(told(&fs::read(world.path("a.safetensors")).unwrap(), &places), None);
 
-    // The run goes on and is judged where it was made, whatever stands in its other file.
+    // On its own machine the run resumes and is read by other commands, with the local paths of paths.yaml.
     run(world.train("run", &["--max-steps", "4"])).with(0);
     let own = fs::read_to_string(world.path("run/paths.yaml")).unwrap();
     assert!(own.contains(&format!("data.shards: {shards}\n")), "{own}");
     run(hyperlora([Path::new("plan"), &world.path("run/config.yaml"), Path::new("--gpu"), Path::new("l40s")])).with(0);
 
-    // Elsewhere nobody knows what lies where.
+    // On another machine the local paths are unknown.
     fs::remove_file(world.path("run/paths.yaml")).unwrap();
     run(generate(&world, "run", &[])).refused(2, &["config.yaml: names `", "paths.yaml", "--faces"]);
     let encoder = quickstart_base().join("image_encoder").display().to_string();
@@ -64,7 +64,7 @@ fn what_is_shared_of_a_run_tells_nothing_of_the_machine() {
     fs::write(world.path("run/paths.yaml"), places).unwrap();
     run(generate(&world, "run", &[])).with(0);
 
-    // As older versions wrote it: one file, with absolute paths and a key for the library.
+    // Format of older versions: one file, with absolute paths and a key for the library.
     let config = fs::read_to_string(world.path("run/config.yaml")).unwrap();
     let old = config
         .replace("  path: base\n", &format!("  path: {}\n", quickstart_base().display()))
@@ -90,7 +90,7 @@ fn a_strangers_run_loads_no_library_and_reads_no_variable() {
     let ended = run(generate(&world, "run", &[])).with(0);
     assert!(ended.stderr.contains("evil.so` of the face models is passed over"), "{}", ended.stderr);
 
-    // Nor does the current folder, by whatever name.
+    // A library in the current folder is not loaded either, by any name.
     fs::copy(&library, world.path("libonnxruntime.so")).unwrap();
     for name in ["libonnxruntime.so", "./libonnxruntime.so"] {
         let mut command = generate(&world, "run", &[]);

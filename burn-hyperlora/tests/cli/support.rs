@@ -1,4 +1,4 @@
-//! A small world for the binary: synthetic people in real shards, the quickstart's base model, and a short experiment.
+//! Small world for the binary: synthetic people in real shards, the quickstart's base model, and a short experiment.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -11,7 +11,7 @@ use data_prep::shard::ShardConfig;
 
 use hyperlora_testing::world::Recipe;
 
-/// Two steps of each stage.
+/// Experiment with two steps per stage.
 const YAML: &str = "
 name: small
 seed: 5
@@ -46,7 +46,7 @@ pub(crate) const STEPS: u64 = 6;
 
 pub(crate) use hyperlora_testing::stability::quickstart_base;
 
-/// The small world of these tests.
+/// Small world of these tests.
 pub(crate) struct World(hyperlora_testing::world::World);
 
 impl Deref for World {
@@ -57,17 +57,17 @@ impl Deref for World {
     }
 }
 
-/// `hyperlora` with arguments, on one thread: tests run beside each other.
+/// Builds a `hyperlora` command on one thread, because tests run in parallel.
 pub(crate) fn hyperlora(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hyperlora"));
     command.args(arguments).stdin(Stdio::null()).env_remove("RUST_LOG").env_remove("RUST_BACKTRACE");
     command
 }
 
-/// What a test does to a file or folder.
+/// Damage that a test does to a file or folder.
 pub(crate) type Damage = fn(&Path);
 
-/// How a command ended.
+/// Result of a command.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) code: Option<i32>,
@@ -76,7 +76,7 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
-    /// What a finished child left.
+    /// Collects the output of a finished child.
     pub(crate) fn of(output: Output) -> Self {
         Self {
             code: output.status.code(),
@@ -85,7 +85,7 @@ impl Ended {
         }
     }
 
-    /// Ended with `code`, without a panic.
+    /// Asserts that the command ended with `code`, without a panic.
     #[track_caller]
     pub(crate) fn with(self, code: i32) -> Self {
         assert_eq!(self.code, Some(code), "{}{}", self.stdout, self.stderr);
@@ -93,7 +93,7 @@ impl Ended {
         self
     }
 
-    /// Ended with `code` and one message that holds a remedy and all of `parts`.
+    /// Asserts that the command ended with `code` and one message that holds a remedy and all of `parts`.
     #[track_caller]
     pub(crate) fn refused(self, code: i32, parts: &[&str]) {
         let ended = self.with(code);
@@ -112,7 +112,7 @@ pub(crate) fn run(mut command: Command) -> Ended {
 }
 
 impl World {
-    /// Shards of four people with four photos each, the last of them held out, and the YAML of [`YAML`]; no run yet.
+    /// Creates shards of four people with four photos each, the last of them held out, and [`YAML`]; no run yet.
     pub(crate) fn new() -> Self {
         Self(hyperlora_testing::world::World::of(Recipe {
             yaml: YAML,
@@ -124,14 +124,14 @@ impl World {
         }))
     }
 
-    /// `hyperlora train` of the YAML into the folder `name`.
+    /// Builds a `hyperlora train` command for the YAML, into the folder `name`.
     pub(crate) fn train(&self, name: &str, more: &[&str]) -> Command {
         let mut command = hyperlora(["train"]);
         command.arg(self.path("train.yaml")).arg("--out").arg(self.path(name)).args(more);
         command
     }
 
-    /// A copy of the base model that a test may damage.
+    /// Copies the base model, so that a test may damage it.
     pub(crate) fn copy_base(&self, name: &str) -> PathBuf {
         let copy = self.path(name);
         copy_folder(&quickstart_base(), &copy);
@@ -139,7 +139,7 @@ impl World {
     }
 }
 
-/// Copies a folder with all that is in it.
+/// Copies a folder recursively.
 pub(crate) fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
@@ -153,7 +153,7 @@ pub(crate) fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-/// Every file below a folder with its bytes, by its path there.
+/// Reads every file below a folder, by its relative path.
 pub(crate) fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(folder).unwrap() {
@@ -168,7 +168,7 @@ pub(crate) fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// The first file below `folder` whose name ends with `ending`.
+/// Returns the first file below `folder` whose name ends with `ending`.
 pub(crate) fn first_file(folder: &Path, ending: &str) -> PathBuf {
     let name = contents(folder).into_keys().find(|path| path.to_string_lossy().ends_with(ending)).unwrap();
     folder.join(name)
@@ -182,7 +182,7 @@ pub(crate) fn flip_a_bit(path: &Path) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Cuts a file off after a part of its bytes.
+/// Truncates a file to two thirds.
 pub(crate) fn truncate(path: &Path) {
     let bytes = fs::read(path).unwrap();
     fs::write(path, &bytes[..bytes.len() * 2 / 3]).unwrap();

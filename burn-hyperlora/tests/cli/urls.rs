@@ -1,4 +1,4 @@
-//! Training from shards behind a URL, by the provider's own protocol: the weights of the local folder.
+//! Training from shards behind a URL, by the provider's own protocol: gives the same weights as the local folder.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use crate::support::{STEPS, World, contents, flip_a_bit, run};
 use hyperlora_testing::file_server::FileServer;
 
-/// Lets a command find the providers at `server`, with credentials that it takes.
+/// Configures a command to find the providers at `server`, with valid credentials.
 fn at(mut command: Command, server: &FileServer) -> Command {
     let address = server.url("");
     let address = address.trim_end_matches('/');
@@ -18,7 +18,7 @@ fn at(mut command: Command, server: &FileServer) -> Command {
     command
 }
 
-/// Everything that a run computed.
+/// Reads all tensor files of a run's last checkpoint.
 fn weights(run: &Path) -> Vec<Vec<u8>> {
     let files = contents(&run.join(format!("checkpoints/step-{STEPS:08}")));
     let tensors = files.into_iter().filter(|(path, _)| path.extension().is_some_and(|it| it == "safetensors"));
@@ -38,7 +38,7 @@ fn a_run_from_a_url_ends_with_the_weights_of_one_from_the_folder() {
     let seen = Arc::clone(&asked);
     let server = FileServer::start(&world.path(""), move |request, mut answer| {
         seen.lock().unwrap().push(request.to_owned());
-        // Google's clients want to know which version it is.
+        // Google's clients need the version headers.
         answer.head.push_str("ETag: \"1\"\r\nLast-Modified: Sun, 06 Nov 1994 08:49:37 GMT\r\n");
         Some(answer)
     });
@@ -52,13 +52,13 @@ fn a_run_from_a_url_ends_with_the_weights_of_one_from_the_folder() {
         assert!(weights(&world.path(&format!("from {name}"))) == expected, "{name}");
         let mut requests = std::mem::take(&mut *asked.lock().unwrap());
         assert!(requests.iter().all(|request| request.starts_with("GET /shards/")), "{requests:?}");
-        // But for the manifest, everything once.
+        // Everything except the manifest is requested once.
         requests.retain(|request| !request.contains("manifest.json"));
         requests.sort();
         assert!(requests.len() >= 4 && requests.is_sorted_by(|one, next| one < next), "{requests:?}");
     }
 
-    // A row group that is damaged where it lies is left out, as that of a folder.
+    // A row group that is damaged at the source is left out, like one in a folder.
     flip_a_bit(&world.path("shards/shard-00000.parquet"));
     world.write_yaml(&[]);
     run(world.train("local, damaged", &[])).with(0);
@@ -68,7 +68,7 @@ fn a_run_from_a_url_ends_with_the_weights_of_one_from_the_folder() {
     let left_out = |name: &str| fs::read_to_string(world.path(name).join("quarantine.jsonl")).unwrap();
     assert_eq!(left_out("damaged"), left_out("local, damaged"));
 
-    // Nobody answers any more: what was kept is all that a run needs, and without it none begins.
+    // The server is gone: the kept copy is all that a run needs, and no run starts without it.
     let url = server.url("shards");
     drop(server);
     shards(&url, "http");

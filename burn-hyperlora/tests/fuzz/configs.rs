@@ -1,4 +1,4 @@
-//! The JSON files of a base with changed, missing and mistyped values.
+//! JSON files of a base with changed, missing and mistyped values.
 
 use std::fs;
 use std::path::Path;
@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use crate::json::{change, changed, changes, replacements};
 use crate::support::{base, bounded, device, survives, with_file};
 
-/// Every JSON file of a base but its vocabularies.
+/// All JSON files of a base except its vocabularies.
 const CONFIGS: [&str; 11] = [
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -42,10 +42,10 @@ fn document(name: &str) -> Value {
     serde_json::from_slice(&fs::read(base().join(name)).unwrap()).unwrap()
 }
 
-/// Loads a base and draws as small a picture as it can, in one step.
+/// Loads a base and draws the smallest possible picture, in one step.
 fn draw(folder: &Path) -> Result<()> {
     let base = Base::load(&BaseConfig::new(ConfigPath::new(folder)), Path::new(""), &device())?;
-    // Whether these hold is the experiment's matter.
+    // Their results do not matter here: the experiment checks them.
     let _side = base.image_size();
     let _fits = base.check(&folder.display().to_string(), 64, 64);
     let photo = image::RgbImage::new(30, 40);
@@ -72,7 +72,7 @@ fn what_is_not_changed_draws() {
     }
 }
 
-/// Makes what a config describes, without any weights: nothing of it can stand, and all of it must be told in one error.
+/// Builds the model of a config without any weights. All its tensors are missing, and one error must report that.
 fn build(name: &str, text: &ConfigText) -> Result<()> {
     let nothing = || Weights::without_data([]);
     let built = match name {
@@ -98,7 +98,7 @@ fn build(name: &str, text: &ConfigText) -> Result<()> {
     Ok(())
 }
 
-/// Lays every sampler over a schedule, where it can be.
+/// Applies every sampler to a schedule, if possible.
 fn every_sampler(schedule: &NoiseSchedule) -> Result<()> {
     for sampler in SamplerKind::value_variants() {
         for steps in [1, 2, 20, 999, 1000] {
@@ -111,7 +111,7 @@ fn every_sampler(schedule: &NoiseSchedule) -> Result<()> {
     Ok(())
 }
 
-/// The configs that tell sizes and schedules.
+/// Configs that set sizes and schedules.
 const SIZES: [&str; 5] = [
     "scheduler/scheduler_config.json",
     "unet/config.json",
@@ -158,7 +158,7 @@ proptest! {
             outcome("tokenizer/vocab.json", changed(vocabulary, changes).to_string().as_bytes());
             return Ok(());
         }
-        // The other layout: one file with all.
+        // The other layout: one file with everything.
         let merges = fs::read_to_string(base().join("tokenizer/merges.txt")).unwrap();
         let merges: Value = merges.lines().skip(1).collect();
         let mut tokenizer = json!({"model": {"vocab": vocabulary, "merges": merges}});

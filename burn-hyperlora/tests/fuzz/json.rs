@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::{Value, json};
 
-/// What may stand in the place of a value.
+/// Values that may replace a value.
 pub(crate) fn replacements() -> Vec<Value> {
     let mut values = vec![
         Value::Null,
@@ -26,16 +26,16 @@ pub(crate) fn replacements() -> Vec<Value> {
     values
 }
 
-/// A change: which of a document's places, and what becomes of it; nothing means that it is removed.
+/// Change of a document: the index of a place, and its new value; `None` removes it.
 pub(crate) type Change = (Index, Option<Value>);
 
-/// Up to three changes.
+/// Generates up to three changes.
 pub(crate) fn changes() -> impl Strategy<Value = Vec<Change>> {
     let value = prop::option::weighted(0.9, prop::sample::select(replacements()));
     prop::collection::vec((any::<Index>(), value), 1..4)
 }
 
-/// The pointers to all values of a document below the whole.
+/// Returns the pointers to all values of a document, except the root.
 fn places(document: &Value) -> Vec<String> {
     let children: Vec<(String, &Value)> = match document {
         Value::Object(values) => {
@@ -51,7 +51,7 @@ fn places(document: &Value) -> Vec<String> {
     children.into_iter().flat_map(below).collect()
 }
 
-/// Puts `value` at a place, or removes it.
+/// Sets the value at a place, or removes it; an array loses its last element instead.
 pub(crate) fn change(document: &mut Value, place: &str, value: Option<Value>) {
     if let Some(value) = value {
         if let Some(old) = document.pointer_mut(place) {
@@ -67,7 +67,7 @@ pub(crate) fn change(document: &mut Value, place: &str, value: Option<Value>) {
     }
 }
 
-/// A document with changes at places that they choose; where nothing is left to change, as it is.
+/// Applies changes to a document at the places that they choose; an empty document stays as it is.
 pub(crate) fn changed(mut document: Value, changes: Vec<Change>) -> Value {
     for (index, value) in changes {
         let places = places(&document);

@@ -33,7 +33,7 @@ fn outcome(bytes: &[u8]) -> bool {
     survives(folder.path(), || apply(&path))
 }
 
-/// What keys of LoRA files are made of, and are not.
+/// Pieces of LoRA keys, valid and invalid.
 fn pieces() -> impl Strategy<Value = &'static str> {
     prop::sample::select(vec![
         "",
@@ -89,7 +89,7 @@ proptest! {
         outcome(&file(Value::Object(header).to_string().as_bytes(), &data));
     }
 
-    /// Shapes whose product stays, and any numbers at all in their places: NaN, infinities, the largest.
+    /// Shapes with an unchanged product, and arbitrary values: NaN, infinities, the largest.
     #[test]
     fn changed_shapes_and_values_are_survived(
         name in prop::sample::select(&FILES[..]),

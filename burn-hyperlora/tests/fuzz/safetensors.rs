@@ -1,4 +1,4 @@
-//! Safetensors files and indices of shards with headers that lie.
+//! Safetensors files and shard indices with false headers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,19 +15,19 @@ use serde_json::{Value, json};
 use crate::json::{Change, changed, changes};
 use crate::support::{base, bounded, device, fixture, survives, with_file};
 
-/// Header and tensors of a file.
+/// Splits a file into header and tensors.
 pub(crate) fn parts(path: &Path) -> (Value, Vec<u8>) {
     let bytes = fs::read(path).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     (serde_json::from_slice(&bytes[8..8 + length]).unwrap(), bytes[8 + length..].to_vec())
 }
 
-/// A file of this header and these tensors.
+/// Builds a file of this header and these tensors.
 pub(crate) fn file(header: &[u8], data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header, data].concat()
 }
 
-/// Reads a file in every way there is: as it is, as a model's weights, under other names.
+/// Reads a file in every supported way: as it is, as a model's weights, under other names.
 pub(crate) fn read_all(path: &Path) -> Result<()> {
     let file = Arc::new(SafetensorsFile::open(path)?);
     for entry in file.entries() {
@@ -51,7 +51,7 @@ pub(crate) fn read_all(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The outcome for a file of these bytes; whether it was read.
+/// Checks the outcome for a file of these bytes; returns whether it was read.
 fn outcome(bytes: &[u8]) -> bool {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
@@ -59,7 +59,7 @@ fn outcome(bytes: &[u8]) -> bool {
     survives(&path, || read_all(&path))
 }
 
-/// A tensor of no bytes with any shape at all.
+/// Generates a tensor of no bytes with an arbitrary shape.
 fn empty_tensor() -> impl Strategy<Value = Value> {
     let axis = prop::sample::select(vec![0, 1, 3, 1 << 20, 1 << 40, usize::MAX / 2, usize::MAX]);
     let dtype = prop::sample::select(vec!["F32", "F16", "BF16", "I64", "BOOL", "F4"]);
@@ -76,7 +76,7 @@ proptest! {
 
     #[test]
     fn random_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..600), short in any::<bool>()) {
-        // A length that fits leads further than any other.
+        // A valid header length gets the random bytes further into the reader.
         let bytes = if short { file(&bytes, b"") } else { bytes };
         prop_assert!(!outcome(&bytes));
     }
@@ -156,7 +156,7 @@ fn a_shape_of_a_million_axes_is_refused_in_few_words() {
     assert!(!outcome(&file(header.as_bytes(), &[0; 4])));
 }
 
-/// A tiny checkpoint in Stability naming with every name that is read in a way of its own, and no values.
+/// Builds a tiny checkpoint in Stability naming, without values, with every name that has its own reading rule.
 fn single_file() -> Value {
     let tensor = |shape: &[usize]| json!({"dtype": "F16", "shape": shape, "data_offsets": [0, 0]});
     json!({
@@ -168,7 +168,7 @@ fn single_file() -> Value {
     })
 }
 
-/// Width of a head in the fixture.
+/// Width of an attention head in the fixture.
 const HEAD_DIM: usize = 5;
 
 fn load_hypernetwork(path: &Path) -> Result<()> {
@@ -228,7 +228,7 @@ proptest! {
         let name = format!("{stem}.safetensors");
         let (mut header, data) = parts(&fixture("hypernet").join(&name));
         let data = match shape {
-            // All tensors without bytes, so that the shapes alone speak.
+            // All tensors have no bytes, so that only the shapes matter.
             Some((index, other)) => {
                 for tensor in header.as_object_mut().unwrap().values_mut().filter(|value| value.get("shape").is_some()) {
                     *tensor = json!({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]});

@@ -1,4 +1,4 @@
-//! What all of these tests need: bounds, files to start from, and what every outcome must hold to.
+//! Shared parts of these tests: bounds, seed files, and checks of every outcome.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,11 +13,11 @@ use proptest::test_runner::RngSeed;
 use hyperlora_testing::ALLOCATOR;
 use hyperlora_testing::fuzz::{TURN, scratch};
 
-/// What reading a small file may take: its size and that of the tiny base many times over, and far from what a lie of a
-/// few digits asks for.
+/// Memory limit for reading a small file, in bytes: many times its size and that of the tiny base, but far below what a
+/// false size of a few digits asks for.
 const MEMORY: usize = 512 << 20;
 
-/// The same cases every time.
+/// Configures the same cases on every run.
 pub(crate) fn bounded(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, rng_seed: RngSeed::Fixed(3), failure_persistence: None, ..ProptestConfig::default() }
 }
@@ -26,7 +26,7 @@ pub(crate) fn device() -> Device {
     Device::flex()
 }
 
-/// The quickstart's base model.
+/// Returns the folder of the quickstart's base model.
 pub(crate) fn base() -> PathBuf {
     hyperlora_testing::repository().join("experiments/quickstart/base")
 }
@@ -35,7 +35,7 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
     hyperlora_testing::fixture(name)
 }
 
-/// A folder like `original`, but for the file `name`, which holds `bytes`.
+/// Creates a folder like `original`, except for the file `name`, which holds `bytes`.
 pub(crate) fn with_file(original: &Path, name: &str, bytes: &[u8]) -> tempfile::TempDir {
     let folder = scratch();
     link(original, folder.path());
@@ -58,8 +58,8 @@ fn link(from: &Path, to: &Path) {
     }
 }
 
-/// Runs `read` and holds it to what every reader promises: little memory, and where it fails an error of the input that
-/// names something below `folder` and a remedy. Whether it succeeded.
+/// Runs `read` and checks the contract of every reader: little memory, and on failure an input error that names a path
+/// below `folder` and a remedy. Returns whether it succeeded.
 #[track_caller]
 pub(crate) fn survives(folder: &Path, read: impl FnOnce() -> Result<()>) -> bool {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);

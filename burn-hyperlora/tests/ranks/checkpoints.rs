@@ -1,4 +1,4 @@
-//! Checkpoints in parts: written by some ranks, read by others, brought together, and refused by a disk.
+//! Checkpoints in parts: written by some ranks, read by others, consolidated, and refused by a disk.
 
 use std::fs;
 use std::path::Path;
@@ -12,17 +12,17 @@ use hyperlora_testing::mpirun::{end_of, mpirun};
 use hyperlora_testing::state::numbers;
 use hyperlora_testing::world::World;
 
-/// A batch that 4, 3, 2 and 1 ranks can share.
+/// Batch that 4, 3, 2 and 1 ranks can share.
 const SHARED: [(&str, &str); 2] = [("micro_batch: 2", "micro_batch: 1"), ("global_batch: 4", "global_batch: 12")];
 
-/// In the middle of the second stage.
+/// Step in the middle of the second stage.
 const STEP: u64 = 4;
 
 fn moment_files(run: &Path) -> Vec<String> {
     files_of(run, "", "optimizer")
 }
 
-/// The names in `folder` of the checkpoint that begin with `start`.
+/// Lists the names in `folder` of the checkpoint that begin with `start`.
 fn files_of(run: &Path, folder: &str, start: &str) -> Vec<String> {
     let entries = fs::read_dir(run.join(CHECKPOINTS).join(format!("step-{STEP:08}")).join(folder)).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -41,7 +41,7 @@ fn moments_go_through_every_world_size_bit_for_bit() {
     world.experiment(&SHARED).unwrap();
     let run = world.path("run");
     let mut written = None;
-    // Whoever goes on from step 4 and pauses there writes it anew.
+    // Each resume from step 4 that pauses there rewrites the checkpoint.
     for ranks in [4, 2, 1, 3] {
         let (code, text) = train(&world, ranks, "run", &["--max-steps", &STEP.to_string()]);
         assert!(code == Some(0) && text.contains("paused after 4 steps"), "{text}");
@@ -111,7 +111,7 @@ fn a_full_disk_ends_all_ranks_with_its_name_and_leaves_the_older_ones() {
     let world = World::small();
     world.experiment(&SHARED).unwrap();
     assert_eq!(train(&world, 2, "run", &["--max-steps", "2"]).0, Some(0));
-    // No file may be longer than 16 KiB: as a full disk answers.
+    // The limit of 16 KiB per file acts like a full disk.
     let mut command = mpirun(2);
     command.args(["bash", "-c", "trap '' XFSZ; ulimit -f 16; exec \"$@\"", "limited"]);
     command.arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path("train.yaml"));

@@ -1,4 +1,4 @@
-//! Ranks that die, hang, or are asked to stop, in the middle of a training.
+//! Ranks that die, hang, or are asked to stop, during a training run.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -19,13 +19,13 @@ use hyperlora_testing::world::World;
 const RANKS: usize = 3;
 const PROGRAM: &str = env!("CARGO_BIN_EXE_hyperlora");
 
-/// A training that is under way: mpirun, and the run's name.
+/// Training in progress, with the process of mpirun.
 struct Run<'a> {
     world: &'a World,
     mpirun: Child,
 }
 
-/// A long training of [`RANKS`] ranks that has saved at least twice.
+/// Starts a long training of [`RANKS`] ranks and waits until it has saved at least twice.
 fn under_way<'a>(world: &'a World, more: &[(&str, &str)]) -> Run<'a> {
     let changes = [
         ("global_batch: 4", "global_batch: 12"),
@@ -47,13 +47,13 @@ fn under_way<'a>(world: &'a World, more: &[(&str, &str)]) -> Run<'a> {
 }
 
 impl Run<'_> {
-    /// Steps of the last whole checkpoint.
+    /// Returns the steps of the last complete checkpoint.
     fn last_step(&self) -> Option<u64> {
         let store = CheckpointStore::at(&self.world.path("run").join(CHECKPOINTS));
         store.latest().unwrap().map(|checkpoint| checkpoint.step)
     }
 
-    /// The process of a rank, by what mpirun wrote into its environment.
+    /// Finds the process of a rank by the environment that mpirun sets.
     fn process_of(&self, rank: usize) -> String {
         let children = Command::new("pgrep").args(["-P", &self.mpirun.id().to_string()]).output().unwrap();
         let children = String::from_utf8(children.stdout).unwrap();
@@ -69,13 +69,13 @@ impl Run<'_> {
         assert!(Command::new("kill").args([signal, &self.process_of(rank)]).status().unwrap().success());
     }
 
-    /// Waits for mpirun: exit code and everything that was said.
+    /// Waits for mpirun; returns exit code and output.
     fn end(self) -> (Option<i32>, String) {
         end_of(&self.mpirun.wait_with_output().unwrap())
     }
 }
 
-/// The last checkpoint is whole, and the run goes on from it, by however many ranks.
+/// Asserts that the last checkpoint is complete and that the run resumes from it with any number of ranks.
 fn goes_on(world: &World) {
     let store = CheckpointStore::at(&world.path("run").join(CHECKPOINTS));
     let latest = store.latest().unwrap().unwrap();
@@ -126,9 +126,9 @@ fn a_signal_to_one_rank_stops_all_at_the_same_step_with_everything_saved() {
 #[test]
 fn a_rank_whose_data_are_stuck_stops_and_saves_with_the_others() {
     let world = World::small();
-    // Nothing is kept in memory: what is damaged is met again.
+    // Nothing is kept in memory, so the damaged row group is read again.
     let run = under_way(&world, &[("shards: shards", "shards: shards\n  cache_mib: 0\n  prefetch_mib: 0")]);
-    // A row group that is left out is written down under a lock: a thread that waits for it is as stuck as one in a read.
+    // A damaged row group is recorded under a lock, so a thread that waits for the lock is as stuck as one in a read.
     let lock = OpenOptions::new().append(true).create(true).open(world.path("run").join(QUARANTINE_FILE)).unwrap();
     lock.lock().unwrap();
     let inode = format!(":{} ", lock.metadata().unwrap().ino());
@@ -142,7 +142,7 @@ fn a_rank_whose_data_are_stuck_stops_and_saves_with_the_others() {
         assert!(begun.elapsed() < Duration::from_secs(60), "nobody reads the damaged row group");
         thread::sleep(Duration::from_millis(5));
     }
-    // The others wait for its losses now.
+    // The other ranks now wait for its losses.
     thread::sleep(Duration::from_secs(1));
     for rank in 0..RANKS {
         run.signal(rank, "-TERM");
@@ -153,10 +153,10 @@ fn a_rank_whose_data_are_stuck_stops_and_saves_with_the_others() {
     goes_on(&world);
 }
 
-/// Two ranks, of which rank 1 runs another `program` with a YAML of its own, `other.yaml`.
+/// Starts two ranks, of which rank 1 runs another `program` with its own YAML, `other.yaml`.
 fn each_its_own(world: &World, program: &Path, more: &[&str]) -> (Option<i32>, String) {
     let mut command = mpirun(1);
-    // Ranks that refuse end by themselves and at once, but mpirun waits for all of this time, once for each.
+    // Ranks that refuse end immediately, but mpirun waits for this whole time, once for each.
     command.env("OMPI_MCA_odls_base_sigkill_timeout", "3");
     // mpirun's colon starts other arguments for some of the ranks.
     let own = [(&[][..], Path::new(PROGRAM), "train.yaml"), (&[":", "-n", "1"][..], program, "other.yaml")];
@@ -167,7 +167,7 @@ fn each_its_own(world: &World, program: &Path, more: &[&str]) -> (Option<i32>, S
     end_of(&command.output().unwrap())
 }
 
-/// [`each_its_own`]; `changes` are what is different in the YAML of rank 1.
+/// Runs [`each_its_own`] with `changes` in the YAML of rank 1.
 fn at_odds(world: &World, changes: &[(&str, &str)], more: &[&str]) -> (Option<i32>, String) {
     world.experiment(changes).unwrap();
     fs::rename(world.path("train.yaml"), world.path("other.yaml")).unwrap();
@@ -175,7 +175,7 @@ fn at_odds(world: &World, changes: &[(&str, &str)], more: &[&str]) -> (Option<i3
     each_its_own(world, Path::new(PROGRAM), more)
 }
 
-/// Rank 1 said what is wrong, and rank 0 heard it.
+/// Asserts that rank 1 reported the problem and rank 0 received it.
 #[track_caller]
 fn told((code, text): &(Option<i32>, String), problem: &str) {
     let heard = |line: &str| line.contains("error: rank 1 (") && line.contains(") failed: ") && line.contains(problem);
@@ -192,7 +192,7 @@ fn ranks_with_different_settings_do_not_begin_and_do_not_go_on() {
         assert!(text.contains("rank 1 (") && text.contains("its configuration is "), "{text}");
     };
     refused();
-    // Where a rank's files lie is its own affair, and how many threads it has.
+    // File locations and the number of threads may differ between ranks.
     let elsewhere = [("shards: shards", "shards: ./also-here\n  workers: 1")];
     std::os::unix::fs::symlink(world.path("shards"), world.path("also-here")).unwrap();
     let (code, text) = at_odds(&world, &elsewhere, &["--max-steps", "2"]);
@@ -219,7 +219,7 @@ fn what_one_rank_alone_cannot_read_it_tells_the_others() {
         let [(from, to)] = elsewhere(&format!("shards: {shards}"));
         told(&at_odds(&world, &[(from, &to), ("data:\n", &format!("{faces}data:\n"))], &[]), problem);
     }
-    // Nothing was begun.
+    // No run was started.
     assert!(!world.path("run").join(CHECKPOINTS).exists());
 }
 
@@ -230,7 +230,7 @@ fn ranks_of_different_builds_do_not_begin() {
     fs::copy(world.path("train.yaml"), world.path("other.yaml")).unwrap();
     let program = world.path("hyperlora");
     fs::copy(PROGRAM, &program).unwrap();
-    // What follows the last section of a program is never loaded.
+    // Bytes after the last section of a program are never loaded.
     fs::OpenOptions::new().append(true).open(&program).unwrap().write_all(b"another build").unwrap();
     let (code, text) = each_its_own(&world, &program, &[]);
     assert_eq!(code, Some(2), "{text}");

@@ -1,4 +1,4 @@
-//! The run folder of several ranks: one and the same, or none.
+//! Run folder of several ranks: the same for all, or an error.
 
 use std::fs;
 
@@ -8,10 +8,10 @@ use crate::training::finished;
 use hyperlora_testing::mpirun::{end_of, mpirun};
 use hyperlora_testing::world::World;
 
-/// Two ranks, each with its own value of `--out`.
+/// Trains two ranks, each with its own value of `--out`.
 fn train(world: &World, runs: [&str; 2], more: &[&str]) -> (Option<i32>, String) {
     let mut command = mpirun(1);
-    // Ranks that refuse end by themselves and at once, but mpirun waits for all of this time, once for each.
+    // Ranks that refuse end immediately, but mpirun waits for this whole time, once for each.
     command.env("OMPI_MCA_odls_base_sigkill_timeout", "3");
     for (separator, run) in [&[][..], &[":", "-n", "1"]].into_iter().zip(runs) {
         command.args(separator).arg(env!("CARGO_BIN_EXE_hyperlora")).arg("train").arg(world.path("train.yaml"));
@@ -23,7 +23,7 @@ fn train(world: &World, runs: [&str; 2], more: &[&str]) -> (Option<i32>, String)
 #[test]
 fn ranks_whose_run_folders_differ_are_told_before_they_begin() {
     let world = World::small();
-    // The others look for rank 0's folder for a quarter of this.
+    // The other ranks look for the main rank's folder for a quarter of this time.
     world.experiment(&[("recompute: false", "recompute: false\n  collective_timeout_s: 20")]).unwrap();
     fs::create_dir(world.path("other")).unwrap();
     for other in ["other", "not-there"] {
@@ -35,7 +35,7 @@ fn ranks_whose_run_folders_differ_are_told_before_they_begin() {
         assert!(text.contains(&first.display().to_string()) && text.contains("--out"), "{text}");
         assert!(!first.join(CHECKPOINTS).exists() && !own.join(CHECKPOINTS).exists());
     }
-    // By whatever name they know it.
+    // The same folder by another name is accepted.
     std::os::unix::fs::symlink(world.path("run"), world.path("also-run")).unwrap();
     let (code, text) = train(&world, ["run", "also-run"], &["--max-steps", "2"]);
     assert_eq!(code, Some(0), "{text}");

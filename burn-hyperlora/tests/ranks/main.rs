@@ -1,4 +1,4 @@
-//! Ranks that are real processes, started by mpirun (feature `mpi`).
+//! Ranks as real processes, started by mpirun (feature `mpi`).
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

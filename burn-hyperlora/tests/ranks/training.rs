@@ -1,4 +1,4 @@
-//! Training as several ranks: the result is that of one process.
+//! Training with several ranks gives the result of one process.
 
 use std::process::Command;
 
@@ -50,7 +50,7 @@ fn four_ranks_take_the_steps_of_one() {
     let apart = distance(&one, &four);
     assert!(apart < 1e-4, "{apart}");
     let (one, four) = (curves(&world.path("one")), curves(&world.path("four")));
-    // Loss, gradient norm and learning rate of every step, the fixed set before and after each of three stages.
+    // Loss, gradient norm and learning rate of every step; the fixed set before and after each of three stages.
     assert!(one.len() == 3 * STEPS as usize + 6 && one.keys().eq(four.keys()), "{one:?}\n{four:?}");
     for ((at, one), four) in one.iter().zip(four.values()) {
         let (&[one], &[four]) = (&one[..], &four[..]) else { unreachable!("{at:?}: {one:?} and {four:?}") };
@@ -59,7 +59,7 @@ fn four_ranks_take_the_steps_of_one() {
     }
     println!("4 ranks against 1 over {STEPS} steps: weights and moments differ by {apart:.1e}");
 
-    // The optimiser's state divided among the ranks is the whole one, cut.
+    // The sharded optimiser state is the whole one, cut into parts.
     world
         .experiment(&[&SAME[..], &[("recompute: false", "recompute: false\n  shard_optimizer: false")]].concat())
         .unwrap();
@@ -68,8 +68,8 @@ fn four_ranks_take_the_steps_of_one() {
     assert!(apart < 1e-6, "{apart}");
 }
 
-/// Bytes of moments in the last stage: what `hyperlora plan` says of `ranks`, whole and divided, and what the run's ranks
-/// held at most.
+/// Returns the bytes of moments in the last stage: whole and sharded over `ranks`, as `hyperlora plan` predicts, and
+/// the maximum that the run's ranks held.
 fn moments(world: &World, ranks: usize, run: &str) -> [f64; 3] {
     let mut plan = Command::new(env!("CARGO_BIN_EXE_hyperlora"));
     plan.arg("plan").arg(world.path("train.yaml"));
@@ -90,7 +90,7 @@ fn the_optimizer_state_of_a_rank_is_what_the_plan_says() {
     assert!(whole > 4096.0 && whole == divided && held == whole, "{whole} {divided} {held}");
     let [whole_of_four, divided, held] = moments(&world, 4, "four");
     assert_eq!(whole_of_four, whole);
-    // A bucket's parts are of equal length: at most three numbers more in all, in each of two moments.
+    // A bucket's parts have equal length, so there are at most three more elements in total, in each of two moments.
     assert!((divided..=divided + 8.0).contains(&held) && divided == (whole / 4.0).ceil(), "{divided} {held}");
     println!("moments of a rank: {whole} bytes alone, {held} of 4 ranks; the plan says {divided}");
 }

@@ -1,4 +1,4 @@
-//! A rank whose data folder vanishes in the middle of a training.
+//! Data folder of one rank that vanishes during a training run.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -14,7 +14,7 @@ use hyperlora_testing::mpirun::{end_of, mpirun};
 use hyperlora_testing::state::tensors;
 use hyperlora_testing::world::World;
 
-/// Each rank has a data folder of its own, and keeps next to nothing of it in memory.
+/// Gives each rank its own data folder, with almost nothing of it kept in memory.
 const OWN_FOLDERS: [(&str, &str); 3] = [
     ("shards: shards", "shards: ${SHARDS_OF_THE_RANK}\n  cache_mib: 0\n  prefetch_mib: 0"),
     ("{every: 2, keep: 9}", "{every: 1, keep: 3}"),
@@ -22,11 +22,11 @@ const OWN_FOLDERS: [(&str, &str); 3] = [
 ];
 const STEPS: u64 = 37;
 
-/// Tells the exit code of a rank, which mpirun tells of one rank alone.
+/// Prints the exit code of each rank, because mpirun reports only one rank's.
 const TELL_THE_CODE: &str =
     r#"trap : TERM; "$@"; code=$?; echo "rank $OMPI_COMM_WORLD_RANK: exit code $code"; exit $code"#;
 
-/// The training as two ranks.
+/// Builds the training command for two ranks.
 fn command(world: &World, run: &str) -> Command {
     let mut command = mpirun(1);
     for rank in 0..2 {
@@ -40,7 +40,7 @@ fn command(world: &World, run: &str) -> Command {
     command
 }
 
-/// Gives each rank its data folder.
+/// Copies the shards into each rank's data folder.
 fn copy_shards(world: &World) {
     for rank in 0..2 {
         let folder = world.path(&format!("shards-{rank}"));
@@ -51,7 +51,7 @@ fn copy_shards(world: &World) {
     }
 }
 
-/// Moves all files of a folder to another one: an open folder that is only renamed is read on.
+/// Moves all files of a folder to another one. Renaming is not enough: an open folder stays readable.
 fn carry(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for file in fs::read_dir(from).unwrap().map(Result::unwrap) {
@@ -90,7 +90,7 @@ fn a_vanished_data_folder_ends_all_ranks_and_once_it_is_back_the_run_goes_on() {
         let says = |words: &str| text.lines().filter(|line| line.contains(words)).collect::<Vec<_>>();
         assert!(matches!(says(&missing)[..], [line] if line.contains("cannot be read: No such file")), "{text}");
         assert!(matches!(says(&named)[..], [line] if line.contains(") failed: ")), "{text}");
-        // What is not there is not damaged.
+        // Missing data does not count as damaged.
         assert!(!run.join(QUARANTINE_FILE).exists());
         store.latest().unwrap().unwrap().verify().unwrap();
         carry(&away, &folder);

@@ -1,4 +1,4 @@
-//! Shards to batches: pairs, order, the bounded cache, and samples that hang on nothing but their draw.
+//! Shards to batches: pairs, order, the bounded cache, and samples that depend only on their draw.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -77,7 +77,7 @@ fn a_flipped_sample_is_told_the_corner_of_the_mirrored_photo() {
     let flipped: Vec<_> = plain.iter().zip(&turned).filter(|(plain, turned)| plain.pixels != turned.pixels).collect();
     assert!((10..=30).contains(&flipped.len()), "{} of 40 are flipped", flipped.len());
     for (plain, turned) in flipped {
-        // Left and right of the square lie 44 - 33 pixels, each rounded in target pixels.
+        // The margins left and right of the square add up to 44 - 33 pixels, each rounded in target pixels.
         let beside = plain.time_ids[3] + turned.time_ids[3];
         assert!((beside - 11.0 * 32.0 / 33.0).abs() <= 1.0, "{:?} {:?}", plain.time_ids, turned.time_ids);
         assert_eq!(plain.time_ids[..3], turned.time_ids[..3]);
@@ -153,7 +153,7 @@ fn a_row_that_the_index_has_under_another_name_is_told() {
             }
             writer.push(record).unwrap();
         }
-        // The shards as they are now, the index as it was.
+        // Current shards with an outdated index.
         let manifest = Manifest { shards: writer.finish().unwrap().shards, ..shards.manifest().clone() };
         manifest.write(&folder).unwrap();
         fs::copy(world.path("shards").join(INDEX_FILE), folder.join(INDEX_FILE)).unwrap();
@@ -169,7 +169,7 @@ fn a_row_that_the_index_has_under_another_name_is_told() {
 #[test]
 fn a_trigger_that_leaves_no_room_is_refused_and_captions_that_it_cuts_are_counted() {
     let world = World::small();
-    // Every `x` is a token.
+    // Every `x` is one token.
     let trigger = |words: usize| format!("recompute: false\n  trigger: \"{}\"", "x ".repeat(words));
     let error = world.train(&world.experiment(&[("recompute: false", &trigger(75))]).unwrap(), "full", Some(1));
     let error = error.unwrap_err();

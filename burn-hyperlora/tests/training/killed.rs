@@ -1,4 +1,4 @@
-//! The program itself, killed at whatever moment and started again with the same command.
+//! Killing the program at any point and starting it again with the same command.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,11 +26,11 @@ fn start(world: &World, run: &str) -> Child {
         .unwrap()
 }
 
-/// Whether a checkpoint is being written, or was when its run was killed.
+/// Returns the folder of an unfinished checkpoint, if one is being written or its run was killed meanwhile.
 fn half_written(checkpoints: &Path) -> Option<PathBuf> {
     let entries = fs::read_dir(checkpoints).ok()?.map_while(Result::ok);
     let mut hidden = entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".partial"));
-    // The first file is there, or on its way.
+    // The first file exists or is being written.
     hidden.find(|folder| fs::read_dir(folder.path()).is_ok_and(|files| files.count() > 0)).map(|folder| folder.path())
 }
 
@@ -45,7 +45,7 @@ fn killed_while_a_checkpoint_is_written_the_one_before_is_gone_on_from() {
     for life in 0..4 {
         let mut child = start(&world, "killed");
         let known = store.latest().unwrap().map_or(0, |latest| latest.step);
-        // Every life gets one checkpoint further before it is watched.
+        // Every process gets one checkpoint further before it is watched.
         while child.try_wait().unwrap().is_none() {
             let latest = store.latest().unwrap().map_or(0, |latest| latest.step);
             if (life == 0 || latest > known) && half_written(&checkpoints).is_some() {
@@ -78,7 +78,7 @@ fn killed_right_after_the_last_checkpoint_the_same_command_tidies_the_run() {
     };
     let summary = Summary::read(&world.path("run")).unwrap();
     assert!(steps() == [8, 9] && summary.stages[2].fixed_set_loss_after.is_some(), "{summary:?}");
-    // As it stands when the last checkpoint is in its place, and nothing more was done.
+    // State right after the last checkpoint is in its place, before anything else is done.
     let checkpoints = world.path("run").join(CHECKPOINTS);
     fs::create_dir(checkpoints.join("step-00000007")).unwrap();
     Summary::update(&world.path("run"), |summary| summary.stages.truncate(2)).unwrap();
@@ -92,7 +92,7 @@ fn killed_at_random_moments_the_same_command_ends_with_the_same_bits() {
     let kills = Kills {
         command: || Command::new(env!("CARGO_BIN_EXE_hyperlora")),
         blow: |generator, processes| match below(generator, 5) {
-            // Before the program listens for it, SIGTERM ends it as it does any.
+            // SIGTERM ends the program like any other, before it listens for the signal.
             0 => Blow { signal: "TERM", processes: processes.into(), codes: &[Some(3), None] },
             _ => Blow { signal: "KILL", processes: processes.into(), codes: &[None] },
         },

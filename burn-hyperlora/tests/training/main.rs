@@ -1,4 +1,4 @@
-//! Data and training as a whole, on synthetic people and a tiny random pipeline.
+//! Data and whole training runs, on synthetic people and a tiny random pipeline.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod dataset;

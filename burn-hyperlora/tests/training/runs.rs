@@ -1,4 +1,4 @@
-//! Training as a whole, on synthetic people and a tiny random pipeline.
+//! Whole training runs, on synthetic people and a tiny random pipeline.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ use hyperlora_testing::experiment::{STEPS, YAML};
 use hyperlora_testing::state::{distance, numbers, tensors};
 use hyperlora_testing::world::World;
 
-/// All numbers of a checkpoint's weights, by tensor.
+/// Reads all numbers of a checkpoint's weights, by tensor.
 fn weights(run: &Path, step: u64) -> BTreeMap<String, Vec<f32>> {
     let mut numbers = numbers(run, step);
     numbers.retain(|name, _| name.starts_with("weights/"));
@@ -30,7 +30,7 @@ pub(crate) const RUINOUS: (&str, &str) = (
     "steps: 4, reference: same_identity, optim: {learning_rate: 1.0e+30",
 );
 
-/// The lines of the run's skipped steps.
+/// Reads the lines of the run's skipped steps.
 pub(crate) fn skipped(run: &Path) -> Vec<serde_json::Value> {
     let text = fs::read_to_string(run.join(SKIPPED)).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
@@ -47,7 +47,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
     finished(world.train(&experiment, "whole", None).unwrap());
     let whole = tensors(&world.path("whole"), STEPS);
 
-    // A kill leaves the checkpoints before it: of a run stopped after `stop` steps, those after `left` are taken away.
+    // A kill leaves the checkpoints written before it: of a run stopped after `stop` steps, those after `left` go.
     for (stop, left) in [(5, 5), (5, 4), (2, 2), (3, 2), (6, 6), (8, 8), (7, 6)] {
         let name = format!("killed-{stop}-{left}");
         let run = world.path(&name);
@@ -83,7 +83,7 @@ fn a_run_with_a_bf16_unet_goes_on_bit_for_bit() {
     world.train(&full, "full", Some(3)).unwrap();
     let half = world.experiment(&[("encoders}", "encoders, dtype: bf16}")]).unwrap();
     world.train(&half, "whole", Some(3)).unwrap();
-    // Step 2 ends the Base stage: the third starts another.
+    // Step 2 ends the Base stage; the third step starts another.
     for stop in [1, 2] {
         let name = format!("stopped-{stop}");
         world.train(&half, &name, Some(stop)).unwrap();
@@ -100,7 +100,7 @@ fn every_stage_moves_its_own_groups_and_nothing_else() {
     finished(world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap());
     let run = world.path("run");
     let start = {
-        // The weights before the first step: a run that is stopped at once.
+        // The weights before the first step: a run that is stopped immediately.
         world.train(&world.experiment(&[]).unwrap(), "start", Some(0)).unwrap();
         weights(&world.path("start"), 0)
     };
@@ -138,7 +138,7 @@ fn the_batch_may_be_cut_as_one_likes_and_blocks_recomputed() {
         let distance = distance(&expected, &weights(&world.path(name), STEPS));
         assert!(distance < 1e-4, "{name}: {distance}");
     }
-    // The measure itself tells another run apart.
+    // The distance measure does detect a different run.
     finished(world.train(&world.experiment(&[("seed: 5", "seed: 6")]).unwrap(), "other", None).unwrap());
     assert!(distance(&expected, &weights(&world.path("other"), STEPS)) > 0.1);
 }
@@ -233,7 +233,7 @@ fn what_cannot_be_trained_is_refused_before_the_first_step() {
     }
 }
 
-/// The fixture pipeline in a folder of its own, each part a copy.
+/// Copies the fixture pipeline, component by component, into its own folder.
 fn base_copy(folder: &Path) {
     for part in fs::read_dir(hyperlora_testing::fixture("encoders")).unwrap() {
         let part = part.unwrap().path();
@@ -332,7 +332,7 @@ fn a_run_folder_tells_its_story() {
     let grid = image::open(run.join("samples/step-00000002.png")).unwrap();
     assert_eq!((grid.width(), grid.height()), (3 * 32, 2 * 32));
 
-    // The resolved configuration holds anywhere: it is what evaluations read.
+    // The resolved configuration works from any folder; evaluations read it.
     let resolved = Experiment::of_run(&run).unwrap();
     assert_eq!(resolved.train.stages[1].config().groups.len(), 8);
     let first = identity_gap::run(&run, &Device::flex()).unwrap();
@@ -374,7 +374,7 @@ fn a_training_that_diverges_stops_and_keeps_its_last_checkpoint() {
         assert!(error.exit_code() == 1 && error.to_string().contains("diverged"), "{error}");
         skipped(&world.path("run")).iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>()
     };
-    // Step 3 ruins the weights, step 4 finds them bad and goes back to step 2's; then the same again.
+    // Step 3 ruins the weights, step 4 detects that and rolls back to those of step 2; then the same happens again.
     assert_eq!(diverges(), [4, 6]);
     assert!(skipped(&world.path("run")).iter().all(|line| line["photos"].as_array().unwrap().len() == 4));
     let latest = CheckpointStore::at(&world.path("run").join(CHECKPOINTS)).latest().unwrap().unwrap();
@@ -382,14 +382,14 @@ fn a_training_that_diverges_stops_and_keeps_its_last_checkpoint() {
     let two = weights(&world.path("run"), 2);
     assert_eq!(two, weights(&world.path("run"), 4), "step 4 has the weights that it went back to");
     latest.verify().unwrap();
-    // No step of the stage is in those weights: there are no moments to take up, and the run goes on all the same.
+    // No step of the stage is in those weights, so there are no moments to restore, and the run still resumes.
     assert_eq!(diverges(), [4, 6, 6]);
 }
 
 #[test]
 fn where_a_run_is_interrupted_does_not_move_what_it_goes_back_to() {
     let world = World::small();
-    // Step 3 ruins the weights, steps 4 to 6 are skipped, and the third of them sends the weights back to step 2's.
+    // Step 3 ruins the weights, steps 4 to 6 are skipped, and the third skip rolls the weights back to those of step 2.
     let changes = [RUINOUS, ("{every: 2, keep: 9}", "{every: 2, keep: 1}")];
     let experiment = world.experiment(&changes).unwrap();
     finished(world.train(&experiment, "whole", None).unwrap());
@@ -406,7 +406,7 @@ fn where_a_run_is_interrupted_does_not_move_what_it_goes_back_to() {
 #[test]
 fn a_stage_that_ends_among_bad_steps_goes_back_to_good_weights() {
     let world = World::small();
-    // Step 3 ruins the weights; steps 4 to 6 are skipped, too few to go back for, and 6 ends the stage.
+    // Step 3 ruins the weights; steps 4 to 6 are skipped, too few for a rollback, and step 6 ends the stage.
     let patient = ("recompute: false", "recompute: false\n  spikes: {most: 4}");
     let experiment = world.experiment(&[RUINOUS, patient]).unwrap();
     finished(world.train(&experiment, "run", None).unwrap());
@@ -416,7 +416,7 @@ fn a_stage_that_ends_among_bad_steps_goes_back_to_good_weights() {
     finished(world.train(&experiment, "interrupted", None).unwrap());
     assert!(tensors(&world.path("interrupted"), STEPS) == tensors(&world.path("run"), STEPS));
 
-    // In the first stage there is nothing to go back to.
+    // The first stage has nothing to roll back to.
     let ruinous = ("base: {steps: 2, optim: {learning_rate: 0.01}", "base: {steps: 2, optim: {learning_rate: 1.0e+30}");
     let error = world.train(&world.experiment(&[ruinous, patient]).unwrap(), "first", None).unwrap_err();
     assert!(error.exit_code() == 1 && error.to_string().contains("the last step of stage base was skipped"), "{error}");

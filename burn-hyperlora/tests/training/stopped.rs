@@ -1,4 +1,4 @@
-//! The program itself, asked to stop at moments when it does not look by itself: it answers soon, and loses nothing.
+//! Stop requests while the program is busy: it responds soon and loses nothing.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
@@ -17,7 +17,7 @@ use hyperlora_testing::experiment::STEPS;
 use hyperlora_testing::state::tensors;
 use hyperlora_testing::world::World;
 
-/// Waits until `moment` has come.
+/// Waits until `moment` returns true.
 fn until(child: &mut Child, moment: impl Fn() -> bool) {
     let begun = Instant::now();
     while !moment() {
@@ -26,7 +26,7 @@ fn until(child: &mut Child, moment: impl Fn() -> bool) {
     }
 }
 
-/// The program as a terminal starts it, also where these tests run under nohup.
+/// Builds the program's command with a terminal's signal defaults, even if these tests run under nohup.
 fn program() -> Command {
     let mut program = Command::new("env");
     program.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_hyperlora")]);
@@ -39,7 +39,7 @@ fn command(world: &World, run: &str) -> Command {
     command
 }
 
-/// Trains into `run` until `moment` has come, and asks for a stop: what is saved then.
+/// Trains into `run` until `moment` returns true, then asks for a stop; returns the saved state.
 fn stopped(world: &World, moment: impl Fn(&Path) -> bool) -> SavedState {
     let run = world.path("run");
     let mut child = command(world, "run").stderr(Stdio::null()).spawn().unwrap();
@@ -53,14 +53,14 @@ fn send(signal: &str, child: &Child) {
     assert!(Command::new("kill").args([format!("-{signal}"), child.id().to_string()]).status().unwrap().success());
 }
 
-/// The latest checkpoint of a run, which is whole.
+/// Reads the state of a run's latest checkpoint, after verifying it.
 fn saved(run: &Path) -> SavedState {
     let latest = CheckpointStore::at(&run.join(CHECKPOINTS)).latest().unwrap().unwrap();
     latest.verify().unwrap();
     latest.state().unwrap()
 }
 
-/// The last value of a curve of this life or one before.
+/// Returns the last value of a curve, including those of earlier processes.
 fn curve(run: &Path, name: &str) -> Option<f64> {
     LastScalars::read(&run.join(TENSORBOARD)).unwrap().values.get(name).copied()
 }
@@ -68,20 +68,20 @@ fn curve(run: &Path, name: &str) -> Option<f64> {
 #[test]
 fn a_stop_while_the_fixed_set_is_measured_is_heard_at_once_and_loses_nothing() {
     let world = World::small();
-    // Measured for seconds: whenever it may be, the signal comes before the end.
+    // The measurement takes seconds, so the signal always arrives before its end.
     let long = [("{triples: 6}", "{triples: 200}"), ("log_every: 2", "log_every: 1")];
     world.experiment(&long).unwrap();
     let saved = stopped(&world, |run| run.join(CHECKPOINTS).is_dir());
     assert!(saved.train.global_step == 0 && saved.train.records.is_empty(), "{saved:?}");
     assert_eq!(curve(&world.path("run"), "fixed_set/base"), None);
 
-    // After the last step of a stage: its end comes again, none of its steps.
+    // After the last step of a stage: a resume repeats the end of the stage, but none of its steps.
     let saved = stopped(&world, |run| LastScalars::read(&run.join(TENSORBOARD)).unwrap().step == Some(2));
     let state = &saved.train;
     assert_eq!((state.stage, state.stage_step, state.global_step), (0, 2, 2));
     assert!(state.records[0].fixed_set_loss_before.is_some() && state.records[0].fixed_set_loss_after.is_none());
 
-    // Between two stages: what the first one taught is in its place before the next one is measured.
+    // Between two stages: the checkpoint of the first stage is in its place before the next one is measured.
     let ended = |run: &Path| {
         let latest = CheckpointStore::at(&run.join(CHECKPOINTS)).latest().unwrap().unwrap();
         latest.state::<SavedState>().is_ok_and(|saved| saved.train.stage == 1)
@@ -90,7 +90,7 @@ fn a_stop_while_the_fixed_set_is_measured_is_heard_at_once_and_loses_nothing() {
     assert!(saved.train.global_step == 2 && saved.train.records[0].fixed_set_loss_after.is_some(), "{saved:?}");
     assert_eq!(curve(&world.path("run"), "fixed_set/id_clip"), None);
 
-    // What is measured has no say in what is learnt.
+    // Measuring does not affect training.
     world.experiment(&[]).unwrap();
     for run in ["run", "undisturbed"] {
         assert!(command(&world, run).status().unwrap().success());
@@ -106,7 +106,7 @@ fn damage(world: &World) {
     fs::write(shard, bytes).unwrap();
 }
 
-/// Whether somebody waits for the lock on `file`, as the kernel says.
+/// Returns whether the kernel reports a waiter for the lock on `file`.
 fn waited_for(file: &File) -> bool {
     let inode = format!(":{} ", file.metadata().unwrap().ino());
     let locks = fs::read_to_string("/proc/locks").unwrap();
@@ -118,7 +118,7 @@ fn a_data_thread_that_is_stuck_does_not_keep_a_run_from_stopping() {
     let world = World::small();
     let fixed_set = "\n  fixed_set: {triples: 6}";
     let one_worker = ("shards: shards", "shards: shards\n  workers: 1");
-    // Whatever reads first is stuck: the loader, or with a fixed set of the damaged photos what measures it.
+    // The first reader is stuck: the loader, or the measurement if the fixed set has damaged photos.
     for (changes, steps) in [
         ([one_worker, (fixed_set, "")], 1),
         ([one_worker, (fixed_set, "\n  fixed_set: {triples: 40, split: held_out, references: train}")], 2),
@@ -131,14 +131,14 @@ fn a_data_thread_that_is_stuck_does_not_keep_a_run_from_stopping() {
         }
         let intact = fs::read(world.path("shards/shard-00000.parquet")).unwrap();
         damage(&world);
-        // A row group that is left out is written down under a lock: a thread that waits for it is as stuck as one in a read.
+        // A damaged row group is recorded under a lock, so a thread that waits for the lock is as stuck as a read.
         let path = world.path(&run).join(QUARANTINE_FILE);
         let lock = OpenOptions::new().append(true).create(true).open(path).unwrap();
         lock.lock().unwrap();
         for signal in ["TERM", "HUP"] {
             let mut child = command(&world, &run).stderr(Stdio::null()).spawn().unwrap();
             until(&mut child, || waited_for(&lock));
-            // What is ready is trained on before all wait.
+            // Ready batches are trained on before all threads wait.
             thread::sleep(Duration::from_secs(1));
             send(signal, &child);
             let asked = Instant::now();
@@ -156,7 +156,7 @@ fn a_data_thread_that_is_stuck_does_not_keep_a_run_from_stopping() {
             assert!(saved(&world.path(&run)).train.global_step >= steps);
         }
         drop(lock);
-        // Nothing of what was broken off is learnt twice, or not at all.
+        // No interrupted work is trained twice or skipped.
         for run in [&run, &free] {
             assert!(command(&world, run).status().unwrap().success());
         }
@@ -170,7 +170,7 @@ fn a_terminal_that_closes_saves_the_run_unless_nohup_was_asked_for() {
     let world = World::small();
     world.experiment(&[("{triples: 6}", "{triples: 200}")]).unwrap();
     let begun = |run: &str| world.path(run).join(CHECKPOINTS).is_dir();
-    // What the run still has to say goes nowhere.
+    // Further output of the run goes nowhere.
     let mut talkative = program();
     talkative.args(["train", "-v"]).arg(world.path("train.yaml")).arg("--out").arg(world.path("closed"));
     let mut child = talkative.stderr(Stdio::piped()).spawn().unwrap();

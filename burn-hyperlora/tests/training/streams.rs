@@ -1,4 +1,4 @@
-//! One run's data at changing world sizes: what the ranks get together is what one process gets.
+//! Data of one run at changing world sizes: all ranks together get the same samples as one process.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -25,10 +25,10 @@ use hyperlora_testing::world::World;
 const STREAMS: usize = 12;
 const GLOBAL_BATCH: u64 = 12;
 const MICRO_BATCH: usize = 1;
-/// Training photos of the world: an epoch ends within a step.
+/// Training photos of the world, so that an epoch ends within a step.
 const EPOCH: usize = 20;
 
-/// One rank's samples of `steps` steps from draw `from`, and the draw that comes next.
+/// Returns one rank's samples of `steps` steps from draw `from`, and the next draw.
 fn steps_of(
     world: &World,
     dataset: Dataset,
@@ -69,7 +69,7 @@ fn steps_of(
     Ok(by_step)
 }
 
-/// The samples of `steps` from draw `from`, each step as what all `ranks` got in it.
+/// Returns the samples of `steps` steps from draw `from`; each step holds the samples of all `ranks`.
 fn steps(world: &World, ranks: usize, from: u64, steps: u64) -> Vec<Vec<Sample>> {
     let mut by_step: Vec<Vec<Sample>> = (0..steps).map(|_| Vec::new()).collect();
     for number in 0..ranks {
@@ -88,7 +88,7 @@ fn spelled(steps: &[Vec<Sample>]) -> Vec<String> {
     steps.iter().flatten().map(|sample| format!("{sample:?}")).collect()
 }
 
-/// Damages some row groups of five photos, as a bad disk would: a bit of each.
+/// Damages some row groups of five photos by flipping a bit in each, like a bad disk.
 fn damage(world: &World, groups: &[usize]) {
     let shards = world.path("shards");
     let manifest = Manifest::read(&shards).unwrap();
@@ -107,13 +107,13 @@ fn a_resume_on_other_ranks_in_the_middle_of_an_epoch_shows_every_photo_once() {
     let world = World::small();
     let whole = steps(&world, 1, 0, 10);
     let mut resumed = Vec::new();
-    // 10 steps of 12 draws are 6 epochs of 20: every change falls into one.
+    // 10 steps of 12 draws are 6 epochs of 20, so every change of the world size falls inside an epoch.
     for (ranks, count) in [(4, 4), (2, 3), (3, 3)] {
         let from = resumed.len() as u64 * GLOBAL_BATCH;
         assert!(from == 0 || !from.is_multiple_of(EPOCH as u64));
         resumed.extend(steps(&world, ranks, from, count));
     }
-    // Draw by draw the same samples, down to crops and noise.
+    // Each draw gives the same sample, down to crops and noise.
     assert_eq!(spelled(&whole), spelled(&resumed));
     let keys: Vec<&str> = resumed.iter().flatten().map(|sample| sample.key.as_str()).collect();
     assert_eq!(keys.len(), 6 * EPOCH);
@@ -157,7 +157,7 @@ fn a_row_group_is_read_once_where_memory_allows() {
         }
         dataset.groups_read()
     };
-    // 20 training photos lie in the first five row groups.
+    // The first five row groups hold the 20 training photos.
     assert_eq!(read(64), 5);
     assert!(read(0) > 5, "without memory a row group is read again");
 }
@@ -179,7 +179,7 @@ fn a_damaged_row_group_is_left_out_and_its_places_are_filled_alike_at_any_world_
 
     let folder = ShardFolder::open(&worlds[0].0.path("shards")).unwrap();
     let lost: BTreeSet<String> = folder.keys(5..10).unwrap().into_iter().collect();
-    // All other training photos of the next one's person are lost: there is no reference for it.
+    // All other training photos of the next photo's person are lost, so it has no reference.
     let lonely = folder.keys(10..11).unwrap().remove(0);
     let again = steps(&worlds[0].0, 1, 0, 10);
     assert_eq!(spelled(&again), filled[0], "what is known to be damaged is not read again");
@@ -208,7 +208,7 @@ fn more_damage_than_the_budget_stops_the_run() {
 fn skipped_steps_name_the_photos_that_stood_in_for_damaged_ones() {
     let world = World::small();
     damage(&world, &[1]);
-    // The first step of the second stage ruins the weights: its other three are skipped.
+    // The first step of the second stage ruins the weights; the other three are skipped.
     let outcome = world.train(&world.experiment(&[RUINOUS]).unwrap(), "run", None).unwrap();
     assert!(matches!(outcome, Outcome::Finished { step: 9, .. }), "{outcome:?}");
     let lines = skipped(&world.path("run"));

@@ -1,4 +1,4 @@
-//! `hyperlora sample --checkpoint`: what a hypernetwork has learnt, as a grid of pictures.
+//! `hyperlora sample --checkpoint`: grid of pictures drawn with a hypernetwork's LoRAs.
 
 use std::path::{Path, PathBuf};
 
@@ -19,14 +19,14 @@ use super::{SampleArgs, negative, sampler};
 use crate::cli::formats::finite;
 use crate::cli::options::{Common, HyperLoraArgs};
 
-/// The options of a grid.
+/// Options of a grid.
 #[derive(Debug, Args)]
 pub(super) struct GridArgs {
     /// Draw a grid with the LoRAs of this run folder (its latest checkpoint), checkpoint, or HyperLoRA folder in the
     /// released layout, which needs --base
     #[arg(long, value_name = "DIR", requires = "images", conflicts_with_all = ["loras", "lora_weights"])]
     pub(super) checkpoint: Option<PathBuf>,
-    /// A photo for a row of the grid
+    /// Photo for one row of the grid; may be repeated
     #[arg(long = "image", value_name = "FILE", requires = "checkpoint")]
     images: Vec<PathBuf>,
     #[command(flatten)]
@@ -40,14 +40,14 @@ pub(super) struct GridArgs {
 }
 
 impl GridArgs {
-    /// The files and folders that are read.
+    /// Lists the files and folders that are read.
     pub(super) fn inputs(&self) -> Vec<PathBuf> {
         let checkpoint = self.checkpoint.as_deref().map(Source::inputs).unwrap_or_default();
         [&self.images[..], &self.models.folders(), &checkpoint].concat()
     }
 }
 
-/// One row per photo, every column from the same noise: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA.
+/// Draws one row per photo, with every column from the same noise: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA.
 pub(super) fn draw(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) -> Result<RgbImage> {
     let options = &args.grid;
     let mut generator = Generator::open(checkpoint, options.models.head_dim, device)?;
@@ -87,20 +87,21 @@ pub(super) fn draw(args: &SampleArgs, checkpoint: &Path, common: &Common, device
     Ok(tile(&rows))
 }
 
-/// The base to draw with, the command's before the run's, and the folder that its paths start at.
+/// Returns the base to draw with, that of the command before that of the run, and the folder that its relative paths
+/// start from.
 fn base_of(args: &SampleArgs, checkpoint: &Path, generator: &Generator) -> Result<(BaseConfig, PathBuf)> {
     match (&args.base, generator.experiment()) {
         (Some(base), _) => Ok((args.base_config(base), PathBuf::new())),
         (None, Some(experiment)) => Ok((experiment.base.clone(), experiment.folder().into())),
         (None, None) => Err(Error::file(
             checkpoint,
-            "is a HyperLoRA folder without a run around it: it does not say which base to draw with",
+            "is a HyperLoRA folder without a run: it does not say which base to draw with",
             "give the base with --base",
         )),
     }
 }
 
-/// The part of the photo that training would look at, at the pictures' size.
+/// Cuts the part of the photo that training would see, at the size of the pictures.
 fn reference(portrait: &Portrait, reader: &PhotoReader, side: u32) -> RgbImage {
     let square = reader.square(portrait);
     imageops::resize(&square.cut(&portrait.photo, square.side), side, side, FilterType::CatmullRom)

@@ -28,7 +28,7 @@ use crate::cli::options::Common;
 /// Name of the tensor in a latents file.
 const LATENTS: &str = "latents";
 
-/// Largest side of a picture in pixels: a mistyped size shall not exhaust the memory.
+/// Maximum side of a picture in pixels, so that a mistyped size does not exhaust the memory.
 const LARGEST: u64 = 4096;
 
 /// Draw pictures, with and without LoRA
@@ -38,23 +38,23 @@ const LARGEST: u64 = 4096;
     after_help = "Examples:\n  One picture, from a prompt:\n    hyperlora sample --base sdxl/ --prompt 'a photo of a person' --lora anna.safetensors --lora-weight 0.8 -o anna.png\n  A grid, one row per photo: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA:\n    hyperlora sample --checkpoint runs/quickstart --image a.png --image b.png -o grid.png\n  The same with released weights:\n    hyperlora sample --checkpoint sdxl_hyper_id_lora_v1_fidelity/ --base sdxl/ --image-encoder clip_vit_large_14/ --faces antelopev2/ --image a.png -o grid.png"
 )]
 pub(super) struct SampleArgs {
-    /// The base model: an SDXL pipeline folder in diffusers layout, or a single-file checkpoint; beside --checkpoint, in
-    /// place of the run's own
+    /// Base model: an SDXL pipeline folder in diffusers layout, or a single-file checkpoint; with --checkpoint,
+    /// replaces the run's own
     #[arg(long, value_name = "DIR|FILE")]
     base: Option<PathBuf>,
-    /// Prefer these files of the pipeline folder, such as fp16
+    /// Variant of the pipeline folder's files to prefer, such as fp16
     #[arg(long, value_name = "NAME", requires = "base")]
     variant: Option<String>,
-    /// A pipeline folder whose configs and tokenizers describe the single file; SDXL-Base-1.0's where left out
+    /// Pipeline folder whose configs and tokenizers describe the single file [default: SDXL-Base-1.0's]
     #[arg(long, value_name = "DIR", requires = "base")]
     base_config: Option<PathBuf>,
-    /// What the UNet is kept and computed in
+    /// Number type in which the UNet is stored and computed
     #[arg(long, value_enum, default_value_t, requires = "base")]
     dtype: UnetDtype,
-    /// What to draw [default in a grid: a photo of a person]
+    /// Prompt to draw [default in a grid: a photo of a person]
     #[arg(long, required_unless_present = "checkpoint")]
     prompt: Option<String>,
-    /// What not to draw; the base's own empty condition where left out
+    /// Negative prompt [default: the base's own empty condition]
     #[arg(long)]
     negative_prompt: Option<String>,
     #[command(flatten)]
@@ -62,42 +62,42 @@ pub(super) struct SampleArgs {
     /// Start from these latents: tensor `latents` [1, 4, h, w] of a safetensors file, standard normal
     #[arg(long, value_name = "FILE", conflicts_with = "checkpoint")]
     latents: Option<PathBuf>,
-    /// Save the final latents in the same form
+    /// Save the final latents in the same format
     #[arg(long, value_name = "FILE", conflicts_with = "checkpoint")]
     save_latents: Option<PathBuf>,
     #[command(flatten)]
     grid: GridArgs,
-    /// Steps from noise to picture
+    /// Sampling steps from noise to picture
     #[arg(long, default_value_t = 30)]
     steps: usize,
-    /// What makes the steps; the base's own sampler where left out
+    /// Sampler [default: the base's own]
     #[arg(long, value_enum)]
     sampler: Option<SamplerKind>,
-    /// Classifier-free guidance
+    /// Scale of the classifier-free guidance
     #[arg(long, default_value_t = 5.0, value_parser = finite::<f64>)]
     guidance: f64,
-    /// Side of the pictures in pixels; the base's own size where left out
+    /// Side of the pictures in pixels [default: the base's own size]
     #[arg(long, value_name = "PIXELS", value_parser = pixels())]
     size: Option<usize>,
-    /// Height of the pictures in pixels, in place of --size
+    /// Height of the pictures in pixels, instead of --size
     #[arg(long, value_name = "PIXELS", conflicts_with = "checkpoint", value_parser = pixels())]
     height: Option<usize>,
-    /// Width of the pictures in pixels, in place of --size
+    /// Width of the pictures in pixels, instead of --size
     #[arg(long, value_name = "PIXELS", conflicts_with = "checkpoint", value_parser = pixels())]
     width: Option<usize>,
-    /// Tell the UNet of a photo of this size; the picture's own where left out
+    /// Original photo size that the UNet is conditioned on [default: the picture's own]
     #[arg(long, value_name = "HEIGHTxWIDTH", value_parser = size_pair)]
     original_size: Option<[u32; 2]>,
-    /// Tell the UNet of a photo cut at this corner
+    /// Crop corner that the UNet is conditioned on
     #[arg(long, value_name = "TOP,LEFT", default_value = "0,0", value_parser = corner)]
     crop: [u32; 2],
-    /// Tell the UNet of a cut of this size; the picture's own where left out
+    /// Crop size that the UNet is conditioned on [default: the picture's own]
     #[arg(long, value_name = "HEIGHTxWIDTH", value_parser = size_pair)]
     target_size: Option<[u32; 2]>,
     /// Seed of the initial noise
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The picture: .png, .jpg or .webp (without loss)
+    /// Picture file: .png, .jpg or .webp (lossless)
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }
@@ -119,7 +119,7 @@ pub(super) fn run(args: &SampleArgs, common: &Common, device: &Device) -> Result
 }
 
 impl SampleArgs {
-    /// The files and folders that are read.
+    /// Lists the files and folders that are read.
     fn inputs(&self) -> Vec<PathBuf> {
         let named = [&self.base, &self.base_config, &self.latents].into_iter().flatten().cloned();
         named.chain(self.loras.paths().iter().cloned()).chain(self.grid.inputs()).collect()
@@ -198,7 +198,7 @@ fn from_prompt(
     drawing.images.into_iter().next().ok_or_else(|| Error::Fault("no picture was drawn".into()))
 }
 
-/// What guidance leads away from: the encoded `--negative-prompt`, or what the base was trained with.
+/// Encodes the negative prompt: `--negative-prompt`, or what the base was trained with.
 fn negative(args: &SampleArgs, base: &Base, prompt: &PromptStates) -> Result<PromptStates> {
     match &args.negative_prompt {
         Some(text) => base.text.encode_and_warn("--negative-prompt", text),

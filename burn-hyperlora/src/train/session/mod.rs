@@ -1,8 +1,8 @@
-//! A run in progress, one optimiser step at a time.
+//! Run in progress, one optimiser step at a time.
 //!
-//! [`Session::next_window`] opens a step and keeps the run going: it begins and ends stages, listens for signals and hears of
-//! checkpoints. [`Session::gradients`] computes, [`Session::apply`] moves the weights, counts the step, and writes what is
-//! due: curves, pictures, checkpoints.
+//! [`Session::next_window`] opens a step; it also begins and ends stages, handles signals and advances checkpoints.
+//! [`Session::gradients`] computes the gradients. [`Session::apply`] updates the weights, counts the step, and writes
+//! the curves, pictures and checkpoints that are due.
 
 mod reporting;
 mod saving;
@@ -36,19 +36,19 @@ use crate::train::start::{
 use crate::train::step::{self, Learner, StepConfig, StepGradients, StepReport};
 use crate::train::{Outcome, TrainOptions, TrainSetup};
 
-/// A run in progress.
+/// Run in progress.
 pub struct Session {
     setup: Rc<TrainSetup>,
     options: TrainOptions,
     base: Base,
     dataset: Arc<Dataset>,
-    /// The settings that a resume must match.
+    /// Settings that a resume must match.
     settings: Value,
     state: TrainState,
     learner: Learner,
     checkpoints: CheckpointStore,
     writer: CheckpointWriter,
-    /// On rank 0 alone.
+    /// On the main rank only.
     metrics: Option<MetricsWriter>,
     rank: Rank,
     stage: Option<OpenStage>,
@@ -57,34 +57,34 @@ pub struct Session {
     _claim: Option<Claim>,
 }
 
-/// An optimiser step that is about to be taken.
+/// Optimiser step that is about to be taken.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Window {
-    /// The stage that it belongs to.
+    /// Stage of the step.
     pub stage: Stage,
-    /// Steps done in the stage before it.
+    /// Steps done in the stage before this one.
     pub stage_step: u64,
-    /// Steps done in all before it.
+    /// Steps done in total before this one.
     pub global_step: u64,
-    /// The learning rate of the stage's schedule at this step.
+    /// Learning rate of the stage's schedule at this step.
     pub learning_rate: f64,
     loss_limit: f64,
 }
 
-/// Gradients of a window, averaged over its batches and over the ranks; or the news that a signal arrived before its data.
+/// Gradients of a window, averaged over its batches and over the ranks; or the signal that arrived before its data.
 pub struct Gradients {
     found: ControlFlow<&'static str, StepGradients>,
     begun: Instant,
 }
 
 impl Gradients {
-    /// Mean over the samples of the window and over the ranks of the squared error of the UNet's prediction, whatever the
-    /// objective. NaN where a signal arrived before the data.
+    /// Returns the squared error of the UNet's prediction, averaged over the samples of the window and over the ranks,
+    /// whatever the objective. NaN if a signal arrived before the data.
     pub fn mean_loss(&self) -> f64 {
         self.report().map_or(f64::NAN, StepReport::mean_loss)
     }
 
-    /// Global L2 norm before clipping. NaN where a signal arrived before the data.
+    /// Returns the global L2 norm before clipping. NaN if a signal arrived before the data.
     pub fn norm(&self) -> f64 {
         self.report().map_or(f64::NAN, |report| report.gradient_norm)
     }
@@ -98,15 +98,15 @@ impl Gradients {
 }
 
 impl Session {
-    /// Claims the run folder, loads models and data, and takes up the latest checkpoint if there is one.
+    /// Claims the run folder, loads models and data, and resumes from the latest checkpoint if there is one.
     ///
     /// # Errors
-    /// See [`crate::train::run`].
+    /// Same as [`crate::train::run`].
     pub fn begin(setup: TrainSetup, options: TrainOptions) -> Result<Self> {
         let ranks = setup.ranks.clone();
-        // A quarter: the ranks must not give each other up while one looks for the folder.
+        // A quarter of the timeout, so that the ranks do not give each other up while one looks for the folder.
         let claim = claim_together(&ranks, &setup.run, setup.train.collective_timeout() / 4)?;
-        // Compared in this order, and before anything can fail for it, what differs is named.
+        // Settings are compared in this order and before anything can fail, so that the first difference is named.
         let common = common_settings(setup.seed, &setup.data, &setup.hyper_lora, &setup.train)?;
         check_same_settings(&setup, &options, &common)?;
         let rank = Rank::new(ranks.rank(), ranks.world_size())?;
@@ -157,11 +157,11 @@ impl Session {
         Ok(session)
     }
 
-    /// Opens the next optimiser step, in the next stage where one ended; `None` once the run has come to an end, which
-    /// [`outcome`](Self::outcome) tells. Everything is saved then.
+    /// Opens the next optimiser step, in the next stage if one ended. Returns `None` once the run has ended and
+    /// everything is saved; see [`outcome`](Self::outcome).
     ///
     /// # Errors
-    /// See [`crate::train::run`].
+    /// Same as [`crate::train::run`].
     pub fn next_window(&mut self) -> Result<Option<Window>> {
         while self.outcome.is_none() {
             let Some(entry) = self.setup.train.stages.get(self.state.stage).cloned() else {
@@ -197,11 +197,11 @@ impl Session {
         Ok(None)
     }
 
-    /// Computes the gradients of a window: of `global_batch` samples, over all ranks.
+    /// Computes the gradients of a window over `global_batch` samples of all ranks.
     ///
     /// # Errors
-    /// Input for data that cannot be read, PeerFailed where another rank fails, Peer where one is lost; Fault where the window
-    /// is not the last one that was opened.
+    /// Input: data that cannot be read; PeerFailed: another rank fails; Peer: another rank is lost; Fault: `window` is
+    /// not the last one that was opened.
     pub fn gradients(&mut self, window: &Window, objective: &dyn Objective) -> Result<Gradients> {
         let begun = Instant::now();
         let Some(stage) = self.stage.as_mut().filter(|_| window.global_step == self.state.global_step) else {
@@ -229,11 +229,11 @@ impl Session {
         Ok(Gradients { found, begun })
     }
 
-    /// Clips the gradients, moves the weights by them, and counts the step; then writes what is due. A step that would do
-    /// harm (see `train.spikes`) is counted and noted, but moves nothing.
+    /// Clips the gradients, updates the weights, counts the step, and writes what is due. A step that would do harm
+    /// (see `train.spikes`) is counted and recorded, but does not change the weights.
     ///
     /// # Errors
-    /// Peer where another rank is lost; Disk for a failing disk; Fault for a training that diverged.
+    /// Peer: another rank is lost; Disk: a failing disk; Fault: a training that diverged.
     pub fn apply(&mut self, gradients: Gradients, learning_rate: f64) -> Result<()> {
         let found = match gradients.found {
             ControlFlow::Continue(found) => found,
@@ -251,36 +251,36 @@ impl Session {
         self.write_what_is_due(entry)
     }
 
-    /// How the run ended.
+    /// Returns how the run ended.
     ///
     /// # Errors
-    /// Fault as long as [`next_window`](Self::next_window) has not returned `None`.
+    /// Fault: [`next_window`](Self::next_window) has not returned `None` yet.
     pub fn outcome(&self) -> Result<Outcome> {
         self.outcome.clone().ok_or_else(|| Error::Fault("the run has not come to its end".into()))
     }
 
-    /// The hypernetwork as it stands, on the autodiff device.
+    /// Returns the hypernetwork in its current state, on the autodiff device.
     pub fn hyper_lora(&self) -> &HyperLora {
         &self.learner.hyper_lora
     }
 
-    /// The frozen models.
+    /// Returns the frozen models.
     pub fn base(&self) -> &Base {
         &self.base
     }
 
-    /// Where the run stands.
+    /// Returns the position of the run.
     pub fn state(&self) -> &TrainState {
         &self.state
     }
 
-    /// Writes figures of the current step as curves, on rank 0.
+    /// Writes values of the current step as curves, on the main rank.
     pub fn log(&mut self, values: &[(String, f64)]) {
         self.record(|metrics, step| metrics.scalars(step, values));
     }
 
-    /// After a failure: the checkpoint that was being written is still worth having. Several ranks cannot end it, as none
-    /// knows where the others stand.
+    /// Finishes the pending checkpoint after a failure, because it is still useful. Several ranks cannot do so, because
+    /// none knows the state of the others.
     pub fn fail(&mut self) {
         if self.setup.ranks.world_size() == 1
             && let Err(error) = self.writer.finish(&*self.setup.ranks)

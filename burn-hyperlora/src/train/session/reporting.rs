@@ -1,4 +1,4 @@
-//! Curves, pictures and notes of a run.
+//! Curves, pictures and skip records of a run.
 
 use std::ops::ControlFlow;
 use std::rc::Rc;
@@ -18,7 +18,7 @@ use crate::train::session::saving::diverged;
 use crate::train::step::StepReport;
 
 impl Session {
-    /// Adds a counted step to the curves, or notes that it was skipped.
+    /// Adds a counted step to the curves, or records that it was skipped.
     pub(super) fn take_note(
         &mut self,
         entry: &StageEntry,
@@ -57,8 +57,8 @@ impl Session {
         {
             self.draw_pictures(entry, samples, &set)?;
         }
-        // The end of a stage has a checkpoint of its own, with the state already at the next stage.
-        // Among bad steps the weights may be bad themselves: no checkpoint to go back to.
+        // The end of a stage has its own checkpoint, whose state is already at the next stage. During a row of bad
+        // steps no checkpoint is written for a rollback, because the weights may be bad themselves.
         let good = self.state.spikes.in_a_row == 0;
         if !last && good && done.is_multiple_of(train.checkpoints.every) {
             self.state.last_due = Some(self.state.global_step);
@@ -84,8 +84,8 @@ impl Session {
         Ok(())
     }
 
-    /// Notes a step that was not taken, with the photos of its batch; takes the last checkpoint's weights, or stops, where
-    /// there were too many.
+    /// Records a skipped step with the photos of its batch. After too many in a row, rolls back to the last checkpoint
+    /// that was due, or stops the run.
     fn skip(&mut self, entry: &StageEntry, reason: &str, photos: &[(u64, String)]) -> Result<()> {
         let setup = Rc::clone(&self.setup);
         let step = self.state.global_step;
@@ -98,33 +98,37 @@ impl Session {
         }
     }
 
-    /// Writes to the curves where this rank has them. A failing disk ends the curves, never the run.
+    /// Writes to the curves if this rank has them. A failing disk ends the curves, never the run.
     pub(super) fn record(&mut self, write: impl FnOnce(&mut MetricsWriter, u64)) {
         let Some(metrics) = &mut self.metrics else { return };
         write(metrics, self.state.global_step);
         if let Some(error) = metrics.take_error() {
-            tracing::warn!("no more curves, the run goes on: {error}");
+            tracing::warn!("no more curves are written, the run continues: {error}");
         }
     }
 
-    /// Row groups that the ranks have left out so far: of what the others met, only their common file tells.
+    /// Counts the row groups that all ranks have left out so far. Those found by other ranks are listed only in the
+    /// shared quarantine file.
     fn left_out(&self) -> usize {
         let of_all = quarantine::count(&self.setup.run, self.settings["data"]["shards"].as_str());
         of_all.unwrap_or_else(|_| self.dataset.quarantined())
     }
 
-    /// Rank 0 draws, the others wait; nobody draws who was asked to stop.
+    /// Draws the pictures on the main rank while the others wait. Draws nothing if the run was asked to stop.
     fn draw_pictures(&mut self, entry: &StageEntry, config: &SamplesConfig, set: &FixedSet) -> Result<()> {
         let setup = Rc::clone(&self.setup);
         if setup.ranks.asked_to_stop(self.options.stop.raised_by())?.is_some() {
-            tracing::warn!("the pictures of step {} are not drawn: the run is to stop", self.state.global_step);
+            tracing::warn!("the pictures of step {} are not drawn: the run is stopping", self.state.global_step);
             return Ok(());
         }
         setup.ranks.on_main("rank 0 to draw the pictures", || {
             let people = match set.first_people(config.count, &|| self.options.stop.raised_by())? {
                 ControlFlow::Continue(people) => people,
                 ControlFlow::Break(_) => {
-                    tracing::warn!("the pictures of step {} are not drawn: the run is to stop", self.state.global_step);
+                    tracing::warn!(
+                        "the pictures of step {} are not drawn: the run is stopping",
+                        self.state.global_step
+                    );
                     return Ok(());
                 }
             };

@@ -1,4 +1,4 @@
-//! What a run saves, and goes back to.
+//! Saving a run, and rolling it back.
 
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -17,7 +17,7 @@ use crate::train::start::begin_or_resume;
 use crate::train::step::Learner;
 
 impl Session {
-    /// Begins to save everything. The training waits for the copy to host memory, and for the checkpoint before this one.
+    /// Begins to save the whole run. Training waits for the copy to host memory and for the previous checkpoint.
     pub(super) fn save(&mut self) -> Result<()> {
         let saved = SavedState {
             train: self.state.clone(),
@@ -36,14 +36,14 @@ impl Session {
         Ok(())
     }
 
-    /// The stage that the last step belonged to; `None` before the first.
+    /// Returns the stage of the last step; `None` before the first.
     fn taught(&self) -> Option<Stage> {
         let stage = self.state.stage;
         let index = if self.state.stage_step > 0 { Some(stage) } else { stage.checked_sub(1) };
         index.and_then(|index| self.setup.train.stages.get(index)).map(StageEntry::kind)
     }
 
-    /// What follows a checkpoint: older ones give way, and the summary tells what the run has reached.
+    /// Returns the work that follows a checkpoint: pruning older ones and updating the summary.
     pub(super) fn tidying(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
         let (run, store, policy) = (self.setup.run.to_owned(), self.checkpoints.clone(), self.setup.train.checkpoints);
         let (records, last_due) = (self.state.records.clone(), self.state.last_due);
@@ -53,21 +53,22 @@ impl Session {
         }
     }
 
-    /// Waits until all that was begun is saved; the latest checkpoint.
+    /// Waits until the pending checkpoint is saved, and returns the latest one.
     pub(super) fn finish_checkpoint(&mut self) -> Result<PathBuf> {
         self.writer.finish(&*self.setup.ranks)?;
         Ok(self.checkpoints.latest()?.map(|last| last.path().to_owned()).unwrap_or_default())
     }
 
-    /// Takes the weights and moments of the last checkpoint that was due, or stops where there is none; step and data go on.
+    /// Rolls back to the weights and moments of the last checkpoint that was due, or fails if there is none. Step and
+    /// data position advance.
     pub(super) fn go_back(&mut self, reason: &str) -> Result<()> {
         let Some(step) = self.state.last_due else { return Err(diverged(reason)) };
         self.finish_checkpoint()?;
         let setup = Rc::clone(&self.setup);
         let checkpoint = self.checkpoints.of_step(step);
-        tracing::warn!("{reason}: back to the weights of {}", checkpoint.path().display());
+        tracing::warn!("{reason}: rolled back to the weights of {}", checkpoint.path().display());
         setup.ranks.on_main("rank 0 to verify a checkpoint", || {
-            checkpoint.verify().map_err(|error| error.with_remedy("restore it, or begin anew with --restart"))
+            checkpoint.verify().map_err(|error| error.with_remedy("restore it, or start a new run with --restart"))
         })?;
         (self.learner, _) = setup.ranks.try_on_all("all ranks to go back to a checkpoint", || {
             begin_or_resume(&setup, &self.base, Some(&checkpoint), &self.settings)
@@ -76,9 +77,9 @@ impl Session {
     }
 }
 
-/// The end of a run whose weights cannot be trusted.
+/// Returns the error of a run whose weights cannot be trusted.
 pub(super) fn diverged(reason: &str) -> Error {
     Error::Fault(format!(
-        "the training diverged: {reason}; the photos of the skipped steps are in {SKIPPED}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then begin anew with --restart"
+        "the training diverged: {reason}; the photos of the skipped steps are in {SKIPPED}\n  remedy: lower optim.learning_rate of the stage or lengthen its warm-up, then start a new run with --restart"
     ))
 }

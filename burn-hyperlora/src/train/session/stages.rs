@@ -1,4 +1,4 @@
-//! Stages of a run: how one begins, what it holds while it is open, and how it ends.
+//! Stages of a run: opening, open state and closing.
 
 use std::ops::ControlFlow;
 use std::rc::Rc;
@@ -21,28 +21,28 @@ use crate::train::fixed_set::FixedSet;
 use crate::train::session::Session;
 use crate::train::start::begin_learning;
 
-/// A stage whose steps are being taken.
+/// Stage in progress.
 pub(super) struct OpenStage {
     pub(super) loader: Loader,
     pub(super) fixed_set: Option<Rc<FixedSet>>,
     pub(super) curves: Curves,
     pub(super) progress: Progress,
-    /// The time that is spent waiting for data.
+    /// Time spent waiting for data.
     pub(super) waits: WaitClock,
-    /// The ranks, whose collectives are timed by `timed`.
+    /// Ranks whose collectives are timed by `timed`.
     pub(super) ranks: Ranks,
     pub(super) timed: Rc<Timed>,
-    /// Passes that run side by side.
+    /// Number of passes that run in parallel.
     pub(super) lanes: usize,
-    /// Captions that were cut before the stage.
+    /// Captions truncated before the stage.
     pub(super) cut_before: u64,
     /// Images of this rank since the stage was opened.
     pub(super) images: usize,
 }
 
-/// The reason why a stage is closed.
+/// Reason for closing a stage.
 pub(super) enum StageEnd {
-    /// All its steps are done.
+    /// All steps are done.
     Done,
     /// `max_steps` is reached.
     Paused,
@@ -51,13 +51,13 @@ pub(super) enum StageEnd {
 }
 
 impl Session {
-    /// Opens a stage, or what is left of it. `false` where a signal arrived meanwhile: the run has its outcome then.
+    /// Opens a stage, or the rest of it. Returns `false` if a signal arrived meanwhile and set the outcome of the run.
     pub(super) fn open_stage(&mut self, entry: &StageEntry) -> Result<bool> {
         let step = self.state.global_step;
         let maker = self.maker(entry.kind())?;
         let fixed_set = self.fixed_set(maker.clone(), entry)?;
         if let Some(signal) = self.begin_stage(entry, fixed_set.as_ref())? {
-            // Later than at the first step, this is the moment of the checkpoint at the end of the stage before.
+            // After the first stage, the checkpoint at the end of the previous one already holds this state.
             if step == 0 {
                 self.save()?;
             }
@@ -94,7 +94,7 @@ impl Session {
         Ok(true)
     }
 
-    /// Closes the open stage and saves. The run has its outcome then, or goes on with the next stage.
+    /// Closes the open stage and saves. Then either the outcome of the run is set or the next stage follows.
     pub(super) fn close_stage(&mut self, end: StageEnd) -> Result<()> {
         let (setup, mut end) = (Rc::clone(&self.setup), end);
         let open = self.stage.take();
@@ -103,17 +103,16 @@ impl Session {
             let (cut, images) = (self.base.cut_captions() - stage.cut_before, stage.images);
             if cut > 0 {
                 let name = entry.name();
-                tracing::warn!(
-                    "stage {name}: the ends of {cut} of {images} captions were left out, beyond {TEXT_TOKENS} tokens"
-                );
+                tracing::warn!("stage {name}: {cut} of {images} captions were truncated to {TEXT_TOKENS} tokens");
             }
             let fixed_set = stage.fixed_set.clone();
-            // Its threads end before the fixed set is measured.
+            // The loader's threads end before the fixed set is measured.
             drop(stage.loader);
             end = self.end_stage(entry, fixed_set.as_deref())?;
         }
         self.save()?;
-        // Between stages, too: measuring for the next one may take longer than who asks for a stop waits for it.
+        // Stop requests are also checked between stages, because measuring the fixed set for the next stage may take
+        // longer than the sender of the signal waits.
         let checkpoint = self.finish_checkpoint()?;
         if self.state.stage < setup.train.stages.len()
             && let StageEnd::Done = end
@@ -133,15 +132,15 @@ impl Session {
     /// Ends the run after its last stage.
     pub(super) fn finish(&mut self) -> Result<()> {
         let checkpoint = self.finish_checkpoint()?;
-        // A run that was killed right after its last checkpoint was not tidied.
+        // A run that was killed right after its last checkpoint has not been tidied yet.
         let tidy = self.tidying();
         self.setup.ranks.on_main("rank 0 to tidy the run folder", tidy)?;
         self.outcome = Some(Outcome::Finished { step: self.state.global_step, checkpoint });
         Ok(())
     }
 
-    /// Opens the stage's record and optimiser; a resume within the stage finds both already there. Gives the signal that broke
-    /// it off.
+    /// Creates the stage's record and optimiser; a resume within the stage finds both. Returns the signal that
+    /// interrupted it.
     fn begin_stage(&mut self, entry: &StageEntry, fixed_set: Option<&FixedSet>) -> Result<Option<&'static str>> {
         if self.state.records.len() == self.state.stage {
             let before = match self.measure(entry, fixed_set)? {
@@ -157,7 +156,7 @@ impl Session {
         Ok(None)
     }
 
-    /// Measures the fixed set again and goes over to the next stage. Where that is broken off, a resume begins with it.
+    /// Measures the fixed set again and moves on to the next stage. If interrupted, a resume repeats the measurement.
     fn end_stage(&mut self, entry: &StageEntry, fixed_set: Option<&FixedSet>) -> Result<StageEnd> {
         if self.state.spikes.end() {
             self.go_back(&format!("the last step of stage {} was skipped", entry.name()))?;
@@ -173,14 +172,14 @@ impl Session {
         Ok(StageEnd::Done)
     }
 
-    /// The loss on the fixed set, where there is one; the signal that broke it off.
+    /// Computes the loss on the fixed set, if there is one; or returns the signal that interrupted it.
     fn measure(
         &mut self,
         entry: &StageEntry,
         set: Option<&FixedSet>,
     ) -> Result<ControlFlow<&'static str, Option<f64>>> {
         let Some(set) = set else { return Ok(ControlFlow::Continue(None)) };
-        // One that is on its way comes into its place before, not after.
+        // A pending checkpoint is put in its place before the measurement, not after it.
         self.finish_checkpoint()?;
         let (setup, stop) = (&self.setup, &self.options.stop);
         let measured = set.loss(&self.base, &self.learner.hyper_lora, &setup.train.trigger, &setup.ranks, stop)?;
@@ -224,7 +223,8 @@ impl Session {
     }
 }
 
-/// Passes side by side: a CPU's operations are too small to keep all its cores busy, a GPU takes one pass after the other.
+/// Returns the number of parallel passes. A CPU's operations are too small to keep all cores busy; a GPU takes one pass
+/// after the other.
 fn lanes(device: &Device) -> usize {
     if *device == Device::flex() { rayon::current_num_threads() } else { 1 }
 }

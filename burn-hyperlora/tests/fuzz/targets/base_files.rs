@@ -1,4 +1,4 @@
-//! The JSON files of a base and its tokenizers.
+//! JSON files of a base and its tokenizers.
 
 use std::fs;
 
@@ -50,7 +50,7 @@ const WORDS: [&str; 30] = [
     "\"image_std\"",
 ];
 
-/// Reads one of a base's files from a folder of its own, in which it is the only one that changes.
+/// Reads one of a base's files from its own folder, where only this file changes.
 fn fuzz_json(
     target: &str,
     cases: u64,
@@ -125,7 +125,7 @@ fn preprocessors() {
         case.choose(1);
         fs::write(folder.path().join(name), case.text(&seed, &WORDS)).unwrap();
         let processor = ImageProcessor::load(folder.path())?;
-        // A large side is allowed, and slow.
+        // A large side is allowed, but slow.
         if processor.side() <= 64 {
             processor.process(std::slice::from_ref(&photo), &device());
         }
@@ -147,7 +147,7 @@ fn model_index() {
     });
 }
 
-/// A small vocabulary in both of transformers' layouts.
+/// Returns a small vocabulary in both of transformers' layouts.
 fn vocabulary() -> (Value, String) {
     let letters =
         ["a", "b", "c", "!", "a</w>", "b</w>", "c</w>", "!</w>", "ab", "abc</w>", "<|startoftext|>", "<|endoftext|>"];
@@ -184,7 +184,7 @@ fn tokenizers() {
         json!({"pad_token": {"content": "!", "lstrip": false}}).to_string(),
         json!({"model": {"vocab": vocabulary, "merges": merged}}).to_string(),
     ];
-    // A folder for each file that changes; the last one has the other layout.
+    // One folder for each file that changes; the last one has the other layout.
     let folders = FILES.map(|_| scratch());
     for (place, folder) in folders.iter().enumerate() {
         let files = if place == 4 { [2, 4, 4, 4] } else { [0, 1, 2, 3] };

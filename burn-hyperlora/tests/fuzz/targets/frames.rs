@@ -1,4 +1,4 @@
-//! Bytes on the connection between two ranks, whoever sends them.
+//! Untrusted bytes on the connection between two ranks.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -19,7 +19,7 @@ fn frames() {
     let seeds = [frame(0, b"{\"note\": [1, 2]}"), frame(1, b"rank 1 of node-1 failed"), frame(2, b"")];
     fuzz("frames", 2000, 1 << 20, "", |case| {
         let sent = case.one_binary(&seeds);
-        // As a connection of TCP, but for the ports: a million of those would use all up.
+        // Stands in for a TCP connection, because a million of those would use up all ports.
         let (mut peer, own) = UnixStream::pair().unwrap();
         peer.write_all(&sent).unwrap();
         drop(peer);

@@ -1,4 +1,4 @@
-//! What launchers say in the environment.
+//! Environment variables of launchers.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use hyperlora_ranks::{Placement, earlier_life};
 
 use hyperlora_testing::fuzz::fuzz;
 
-/// A line for each variable.
+/// One line per variable.
 const SEEDS: [&str; 4] = [
     "RANK=5\nWORLD_SIZE=8\nLOCAL_RANK=1\nLOCAL_WORLD_SIZE=4\nMASTER_ADDR=node-0\nMASTER_PORT=29500\nHYPERLORA_TOKEN=x\n",
     "OMPI_COMM_WORLD_RANK=1\nOMPI_COMM_WORLD_SIZE=2\nOMPI_COMM_WORLD_LOCAL_RANK=1\nOMPI_COMM_WORLD_LOCAL_SIZE=2\n",

@@ -1,4 +1,4 @@
-//! A target for every reader of a foreign file: `ci/fuzz.sh` runs each of them for long.
+//! Fuzz targets, one for every reader of a foreign file; `ci/fuzz.sh` runs each of them for long.
 
 mod base_files;
 mod frames;

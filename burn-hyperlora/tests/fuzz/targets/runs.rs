@@ -1,4 +1,4 @@
-//! What a run folder holds: the experiment, checkpoints, curves and lists, as `status`, a resume and the tools read them.
+//! Files of a run folder: the experiment, checkpoints, curves and lists, as read by `status`, a resume and the tools.
 
 use hyperlora_testing::repository;
 use std::fs;
@@ -23,7 +23,7 @@ use hyperlora_testing::fuzz::{Answer, Case, fuzz, scratch};
 
 const STEP: &str = "checkpoints/step-00000004";
 
-/// What YAML gives a meaning, and the keys of an experiment.
+/// YAML syntax, and the keys of an experiment.
 const YAML: [&str; 34] = [
     "&a ",
     "*a",
@@ -109,7 +109,7 @@ fn experiment() {
     });
 }
 
-/// A checkpoint with two tensors of moments.
+/// Writes a checkpoint with two tensors of moments.
 fn write_checkpoint(folder: &Path) {
     let place = folder.join(STEP);
     fs::create_dir_all(place.join("weights")).unwrap();
@@ -129,7 +129,7 @@ fn write_checkpoint(folder: &Path) {
     checksum(&place);
 }
 
-/// Writes the checksums of what is there now.
+/// Writes the checksums of the current files.
 fn checksum(place: &Path) {
     let names = ["state.json", "optimizer.safetensors", "weights/hyper_lora_modules.json"];
     let sum = |name: &str| {
@@ -153,7 +153,7 @@ fn checkpoint() {
         case.named = place.display().to_string();
         let bytes = if which == 2 { case.binary(&seeds[which]) } else { case.text(&seeds[which], &JSON) };
         fs::write(place.join(FILES[which]), bytes).unwrap();
-        // Whoever changes a file writes its checksum as well.
+        // An attacker who changes a file updates its checksum as well.
         if which > 0 {
             checksum(&place);
         }
@@ -170,14 +170,14 @@ fn checkpoint() {
     });
 }
 
-/// A record of an event file.
+/// Frames a record of an event file.
 fn framed(payload: &[u8]) -> Vec<u8> {
     let masked = |bytes: &[u8]| crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes();
     let length = (payload.len() as u64).to_le_bytes();
     [&length[..], &masked(&length), payload, &masked(payload)].concat()
 }
 
-/// The payloads of an event file.
+/// Returns the payloads of an event file.
 fn payloads(mut file: &[u8]) -> Vec<Vec<u8>> {
     let mut found = Vec::new();
     while let Some((head, rest)) = file.split_at_checked(12) {

@@ -1,4 +1,4 @@
-//! Rows of a shard whose values a stranger chose, on their way to a training sample.
+//! Shard rows with untrusted values, converted to training samples.
 
 use hyperlora_testing::repository;
 use std::path::Path;
@@ -14,7 +14,7 @@ use hyperlora_core::config;
 use hyperlora_testing::fuzz::{Case, fuzz, scratch};
 use hyperlora_testing::mutate::Random;
 
-/// A coordinate of a photo of 17 x 13; in a `wild` row now and then one that is nowhere.
+/// Returns a coordinate in a photo of 17 x 13; in a `wild` row sometimes an invalid one.
 fn number(random: &mut Random, wild: bool) -> f32 {
     match random.below(if wild { 40 } else { 100_000 }) {
         0 => f32::from_bits(random.next() as u32),
@@ -43,7 +43,7 @@ fn record(case: &mut Case, photo: &[u8]) -> FaceRecord {
         width: size(case, 17),
         height: size(case, 13),
         face_box: match changed.then(|| [place(case), place(case)]) {
-            // Mostly a box: its second corner lies behind the first.
+            // Mostly a valid box: the second corner lies behind the first.
             Some([[x0, y0], [width, height]]) => [x0, y0, x0 + width, y0 + height],
             None => [2.0, 2.0, 9.0, 9.0],
         },

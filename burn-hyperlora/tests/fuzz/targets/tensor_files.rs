@@ -1,4 +1,4 @@
-//! Safetensors files whose headers lie: as they are, as LoRAs, as bases, as hypernetworks and as features.
+//! Safetensors files with false headers: read as plain files, LoRAs, bases, hypernetworks and features.
 
 use std::fs;
 use std::path::Path;
@@ -15,12 +15,12 @@ use crate::safetensors::read_all;
 use crate::support::{base, device, fixture};
 use hyperlora_testing::fuzz::{Case, fuzz, scratch};
 
-/// A file of this header and these tensors.
+/// Builds a file of this header and these tensors.
 pub(crate) fn with_header(header: &[u8], data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header, data].concat()
 }
 
-/// A file's header and tensors.
+/// Header and tensors of a file.
 struct Parts {
     header: Vec<u8>,
     data: Vec<u8>,
@@ -37,13 +37,13 @@ impl Parts {
         Self::of(&fs::read(path).unwrap())
     }
 
-    /// The file with its header changed token by token, with any bytes changed, or cut short.
+    /// Returns the file with its header changed token by token, with any bytes changed, or cut short.
     fn changed(&self, case: &mut Case) -> Vec<u8> {
         if case.random.one_in(5) {
             return case.binary(&with_header(&self.header, &self.data));
         }
         let header = case.text(&self.header, &WORDS);
-        // Without bytes shapes alone speak.
+        // Without tensor bytes, only the shapes matter.
         let data = if !case.unchanged && case.random.one_in(8) { &[][..] } else { &self.data };
         with_header(&header, data)
     }
@@ -173,7 +173,7 @@ fn loras() {
     });
 }
 
-/// A tiny checkpoint in Stability naming with every name that is read in a way of its own, and no values.
+/// Builds a tiny checkpoint in Stability naming, without values, with every name that has its own reading rule.
 fn single_file() -> String {
     let tensor = |shape: &[usize]| json!({"dtype": "F16", "shape": shape, "data_offsets": [0, 0]});
     json!({
@@ -208,7 +208,7 @@ fn single_files() {
     });
 }
 
-/// Width of a head in the fixture.
+/// Width of an attention head in the fixture.
 const HEAD_DIM: usize = 5;
 
 #[test]
@@ -248,7 +248,7 @@ fn hypernetworks() {
         fs::write(folder.join(FILES[which]), bytes).unwrap();
         let sites = read_sites(folder)?;
         let config = HyperLoraConfig::of_folder(folder, HEAD_DIM)?;
-        // Making one takes far longer than reading what it is made from.
+        // Building one takes far longer than reading its inputs.
         if case.unchanged || case.random.one_in(16) {
             HyperLora::load(folder, &config, &sites, &device())?;
         }
