@@ -101,7 +101,7 @@ impl FilterConfig {
         };
         let numbers = face.face_box.iter().chain(face.points.as_flattened());
         if !numbers.copied().all(f32::is_finite) {
-            return Err(Rejection::new(Reason::NoFace, "the detector tells places that are no numbers"));
+            return Err(Rejection::new(Reason::NoFace, "the detector returned coordinates that are not numbers"));
         }
         let [x0, y0, x1, y1] = face.face_box;
         let side = (x1 - x0).min(y1 - y0);

@@ -277,7 +277,11 @@ fn what_is_not_what_was_written_is_asked_for_once_more_and_then_counts_as_damage
     world.plan(&[Mischief::TooMuch, Mischief::TooMuch]);
     assert!(remote.read(&remote.row_groups()[0]).unwrap().unwrap_err().to_string().contains("SHA-256"));
     world.plan(&[Mischief::Endless]);
-    assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: is no manifest: it holds more than"]);
+    assert_refused(
+        &world.open("faces").unwrap_err(),
+        2,
+        &["/faces/manifest.json: is not a manifest: it holds more than"],
+    );
 
     // Damage on the server, not in a cache: only that row group is refused, after two requests.
     fs::remove_dir_all(world.cache()).unwrap();
@@ -317,7 +321,11 @@ fn what_is_no_shard_folder_is_refused_with_its_cause() {
     let error = world.open("nowhere").unwrap_err();
     assert_refused(&error, 2, &[&format!("/nowhere/{MANIFEST_FILE}: does not exist")]);
     world.plan(&[Mischief::Page]);
-    assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: is no manifest", "<!DOCTYPE html>"]);
+    assert_refused(
+        &world.open("faces").unwrap_err(),
+        2,
+        &["/faces/manifest.json: is not a manifest", "<!DOCTYPE html>"],
+    );
     world.plan(&[Mischief::Forbidden]);
     assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: may not be read", "AccessDenied"]);
     // A page in place of a part, as from a server without range requests.
@@ -336,7 +344,7 @@ fn what_is_no_shard_folder_is_refused_with_its_cause() {
     for (url, shown, problem) in [
         ("ftp://host/faces", "ftp://host/faces", "cannot be opened"),
         ("az://container/faces", "az://container/faces", "cannot be opened"),
-        ("https://", "https://", "is no URL"),
+        ("https://", "https://", "is not a URL"),
         ("https://host/faces?token=1", "https://host/faces?***", "`?`"),
         ("https://me:secret@host/faces", "https://***@host/faces", "has a user"),
     ] {
@@ -397,6 +405,6 @@ fn what_changed_in_the_cache_is_read_anew_and_a_manifest_names_nothing_else() {
     let manifest = fs::read_to_string(world.file(MANIFEST_FILE)).unwrap();
     let checksum = &remote.manifest().shards[0].row_groups[0].sha256;
     fs::write(world.file(MANIFEST_FILE), manifest.replace(checksum, mine.to_str().unwrap())).unwrap();
-    assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: is damaged", "is no SHA-256"]);
+    assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: is damaged", "is not a SHA-256"]);
     assert_eq!(fs::read_to_string(&mine).unwrap(), "mine");
 }

@@ -156,7 +156,7 @@ fn a_manifest_that_does_not_fit_is_refused() {
     let message = change("shard-00000.parquet", "shard-00001.parquet");
     assert!(message.contains("it lists shard-00001.parquet twice"), "{message}");
     let message = change("\"sha256\": \"", "\"sha256\": \"/");
-    assert!(message.contains("is no SHA-256"), "{message}");
+    assert!(message.contains("is not a SHA-256"), "{message}");
     let message = change("{", "[");
     assert!(message.contains("manifest.json: is damaged"), "{message}");
 }
@@ -275,7 +275,7 @@ fn links_that_lead_out_pipes_and_huge_manifests_are_refused() {
         refused("no links that lead out of it");
         fs::remove_file(&file).unwrap();
         assert!(Command::new("mkfifo").arg(&file).status().unwrap().success());
-        refused("no regular file");
+        refused("not a regular file");
         fs::remove_file(&file).unwrap();
         // A link within the folder is as good as the file.
         fs::create_dir(dir.join("pool")).unwrap();
@@ -315,7 +315,7 @@ fn rows_that_are_no_faces_are_told_with_row_and_column() {
         ("face_box", of_second(&[1.0, f32::NAN, 2.0, 3.0], 4), row(1, "`face_box` has a coordinate of NaN")),
         ("face_box", of_second(&[9.0, 1.0, 2.0, 3.0], 4), row(1, "`face_box` is [9.0, 1.0, 2.0, 3.0]: no box")),
         ("face_box", of_second(&[1.0, 2.0, 3.0, 1e9], 4), row(1, "`face_box` has a coordinate of 1000000000")),
-        ("face_box", of_second(&[-30.0, 2.0, -3.0, 9.0], 4), row(1, "`face_box` lies outside of the picture")),
+        ("face_box", of_second(&[-30.0, 2.0, -3.0, 9.0], 4), row(1, "`face_box` is outside the picture")),
         ("points", foreign::fixed_lists(10, vec![f32::INFINITY; 20]), row(0, "`points` has a coordinate of inf")),
         ("points", foreign::lists(&[&[1.0; 10], &[1.0; 9]]), row(1, "`points` has an odd number of coordinates")),
         ("landmarks", foreign::lists(&[&[1.0; 136], &[1.0; 136]]), row(0, "`landmarks` are all on one line")),

@@ -105,9 +105,9 @@ impl Error {
                 Self::file(path, format!("cannot be written: {source}"), "choose a folder that you may write to")
             }
             Kind::StorageFull | Kind::QuotaExceeded | Kind::FileTooLarge => {
-                of_disk(source, "free some space, then run the same command again: what stood there before is intact")
+                of_disk(source, "free some space, then run the same command again: the previous content is intact")
             }
-            _ => of_disk(source, "check the disk, then run the same command again: what stood there before is intact"),
+            _ => of_disk(source, "check the disk, then run the same command again: the previous content is intact"),
         }
     }
 

@@ -138,7 +138,7 @@ fn regular(file: File) -> io::Result<File> {
         return Ok(file);
     }
     let found = if kind.is_dir() { "a folder" } else { "a pipe, a socket or a device" };
-    Err(io::Error::new(ErrorKind::InvalidInput, format!("it is {found}, no regular file")))
+    Err(io::Error::new(ErrorKind::InvalidInput, format!("it is {found}, not a regular file")))
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ pub(super) fn hello(rank: usize, nonce: &Word) -> Vec<u8> {
 
 /// Reads the rank and the nonce from a `hello`.
 pub(super) fn read_hello(hello: &[u8], world_size: usize) -> io::Result<(usize, Word)> {
-    let stranger = || io::Error::new(ErrorKind::InvalidData, "it is no rank of this program");
+    let stranger = || io::Error::new(ErrorKind::InvalidData, "it is not a rank of this program");
     let rest = hello.strip_prefix(GREETING).ok_or_else(stranger)?;
     let (rank, nonce) = rest.split_first_chunk::<8>().ok_or_else(stranger)?;
     let nonce = nonce.try_into().map_err(|_| stranger())?;

@@ -199,7 +199,7 @@ impl Launcher {
         if rank >= world_size || local_rank > rank {
             return Err(Error::input(
                 format!("environment: {}, {}, {}", self.rank, self.world_size, self.local_rank),
-                format!("rank {rank} of {world_size} with local rank {local_rank} cannot be"),
+                format!("rank {rank} of {world_size} with local rank {local_rank} is impossible"),
                 START_AGAIN,
             ));
         }

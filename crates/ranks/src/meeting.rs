@@ -146,7 +146,7 @@ impl Guest {
             let wanted = if self.handshake.is_none() { HELLO } else { WORD };
             let mut rest = [0; HELLO];
             match self.stream.read(&mut rest[..wanted - self.heard.len()]) {
-                Ok(0) => return Err(io::Error::new(ErrorKind::UnexpectedEof, "it is gone before it said who it is")),
+                Ok(0) => return Err(io::Error::new(ErrorKind::UnexpectedEof, "it left before it said who it is")),
                 Ok(read) => self.heard.extend(&rest[..read]),
                 Err(problem) if waits(&problem) || problem.kind() == ErrorKind::Interrupted => return Ok(None),
                 Err(problem) => return Err(problem),
@@ -183,7 +183,7 @@ fn listen(meeting: &Meeting<'_>, until: Instant) -> Result<TcpListener> {
         };
         if problem.kind() != ErrorKind::AddrInUse {
             let place = format!("port {port} of {host}");
-            return Err(Error::input(place, format!("cannot be listened at: {problem}"), ANOTHER));
+            return Err(Error::input(place, format!("listening failed: {problem}"), ANOTHER));
         }
         if Instant::now() > until {
             let line = format!("waiting for port {port} of {host}: another program keeps it\n  remedy: {ANOTHER}");

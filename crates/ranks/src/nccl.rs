@@ -209,7 +209,7 @@ fn find_nccl() -> Result<()> {
     if !found {
         return missing("is not found, and several GPUs need NCCL".into());
     }
-    let version = result::get_nccl_version().map_err(|problem| broken("NCCL tells no version", &problem.0))?;
+    let version = result::get_nccl_version().map_err(|problem| broken("NCCL reports no version", &problem.0))?;
     if version < OLDEST_NCCL {
         return missing(format!("is of version {version}, which cannot average"));
     }
@@ -258,7 +258,7 @@ fn gpu_of(device: &Device) -> Result<usize> {
 /// Refuses two ranks on one GPU, which NCCL reports in cryptic words. Compares UUIDs, because a rank numbers only the
 /// GPUs that are visible to it.
 fn refuse_shared_gpus(rendezvous: &Rendezvous, context: &CudaContext) -> Result<()> {
-    let uuid = context.uuid().map_err(|problem| broken("the GPU tells no UUID", &problem))?;
+    let uuid = context.uuid().map_err(|problem| broken("the GPU reports no UUID", &problem))?;
     let gpus = rendezvous.exchange("all ranks to name their GPUs", &uuid.bytes.map(|byte| byte as u8))?;
     match (0..gpus.len()).find(|&rank| gpus[..rank].contains(&gpus[rank])) {
         Some(rank) => Err(Error::input(

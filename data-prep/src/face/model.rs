@@ -20,7 +20,8 @@ static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 /// Environment variable that names the library.
 const VARIABLE: &str = "ORT_DYLIB_PATH";
 
-const REMEDY: &str = "run ci/assets.sh, or set ORT_DYLIB_PATH to the whole path of libonnxruntime.so (1.31 or newer)";
+const REMEDY: &str =
+    "run ci/assets.sh, or set ORT_DYLIB_PATH to the absolute path of libonnxruntime.so (1.31 or newer)";
 
 /// Place where `ci/assets.sh` puts the library.
 const ASSET: &str = "${HYPERLORA_CACHE:-~/.cache/hyperlora}/lib/libonnxruntime.so";
@@ -71,8 +72,8 @@ fn library(named: Option<OsString>, asset: Result<PathBuf>) -> Result<PathBuf> {
     if path.is_absolute() {
         return Ok(path);
     }
-    let problem = format!("leads to ONNX Runtime by `{}`, which is no absolute path", path.display());
-    Err(Error::input(place, problem, "give the whole path: a library is not searched for"))
+    let problem = format!("names ONNX Runtime by `{}`, which is not an absolute path", path.display());
+    Err(Error::input(place, problem, "give the absolute path: a library is not searched for"))
 }
 
 /// ONNX model with one input. Runs on one thread, so that the numbers are the same every time.
@@ -160,7 +161,7 @@ mod tests {
             (None, "cache/ort.so", "HYPERLORA_CACHE"),
         ] {
             let message = found(named, asset).unwrap_err().to_string();
-            assert!(message.starts_with(place) && message.contains("no absolute path"), "{message}");
+            assert!(message.starts_with(place) && message.contains("not an absolute path"), "{message}");
         }
     }
 }

@@ -321,11 +321,11 @@ impl<'a> Walker<'a> {
                 (Value::Bytes(inner), inner.end)
             }
             5 => (Value::Fixed, self.at.saturating_add(4)),
-            _ => return Err(self.damaged("is no ONNX file")),
+            _ => return Err(self.damaged("is not an ONNX file")),
         };
         if end > fields.end {
             let (at, missing) = (self.at, end - fields.end);
-            return Err(self.damaged(format_args!("ends early: what stands at byte {at} lacks {missing} bytes")));
+            return Err(self.damaged(format_args!("ends early: the field at byte {at} lacks {missing} bytes")));
         }
         fields.at = end;
         Ok(Some((tag >> 3, value)))
@@ -345,7 +345,7 @@ impl<'a> Walker<'a> {
                 return Ok(number);
             }
         }
-        Err(self.damaged("is no ONNX file"))
+        Err(self.damaged("is not an ONNX file"))
     }
 
     fn seek(&mut self, to: u64) -> Result<()> {

@@ -152,7 +152,7 @@ impl IndexFile {
 /// Describes an invalid checksum, which would otherwise become a file name in a cache.
 fn unknown_checksum<'a>(checksums: impl IntoIterator<Item = &'a String>) -> Option<String> {
     let bad = checksums.into_iter().find(|text| !is_sha256(text))?;
-    Some(format!("has the checksum `{bad}`, which is no SHA-256"))
+    Some(format!("has the checksum `{bad}`, which is not a SHA-256"))
 }
 
 /// Tells whether `text` is a SHA-256 in lower-case hexadecimal.

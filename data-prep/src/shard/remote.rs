@@ -54,7 +54,7 @@ impl Remote {
         let refused = |problem: String| {
             Error::input(url, problem, "give s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or https://HOST/PATH")
         };
-        let parsed = Url::parse(url).map_err(|error| refused(format!("is no URL: {error}")))?;
+        let parsed = Url::parse(url).map_err(|error| refused(format!("is not a URL: {error}")))?;
         // A query would not reach the server, and a password would be written into the run folder.
         if parsed[Position::AfterPath..] != *"" || !parsed.username().is_empty() || parsed.password().is_some() {
             return Err(refused("has a user, a `?` or a `#` part, which is not understood".into()));
@@ -85,12 +85,14 @@ impl Remote {
                 self.cache.put_latest(&place, &text);
                 Ok(text)
             }
-            Ok(None) => {
-                Err(Error::file(&place, format!("is no manifest: it holds more than {MANIFEST_BYTES} bytes"), remedy))
-            }
+            Ok(None) => Err(Error::file(
+                &place,
+                format!("is not a manifest: it holds more than {MANIFEST_BYTES} bytes"),
+                remedy,
+            )),
             Ok(Some(text)) => {
                 let begin: String = String::from_utf8_lossy(&text).chars().take(20).collect();
-                Err(Error::file(&place, format!("is no manifest: it begins with {begin:?}"), remedy))
+                Err(Error::file(&place, format!("is not a manifest: it begins with {begin:?}"), remedy))
             }
             Err(error) => match (self.failure(MANIFEST_FILE, &error), self.cache.latest(&place, MANIFEST_BYTES)) {
                 (Error::Disk { .. }, Some(text)) => {

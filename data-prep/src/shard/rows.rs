@@ -48,10 +48,10 @@ fn misplaced(size: [u32; 2], points: &[[f32; 2]]) -> Option<String> {
         let values = || points.iter().map(|point| point[axis]);
         // Points may be beyond an edge by the picture's size; a NaN is never in range.
         if let Some(value) = values().find(|value| !(-side..=2.0 * side).contains(value)) {
-            return Some(format!("has a coordinate of {value}, far outside of the picture's {side} pixels"));
+            return Some(format!("has a coordinate of {value}, far outside the picture's {side} pixels"));
         }
         if values().all(|value| value < 0.0) || values().all(|value| value > side) {
-            return Some("lies outside of the picture".into());
+            return Some("is outside the picture".into());
         }
     }
     None

@@ -146,17 +146,18 @@ impl<'a> Columns<'a> {
                 None => Ok(column),
             }
         };
-        let text =
-            |column: &'a ArrayRef, name: &str| column.as_string_view_opt().ok_or_else(|| misread(name, "is no string"));
+        let text = |column: &'a ArrayRef, name: &str| {
+            column.as_string_view_opt().ok_or_else(|| misread(name, "is not a string"))
+        };
         let list = |name: &str| {
-            let list = filled(name)?.as_list_opt::<i32>().ok_or_else(|| misread(name, "is no list"))?;
+            let list = filled(name)?.as_list_opt::<i32>().ok_or_else(|| misread(name, "is not a list"))?;
             if list.values().null_count() > 0 {
                 return Err(misread(name, "holds nulls"));
             }
             Ok(list)
         };
         let number =
-            |name: &str| filled(name)?.as_primitive_opt::<UInt32Type>().ok_or_else(|| misread(name, "is no u32"));
+            |name: &str| filled(name)?.as_primitive_opt::<UInt32Type>().ok_or_else(|| misread(name, "is not u32"));
         Ok(Self {
             key: text(filled("key")?, "key")?,
             image: filled("image")?.as_binary_view_opt().ok_or_else(|| misread("image", "is not binary"))?,
@@ -165,7 +166,7 @@ impl<'a> Columns<'a> {
             face_box: list("face_box")?,
             points: list("points")?,
             landmarks: list("landmarks")?,
-            score: filled("score")?.as_primitive_opt().ok_or_else(|| misread("score", "is no f32"))?,
+            score: filled("score")?.as_primitive_opt().ok_or_else(|| misread("score", "is not f32"))?,
             id_embedding: list("id_embedding")?,
             caption: text(filled("caption")?, "caption")?,
             sha256: text(filled("sha256")?, "sha256")?,

@@ -422,8 +422,8 @@ mod tests {
             ("key,identity,split\na,b,c\nd,e\n", ":3: ", "fields"),
             ("key,identity,split\na,b,c\na,b,c\n", ":3: ", "second time"),
             ("key,person,split\na,b,c\n", ":2: ", "person"),
-            ("key,identity,split\na,b,c\n../../etc/shadow,b,c\n", ":3: ", "no plain relative path"),
-            ("key,identity,split\n/etc/shadow,b,c\n", ":2: ", "no plain relative path"),
+            ("key,identity,split\na,b,c\n../../etc/shadow,b,c\n", ":3: ", "not a plain relative path"),
+            ("key,identity,split\n/etc/shadow,b,c\n", ":2: ", "not a plain relative path"),
         ] {
             let (dir, config) = folder(labels);
             let error = config.open(dir.path(), true).unwrap_err();

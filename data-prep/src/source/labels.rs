@@ -43,10 +43,10 @@ pub(super) fn parse(bytes: Vec<u8>, path: &Path) -> Result<HashMap<String, Label
         let place = || format!("{}:{line}", path.display());
         if !is_plain(&label.key) {
             let remedy = "write keys as the photos' paths from source.folder.root, such as ada/1.jpg";
-            return Err(Error::input(place(), format!("the key `{}` is no plain relative path", label.key), remedy));
+            return Err(Error::input(place(), format!("the key `{}` is not a plain relative path", label.key), remedy));
         }
         if let Some(twice) = labels.insert(key_of(Path::new(&label.key)), label) {
-            return Err(Error::input(place(), format!("the key `{}` stands here a second time", twice.key), REMEDY));
+            return Err(Error::input(place(), format!("the key `{}` appears a second time", twice.key), REMEDY));
         }
     }
     Ok(labels)

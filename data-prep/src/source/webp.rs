@@ -57,7 +57,7 @@ fn compare(name: &[u8; 4], content: &[u8], announced: Option<[u32; 2]>) -> Resul
     if own == [width, height] {
         return Ok(());
     }
-    Err(format!("a frame of {} x {} pixels stands in a picture of {width} x {height}", own[0], own[1]))
+    Err(format!("a frame of {} x {} pixels is in a picture of {width} x {height}", own[0], own[1]))
 }
 
 #[cfg(test)]

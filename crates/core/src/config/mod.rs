@@ -44,7 +44,7 @@ pub fn load_found<T: DeserializeOwned>(path: &Path) -> Result<T> {
 fn read(path: &Path, file: io::Result<File>) -> Result<String> {
     let bytes = file.and_then(|file| read_limited(file, LARGEST)).map_err(|source| match source.kind() {
         io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput => {
-            Error::file(path, format!("is no YAML file: {source}"), "give a YAML file")
+            Error::file(path, format!("is not a YAML file: {source}"), "give a YAML file")
         }
         _ => Error::read(path, source),
     })?;
@@ -105,7 +105,7 @@ fn explain(error: &YamlError) -> (String, String) {
         }
         YamlError::DuplicateMappingKey { key, .. } => {
             let key = key.as_deref().unwrap_or("?");
-            (format!("the key `{key}` stands here a second time"), "keep one of the two".into())
+            (format!("the key `{key}` appears a second time"), "keep one of the two".into())
         }
         YamlError::NonFiniteFloat { value, .. } => {
             (format!("`{value}` is not a finite number"), "give a finite number".into())
@@ -234,7 +234,7 @@ mod tests {
         let message = failure("batch: 1\n");
         assert!(message.contains("the key `learning_rate` is missing"), "{message}");
         let message = failure("learning_rate: 0.1\nbatch: 1\nbatch: 2\n");
-        assert!(message.starts_with("train.yaml:3:1: the key `batch` stands here a second time"), "{message}");
+        assert!(message.starts_with("train.yaml:3:1: the key `batch` appears a second time"), "{message}");
     }
 
     #[test]
@@ -267,7 +267,7 @@ mod tests {
         assert_eq!(load::<Training>(&path).unwrap(), load_found::<Training>(&path).unwrap());
         for load in [load::<Training>, load_found::<Training>] {
             let error = load(Path::new("/dev/zero")).unwrap_err();
-            assert!(error.exit_code() == 2 && error.to_string().contains("is no YAML file"), "{error}");
+            assert!(error.exit_code() == 2 && error.to_string().contains("is not a YAML file"), "{error}");
         }
         let file = File::options().append(true).open(&path).unwrap();
         file.set_len(LARGEST + 1).unwrap();

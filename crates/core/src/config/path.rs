@@ -120,7 +120,7 @@ impl ConfigPath {
 }
 
 /// Remedy for a run folder that comes from another machine.
-const ELSEWHERE: &str = "write where it lies on this machine into paths.yaml beside config.yaml (`base.path: /models/sdxl`, \
+const ELSEWHERE: &str = "write its path on this machine into paths.yaml beside config.yaml (`base.path: /models/sdxl`, \
      likewise data.shards, faces.models, base.image_encoder), or give the command's option for it (--base, \
      --image-encoder, --faces)";
 
@@ -162,7 +162,7 @@ struct Expansion<'a> {
 impl Expansion<'_> {
     fn path(&mut self) -> Result<String> {
         if self.spelled.len() > LONGEST {
-            return Err(self.refuse(format!("is no path: it has more than {LONGEST} bytes"), "give a shorter one"));
+            return Err(self.refuse(format!("is not a path: it has more than {LONGEST} bytes"), "give a shorter one"));
         }
         let expanded = self.expand(self.spelled)?;
         match expanded.strip_prefix('~') {
@@ -197,7 +197,7 @@ impl Expansion<'_> {
         };
         let begins = name.starts_with(|letter: char| letter.is_ascii_alphabetic() || letter == '_');
         if !begins || !name.chars().all(|letter| letter.is_ascii_alphanumeric() || letter == '_') {
-            let problem = format!("`{name}` is no name of a variable");
+            let problem = format!("`{name}` is not a variable name");
             return Err(self.refuse(problem, "write ${VAR} or ${VAR:-default}"));
         }
         self.names.push(name.to_owned());
@@ -291,9 +291,9 @@ mod tests {
             ("${CACHE/x", "never closed"),
             ("${UNSET:-${CACHE}/x", "never closed"),
             ("${UNSET:-${CACHE/x}", "never closed"),
-            ("${}/x", "`` is no name of a variable"),
-            ("${CACHE:=/x}", "`CACHE:=/x` is no name of a variable"),
-            ("${${CACHE}}", "`${CACHE}` is no name of a variable"),
+            ("${}/x", "`` is not a variable name"),
+            ("${CACHE:=/x}", "`CACHE:=/x` is not a variable name"),
+            ("${${CACHE}}", "`${CACHE}` is not a variable name"),
             (&"${A:-".repeat(100_000), "more than 4096 bytes"),
         ] {
             let message = refusal(text);

@@ -69,7 +69,7 @@ pub fn copy(from: &Path, to: &Path) -> crate::Result<()> {
 /// Opens one of the program's own files with `options`, and refuses anything but a regular file.
 fn open_own(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let opened = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
-    let other = |kind| io::Error::new(ErrorKind::InvalidInput, format!("it is {kind}, no regular file"));
+    let other = |kind| io::Error::new(ErrorKind::InvalidInput, format!("it is {kind}, not a regular file"));
     match opened {
         Err(source) if source.raw_os_error() == Some(libc::ELOOP) => Err(other("a link")),
         Ok(file) if !file.metadata()?.is_file() => Err(other("a pipe or a device")),

@@ -26,7 +26,7 @@ pub fn restrict_modes() -> Result<()> {
     umask(Mode::from_raw_mode(parse(&text).ok_or_else(|| {
         Error::input(
             UMASK,
-            format!("`{text}` is no umask that leaves the files to their owner"),
+            format!("`{text}` is not a umask that keeps the files usable by their owner"),
             "give an octal number from 000 to 077, such as 022",
         )
     })?));

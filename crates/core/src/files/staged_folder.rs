@@ -114,7 +114,7 @@ impl StagedFolder {
         }
         if let Some(error) = foreign {
             let kept = keep(&self.staged, target).map_err(failed)?;
-            let remedy = format!("the new folder is complete and lies in {}: move either one by hand", kept.display());
+            let remedy = format!("the new folder is complete and kept as {}: move either one by hand", kept.display());
             return Err(error.with_remedy(remedy));
         }
         // The new folder is in place. NFS keeps the old one as long as a process has one of its files open.

@@ -46,7 +46,7 @@ impl OutputFile {
 }
 
 pub(super) fn no_file(path: &Path) -> Error {
-    Error::file(path, "is no regular file", "name a file that may be written or replaced")
+    Error::file(path, "is not a regular file", "name a file that may be written or replaced")
 }
 
 /// Checks that writing to `target` overwrites none of the input files and folders, and writes into none of them. Skips
@@ -141,7 +141,7 @@ mod tests {
         let long = "x".repeat(300);
         for (name, words) in [
             ("new/", "names a folder"),
-            ("folder", "no regular file"),
+            ("folder", "not a regular file"),
             ("missing/new", "cannot be written"),
             ("..", "has no name of its own"),
             ("circle", "in a circle"),
