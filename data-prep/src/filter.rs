@@ -22,7 +22,7 @@ pub enum Reason {
     FaceTooSmall,
     /// Face blurred.
     Blurred,
-    /// Invalid caption file beside the photo: not UTF-8, far too long, or unreadable.
+    /// Invalid caption file next to the photo: not UTF-8, far too long, or unreadable.
     BadCaption,
 }
 

@@ -15,7 +15,7 @@ const MAX_BYTES: u64 = 64 * 1024;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum Captioner {
-    /// The `.txt` file beside the photo (`x.jpg` -> `x.txt`), joined to one line.
+    /// The `.txt` file next to the photo (`x.jpg` -> `x.txt`), joined to one line.
     Sidecar {
         /// Caption of a photo whose file is missing or empty.
         fallback: String,
@@ -37,7 +37,7 @@ pub struct Caption {
 }
 
 impl Captioner {
-    /// Tells whether captions come from text files beside the photos.
+    /// Tells whether captions come from text files next to the photos.
     pub fn reads_files(&self) -> bool {
         matches!(self, Self::Sidecar { .. })
     }

@@ -184,7 +184,7 @@ impl PieceCache {
         }
     }
 
-    /// Creates a file beside `path` that no other process writes to, even one on another machine. Its name is random
+    /// Creates a file next to `path` that no other process writes to, even one on another machine. Its name is random
     /// because process ids are unique only within a machine.
     fn begin(&self, path: &Path) -> std::io::Result<(PathBuf, File)> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();

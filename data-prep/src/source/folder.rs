@@ -35,7 +35,7 @@ fn image_extensions() -> Vec<String> {
     ["bmp", "jpeg", "jpg", "pgm", "png", "ppm", "webp"].map(String::from).to_vec()
 }
 
-/// Names without a leading dot that systems and tools keep beside photos: thumbnails, waste bins, copies.
+/// Names without a leading dot that systems and tools keep next to photos: thumbnails, waste bins, copies.
 const KEPT_BY_TOOLS: [&str; 9] = [
     "@eaDir",
     "@Recycle",
@@ -94,7 +94,7 @@ struct Search<'a> {
     captions_beside: bool,
     /// Keys and paths of the photos.
     paths: Vec<(String, PathBuf)>,
-    /// Keys of the text files, which are captions if they are beside a photo.
+    /// Keys of the text files, which are captions if they are next to a photo.
     texts: Vec<String>,
     notes: Notes,
 }

@@ -89,7 +89,7 @@ impl SourceConfig {
         }
     }
 
-    /// Opens the source. Relative paths start at `base_dir`. `captions_beside` tells whether the text files beside
+    /// Opens the source. Relative paths start at `base_dir`. `captions_beside` tells whether the text files next to
     /// photos are their captions.
     ///
     /// # Errors

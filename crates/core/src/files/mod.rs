@@ -1,4 +1,4 @@
-//! Files and folders that are whole or absent: written beside their place, synced, renamed. Replaces and removes only
+//! Files and folders that are whole or absent: written next to their place, synced, renamed. Replaces and removes only
 //! what this program wrote, and never lets two processes write to one name.
 
 mod lock;
@@ -20,7 +20,7 @@ pub use staged_folder::StagedFolder;
 pub use target::{OutputFile, apart, follow};
 pub use whole_file::{write_whole, write_whole_with};
 
-/// Temporary files and folders beside a target, which stay behind if the process is killed. Their names contain the
+/// Temporary files and folders next to a target, which stay behind if the process is killed. Their names contain the
 /// whole target name, so that no two targets share one, and the program's name, so that no other program's file is
 /// mistaken for one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -24,9 +24,9 @@ pub struct StagedFolder {
 }
 
 impl StagedFolder {
-    /// Makes an empty folder beside `target`, which the user named: a link there is followed. Call it before the work
+    /// Makes an empty folder next to `target`, which the user named: a link there is followed. Call it before the work
     /// begins, because it finds everything that would make [`commit`](Self::commit) fail. First removes what a killed
-    /// run left beside `target`, and puts back a folder that such a run had moved away but not yet replaced.
+    /// run left next to `target`, and puts back a folder that such a run had moved away but not yet replaced.
     ///
     /// # Errors
     /// Input: `ownership` does not allow replacing the folder, another process writes to it, or the place cannot be
@@ -44,7 +44,7 @@ impl StagedFolder {
         Ok(Self { staged, target, ownership, settled: false, _lock: Some(lock) })
     }
 
-    /// Clears what killed runs left beside `target`, as [`new`](Self::new) does, without starting a folder. A leftover
+    /// Clears what killed runs left next to `target`, as [`new`](Self::new) does, without starting a folder. A leftover
     /// stays, with a warning, if it contains foreign files or cannot be removed: NFS keeps a folder as long as a
     /// process has one of its files open.
     ///
@@ -84,7 +84,7 @@ impl StagedFolder {
     ///
     /// # Errors
     /// As [`new`](Self::new); an existing folder at the target then stays. If somebody wrote into it since the start,
-    /// the finished folder is kept beside it, and the error names it.
+    /// the finished folder is kept next to it, and the error names it.
     pub fn commit(mut self) -> Result<()> {
         let failed = |source| Error::write(&self.target, source);
         self.ownership.mark(&self.staged)?;

@@ -94,7 +94,7 @@ pub fn follow(path: &Path) -> Result<PathBuf> {
 /// Resolves a place like [`follow`], for an output that is renamed into it.
 ///
 /// # Errors
-/// As [`follow`]. Input also for a mount point: a file beside it is on another file system.
+/// As [`follow`]. Input also for a mount point: a file next to it is on another file system.
 pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
     let place = follow(path)?;
     let disk = |path: &Path| fs::metadata(path).map(|found| found.dev()).ok();
