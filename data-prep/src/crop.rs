@@ -1,21 +1,21 @@
-//! The picture around a face that training sees.
+//! Crop of a photo around a face, as training sees it.
 
 use hyperlora_core::{Error, Result};
 use image::RgbImage;
 use image::imageops::{self, FilterType};
 use serde::{Deserialize, Serialize};
 
-/// Longest side of a crop, in pixels. A reader of shards decodes no larger one.
+/// Longest side of a crop in pixels. A reader of shards decodes no larger one.
 pub const LARGEST_SIDE: u32 = 8192;
 
-/// How much of the photo stays around the face.
+/// Extent of the photo around the face that a crop keeps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CropConfig {
-    /// Side of the square crop as a multiple of the longer side of the face box; at least 1. Near an edge the square
-    /// moves inwards; where it is larger than the photo, the photo's edges cut it.
+    /// Side of the square crop as a multiple of the longer side of the face box, at least 1. Near an edge the square
+    /// moves inwards; if it is larger than the photo, the photo's edges cut it.
     pub margin: f32,
-    /// Larger crops are scaled down to this longer side, in pixels.
+    /// Longest side of a crop in pixels. Larger crops are scaled down to it.
     pub max_side: u32,
 }
 
@@ -25,17 +25,17 @@ impl Default for CropConfig {
     }
 }
 
-/// A cut out part of a photo, and the way of a coordinate from the photo into it.
+/// Crop of a photo, with the map of coordinates from the photo into it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Crop {
-    /// The pixels.
+    /// Pixels of the crop.
     pub image: RgbImage,
     origin: [f32; 2],
     scale: [f32; 2],
 }
 
 impl CropConfig {
-    /// Checks that a crop holds its face and has a size.
+    /// Checks that a crop contains its face and has a valid size.
     ///
     /// # Errors
     /// Input, at `place`.
@@ -77,19 +77,19 @@ impl CropConfig {
 }
 
 impl Crop {
-    /// A point of the photo in pixels of the crop.
+    /// Maps a point of the photo to pixels of the crop.
     pub fn place(&self, point: [f32; 2]) -> [f32; 2] {
         [(point[0] - self.origin[0]) * self.scale[0], (point[1] - self.origin[1]) * self.scale[1]]
     }
 
-    /// A box (x0, y0, x1, y1) of the photo in pixels of the crop.
+    /// Maps a box (x0, y0, x1, y1) of the photo to pixels of the crop.
     pub fn place_box(&self, [x0, y0, x1, y1]: [f32; 4]) -> [f32; 4] {
         let ([x0, y0], [x1, y1]) = (self.place([x0, y0]), self.place([x1, y1]));
         [x0, y0, x1, y1]
     }
 }
 
-/// Start and length of a window of `side` about `centre`, moved and cut to lie in 0..`limit`.
+/// Returns the start and length of a window of `side` around `centre`, moved and cut to lie in 0..`limit`.
 fn window(centre: f32, side: f32, limit: u32) -> (u32, u32) {
     let length = (side.round().max(1.0) as u32).min(limit);
     let start = (centre - length as f32 / 2.0).round().max(0.0) as u32;
@@ -100,7 +100,7 @@ fn window(centre: f32, side: f32, limit: u32) -> (u32, u32) {
 mod tests {
     use super::*;
 
-    /// Red counts x, green counts y.
+    /// Red encodes x, green encodes y.
     fn ramp(width: u32, height: u32) -> RgbImage {
         RgbImage::from_fn(width, height, |x, y| image::Rgb([x as u8, y as u8, 0]))
     }

@@ -1,4 +1,4 @@
-//! Which faces stay, and why the others went.
+//! Selection of faces, with reasons for rejection.
 
 use hyperlora_core::{Error, Result};
 use image::imageops::{self, FilterType};
@@ -7,27 +7,27 @@ use serde::{Deserialize, Serialize};
 
 use crate::face::Detection;
 
-/// Why a photo was left out.
+/// Reason to reject a photo.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
-    /// No image, damaged, or over the decoding limits.
+    /// Not an image, damaged, or over the decoding limits.
     Undecodable,
-    /// The same bytes as a photo that comes earlier.
+    /// Same bytes as an earlier photo.
     Duplicate,
     /// No face found.
     NoFace,
     /// More than one face found.
     SeveralFaces,
-    /// The face is too small.
+    /// Face too small.
     FaceTooSmall,
-    /// The face is blurred.
+    /// Face blurred.
     Blurred,
-    /// The caption beside the photo is none: not UTF-8, far too long, or unreadable.
+    /// Invalid caption file next to the photo: not UTF-8, far too long, or unreadable.
     BadCaption,
 }
 
 impl Reason {
-    /// The name that manifests and reports use.
+    /// Returns the name in manifests and reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Undecodable => "undecodable",
@@ -41,23 +41,23 @@ impl Reason {
     }
 }
 
-/// A photo that was left out: the reason, and what was measured.
+/// Rejected photo: the reason, and the measurements.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejection {
-    /// The reason that is counted.
+    /// Reason that is counted.
     pub reason: Reason,
-    /// The particulars, for people.
+    /// Details for humans.
     pub detail: String,
 }
 
 impl Rejection {
-    /// A rejection for `reason`.
+    /// Makes a rejection for `reason`.
     pub fn new(reason: Reason, detail: impl ToString) -> Self {
         Self { reason, detail: detail.to_string() }
     }
 }
 
-/// What a face must be to stay.
+/// Requirements for a face.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FilterConfig {
@@ -85,10 +85,10 @@ impl FilterConfig {
         Ok(())
     }
 
-    /// The one face of `photo` among those `found` in it, with its [`sharpness`].
+    /// Selects the only face of `photo` among those `found` in it, with its [`sharpness`].
     ///
     /// # Errors
-    /// Why the photo is left out.
+    /// Reason to reject the photo.
     pub fn select<'a>(
         &self,
         photo: &RgbImage,
@@ -101,11 +101,11 @@ impl FilterConfig {
         };
         let numbers = face.face_box.iter().chain(face.points.as_flattened());
         if !numbers.copied().all(f32::is_finite) {
-            return Err(Rejection::new(Reason::NoFace, "the detector tells places that are no numbers"));
+            return Err(Rejection::new(Reason::NoFace, "the detector returned coordinates that are not numbers"));
         }
         let [x0, y0, x1, y1] = face.face_box;
         let side = (x1 - x0).min(y1 - y0);
-        // Points that coincide cannot be aligned; no face worth keeping has its eyes on one spot.
+        // Points that coincide cannot be aligned, and no usable face has both eyes in one place.
         let [left_eye, right_eye, ..] = face.points;
         let eyes = (left_eye[0] - right_eye[0]).hypot(left_eye[1] - right_eye[1]);
         if side < self.min_face || eyes < 1.0 {
@@ -119,19 +119,19 @@ impl FilterConfig {
     }
 }
 
-/// Longest side of the face when its sharpness is measured: the size that the ID embedder sees.
+/// Longest side of the face when its sharpness is measured: the input size of the ID embedder.
 const MEASURED_SIDE: f32 = 112.0;
 
-/// Variance of the Laplacian of the face's grey values (0 to 255), after larger faces are scaled down to 112 pixels, so
-/// that one threshold serves all resolutions. A uniform face has 0. The ORL faces (about 74 x 95 pixels) measure 190 to
-/// 4000 with a median of 740; blurred by a Gaussian of 1 pixel 54, of 1.5 pixels 18, of 2 pixels 8.
+/// Measures the variance of the Laplacian of the face's grey values (0 to 255). Scales larger faces down to 112 pixels
+/// first, so that one threshold serves all resolutions. A uniform face has 0. The ORL faces (about 74 x 95 pixels)
+/// measure 190 to 4000 with a median of 740; blurred by a Gaussian of 1 pixel 54, of 1.5 pixels 18, of 2 pixels 8.
 pub fn sharpness(photo: &RgbImage, face_box: [f32; 4]) -> f32 {
     let [x0, y0, x1, y1] = face_box;
     let left = x0.clamp(0.0, photo.width() as f32) as u32;
     let top = y0.clamp(0.0, photo.height() as f32) as u32;
     let width = (x1.clamp(0.0, photo.width() as f32) as u32).saturating_sub(left);
     let height = (y1.clamp(0.0, photo.height() as f32) as u32).saturating_sub(top);
-    // A face beside the photo has none.
+    // A box outside the photo has no sharpness.
     if width == 0 || height == 0 {
         return 0.0;
     }
@@ -144,7 +144,7 @@ pub fn sharpness(photo: &RgbImage, face_box: [f32; 4]) -> f32 {
     laplacian_variance(&imageops::resize(&face, size(width), size(height), FilterType::Triangle))
 }
 
-/// Variance over the inner pixels of the four-neighbour Laplacian; 0 where there are none.
+/// Returns the variance of the four-neighbour Laplacian over the inner pixels, 0 if there are none.
 fn laplacian_variance(grey: &GrayImage) -> f32 {
     let at = |x: u32, y: u32| f64::from(grey.get_pixel(x, y).0[0]);
     let (mut count, mut sum, mut squares) = (0.0, 0.0, 0.0);

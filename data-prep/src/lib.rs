@@ -1,7 +1,7 @@
-//! Photos in, Parquet shards of filtered, embedded faces out.
+//! Turns photos into Parquet shards of filtered, embedded faces.
 //!
-//! The way of a photo: [`source`] -> [`face`] -> [`filter`] -> [`crop`] -> [`caption`] -> [`shard`]; [`pipeline`] walks it and
-//! [`report`] shows what happened. Training reads the result through [`shard`], generation shares [`face`].
+//! Pipeline of a photo: [`source`] -> [`face`] -> [`filter`] -> [`crop`] -> [`caption`] -> [`shard`]. [`pipeline`] runs
+//! it and [`report`] shows the outcome. Training reads the result through [`shard`], generation shares [`face`].
 
 pub mod caption;
 pub mod crop;

@@ -16,7 +16,7 @@ use hyperlora_core::text::name;
 use hyperlora_core::{Result, output};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Photos in, Parquet shards of filtered, embedded faces out.
+/// Turn photos into Parquet shards of filtered, embedded faces.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -37,22 +37,22 @@ enum Command {
         program failed."
     )]
     Build {
-        /// The YAML that says where photos are and which faces stay.
+        /// YAML file that names the source of the photos and selects the faces to keep.
         config: PathBuf,
-        /// The folder to make. One that data-prep made before is replaced once the new one is whole, unless it holds other
-        /// files too.
+        /// Output folder. One that data-prep made before is replaced once the new one is complete, unless it contains
+        /// other files too.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
-        /// Photos looked at side by side [default: one per core]. The result does not depend on it.
+        /// Photos processed in parallel [default: one per core]. The result does not depend on it.
         #[arg(long, value_name = "N")]
         workers: Option<NonZeroUsize>,
-        /// Where the face models run: `cpu`, the only place for now.
+        /// Device of the face models: only `cpu` for now.
         #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = only_cpu)]
         device: String,
-        /// Say more: each rejected photo; twice for the libraries' words.
+        /// Log more: each rejected photo; twice for the libraries' messages.
         #[arg(short, long, action = ArgAction::Count)]
         verbose: u8,
-        /// Say nothing but warnings and errors.
+        /// Log nothing but warnings and errors.
         #[arg(short, long, conflicts_with = "verbose")]
         quiet: bool,
     },
@@ -87,7 +87,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// `hyperlora` takes `--device` everywhere, so this does too; ONNX Runtime is loaded for the CPU.
+/// Accepts only `cpu`. The option exists because `hyperlora` takes `--device` everywhere; ONNX Runtime is loaded for
+/// the CPU.
 fn only_cpu(name: &str) -> std::result::Result<String, String> {
     match name {
         "cpu" => Ok(name.to_owned()),
@@ -95,7 +96,7 @@ fn only_cpu(name: &str) -> std::result::Result<String, String> {
     }
 }
 
-/// The exit code of a build that a signal stopped.
+/// Exit code of a build that a signal stopped.
 const STOPPED: u8 = 3;
 
 fn run(config_path: &Path, out: &Path, workers: Option<NonZeroUsize>, quiet: bool) -> Result<ExitCode> {
@@ -128,7 +129,7 @@ fn run(config_path: &Path, out: &Path, workers: Option<NonZeroUsize>, quiet: boo
     Ok(ExitCode::SUCCESS)
 }
 
-/// A bar on a terminal, a line now and then elsewhere, nothing when quiet.
+/// Progress display: a bar on a terminal, an occasional line elsewhere, nothing when quiet.
 enum Display {
     Bar(ProgressBar),
     Lines { last: Instant },

@@ -1,4 +1,4 @@
-//! What is passed over or changed on the way, without a photo being left out for it: nothing of the kind is silent.
+//! Notes on what was skipped or changed without rejecting a photo, so that no such change is silent.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
@@ -6,16 +6,16 @@ use std::fmt::{self, Display, Formatter};
 use hyperlora_core::text::name;
 use serde::{Deserialize, Serialize};
 
-/// Things of one kind.
+/// Occurrences of one kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Noted {
-    /// How many there are.
+    /// Number of occurrences.
     pub count: usize,
-    /// The name of one: the first in the order of names.
+    /// Name of one of them: the first in the order of names.
     pub first: String,
 }
 
-/// What was noted, by kind.
+/// Notes by kind.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Notes(BTreeMap<String, Noted>);
@@ -36,23 +36,23 @@ impl Notes {
         }
     }
 
-    /// What was noted of `kind`.
+    /// Returns the notes of `kind`.
     pub fn get(&self, kind: &str) -> Option<&Noted> {
         self.0.get(kind)
     }
 
-    /// Whether nothing was noted.
+    /// Tells whether there are no notes.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Number of kinds.
+    /// Returns the number of kinds.
     pub fn kinds(&self) -> usize {
         self.0.len()
     }
 }
 
-/// In words: `caption_fallback 5 (a.png and more), hidden_folder 1 (.git)`.
+/// Writes the notes in words: `caption_fallback 5 (a.png and more), hidden_folder 1 (.git)`.
 impl Display for Notes {
     fn fmt(&self, out: &mut Formatter<'_>) -> fmt::Result {
         for (index, (kind, Noted { count, first })) in self.0.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Source -> face -> filter -> crop -> caption -> shard: the whole of `data-prep build`.
+//! The whole of `data-prep build`: source -> face -> filter -> crop -> caption -> shard.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -26,35 +26,35 @@ use crate::report::{Cell, Report};
 use crate::shard::{FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter, Written};
 use crate::source::{DecodeConfig, Decoded, Photo, Source, SourceConfig, SourceFiles};
 
-/// The YAML of `data-prep build`.
+/// YAML of `data-prep build`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PrepConfig {
-    /// Where photos come from.
+    /// Source of the photos.
     pub source: SourceConfig,
-    /// What a photo may cost.
+    /// Resource limits per photo.
     #[serde(default)]
     pub decode: DecodeConfig,
-    /// Which models look at it.
+    /// Face models.
     #[serde(default)]
     pub face: FaceConfig,
-    /// Which faces stay.
+    /// Requirements for a face.
     #[serde(default)]
     pub filter: FilterConfig,
-    /// How much of the photo stays around the face.
+    /// Extent of the photo around the face.
     #[serde(default)]
     pub crop: CropConfig,
-    /// What the caption says.
+    /// Captions.
     pub caption: Captioner,
-    /// How rows are cut into files.
+    /// Sizes of row groups and files.
     #[serde(default)]
     pub shards: ShardConfig,
 }
 
-/// How far the build is.
+/// Progress of the build.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Photos looked at.
+    /// Photos processed.
     pub done: usize,
     /// Photos in the source.
     pub total: usize,
@@ -62,7 +62,7 @@ pub struct Progress {
     pub kept: usize,
 }
 
-/// Photos in flight per worker: enough that none waits for the slowest, few enough to bound memory.
+/// Photos in flight per worker: enough that no worker waits for the slowest, few enough to bound memory.
 const PHOTOS_PER_WORKER: usize = 4;
 
 impl PrepConfig {
@@ -84,13 +84,13 @@ impl PrepConfig {
 }
 
 /// Prepares the photos of `config` into the folder `out`, which appears whole or not at all. Relative paths of `config`
-/// start at `base_dir`. The bytes in `out` depend on the photos, the models and the config, not on `workers`. `None` where
-/// `stop` was raised before the end: then nothing has changed.
+/// start at `base_dir`. The bytes in `out` depend on the photos, the models and the config, but not on `workers`.
+/// Returns `None`, with nothing changed, if `stop` was raised before the end.
 ///
 /// # Errors
-/// Input: `out` holds something else, lies in the source or around it, or is being written by another process; the source or
-/// a model is missing, no photo holds a usable face.
-/// Disk: a full or failing one. What stood at `out` is then still there.
+/// Input: `out` contains something else, is inside the source or around it, or is being written by another process; the
+/// source or a model is missing; no photo contains a usable face. Disk: a full or failing disk. An existing folder at
+/// `out` then stays.
 pub fn build(
     config: &PrepConfig,
     base_dir: &Path,
@@ -99,7 +99,7 @@ pub fn build(
     stop: &StopFlag,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Option<Manifest>> {
-    // 1. Everything that can be refused is refused before the work begins.
+    // 1. Refuse everything that can be refused before the work begins.
     apart(out, config.source.places(base_dir)?)?;
     apart(out, [config.face.models.resolve(base_dir)?])?;
     let staged = StagedFolder::new(out, PREPARED)?;
@@ -107,7 +107,7 @@ pub fn build(
     let models = FaceModels::find(&config.face, base_dir)?.fingerprints()?;
     let analysers = Analysers::load(config, base_dir, workers, &files)?;
 
-    // 2. Photos go through in key order, a chunk at a time.
+    // 2. Process the photos in key order, a chunk at a time.
     let mut writer = ShardWriter::new(staged.path(), &config.shards, &models);
     let mut report = Report::new(staged.path())?;
     let mut first_of = analysers.labelled_copies(&photos);
@@ -144,7 +144,7 @@ pub fn build(
         progress(Progress { done, total: photos.len(), kept: report.kept_count() });
     }
 
-    // 3. Nothing usable is the user's to know; everything else becomes visible at once.
+    // 3. Report it to the user if nothing is usable. Otherwise, everything becomes visible at once.
     if report.kept_count() == 0 {
         let problem = format!("none of {} photos holds a usable face ({})", photos.len(), report.reasons());
         return Err(Error::input("source", problem, "check the photos and the filter's thresholds"));
@@ -168,16 +168,16 @@ pub fn build(
     Ok(Some(manifest))
 }
 
-/// A photo's file in memory.
+/// File of a photo in memory.
 struct PhotoFile {
     bytes: Vec<u8>,
     sha256: [u8; 32],
 }
 
-/// A photo's file, or why there is none.
+/// File of a photo, or the reason why it is missing.
 type ReadOutcome = std::result::Result<PhotoFile, Rejection>;
 
-/// The same with the key of the earlier photo that it repeats.
+/// File of a photo with the key of an earlier one that has the same bytes.
 type FileOutcome<'a> = std::result::Result<(PhotoFile, Option<&'a str>), Rejection>;
 
 fn read(photo: &Photo, config: &PrepConfig, files: &SourceFiles) -> ReadOutcome {
@@ -192,12 +192,12 @@ fn read(photo: &Photo, config: &PrepConfig, files: &SourceFiles) -> ReadOutcome 
     Ok(PhotoFile { bytes, sha256 })
 }
 
-/// What became of a photo.
+/// Result for one photo.
 enum Outcome {
     Kept {
         record: Box<FaceRecord>,
         cell: Cell,
-        /// What was changed or filled in.
+        /// Changes and fallbacks to note.
         changes: Vec<&'static str>,
     },
     Rejected {
@@ -206,7 +206,7 @@ enum Outcome {
     },
 }
 
-/// The workers, and one set of models for each.
+/// Workers, with one set of models each.
 struct Analysers<'a> {
     config: &'a PrepConfig,
     files: &'a SourceFiles,
@@ -230,8 +230,8 @@ impl<'a> Analysers<'a> {
         self.pool.install(|| photos.par_iter().map(|photo| read(photo, self.config, self.files)).collect())
     }
 
-    /// Of photos with the same bytes the first in key order stays, unless a later one is labelled better: then that one,
-    /// which this tells by checksum. Only files of one size are read for it, and only where some are labelled better.
+    /// Chooses among photos with the same bytes. The first in key order stays, unless a later one has more labels:
+    /// returns the keys of those by checksum. Reads only files of equal size, and only if their labels differ.
     fn labelled_copies<'p>(&self, photos: &'p [Photo]) -> HashMap<[u8; 32], &'p str> {
         let labels = |photo: &Photo| usize::from(photo.identity.is_some()) + usize::from(photo.split.is_some());
         let differ = |photos: &[&Photo]| photos.iter().any(|photo| labels(photo) != labels(photos[0]));
@@ -260,7 +260,7 @@ impl<'a> Analysers<'a> {
         self.pool.install(|| photos.par_iter().zip(files).map(|(photo, file)| self.process(photo, file)).collect())
     }
 
-    /// Looks at one photo; an error is one of the models or of the disk, never of the photo.
+    /// Processes one photo. An error comes from the models or the disk, never from the photo.
     fn process(&self, photo: &Photo, file: FileOutcome<'_>) -> Result<Outcome> {
         let (file, earlier) = match file {
             Ok(file) => file,
@@ -313,7 +313,7 @@ impl<'a> Analysers<'a> {
     }
 }
 
-/// By way of text, where a 32-bit float is as short as in the YAML; as a value it would be widened to 64 bits.
+/// Converts by way of text, where a 32-bit float is as short as in the YAML; a JSON value would widen it to 64 bits.
 fn as_json(config: &PrepConfig) -> Result<serde_json::Value> {
     serde_json::to_string(config)
         .and_then(|text| serde_json::from_str(&text))

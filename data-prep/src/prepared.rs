@@ -1,4 +1,4 @@
-//! Which folder is prepared data and nothing else: its manifest names the shards, the report's names are known.
+//! Recognition of prepared data: the manifest names the shards, and the names of the report's files are known.
 
 use std::path::Path;
 
@@ -10,13 +10,14 @@ use serde_json::{Map, Value};
 use crate::report::{CONTACT_SHEET_FILE, REJECTED_FILE};
 use crate::shard::{INDEX_FILE, MANIFEST_FILE};
 
-/// What `build` may replace. The manifest is the marker: another file would not be the data's.
+/// Folders that `build` may replace. The manifest serves as the marker, because an extra file would not belong to the
+/// data.
 pub(crate) const PREPARED: Ownership = Ownership::Listed(listing);
 
-/// Longest manifest, in bytes: that of a million row groups.
+/// Size limit of a manifest in bytes, enough for a million row groups.
 const LONGEST: u64 = 1 << 28;
 
-/// What the manifests of all versions hold, and no other tool's do.
+/// Fields that the manifests of all versions have, and those of no other tool.
 #[derive(Deserialize)]
 struct AnyManifest {
     #[serde(rename = "schema_version")]

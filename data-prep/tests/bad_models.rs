@@ -1,4 +1,4 @@
-//! Model folders that are not what they should be: one error each, with the file and the remedy, and never a panic.
+//! Invalid model folders: each gives one error with the file and the remedy, and never a panic.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
@@ -17,7 +17,7 @@ fn fixture(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/faces").join(file)
 }
 
-/// A folder with what is needed of antelopev2.
+/// Makes a folder with the needed files of antelopev2.
 fn pack() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for file in PACK {
@@ -64,7 +64,7 @@ fn a_folder_without_a_role_says_which_and_what_it_holds() {
     for (file, what) in PACK.into_iter().zip(["a face detector", "an ID embedder", "a landmark model"]) {
         let folder = pack();
         fs::remove_file(folder.path().join(file)).unwrap();
-        // Of the right name and the wrong shape.
+        // A file with the right name and the wrong shape.
         fs::copy(fixture("antelopev2/genderage.onnx"), folder.path().join(file)).unwrap();
         let message = refusal(folder.path());
         assert!(message.contains("holds no file that is ") && message.contains(what), "{message}");
@@ -79,7 +79,7 @@ fn a_folder_without_a_role_says_which_and_what_it_holds() {
     assert!(refusal(folder.path()).contains("more.onnx: is not a file"));
 }
 
-/// A protobuf field of bytes.
+/// Encodes a protobuf field of bytes.
 fn field(number: u8, content: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for mut number in [u64::from(number) << 3 | 2, content.len() as u64] {
@@ -92,10 +92,10 @@ fn field(number: u8, content: &[u8]) -> Vec<u8> {
     [bytes, content.to_vec()].concat()
 }
 
-/// A tensor of one number that lies in another file.
+/// Encodes a tensor of one number that is stored in another file.
 fn external_tensor(location: &str) -> Vec<u8> {
     let entry = [field(1, b"location"), field(2, location.as_bytes())].concat();
-    // dims 1, FLOAT, its name, external_data, EXTERNAL
+    // Fields: dims 1, FLOAT, name, external_data, EXTERNAL.
     [&[0x08, 1, 0x10, 1], &field(8, b"stray")[..], &field(13, &entry), &[0x70, 1]].concat()
 }
 
@@ -115,7 +115,8 @@ fn weights_are_read_from_the_models_own_folder_alone() {
     let absolute = outer.path().join("secret").display().to_string();
     fs::create_dir_all(folder.join("*/_ORT_MEM_ADDR_")).unwrap();
     fs::write(folder.join("*/_ORT_MEM_ADDR_/*"), 1.0_f32.to_le_bytes()).unwrap();
-    // In the graph, in a sparse tensor, in a node's attribute, in the graph of an attribute, in a function, in a training.
+    // Tensors in the graph, in a sparse tensor, in a node's attribute, in an attribute's graph, in a function and in
+    // training info.
     let ways: [fn(Vec<u8>) -> Vec<u8>; 6] = [
         |tensor| field(7, &field(5, &tensor)),
         |tensor| field(7, &field(15, &field(1, &tensor))),
@@ -165,12 +166,13 @@ fn no_library_beside_the_models_or_in_their_config_is_loaded() {
     FaceAnalyser::load(&config, Path::new("")).unwrap();
 }
 
-/// Some tens of cases, the same ones every time: ONNX Runtime is no code of ours to fuzz for long.
+/// Limits proptest to some tens of cases, the same ones every time: ONNX Runtime is not this project's code to fuzz for
+/// long.
 fn bounded() -> ProptestConfig {
     ProptestConfig { cases: 48, rng_seed: RngSeed::Fixed(3), failure_persistence: None, ..ProptestConfig::default() }
 }
 
-/// Whatever the file holds: an error, or models that answer or fail in words.
+/// Checks that any content of a file gives an error, or models that answer or fail with a message.
 fn survives(file: &str, bytes: &[u8]) {
     let folder = pack();
     fs::write(folder.path().join(file), bytes).unwrap();
@@ -210,7 +212,7 @@ proptest! {
         early in any::<bool>(),
     ) {
         let mut bytes = fs::read(fixture("antelopev2").join(file)).unwrap();
-        // The structure stands in the first and last bytes; the weights between them can be anything.
+        // The structure is in the first and last bytes; the weights between them can be anything.
         let reach = if early { 400 } else { bytes.len() };
         for (place, value) in changes {
             bytes[place.index(reach)] = value;

@@ -1,4 +1,4 @@
-//! `data-prep build` from photos to shards, on real faces and the real models: the files that `ci/assets.sh` brings.
+//! `data-prep build` from photos to shards, on real faces and with the real models that `ci/assets.sh` downloads.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -41,7 +41,7 @@ fn asset(name: &str) -> PathBuf {
     hyperlora_testing::asset("photos").join(name)
 }
 
-/// A folder with `data.yaml`, labels and photos: six that stay, and one for each reason to go.
+/// Makes a folder with `data.yaml`, labels and photos: six that stay, and one for each reason for rejection.
 fn workplace() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let photos = dir.path().join("photos");
@@ -162,7 +162,7 @@ fn progress_counts_every_photo() {
     assert_eq!(seen.last(), Some(&Progress { done: 15, total: 15, kept: 6 }));
 }
 
-/// The JPEG of a photo whose camera lay as `orientation` says (EXIF 2.3, tag 0x112).
+/// Encodes a photo as JPEG with this EXIF orientation (EXIF 2.3, tag 0x112).
 fn jpeg(photo: &RgbImage, orientation: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut encoder = JpegEncoder::new_with_quality(&mut bytes, 95);
@@ -181,7 +181,7 @@ fn what_is_not_whole_or_not_ours_becomes_no_row_and_what_is_changed_is_counted()
     fs::write(dir.path().join("data.yaml"), CONFIG).unwrap();
     let portrait = image::open(asset("portraits/astronaut.png")).unwrap().into_rgb8();
 
-    // The copies of a labelled photo: in a hidden folder, and with a name that comes first.
+    // Copies of a labelled photo: in a hidden folder, and with a name that sorts first.
     let labelled = fs::read(asset("orl/s01/1.pgm")).unwrap();
     for name in ["s1.pgm", "copies/s1.pgm", ".ipynb_checkpoints/s1-checkpoint.pgm"] {
         fs::write(photos.join(name), &labelled).unwrap();
@@ -189,17 +189,17 @@ fn what_is_not_whole_or_not_ours_becomes_no_row_and_what_is_changed_is_counted()
     fs::write(dir.path().join("labels.csv"), "\u{feff}key,identity,split\ns1.pgm,s1,train\n").unwrap();
     fs::write(photos.join("s1.txt"), "\u{feff}a man").unwrap();
 
-    // Cut as a broken download leaves it, and with an end put on it.
+    // Truncated as by a broken download, and with an end marker appended.
     let whole = jpeg(&portrait, 1);
     let cut = &whole[..whole.len() * 3 / 10];
     fs::write(photos.join("bad-cut.jpg"), cut).unwrap();
     fs::write(photos.join("bad-cut-ended.jpg"), [cut, b"\xff\xd9"].concat()).unwrap();
     fs::write(photos.join("bad-name.jpg"), b"\0\0\0\x18ftypheic").unwrap();
 
-    // Turned with and without a word of it.
+    // Rotated, without and with EXIF orientation.
     fs::write(photos.join("turned.png"), png(&imageops::rotate90(&portrait))).unwrap();
     fs::write(photos.join("turned-exif.jpg"), jpeg(&imageops::rotate270(&portrait), 6)).unwrap();
-    // Behind every transparent pixel lies noise.
+    // Transparent pixels have the colours of noise.
     let mut cut_out = RgbaImage::from_fn(portrait.width(), portrait.height(), |x, y| {
         let [r, g, b] = portrait.get_pixel(x, y).0;
         let inside = (150..300).contains(&x) && (20..220).contains(&y);
@@ -208,7 +208,7 @@ fn what_is_not_whole_or_not_ours_becomes_no_row_and_what_is_changed_is_counted()
     cut_out.put_pixel(0, 0, Rgba([0, 0, 0, 0]));
     cut_out.save(photos.join("transparent.png")).unwrap();
 
-    // What a stranger lays there: pipes, and links to files of the machine.
+    // Traps of a stranger: pipes, and links to files of the machine.
     for pipe in ["pipe.jpg", "transparent.txt"] {
         assert!(Command::new("mkfifo").arg(photos.join(pipe)).status().unwrap().success());
     }
@@ -267,7 +267,7 @@ fn a_signal_ends_the_build_and_leaves_nothing_behind() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_data-prep"));
         command.args(["build", "data.yaml", "--out", "out", "--workers", "1"]).current_dir(dir.path());
         let child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        // Photos are looked at from then on.
+        // A new name shows that the processing of photos has started.
         while names().len() == before {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
@@ -296,7 +296,7 @@ fn the_result_is_there_though_nobody_reads_what_is_printed() {
     }
 }
 
-/// A standard output on a disk without space.
+/// Returns a standard output on a disk without space.
 fn full() -> Stdio {
     fs::OpenOptions::new().write(true).open("/dev/full").unwrap().into()
 }

@@ -1,4 +1,4 @@
-//! The face models on real photos: the files that `ci/assets.sh` brings.
+//! Face models on real photos: the files that `ci/assets.sh` downloads.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ fn analyser() -> FaceAnalyser {
     FaceAnalyser::load(&FaceConfig::default(), Path::new("")).unwrap()
 }
 
-/// The one face of a photo that shows one.
+/// Returns the only face of a photo.
 fn only_face(analyser: &mut FaceAnalyser, name: &str) -> (RgbImage, Detection) {
     let photo = open(name);
     let mut faces = analyser.detect(&photo).unwrap();
@@ -31,7 +31,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
-/// Mean cosine of the pairs of one person, and of the pairs of two.
+/// Returns the mean cosine over pairs of the same person, and over pairs of two people.
 fn same_and_other(embeddings: &[(u32, Vec<f32>)]) -> (f64, f64) {
     let (mut same, mut other) = (Vec::new(), Vec::new());
     for (index, (person, a)) in embeddings.iter().enumerate() {
@@ -58,7 +58,7 @@ fn embeddings_tell_people_apart_and_landmarks_sit_on_the_face() {
             let own = cosine(&described.id_embedding, &described.id_embedding);
             assert!(described.id_embedding.len() == 512 && (own - 1.0).abs() < 1e-5, "{own}");
 
-            // The detector and the landmark model are two models: they must agree on eyes, nose and mouth.
+            // The detector and the landmark model are independent: they must agree on eyes, nose and mouth.
             let points = &described.landmarks;
             assert_eq!(points.len(), 68);
             let found =
@@ -84,7 +84,7 @@ fn embeddings_tell_people_apart_and_landmarks_sit_on_the_face() {
 fn a_portrait_shows_one_face_and_a_group_several() {
     let mut analyser = analyser();
     let (_, face) = only_face(&mut analyser, "portraits/astronaut.png");
-    // Where the face is in this well-known photo.
+    // Position of the face in this well-known photo.
     let [x, y] = centre(&face.points);
     assert!((200.0..250.0).contains(&x) && (90.0..150.0).contains(&y), "{x} {y}");
     assert!(face.score > 0.8, "{}", face.score);
@@ -126,12 +126,12 @@ fn a_face_on_its_side_or_on_its_head_is_set_upright() {
         for turn in turns {
             let view = turn(&photo);
             let found = analyser.detect_upright(view.clone()).unwrap();
-            // A face that is not seen at all is left out and counted.
+            // A face that is not detected at all is rejected and counted.
             if found.faces.is_empty() {
                 continue;
             }
             assert!(found.turned && found.photo == photo && found.faces == upright.faces, "{name}: {:?}", found.faces);
-            // As it lies it would be another person.
+            // Embedded without the turn, it would be another person.
             if let [face] = &analyser.detect(&view).unwrap()[..] {
                 let askew = analyser.describe(&view, face).unwrap().id_embedding;
                 assert!(cosine(&embedding, &askew) < 0.5, "{name}");
@@ -157,7 +157,7 @@ fn a_face_that_fills_the_photo_is_found_at_a_smaller_size() {
     let mut large_only = FaceAnalyser::load(&config, Path::new("")).unwrap();
     let config = FaceConfig { detector_sides: vec![640, 320], ..config };
     let mut retrying = FaceAnalyser::load(&config, Path::new("")).unwrap();
-    // From brow to chin, nothing around it.
+    // Crop from brow to chin, with nothing around it.
     let close_up = imageops::crop_imm(&open("portraits/astronaut.png"), 192, 80, 64, 77).to_image();
     let close_up = imageops::resize(&close_up, 384, 462, imageops::FilterType::Triangle);
     assert_eq!(large_only.detect(&close_up).unwrap().len(), 0);

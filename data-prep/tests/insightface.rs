@@ -1,4 +1,4 @@
-//! Model folders as insightface lays them out, against what insightface computes with the same files
+//! Model folders in insightface's layout, compared with the results of insightface on the same files
 //! (`ci/parity/face_fixtures.py`: random graphs with the right inputs and outputs).
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -51,7 +51,8 @@ fn photo(name: &str) -> RgbImage {
     image::open(fixtures().join(name)).unwrap().to_rgb8()
 }
 
-/// The pack, with all models of the fixtures below it in `more`: only files of its own folder may be named.
+/// Pack of models. All models of the fixtures are below it in `more`, because only files of its own folder may be
+/// named.
 static PACK: LazyLock<PathBuf> = LazyLock::new(|| {
     let pack = Path::new(env!("CARGO_TARGET_TMPDIR")).join("insightface");
     for (from, to) in [("antelopev2", ""), ("", "more"), ("antelopev2", "more/antelopev2")] {
@@ -66,12 +67,12 @@ static PACK: LazyLock<PathBuf> = LazyLock::new(|| {
     pack
 });
 
-/// The pack as it is.
+/// Returns the unchanged pack.
 fn antelopev2() -> FaceConfig {
     FaceConfig { models: ConfigPath::new(&*PACK), ..FaceConfig::default() }
 }
 
-/// A file of the fixtures in the place of one of the pack's.
+/// Returns a file of the fixtures, to use in place of one of the pack's.
 fn instead(file: &str) -> Option<String> {
     Some(format!("more/{file}"))
 }
@@ -80,7 +81,7 @@ fn load(config: &FaceConfig) -> FaceAnalyser {
     FaceAnalyser::load(config, Path::new("")).unwrap()
 }
 
-/// Largest difference of two lists of the same length.
+/// Returns the largest difference between two lists of the same length.
 fn apart<'a>(got: impl IntoIterator<Item = &'a f32>, want: impl IntoIterator<Item = &'a f32>) -> f32 {
     let (got, want): (Vec<_>, Vec<_>) = (got.into_iter().collect(), want.into_iter().collect());
     assert_eq!(got.len(), want.len());
@@ -96,7 +97,7 @@ fn scrfd_finds_what_insightface_finds() {
         assert_eq!(found.len(), case.boxes.len(), "{}", case.model);
         assert!(found.is_sorted_by(|a, b| a.score >= b.score));
         for (want, points) in case.boxes.iter().zip(&case.points) {
-            // Scores that OpenCV's rounding can swap are told by their places.
+            // OpenCV's rounding can swap scores, so faces are matched by their places.
             let distance = |face: &&Detection| apart(&face.face_box, &want[..4]);
             let face = found.iter().min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap();
             worst[0] = worst[0].max((face.score - want[4]).abs());
@@ -114,7 +115,7 @@ fn a_model_with_one_size_sees_smaller_photos_in_its_corner() {
         let config = FaceConfig { detector: instead("batched.onnx"), detector_sides: sides, ..antelopev2() };
         load(&config).detect(&photo(&case.photo)).unwrap()
     };
-    // 640 is more than it can see; 64 leaves three quarters of its view black.
+    // 640 exceeds the model's input; 64 leaves three quarters of it black.
     assert_eq!(sides(vec![640]), sides(vec![128]));
     assert_ne!(sides(vec![64]), sides(vec![128]));
 }
@@ -177,14 +178,14 @@ fn the_files_of_a_pack_are_told_apart_whatever_their_names() {
     let of_the_pack = load(&antelopev2()).describe(&photo, &detection).unwrap();
     assert_eq!(analyser.describe(&photo, &detection).unwrap(), of_the_pack);
 
-    // CurricularFace judges as soon as it is there, and is never taken for the embedder.
+    // CurricularFace is used for evaluation as soon as it is present, and never as the embedder.
     let error = analyser.embed_independent(&photo, &detection).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("curricularface.onnx"), "{error}");
     fs::copy(fixtures().join("curricularface.onnx"), folder.path().join("CurricularFace_IR101.onnx")).unwrap();
     let judged = load(&config).embed_independent(&photo, &detection).unwrap();
     assert!(apart(&judged, &face.embeddings["curricularface.onnx"]) < 5e-5);
 
-    // Of two embedders none is preferred until one is named.
+    // Two embedders are ambiguous until one is named.
     fs::copy(fixtures().join("mxnet.onnx"), folder.path().join("other.onnx")).unwrap();
     let error = FaceAnalyser::load(&config, Path::new("")).unwrap_err().to_string();
     assert!(error.contains("holds other.onnx, w600k_r50.onnx") && error.contains("`embedder`"), "{error}");

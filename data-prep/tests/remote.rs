@@ -1,4 +1,4 @@
-//! Shard folders behind a URL: the rows of the local folder, whatever a server does to them on the way.
+//! Shard folders behind a URL: they give the rows of the local folder, whatever the server does wrong.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -17,24 +17,24 @@ use tempfile::TempDir;
 use crate::shard_folder::labels;
 use hyperlora_testing::file_server::{Answer, FileServer};
 
-/// What a server does to its next answers, the last one first; afterwards it serves well.
+/// Fault of a server's next answer. Faults are taken from the end of a list; afterwards the server works.
 #[derive(Debug, Clone, Copy)]
 enum Mischief {
-    /// 503.
+    /// Answers 503.
     Busy,
-    /// 403.
+    /// Answers 403.
     Forbidden,
-    /// The connection ends in the middle of the content.
+    /// Closes the connection in the middle of the content.
     HalfOfIt,
-    /// One bit is another.
+    /// Flips one bit.
     FlippedBit,
-    /// More than was asked for.
+    /// Sends more than was requested.
     TooMuch,
-    /// A content that never ends, as it says.
+    /// Announces content that never ends.
     Endless,
-    /// A page for people.
+    /// Sends an HTML page.
     Page,
-    /// Nothing, until the client goes.
+    /// Sends nothing until the client leaves.
     Silence,
 }
 
@@ -66,7 +66,7 @@ impl Mischief {
     }
 }
 
-/// A shard folder, a server of it, and a cache.
+/// Shard folder with its server and a cache.
 struct World {
     dir: TempDir,
     records: Vec<FaceRecord>,
@@ -105,7 +105,7 @@ impl World {
         *self.mischief.lock().unwrap() = mischief.to_vec();
     }
 
-    /// The requests since the last call.
+    /// Returns the requests since the last call.
     fn asked(&self) -> Vec<String> {
         std::mem::take(&mut self.asked.lock().unwrap())
     }
@@ -127,7 +127,7 @@ fn rows(folder: &ShardFolder) -> Vec<FaceRecord> {
     folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap().unwrap()).collect()
 }
 
-/// One line of cause with all of `parts`, one line of remedy.
+/// Checks for one line of cause with all of `parts`, and one line of remedy.
 #[track_caller]
 fn assert_refused(error: &Error, code: u8, parts: &[&str]) {
     let text = error.to_string();
@@ -149,13 +149,13 @@ fn the_rows_are_those_of_the_local_folder_and_come_from_the_cache_the_second_tim
     assert_eq!(asked.len(), 1 + 1 + 5 + 3, "{asked:?}");
     assert_eq!(asked[0], "GET /faces/manifest.json whole");
 
-    // Another process: only the manifest, which tells what is right, is asked for again.
+    // Another process requests only the manifest again, because it contains the checksums.
     let again = world.open_well();
     again.verify().unwrap();
     assert_eq!(rows(&again), world.records);
     assert_eq!(world.asked(), ["GET /faces/manifest.json whole"]);
 
-    // Nobody answers any more: all is there as it came.
+    // Without the server, everything comes from the cache.
     let World { dir, server, records, .. } = world;
     let url = server.url("faces");
     drop(server);
@@ -171,9 +171,10 @@ fn the_rows_are_those_of_the_local_folder_and_come_from_the_cache_the_second_tim
     assert_refused(&error, 1, &["/faces/manifest.json: reading failed", "refused"]);
 }
 
-/// The URL that [`the_rows_behind_a_url_are_those_of_the_local_folder`] reads, as a process of its own.
+/// Environment variable with the URL for [`the_rows_behind_a_url_are_those_of_the_local_folder`], which runs in its own
+/// process.
 const URL: &str = "SHARDS_URL";
-/// The local folder that it compares with.
+/// Environment variable with the local folder to compare with.
 const FOLDER: &str = "SHARDS_FOLDER";
 
 #[test]
@@ -198,7 +199,7 @@ fn buckets_are_found_through_the_environment() {
     let seen = Arc::clone(&asked);
     let server = FileServer::start(dir.path(), move |request, mut answer| {
         seen.lock().unwrap().push(request.to_owned());
-        // Google's clients want to know which version it is.
+        // Google's clients need a version of the object.
         answer.head.push_str("ETag: \"1\"\r\nLast-Modified: Sun, 06 Nov 1994 08:49:37 GMT\r\n");
         Some(answer)
     });
@@ -214,7 +215,7 @@ fn buckets_are_found_through_the_environment() {
         ("GOOGLE_SKIP_SIGNATURE", "true"),
     ];
     for scheme in ["s3", "gs"] {
-        // Settings of a process are its own: this test runs itself.
+        // Environment variables apply to a whole process, so this test starts itself again.
         let mut reader = Command::new(std::env::current_exe().unwrap());
         reader.args(["--ignored", "--exact", "the_rows_behind_a_url_are_those_of_the_local_folder"]).envs(settings);
         let ended = reader.env(URL, format!("{scheme}://bucket/some/faces")).env(FOLDER, &folder).output().unwrap();
@@ -270,15 +271,19 @@ fn what_is_not_what_was_written_is_asked_for_once_more_and_then_counts_as_damage
     world.plan(&[Mischief::FlippedBit]);
     assert_eq!(rows(&remote), world.records);
 
-    // More than was asked for is not waited for.
+    // The reader does not wait for more than it requested.
     fs::remove_dir_all(world.cache()).unwrap();
     let remote = world.open_well();
     world.plan(&[Mischief::TooMuch, Mischief::TooMuch]);
     assert!(remote.read(&remote.row_groups()[0]).unwrap().unwrap_err().to_string().contains("SHA-256"));
     world.plan(&[Mischief::Endless]);
-    assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: is no manifest: it holds more than"]);
+    assert_refused(
+        &world.open("faces").unwrap_err(),
+        2,
+        &["/faces/manifest.json: is not a manifest: it holds more than"],
+    );
 
-    // Damaged where it lies, and not in a cache: that row group alone is refused, twice asked for.
+    // Damage on the server, not in a cache: only that row group is refused, after two requests.
     fs::remove_dir_all(world.cache()).unwrap();
     let remote = world.open_well();
     let whole = fs::read(world.file("shard-00001.parquet")).unwrap();
@@ -292,7 +297,7 @@ fn what_is_not_what_was_written_is_asked_for_once_more_and_then_counts_as_damage
     assert_eq!(world.asked().iter().filter(|asked| asked.contains("shard-00001")).count(), 1 + 2);
     assert_refused(&remote.verify().unwrap_err(), 2, &["shard-00001.parquet: row group 0 is damaged"]);
 
-    // Cut off: its footer lies behind the end.
+    // Truncated: its footer is beyond the end.
     fs::remove_dir_all(world.cache()).unwrap();
     fs::write(world.file("shard-00001.parquet"), &whole[..whole.len() / 2]).unwrap();
     let damage = world.open_well().read(&remote.row_groups()[2]).unwrap().unwrap_err();
@@ -306,7 +311,7 @@ fn a_server_that_is_silent_is_given_up_at_the_deadline() {
     let began = Instant::now();
     let error = ShardFolder::open_remote(&world.server.url("faces"), &world.config(2)).unwrap_err();
     assert_refused(&error, 1, &["/faces/manifest.json: reading failed: ", "time"]);
-    // Far below the 3 minutes of the client itself.
+    // Far below the client's own 3 minutes.
     assert!(began.elapsed() < Duration::from_secs(60));
 }
 
@@ -316,16 +321,20 @@ fn what_is_no_shard_folder_is_refused_with_its_cause() {
     let error = world.open("nowhere").unwrap_err();
     assert_refused(&error, 2, &[&format!("/nowhere/{MANIFEST_FILE}: does not exist")]);
     world.plan(&[Mischief::Page]);
-    assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: is no manifest", "<!DOCTYPE html>"]);
+    assert_refused(
+        &world.open("faces").unwrap_err(),
+        2,
+        &["/faces/manifest.json: is not a manifest", "<!DOCTYPE html>"],
+    );
     world.plan(&[Mischief::Forbidden]);
     assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: may not be read", "AccessDenied"]);
-    // A page in place of a part, and a server that knows no parts.
+    // A page in place of a part, as from a server without range requests.
     let remote = world.open_well();
     world.plan(&[Mischief::Page]);
     let error = remote.read(&remote.row_groups()[0]).unwrap_err();
     assert_refused(&error, 2, &["/faces/shard-00000.parquet: the server sent something else"]);
 
-    // A folder of somebody else is no cache.
+    // A folder with foreign files is not a cache.
     fs::write(world.dir.path().join("faces/holiday.jpg"), "mine").unwrap();
     let config = RemoteConfig { cache: world.file(""), ..world.config(60) };
     let error = ShardFolder::open_remote(&world.server.url("faces"), &config).unwrap_err();
@@ -335,7 +344,7 @@ fn what_is_no_shard_folder_is_refused_with_its_cause() {
     for (url, shown, problem) in [
         ("ftp://host/faces", "ftp://host/faces", "cannot be opened"),
         ("az://container/faces", "az://container/faces", "cannot be opened"),
-        ("https://", "https://", "is no URL"),
+        ("https://", "https://", "is not a URL"),
         ("https://host/faces?token=1", "https://host/faces?***", "`?`"),
         ("https://me:secret@host/faces", "https://***@host/faces", "has a user"),
     ] {
@@ -362,7 +371,7 @@ fn the_cache_keeps_to_its_size_and_the_longest_unused_goes_first() {
         let file = fs::File::options().append(true).open(path).unwrap();
         file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
     }
-    // Room for one row group less than there is, and one was used since.
+    // Room for all but one row group, and one was used since.
     assert!(remote.read(&remote.row_groups()[0]).unwrap().is_ok());
     let [used, kept] = [of_group(0, 0), of_group(1, 0)].map(|path| fs::metadata(path).unwrap().len());
     let footer = world.cache().join(&remote.manifest().shards[0].footer_sha256);
@@ -387,7 +396,7 @@ fn what_changed_in_the_cache_is_read_anew_and_a_manifest_names_nothing_else() {
     }
     let remote = world.open_well();
     assert_eq!(rows(&remote), world.records);
-    // A cache that is gone costs speed only.
+    // A missing cache only costs speed.
     fs::remove_dir_all(world.cache()).unwrap();
     assert_eq!(rows(&remote), world.records);
 
@@ -396,6 +405,6 @@ fn what_changed_in_the_cache_is_read_anew_and_a_manifest_names_nothing_else() {
     let manifest = fs::read_to_string(world.file(MANIFEST_FILE)).unwrap();
     let checksum = &remote.manifest().shards[0].row_groups[0].sha256;
     fs::write(world.file(MANIFEST_FILE), manifest.replace(checksum, mine.to_str().unwrap())).unwrap();
-    assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: is damaged", "is no SHA-256"]);
+    assert_refused(&world.open("faces").unwrap_err(), 2, &["/faces/manifest.json: is damaged", "is not a SHA-256"]);
     assert_eq!(fs::read_to_string(&mine).unwrap(), "mine");
 }

@@ -1,4 +1,4 @@
-//! Shard folders: what is written is what is read, and damage is named.
+//! Shard folders: reading returns what was written, and damage is named.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -81,7 +81,7 @@ fn a_damaged_row_group_is_told_and_the_others_are_read() {
     let records = write(dir.path());
     let shard = dir.path().join("shard-00000.parquet");
     let mut bytes = fs::read(&shard).unwrap();
-    // The first page: keys.
+    // The first page contains keys.
     bytes[20] ^= 1;
     fs::write(&shard, bytes).unwrap();
     let folder = ShardFolder::open(dir.path()).unwrap();
@@ -92,7 +92,7 @@ fn a_damaged_row_group_is_told_and_the_others_are_read() {
     assert!(folder.read(&groups[0]).unwrap().unwrap_err().to_string().contains("SHA-256"));
     assert_eq!(folder.read(&groups[1]).unwrap().unwrap(), records[2..4]);
     assert_eq!(folder.keys(0..2).unwrap(), [records[0].key.clone(), records[1].key.clone()]);
-    // It shrinks while it is read.
+    // The file shrinks while it is open.
     fs::write(&shard, [0; 30]).unwrap();
     let damage = folder.read(&groups[1]).unwrap().unwrap_err();
     assert!(damage.to_string().contains("the footer of the file: the file ends within it"), "{damage}");
@@ -107,7 +107,7 @@ fn every_byte_that_is_read_is_covered_by_a_checksum() {
     for file in ["shard-00002.parquet", INDEX_FILE] {
         let path = dir.path().join(file);
         let whole = fs::read(&path).unwrap();
-        // Parquet begins with four letters that nobody reads.
+        // Parquet begins with four magic bytes that the reader ignores.
         for at in (4..whole.len()).step_by(97).chain([4, whole.len() - 1]) {
             let mut bytes = whole.clone();
             bytes[at] ^= 0x10;
@@ -156,7 +156,7 @@ fn a_manifest_that_does_not_fit_is_refused() {
     let message = change("shard-00000.parquet", "shard-00001.parquet");
     assert!(message.contains("it lists shard-00001.parquet twice"), "{message}");
     let message = change("\"sha256\": \"", "\"sha256\": \"/");
-    assert!(message.contains("is no SHA-256"), "{message}");
+    assert!(message.contains("is not a SHA-256"), "{message}");
     let message = change("{", "[");
     assert!(message.contains("manifest.json: is damaged"), "{message}");
 }
@@ -210,7 +210,7 @@ fn another_embedder_is_refused_and_another_detector_told() {
     assert!(error.to_string().contains("made with b.onnx sha256:2, and `faces` finds b.onnx sha256:7"), "{error}");
 }
 
-/// A manifest whose numbers fit together, and yet ask for more than any machine has.
+/// Refuses a manifest whose numbers are consistent, but exceed any machine.
 #[test]
 fn a_manifest_that_asks_for_too_much_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -229,7 +229,7 @@ fn a_manifest_that_asks_for_too_much_is_refused() {
     }
     let message = refused(|manifest| rows(manifest, 1 << 40));
     assert!(message.contains("shard-00002.parquet has 1099511627776 rows in the "), "{message}");
-    // Fewer, but more than there are bytes.
+    // Fewer rows, but more than there are bytes.
     let message = refused(|manifest| rows(manifest, 1 << 16));
     assert!(message.contains("shard-00002.parquet has 65536 rows in the "), "{message}");
     let message = refused(|manifest| manifest.shards[2].row_groups[0].offset = u64::MAX);
@@ -275,7 +275,7 @@ fn links_that_lead_out_pipes_and_huge_manifests_are_refused() {
         refused("no links that lead out of it");
         fs::remove_file(&file).unwrap();
         assert!(Command::new("mkfifo").arg(&file).status().unwrap().success());
-        refused("no regular file");
+        refused("not a regular file");
         fs::remove_file(&file).unwrap();
         // A link within the folder is as good as the file.
         fs::create_dir(dir.join("pool")).unwrap();
@@ -284,7 +284,7 @@ fn links_that_lead_out_pipes_and_huge_manifests_are_refused() {
         let folder = open().unwrap();
         assert_eq!(folder.read(&folder.row_groups()[2]).unwrap().unwrap(), records[4..6]);
     }
-    // Sparse: it takes no room on the disk.
+    // A sparse file takes no disk space.
     fs::File::create(dir.join("pool/1")).unwrap().set_len(1 << 40).unwrap();
     fs::remove_file(dir.join(MANIFEST_FILE)).unwrap();
     symlink("pool/1", dir.join(MANIFEST_FILE)).unwrap();
@@ -315,7 +315,7 @@ fn rows_that_are_no_faces_are_told_with_row_and_column() {
         ("face_box", of_second(&[1.0, f32::NAN, 2.0, 3.0], 4), row(1, "`face_box` has a coordinate of NaN")),
         ("face_box", of_second(&[9.0, 1.0, 2.0, 3.0], 4), row(1, "`face_box` is [9.0, 1.0, 2.0, 3.0]: no box")),
         ("face_box", of_second(&[1.0, 2.0, 3.0, 1e9], 4), row(1, "`face_box` has a coordinate of 1000000000")),
-        ("face_box", of_second(&[-30.0, 2.0, -3.0, 9.0], 4), row(1, "`face_box` lies outside of the picture")),
+        ("face_box", of_second(&[-30.0, 2.0, -3.0, 9.0], 4), row(1, "`face_box` is outside the picture")),
         ("points", foreign::fixed_lists(10, vec![f32::INFINITY; 20]), row(0, "`points` has a coordinate of inf")),
         ("points", foreign::lists(&[&[1.0; 10], &[1.0; 9]]), row(1, "`points` has an odd number of coordinates")),
         ("landmarks", foreign::lists(&[&[1.0; 136], &[1.0; 136]]), row(0, "`landmarks` are all on one line")),
@@ -343,8 +343,8 @@ fn bombs_are_refused_before_they_take_memory() {
     let one = sound.slice(0, 1);
     let text = |bytes: usize| -> ArrayRef { Arc::new(StringArray::from(vec!["x".repeat(bytes)])) };
     let huge = 150 << 20;
-    // One text that is written once and repeated 1000 times; an image, and a text, that shrink to nothing; a face with a
-    // million landmarks.
+    // One text stored once and repeated 1000 times; an image and a text that compress to almost nothing; a face with
+    // millions of landmarks.
     let repeated = vec![with(&one, "caption", text(1 << 20)); 1000];
     let image: ArrayRef = Arc::new(BinaryArray::from_vec(vec![&vec![0; huge]]));
     for (name, batches) in [
@@ -405,7 +405,7 @@ fn an_index_whose_keys_repeat_or_are_not_in_order_is_refused() {
     assert!(message.contains("index.parquet: holds 9 rows instead of 10"), "{message}");
     let message = problem(&[index.clone(), with(&one, "key", Arc::new(StringArray::from(vec!["z"])))]);
     assert!(message.contains("it has more rows than the shards"), "{message}");
-    // A name that is written once and repeated a million times takes no memory, and a long one is no name.
+    // A name stored once and repeated a million times takes no memory, but a long one is invalid.
     let named = with(&one, "identity", Arc::new(StringArray::from(vec!["x".repeat(5000)])));
     let message = problem(&[named, index.slice(1, 9)]);
     assert!(message.contains("has a name of more than 4096 bytes in row 0"), "{message}");

@@ -179,7 +179,7 @@ fn what_cannot_be_drawn_with_is_named() {
     }
     let folder = world.path("folder");
     fs::create_dir(&folder).unwrap();
-    run(sample(&folder, &[])).refused(2, &["folder", "no regular file"]);
+    run(sample(&folder, &[])).refused(2, &["folder", "not a regular file"]);
     run(sample(&world.path("nowhere/a.png"), &[])).refused(2, &["nowhere/a.png", "may write to"]);
 }
 
@@ -226,7 +226,7 @@ fn a_lora_is_made_of_photos_of_one_face() {
 
     let pipe = world.path("pipe.png");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-    run(generate(&[&photo, &pipe], &[])).refused(2, &["pipe.png", "no regular file"]);
+    run(generate(&[&photo, &pipe], &[])).refused(2, &["pipe.png", "not a regular file"]);
 
     let (text, blank) = (world.path("text.png"), world.path("blank.png"));
     fs::write(&text, "This is a text.").unwrap();

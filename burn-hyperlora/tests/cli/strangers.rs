@@ -95,7 +95,7 @@ fn a_strangers_run_loads_no_library_and_reads_no_variable() {
     for name in ["libonnxruntime.so", "./libonnxruntime.so"] {
         let mut command = generate(&world, "run", &[]);
         command.current_dir(world.path("")).env("ORT_DYLIB_PATH", name);
-        run(command).refused(2, &["ORT_DYLIB_PATH", "no absolute path"]);
+        run(command).refused(2, &["ORT_DYLIB_PATH", "not an absolute path"]);
     }
 
     let places = world.path("run/paths.yaml");

@@ -1,4 +1,4 @@
-//! The one error type of the library, and the exit code that each kind of failure maps to.
+//! The error type of the library, and the exit code of each kind of failure.
 
 use std::path::{Path, PathBuf};
 
@@ -7,61 +7,61 @@ use crate::text::{name, shown};
 /// Result of every fallible library call.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What can go wrong, sorted by who can mend it.
+/// Errors, sorted by who can fix them.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Something the user gave does not hold: a YAML key, a model file, a shard, a path.
+    /// Invalid user input: a YAML key, a model file, a shard, a path.
     #[error("{}: {}\n  remedy: {}", name(place), shown(problem), shown(remedy))]
     Input {
         /// File and position (key, line, column name).
         place: String,
-        /// What is wrong there, with the offending value.
+        /// The problem there, with the offending value.
         problem: String,
-        /// What to do about it.
+        /// The remedy.
         remedy: String,
     },
-    /// The disk or another device of the machine failed.
+    /// Failure of the disk or another device of the machine.
     #[error("{}: {}: {source}\n  remedy: {}", name(&path.to_string_lossy()), shown(problem), shown(remedy))]
     Disk {
-        /// The file or folder.
+        /// File or folder.
         path: PathBuf,
-        /// What was attempted.
+        /// The failed operation.
         problem: String,
-        /// The system's own words.
+        /// The system's error.
         source: std::io::Error,
-        /// What to do about it.
+        /// The remedy.
         remedy: String,
     },
-    /// A fault of the program itself.
+    /// Fault of the program itself.
     #[error("{}", shown(.0))]
     Fault(String),
-    /// Another process of the same run was lost or fell silent: named by rank and machine where they are known.
+    /// Another process of the same run was lost or fell silent. Names its rank and machine if known.
     #[error("{}", shown(.0))]
     Peer(String),
-    /// Another process of the same run failed, and said why before it ended.
+    /// Another process of the same run failed and said why before it ended.
     #[error("{} failed: {}", name(rank), shown(problem))]
     PeerFailed {
         /// Its rank and machine.
         rank: String,
         /// Its error, on one line.
         problem: String,
-        /// The code that it ends with.
+        /// Its exit code.
         exit_code: u8,
     },
 }
 
 impl Error {
-    /// An error in what the user gave.
+    /// Makes an error about user input.
     pub fn input(place: impl ToString, problem: impl ToString, remedy: impl ToString) -> Self {
         Self::Input { place: place.to_string(), problem: problem.to_string(), remedy: remedy.to_string() }
     }
 
-    /// An error in a file or folder that the user named.
+    /// Makes an error about a file or folder that the user named.
     pub fn file(path: &Path, problem: impl ToString, remedy: impl ToString) -> Self {
         Self::input(path.display(), problem, remedy)
     }
 
-    /// Reading failed: a missing or unreadable file is the user's to mend, the rest is the disk's.
+    /// Maps a read error: a missing or unreadable file is the user's to fix, everything else is the disk's.
     pub fn read(path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Kind;
         let unreadable = |remedy: &str| Self::file(path, format!("cannot be read: {source}"), remedy);
@@ -73,7 +73,7 @@ impl Error {
             | Kind::InvalidFilename => unreadable("check the path and its permissions"),
             Kind::InvalidInput => unreadable("give a regular file below the folder that it belongs to"),
             Kind::FileTooLarge => unreadable("give a smaller file, if this is the right one at all"),
-            // What the file holds, and no fault of the disk: text that is none, less than its header says.
+            // The content is at fault, not the disk: invalid text, or fewer bytes than the header announces.
             Kind::InvalidData | Kind::UnexpectedEof => unreadable("fetch the file again; text has to be UTF-8"),
             _ => Self::Disk {
                 path: path.into(),
@@ -84,7 +84,7 @@ impl Error {
         }
     }
 
-    /// Writing failed: a forbidden place or an impossible name is the user's to mend, a full or failing disk is not.
+    /// Maps a write error: a forbidden place or an impossible name is the user's to fix, a full or failing disk is not.
     pub fn write(path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Kind;
         let of_disk = |source, remedy: &str| Self::Disk {
@@ -105,13 +105,13 @@ impl Error {
                 Self::file(path, format!("cannot be written: {source}"), "choose a folder that you may write to")
             }
             Kind::StorageFull | Kind::QuotaExceeded | Kind::FileTooLarge => {
-                of_disk(source, "free some space, then run the same command again: what stood there before is intact")
+                of_disk(source, "free some space, then run the same command again: the previous content is intact")
             }
-            _ => of_disk(source, "check the disk, then run the same command again: what stood there before is intact"),
+            _ => of_disk(source, "check the disk, then run the same command again: the previous content is intact"),
         }
     }
 
-    /// The same error in the user's input, with the remedy of someone who knows what the file was for.
+    /// Replaces the remedy of an [`Input`](Self::Input) error, for a caller that knows the purpose of the file.
     #[must_use]
     pub fn with_remedy(self, remedy: impl ToString) -> Self {
         match self {
@@ -120,8 +120,9 @@ impl Error {
         }
     }
 
-    /// The process exit code: 2 the user's input, 1 a fault of the machine or the program, 75 (`EX_TEMPFAIL`) the loss of
-    /// another process of the run: start again. Where another process told its error, the code that belongs to that.
+    /// Returns the process exit code: 2 for user input, 1 for a fault of the machine or the program, 75 (`EX_TEMPFAIL`)
+    /// for the loss of another process of the run, after which a new start may succeed. If another process reported its
+    /// error, returns that process's exit code.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Input { .. } => 2,

@@ -8,12 +8,12 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 use crate::paths::open_regular;
 
-/// SHA-256 of bytes in memory, in lower-case hexadecimal.
+/// Returns the SHA-256 of bytes in memory, in lower-case hexadecimal.
 pub fn sha256_of(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// SHA-256 of the file at `path`, in lower-case hexadecimal, read in pieces.
+/// Returns the SHA-256 of the file at `path`, in lower-case hexadecimal. Reads it in pieces.
 ///
 /// # Errors
 /// As [`Error::read`].
@@ -30,7 +30,7 @@ pub fn sha256_of_file(path: &Path) -> Result<String> {
     }
 }
 
-/// Bytes in lower-case hexadecimal.
+/// Formats bytes in lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,7 +1,7 @@
 //! Foundations of both programs: errors with exit codes, YAML configuration, files that are whole or absent, untrusted
 //! paths and text, hashes, random numbers and signals.
 //!
-//! Nothing here knows photos, tensors or ranks.
+//! Nothing here depends on photos, tensors or ranks.
 
 pub mod config;
 pub mod error;

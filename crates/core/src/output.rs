@@ -1,4 +1,4 @@
-//! Standard output and standard error. Their reader may leave early (`status | head -1`) and their disk may be full: the
+//! Standard output and standard error. The reader may leave early (`status | head -1`) and the disk may be full: the
 //! macros of the standard library panic there. A command saves its result before it prints.
 
 use std::fmt::Arguments;
@@ -14,18 +14,18 @@ pub fn line(line: Arguments<'_>) -> Result<()> {
     text(format_args!("{line}\n"))
 }
 
-/// Prints text on standard output, up to its last byte. A reader that has left wants no more of it, which is no error: the
-/// command goes on and ends as it would have.
+/// Prints text on standard output, up to its last byte. A reader that closed the pipe is no error: the command
+/// continues and ends as usual.
 ///
 /// # Errors
-/// Disk where the output is a file on a full or failing disk.
+/// Disk: the output is a file on a full or failing disk.
 pub fn text(text: Arguments<'_>) -> Result<()> {
     print(&mut io::stdout().lock(), text)
 }
 
-/// Prints one line on standard error, where nobody is left to be told of a failure.
+/// Prints one line on standard error, and ignores a failure because nobody could be told.
 pub fn note(line: Arguments<'_>) {
-    // In one piece: several processes may share it.
+    // One write, because several processes may share standard error.
     let _ = io::stderr().lock().write_all(format!("{line}\n").as_bytes());
 }
 
@@ -53,7 +53,7 @@ mod tests {
         print(&mut writer, format_args!("one\n")).unwrap();
         drop(reader);
         print(&mut writer, format_args!("two\n")).unwrap();
-        // Buffered, as standard output is: the failure shows when the buffer is written.
+        // Standard output is buffered: the failure shows when the buffer is written.
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let error = print(&mut BufWriter::new(full), format_args!("one")).unwrap_err();
         assert_eq!(error.exit_code(), 1);

@@ -1,5 +1,5 @@
-//! Names that were read from a file, and the files behind them. Whoever wrote the name may be a stranger: it is a plain
-//! relative path, nothing but a regular file is opened, and no link leads out of the root.
+//! File names that were read from a file, and the files behind them. The author of a name may be a stranger: it must be
+//! a plain relative path, only a regular file is opened, and no link may lead out of the root.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
@@ -10,14 +10,14 @@ use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 
 use crate::{Error, Result};
 
-/// Longest plain name, in bytes: Linux takes no longer path.
+/// Longest plain name in bytes, the path limit of Linux.
 const LONGEST: usize = 4096;
 
-/// Joins `name`, which was read from a file, to `root`. Looks at the spelling alone: [`Root`] opens the file.
+/// Joins `name`, which was read from a file, to `root`. Checks only the spelling: [`Root`] opens the file.
 ///
 /// # Errors
-/// Input that names `listed_in`, the file that holds the name: an absolute path, `..`, `.`, an empty part, a backslash, a
-/// control character, or more than 4096 bytes.
+/// Input, naming `listed_in`, the file that contains the name: an absolute path, `..`, `.`, an empty part, a backslash,
+/// a control character, or more than 4096 bytes.
 pub fn below(root: &Path, name: &str, listed_in: &Path) -> Result<PathBuf> {
     match problem(name) {
         None => Ok(root.join(name)),
@@ -29,7 +29,7 @@ pub fn below(root: &Path, name: &str, listed_in: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Whether `name` is a plain relative path: ordinary parts with `/` between them.
+/// Tells whether `name` is a plain relative path: ordinary parts separated by `/`.
 pub fn is_plain(name: &str) -> bool {
     problem(name).is_none()
 }
@@ -40,7 +40,7 @@ fn problem(name: &str) -> Option<&'static str> {
         () if name.is_empty() => Some("is empty"),
         () if name.len() > LONGEST => Some("is too long"),
         () if name.contains(|c: char| c.is_control()) => Some("holds a control character"),
-        // On another system a separator, or a drive.
+        // Other systems read a backslash as a separator or as part of a drive.
         () if name.contains('\\') => Some("holds a backslash"),
         () if Path::new(name).components().any(|part| !matches!(part, Component::Normal(_))) => {
             Some("leads out of the folder")
@@ -50,8 +50,8 @@ fn problem(name: &str) -> Option<&'static str> {
     }
 }
 
-/// A folder whose files are opened by name, and never anything outside of it: a link is followed where it leads to a
-/// place below the folder, and refused where it leads out.
+/// Folder whose files are opened by name. A link that leads to a place below the folder is followed; one that leads out
+/// of it is refused.
 #[derive(Debug)]
 pub struct Root {
     dir: Dir,
@@ -68,7 +68,7 @@ impl Root {
         Ok(Self { dir, path: path.into() })
     }
 
-    /// The folder's path.
+    /// Returns the folder's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -76,8 +76,8 @@ impl Root {
     /// Opens the regular file `name` for reading. Does not wait for a pipe's writer.
     ///
     /// # Errors
-    /// The system's; `PermissionDenied` for a link that leads out, `InvalidInput` for a name that is no plain relative path
-    /// and for a pipe, a device, a socket or a folder.
+    /// The system's; `PermissionDenied` for a link that leads out; `InvalidInput` for a name that is not a plain
+    /// relative path, and for a pipe, a device, a socket or a folder.
     pub fn open_file(&self, name: &Path) -> io::Result<File> {
         if name.components().any(|part| !matches!(part, Component::Normal(_))) {
             return Err(io::Error::new(ErrorKind::InvalidInput, "the name leads out of the folder"));
@@ -88,7 +88,7 @@ impl Root {
         regular(file)
     }
 
-    /// Reads the regular file `name`, which may hold `limit` bytes.
+    /// Reads the regular file `name` of at most `limit` bytes.
     ///
     /// # Errors
     /// As [`open_file`](Self::open_file); `FileTooLarge` beyond the limit.
@@ -97,7 +97,7 @@ impl Root {
     }
 }
 
-/// Opens the regular file at `path`, a place that the user named or a link leads to. Does not wait for a pipe's writer.
+/// Opens the regular file at `path`, which the user named or a link leads to. Does not wait for a pipe's writer.
 ///
 /// # Errors
 /// The system's; `InvalidInput` for a pipe, a device, a socket or a folder.
@@ -106,7 +106,7 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
     regular(std::fs::OpenOptions::new().read(true).custom_flags(NONBLOCK).open(path)?)
 }
 
-/// Reads the regular file at `path`, which may hold `limit` bytes.
+/// Reads the regular file at `path` of at most `limit` bytes.
 ///
 /// # Errors
 /// As [`open_regular`]; `FileTooLarge` beyond the limit.
@@ -114,7 +114,7 @@ pub fn read_regular(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     read_limited(open_regular(path)?, limit)
 }
 
-/// Reads `file` to its end, whatever its size is said to be, but no more than `limit` bytes.
+/// Reads `file` to its end, whatever size its metadata reports. Refuses more than `limit` bytes.
 ///
 /// # Errors
 /// The system's; `FileTooLarge` beyond the limit.
@@ -129,7 +129,7 @@ pub fn read_limited(file: File, limit: u64) -> io::Result<Vec<u8>> {
     if bytes.len() as u64 > limit { Err(too_large()) } else { Ok(bytes) }
 }
 
-/// Opening a pipe does not wait. For regular files it changes nothing.
+/// Keeps the opening of a pipe from waiting. Has no effect on regular files.
 const NONBLOCK: i32 = libc::O_NONBLOCK;
 
 fn regular(file: File) -> io::Result<File> {
@@ -138,7 +138,7 @@ fn regular(file: File) -> io::Result<File> {
         return Ok(file);
     }
     let found = if kind.is_dir() { "a folder" } else { "a pipe, a socket or a device" };
-    Err(io::Error::new(ErrorKind::InvalidInput, format!("it is {found}, no regular file")))
+    Err(io::Error::new(ErrorKind::InvalidInput, format!("it is {found}, not a regular file")))
 }
 
 #[cfg(test)]

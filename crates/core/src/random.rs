@@ -1,44 +1,44 @@
-//! Randomness that belongs to the sample, not to the process: every draw has a generator of its own, named by what it is
-//! for. So a run gives the same numbers at any thread count and world size, and a resumed run goes on with the same ones.
+//! Random numbers keyed by sample, not by process: every draw has its own generator, named by its purpose. A run
+//! therefore draws the same numbers at any thread count and world size, and so does a resumed run.
 
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use rand_distr::{Distribution, StandardNormal};
 
-/// What a generator is drawn for: two purposes of one sample never share numbers.
+/// Purpose of a generator: two purposes of one sample never share numbers.
 ///
-/// The numbers are part of what a resume relies on: add, never renumber.
+/// Resuming relies on these numbers: add new ones, never renumber.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Purpose {
-    /// The order of samples in an epoch.
+    /// Order of samples in an epoch.
     Order = 0,
     /// Crop and flip of the photo.
     Augmentation = 1,
-    /// Which photo stands for the person.
+    /// Choice of the photo that represents the person.
     Reference = 2,
-    /// The draw from the autoencoder's posterior.
+    /// Draw from the autoencoder's posterior.
     Posterior = 3,
-    /// The diffusion noise.
+    /// Diffusion noise.
     Noise = 4,
-    /// The diffusion timestep.
+    /// Diffusion timestep.
     Timestep = 5,
-    /// The training scenario.
+    /// Training scenario.
     Scenario = 6,
-    /// First values of parameters.
+    /// Initial values of parameters.
     Initialisation = 7,
     /// Noise and timesteps of evaluation sets.
     Evaluation = 8,
-    /// The first latents of a drawn picture.
+    /// Initial latents of a generated picture.
     Sampling = 9,
-    /// What takes the place of a photo that cannot be read.
+    /// Replacement of a photo that cannot be read.
     StandIn = 10,
 }
 
-/// The generator of one draw.
+/// Returns the generator of one draw.
 ///
-/// The ChaCha key is the four numbers themselves, little-endian, one after the other: no hash stands between them, so
-/// different arguments never meet in one stream. `stage` is the training stage or the epoch, whichever the purpose counts by.
+/// The ChaCha key is the four numbers themselves, little-endian, concatenated. There is no hash, so different arguments
+/// never share a stream. `stage` is the training stage or the epoch, whichever the purpose counts by.
 pub fn for_sample(seed: u64, stage: u64, draw_index: u64, purpose: Purpose) -> ChaCha8Rng {
     let mut key = [0; 32];
     for (field, number) in key.chunks_exact_mut(8).zip([seed, stage, draw_index, purpose as u64]) {
@@ -47,17 +47,17 @@ pub fn for_sample(seed: u64, stage: u64, draw_index: u64, purpose: Purpose) -> C
     ChaCha8Rng::from_seed(key)
 }
 
-/// `len` standard normal numbers.
+/// Draws `len` standard normal numbers.
 pub fn normal(rng: &mut impl RngCore, len: usize) -> Vec<f32> {
     (0..len).map(|_| StandardNormal.sample(rng)).collect()
 }
 
-/// A number in `[0, 1)`, a multiple of 2^-53.
+/// Draws a number in `[0, 1)`, a multiple of 2^-53.
 pub fn unit(rng: &mut impl RngCore) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
 }
 
-/// A whole number in `0..bound`, every one equally likely; 0 for a bound of 0.
+/// Draws a whole number in `0..bound`, uniformly. Returns 0 for a bound of 0.
 pub fn below(rng: &mut impl RngCore, bound: u64) -> u64 {
     if bound == 0 {
         return 0;
@@ -72,7 +72,7 @@ pub fn below(rng: &mut impl RngCore, bound: u64) -> u64 {
     }
 }
 
-/// An index into `weights`, drawn in proportion to them; they need not sum to one. 0 where none is positive.
+/// Draws an index into `weights` in proportion to them; they need not sum to one. Returns 0 if no weight is positive.
 pub fn weighted(rng: &mut impl RngCore, weights: &[f64]) -> usize {
     let mut left = unit(rng) * weights.iter().sum::<f64>();
     let mut last = 0;
@@ -87,7 +87,7 @@ pub fn weighted(rng: &mut impl RngCore, weights: &[f64]) -> usize {
     last
 }
 
-/// The numbers `0..len` in random order (Fisher-Yates).
+/// Returns the numbers `0..len` in random order (Fisher-Yates).
 pub fn permutation(rng: &mut impl RngCore, len: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..len).collect();
     for last in (1..len).rev() {

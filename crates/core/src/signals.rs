@@ -1,4 +1,4 @@
-//! Leaving in order: SIGTERM, SIGINT and SIGHUP ask for a stop, and the run saves before it goes.
+//! Orderly stop: SIGTERM, SIGINT and SIGHUP request a stop, and the run saves before it exits.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -8,23 +8,23 @@ use signal_hook::flag;
 
 use crate::{Error, Result};
 
-/// Whether someone asked the run to stop; clones share the answer.
+/// Stop request of the process. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct StopFlag {
-    /// The signal's number, 0 while none has come.
+    /// Signal number, 0 before any signal.
     signal: Arc<AtomicUsize>,
 }
 
 impl StopFlag {
-    /// A flag that SIGTERM, SIGINT and SIGHUP raise. A SIGINT after that ends the process at once (exit code 1). SIGHUP stays
-    /// ignored in a process that was started so, by `nohup`.
+    /// Makes a flag that SIGTERM, SIGINT and SIGHUP raise. A later SIGINT ends the process at once (exit code 1).
+    /// SIGHUP stays ignored in a process that was started with it ignored, as `nohup` does.
     ///
     /// # Errors
-    /// Fault when the system refuses the handlers.
+    /// Fault: the system refuses the handlers.
     pub fn install() -> Result<Self> {
         let raised = Self::default();
         let asked = Arc::new(AtomicBool::new(false));
-        // Handlers run in the order of registration: the exit must look before this signal itself is noted.
+        // Handlers run in the order of registration: the conditional exit must run before this signal sets the flag.
         let installed = flag::register_conditional_shutdown(SIGINT, 1, Arc::clone(&asked)).and_then(|_| {
             let hang_up = Some(SIGHUP).filter(|_| !is_ignored(SIGHUP));
             for signal in [SIGINT, SIGTERM].into_iter().chain(hang_up) {
@@ -37,7 +37,7 @@ impl StopFlag {
         Ok(raised)
     }
 
-    /// The name of the signal that asked for a stop, if one did.
+    /// Returns the name of the signal that requested a stop, if any.
     pub fn raised_by(&self) -> Option<&'static str> {
         match self.signal.load(Ordering::Relaxed) {
             0 => None,
@@ -48,7 +48,7 @@ impl StopFlag {
     }
 }
 
-/// Tells whether this process ignores a signal, as far as the system says.
+/// Tells whether this process ignores a signal, according to the system.
 fn is_ignored(signal: i32) -> bool {
     std::fs::read_to_string("/proc/self/status").is_ok_and(|status| ignores(&status, signal))
 }

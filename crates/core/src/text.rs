@@ -1,5 +1,5 @@
-//! Text from outside: what its bytes say, and how it is shown in messages, without control characters that act on a
-//! terminal and without secrets of a URL.
+//! Text from outside: decoding, and display in messages without control characters that act on a terminal and without
+//! the secrets of URLs.
 
 use std::fmt::{self, Debug, Display, Formatter, Write};
 
@@ -8,38 +8,39 @@ use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::field::delimited::Delimited;
 use tracing_subscriber::fmt::format::{FieldFn, Writer, debug_fn};
 
-/// The longest text that is shown whole, in characters: a file may hold a name of a megabyte.
+/// Longest text that is shown whole, in characters: a file may contain a name of a megabyte.
 const LONGEST: usize = 6000;
 
-/// Shows `text` on one line: control characters escaped, secrets of URLs masked. For names and other single values.
+/// Shows `text` on one line, with control characters escaped and secrets of URLs masked. Meant for names and other
+/// single values.
 pub fn name(text: &str) -> impl Display + '_ {
     Shown { text, newline: "\\n" }
 }
 
-/// Shows `text` as [`name`] does, but keeps its line breaks and indents what follows them: a line that somebody put into
-/// a file's name does not pass for a line of ours.
+/// Shows `text` as [`name`] does, but keeps line breaks and indents the following lines, so that a line in a file name
+/// does not pass for a line of this program.
 pub fn shown(text: &str) -> impl Display + '_ {
     Shown { text, newline: "\n    " }
 }
 
-/// Writes the fields of log entries as [`shown`] does: for every log of the program.
+/// Formats the fields of log entries as [`shown`] does. Every log of the program uses it.
 pub fn log_fields() -> LogFields {
     let write: WriteField = |out, field, value| match field.name() {
         "message" => write!(out, "{}", shown(&format!("{value:?}"))),
-        // Where a dependency's entry stands in its source.
+        // Source location of a dependency's log entry.
         name if name.starts_with("log.") => Ok(()),
         name => write!(out, "{name}={}", shown(&format!("{value:?}"))),
     };
     debug_fn(write).delimited(" ")
 }
 
-/// How [`log_fields`] writes.
+/// Field formatter of [`log_fields`].
 pub type LogFields = Delimited<&'static str, FieldFn<WriteField>>;
 
-/// Writes one field.
+/// Function that writes one field.
 pub type WriteField = fn(&mut Writer<'_>, &Field, &dyn Debug) -> fmt::Result;
 
-/// Masks in `text` the user, the password, the query and the fragment of every URL: a signed URL carries its signature
+/// Masks the user, the password, the query and the fragment of every URL in `text`: a signed URL carries its signature
 /// there.
 pub fn mask_urls(text: &str) -> String {
     let mut masked = String::with_capacity(text.len());
@@ -67,10 +68,10 @@ pub fn mask_urls(text: &str) -> String {
     masked
 }
 
-/// The text in the `bytes` of a file. A byte-order mark, which editors put before it, is no part of it.
+/// Decodes the `bytes` of a text file. Drops a byte-order mark, which some editors write at its start.
 ///
 /// # Errors
-/// What they are instead of UTF-8 text, in words that follow the file's name.
+/// A description of the bytes that are not UTF-8 text, in words that follow the file's name.
 pub fn decode(mut bytes: Vec<u8>) -> Result<String, &'static str> {
     match bytes[..] {
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => return Err("is UTF-16 text: save it as UTF-8"),
@@ -103,8 +104,8 @@ impl Display for Shown<'_> {
     }
 }
 
-/// Whether a terminal does something at `letter` beside showing it: control characters, and those that turn the direction
-/// of what stands beside them (Unicode technical report 36, section 2.5).
+/// Tells whether a terminal reacts to `letter` other than by showing it: control characters, and those that change the
+/// direction of the surrounding text (Unicode technical report 36, section 2.5).
 fn acts(letter: char) -> bool {
     letter.is_control() || matches!(letter, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

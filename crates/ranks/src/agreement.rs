@@ -1,5 +1,5 @@
-//! Do all ranks run the same thing? Asked once at the start: a rank of another build or another file would not fail, it would
-//! spoil the weights.
+//! Agreement of all ranks on what they run, checked once at the start: a rank with another build or another file would
+//! not fail, it would corrupt the weights.
 
 use std::path::PathBuf;
 
@@ -8,12 +8,12 @@ use hyperlora_core::{Error, Result};
 
 use super::Collective;
 
-/// What tells this program from another build: the beginning of the SHA-256 of its file.
+/// Identifies this build: returns the first 12 hexadecimal digits of the SHA-256 of the program's file.
 ///
 /// # Errors
-/// Fault where the system does not say which file it is, those of reading it.
+/// Fault: the system does not name the program's file. Otherwise those of reading it.
 pub fn program() -> Result<String> {
-    // On Linux this is the running program, even where another build has taken its place on the disk.
+    // On Linux this is the running program, even if another build has replaced the file on the disk.
     let linux = PathBuf::from("/proc/self/exe");
     let path = if linux.exists() { Ok(linux) } else { std::env::current_exe() };
     let path = path.map_err(|source| Error::Fault(format!("the file of this program cannot be found: {source}")))?;
@@ -22,11 +22,11 @@ pub fn program() -> Result<String> {
     Ok(checksum)
 }
 
-/// Compares what each rank says of itself with rank 0's word: pairs of a name (`version`, `configuration`) and a value,
-/// the same names on every rank. All ranks reach the same answer.
+/// Compares the claims of each rank with those of rank 0. A claim is a name (`version`, `configuration`) and a value;
+/// the names are the same on every rank. All ranks reach the same result.
 ///
 /// # Errors
-/// Input, the same on all ranks, that names the first rank that differs, its machine and what differs.
+/// Input, the same on all ranks: names the first rank that differs, its machine and the difference.
 pub fn agree(world: &dyn Collective, claims: &[(&str, String)]) -> Result<()> {
     let note: String = claims.iter().map(|(name, value)| format!("{name}\t{value}\n")).collect();
     let notes = world.exchange("all ranks to tell what they run", note.as_bytes())?;

@@ -1,22 +1,22 @@
-//! What the ranks' connections carry: frames of a kind (1 byte), a length (8 bytes, little-endian) and the payload.
+//! Frames on the connections between ranks: a kind (1 byte), a length (8 bytes, little-endian) and the payload.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-/// Longer frames come from no rank of ours.
+/// Longest payload in bytes. No rank of this program sends a longer one.
 const LONGEST: u64 = 64 << 20;
-/// Bytes of a frame that are taken at once.
+/// Bytes of a frame that are read at once.
 const PIECE: usize = 64 << 10;
 
-/// What a frame is.
+/// Kind of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// A rank's word in an exchange; from rank 0 the words of all.
+    /// A rank's note in an exchange; from rank 0 the notes of all.
     Note,
-    /// From rank 0: why the world has ended, for every rank to say.
+    /// From rank 0: the reason why the world has ended, which every rank reports.
     Failure,
-    /// The sender is alive, and waits in vain.
+    /// The sender is alive and still waits.
     RollCall,
 }
 
@@ -29,7 +29,7 @@ impl Kind {
     }
 }
 
-/// Sends a frame, which must be on its way at `until`: a peer that takes nothing off its connection holds nobody up.
+/// Sends a frame, which must be written by `until`: a peer that reads nothing blocks nobody.
 pub(super) fn write_frame(stream: &mut TcpStream, kind: Kind, payload: &[u8], until: Instant) -> io::Result<()> {
     let length = payload.len() as u64;
     if length > LONGEST {
@@ -50,10 +50,10 @@ pub(super) fn write_frame(stream: &mut TcpStream, kind: Kind, payload: &[u8], un
     Ok(())
 }
 
-/// Takes the next frame, which must be here at `until`.
+/// Reads the next frame, which must arrive by `until`.
 ///
 /// # Errors
-/// The system's; `InvalidData` for bytes that are no frame of ours.
+/// The system's; `InvalidData` for bytes that are not a frame of this program.
 pub fn read_frame(stream: &mut TcpStream, until: Instant) -> io::Result<(Kind, Vec<u8>)> {
     let mut head = [0; 9];
     read_until(stream, &mut head, until)?;
@@ -64,7 +64,7 @@ pub fn read_frame(stream: &mut TcpStream, until: Instant) -> io::Result<(Kind, V
     if length > LONGEST {
         return Err(io::Error::new(ErrorKind::InvalidData, format!("a frame of {length} bytes")));
     }
-    // Memory is taken for what has come, not for what is announced.
+    // Memory grows with the bytes received, not with the length announced.
     let mut payload = Vec::new();
     while payload.len() < length as usize {
         let begun = payload.len();
@@ -74,9 +74,9 @@ pub fn read_frame(stream: &mut TcpStream, until: Instant) -> io::Result<(Kind, V
     Ok((kind, payload))
 }
 
-/// The kind of the next frame, if it begins to arrive within `patience`; it is left where it is.
+/// Peeks at the kind of the next frame, if it begins to arrive within `patience`. Consumes nothing.
 pub(super) fn next_kind(stream: &TcpStream, patience: Duration) -> io::Result<Option<Kind>> {
-    // A timeout of zero would be none at all.
+    // A timeout of zero is an error, so it becomes non-blocking instead.
     stream.set_nonblocking(patience.is_zero())?;
     stream.set_read_timeout(Some(patience.max(Duration::from_millis(1))))?;
     let mut first = [0];
@@ -90,12 +90,12 @@ pub(super) fn next_kind(stream: &TcpStream, patience: Duration) -> io::Result<Op
     }
 }
 
-/// Whether nothing is wrong but that nothing has come.
+/// Tells whether an error only means that nothing has arrived.
 pub(super) fn waits(problem: &io::Error) -> bool {
     matches!(problem.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
-/// Fills `buffer`; a peer that sends byte by byte does not move the deadline.
+/// Fills `buffer` by the deadline, which a peer that sends byte by byte does not extend.
 pub(super) fn read_until(stream: &mut TcpStream, buffer: &mut [u8], until: Instant) -> io::Result<()> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -110,7 +110,7 @@ pub(super) fn read_until(stream: &mut TcpStream, buffer: &mut [u8], until: Insta
     Ok(())
 }
 
-/// A timeout of zero would be none at all.
+/// Returns the time left, at least 1 ms, because a socket timeout of zero is an error.
 fn time_left(until: Instant) -> Duration {
     until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
@@ -151,7 +151,7 @@ mod tests {
         let [mut one, mut other] = pair();
         one.write_all(&[9; 9]).unwrap();
         assert_eq!(read_frame(&mut other, until).unwrap_err().kind(), ErrorKind::InvalidData);
-        // Announced, and never sent.
+        // Announced but never sent.
         let [mut one, mut other] = pair();
         one.write_all(&[&[Kind::Note as u8][..], &LONGEST.to_le_bytes(), &[1; 20]].concat()).unwrap();
         assert!(waits(&read_frame(&mut other, soon()).unwrap_err()));

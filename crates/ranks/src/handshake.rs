@@ -1,8 +1,9 @@
-//! How a rank and rank 0 show each other that they know the run's token, and tell it to nobody.
+//! Handshake by which a rank and rank 0 prove that they know the run's token, without revealing it.
 //!
-//! The rank says hello with its number and a nonce, rank 0 answers with a nonce of its own, the rank gives its proof, and rank 0
-//! its own. A proof is the HMAC-SHA256 under the token of who gives it, the program's version, the rank, the size of the world
-//! and both nonces: it holds for this one connection, and neither side can be answered with its own words.
+//! The rank sends a hello with its number and a nonce, rank 0 answers with its own nonce, the rank sends its proof, and
+//! rank 0 sends its own. A proof is the HMAC-SHA256 under the token of the side that gives it, the program's version,
+//! the rank, the world size and both nonces. It holds for this one connection, and a proof cannot be reflected to the
+//! side that gave it.
 
 use std::io::{self, ErrorKind};
 
@@ -11,16 +12,16 @@ use sha2::Sha256;
 
 /// Bytes of a nonce and of a proof.
 pub(super) const WORD: usize = 32;
-/// Bytes of a rank's first words.
+/// Bytes of a rank's hello.
 pub(super) const HELLO: usize = GREETING.len() + size_of::<u64>() + WORD;
 
-/// Tells this protocol from others.
+/// Distinguishes this protocol from others.
 const GREETING: &[u8; 8] = b"hlranks2";
 
-/// A nonce or a proof.
+/// Nonce or proof.
 pub(super) type Word = [u8; WORD];
 
-/// The side that gives a proof.
+/// Side that gives a proof.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Side {
     /// Rank 0.
@@ -29,21 +30,21 @@ pub(super) enum Side {
     Other,
 }
 
-/// Numbers that nobody can guess.
+/// Returns random bytes that nobody can guess.
 pub(super) fn nonce() -> io::Result<Word> {
     let mut nonce = [0; WORD];
     getrandom::fill(&mut nonce).map_err(io::Error::other)?;
     Ok(nonce)
 }
 
-/// The first words of `rank`.
+/// Makes the hello of `rank`.
 pub(super) fn hello(rank: usize, nonce: &Word) -> Vec<u8> {
     [&GREETING[..], &(rank as u64).to_le_bytes(), nonce].concat()
 }
 
-/// Rank and nonce of who says `hello`.
+/// Reads the rank and the nonce from a `hello`.
 pub(super) fn read_hello(hello: &[u8], world_size: usize) -> io::Result<(usize, Word)> {
-    let stranger = || io::Error::new(ErrorKind::InvalidData, "it is no rank of this program");
+    let stranger = || io::Error::new(ErrorKind::InvalidData, "it is not a rank of this program");
     let rest = hello.strip_prefix(GREETING).ok_or_else(stranger)?;
     let (rank, nonce) = rest.split_first_chunk::<8>().ok_or_else(stranger)?;
     let nonce = nonce.try_into().map_err(|_| stranger())?;
@@ -55,23 +56,23 @@ pub(super) fn read_hello(hello: &[u8], world_size: usize) -> io::Result<(usize, 
     Ok((rank as usize, nonce))
 }
 
-/// The content of both proofs of one connection.
+/// Content of both proofs of one connection.
 pub(super) struct Handshake {
     pub(super) rank: usize,
     pub(super) world_size: usize,
-    /// The nonce of the rank.
+    /// Nonce of the other rank.
     pub(super) others: Word,
-    /// The nonce of rank 0.
+    /// Nonce of rank 0.
     pub(super) firsts: Word,
 }
 
 impl Handshake {
-    /// The proof of `side`, who knows the token.
+    /// Returns the proof of `side`, under the token.
     pub(super) fn proof(&self, side: Side, token: &[u8]) -> io::Result<Word> {
         Ok(self.mac(side, token)?.finalize().into_bytes().into())
     }
 
-    /// Checks that `proof` is that of `side`; comparing takes the same time wherever they differ.
+    /// Checks that `proof` is that of `side`, in constant time.
     pub(super) fn check(&self, side: Side, token: &[u8], proof: &[u8]) -> io::Result<()> {
         let unknown = |_| io::Error::new(ErrorKind::PermissionDenied, "it does not know the token of this run");
         self.mac(side, token)?.verify_slice(proof).map_err(unknown)
@@ -82,7 +83,7 @@ impl Handshake {
             Side::First => "rank 0",
             Side::Other => "another rank",
         };
-        // Every part has a length of its own, or ends in a zero: no two contents make the same text.
+        // Every part has a fixed length or ends in a zero byte, so that no two contents produce the same text.
         let mut mac = Hmac::<Sha256>::new_from_slice(token).map_err(io::Error::other)?;
         for text in ["hyperlora ranks meet", env!("CARGO_PKG_VERSION"), side] {
             mac.update(text.as_bytes());

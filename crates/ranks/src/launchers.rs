@@ -1,7 +1,7 @@
-//! Which rank of which world this process is: what the launcher wrote into its environment.
+//! Rank and world of this process, from the environment variables of the launcher.
 //!
-//! Three launchers are known. The innermost one counts, because an outer one only started it: torchrun, then mpirun, then
-//! srun, whose variables an mpirun or a torchrun inside a Slurm job inherits.
+//! Three launchers are known. The innermost one counts, because an outer one only started it: torchrun, then mpirun,
+//! then srun, whose variables an mpirun or a torchrun inside a Slurm job inherits.
 
 use std::net::IpAddr;
 
@@ -9,36 +9,36 @@ use hyperlora_core::{Error, Result};
 
 use super::Token;
 
-/// The place of this process in its world, as its launcher says.
+/// Place of this process in its world, according to its launcher.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placement {
-    /// The launcher, for messages.
+    /// Launcher, for messages.
     pub launcher: &'static str,
-    /// From 0 to `world_size - 1`.
+    /// Rank, from 0 to `world_size - 1`.
     pub rank: usize,
     /// Processes of the run, at least 1.
     pub world_size: usize,
-    /// The rank among the processes of this machine: the GPU to use.
+    /// Rank among the processes of this machine, which is the index of the GPU to use.
     pub local_rank: usize,
-    /// Whether all ranks are on this machine, as far as the launcher says.
+    /// True if all ranks are on this machine, as far as the launcher says.
     pub one_machine: bool,
-    /// Where rank 0 waits for the others, from `MASTER_ADDR` and `MASTER_PORT`; `None` where neither is set.
+    /// Address where rank 0 waits for the others, from `MASTER_ADDR` and `MASTER_PORT`; `None` if neither is set.
     pub master: Option<(String, u16)>,
 }
 
-/// The variables of one launcher.
+/// Environment variables of one launcher.
 struct Launcher {
     name: &'static str,
-    /// Present only in processes that it started.
+    /// Variable that only processes of this launcher have.
     mark: &'static str,
     rank: &'static str,
     world_size: &'static str,
     local_rank: &'static str,
-    /// Processes of this machine; no plain number where Slurm tells of several machines, as `8(x2)`.
+    /// Processes of this machine. Not a plain number if Slurm describes several machines, as in `8(x2)`.
     local_size: &'static str,
 }
 
-/// From the innermost to the outermost.
+/// Launchers from the innermost to the outermost.
 const LAUNCHERS: [Launcher; 3] = [
     Launcher {
         name: "torchrun",
@@ -56,7 +56,7 @@ const LAUNCHERS: [Launcher; 3] = [
         local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
         local_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
     },
-    // A batch script has SLURM_PROCID too, and is no rank of anything: only srun begins a step of ranks.
+    // A batch script has SLURM_PROCID too but is not a rank: only srun starts a step of ranks.
     Launcher {
         name: "srun",
         mark: "SLURM_STEP_ID",
@@ -67,24 +67,25 @@ const LAUNCHERS: [Launcher; 3] = [
     },
 ];
 
-/// The first of the numbers that Slurm gives to steps without ranks: a shell on the allocation (`salloc` with
-/// `use_interactive_step`), a batch script, what other programs start, and a job that has no step yet (slurm.h, from
+/// First of the numbers that Slurm gives to steps without ranks: a shell on the allocation (`salloc` with
+/// `use_interactive_step`), a batch script, programs started otherwise, and a job that has no step yet (slurm.h, from
 /// `SLURM_INTERACTIVE_STEP` on).
 const SLURM_FIRST_SPECIAL_STEP: u32 = 0xffff_fffa;
 
-/// Present in a process that is started again uncounted: by torchrun when a machine comes or goes (its restart count is that of
-/// failures, and of one machine's agent alone), by Kubernetes when a Job is suspended and goes on.
+/// Variables of launchers that restart a process without counting it: torchrun when a machine comes or goes (its
+/// restart count covers only failures, seen by one machine's agent), Kubernetes when a Job is suspended and resumed.
 const STARTS_AGAIN_UNCOUNTED: [(&str, &str); 3] = [
     ("TORCHELASTIC_RUN_ID", "torchrun"),
     ("TORCHELASTIC_MAX_RESTARTS", "torchrun"),
     ("JOB_COMPLETION_INDEX", "Kubernetes"),
 ];
 
-/// Tells by which variable, with its value, the launcher says that it has started this run before: with the same command, which
-/// then goes on. `None` at a first start; `variable` looks one up.
+/// Returns the variable and value by which the launcher says that it has started this run before. The same command then
+/// resumes the run. `None` at a first start; `variable` looks one up.
 ///
 /// # Errors
-/// Input where a launcher may have started the run before and does not say so: what begins anew at every start would never end.
+/// Input: a launcher may have started the run before without saying so. A run that starts afresh at every start would
+/// never end.
 pub fn earlier_life(variable: impl Fn(&str) -> Option<String>) -> Result<Option<String>> {
     if let Some((name, launcher)) = STARTS_AGAIN_UNCOUNTED.into_iter().find(|(name, _)| variable(name).is_some()) {
         return Err(Error::input(
@@ -98,7 +99,7 @@ pub fn earlier_life(variable: impl Fn(&str) -> Option<String>) -> Result<Option<
     Ok(count.map(|count| format!("{requeued}={count}")))
 }
 
-/// The name of this machine.
+/// Returns the name of this machine.
 pub fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     Some(name.trim()).filter(|name| !name.is_empty()).unwrap_or("localhost").to_owned()
@@ -108,7 +109,7 @@ const START_AGAIN: &str =
     "start every process by torchrun, srun or mpirun, or unset the variables for a single process";
 
 impl Placement {
-    /// What the environment of this process says.
+    /// Reads the placement from the environment of this process.
     ///
     /// # Errors
     /// See [`detect`](Self::detect).
@@ -116,10 +117,10 @@ impl Placement {
         Self::detect(|name| std::env::var(name).ok())
     }
 
-    /// What the variables say; `variable` looks one up. `None` where no launcher set any.
+    /// Reads the placement from variables; `variable` looks one up. Returns `None` if no launcher set any.
     ///
     /// # Errors
-    /// Input for a set of variables that is partial, out of range or contradicts another launcher's.
+    /// Input: the variables are incomplete, out of range or contradict another launcher's.
     pub fn detect(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Self>> {
         let mut found: Option<Self> = None;
         for launcher in &LAUNCHERS {
@@ -130,7 +131,7 @@ impl Placement {
                 found = Some(launcher.read(&variable)?);
                 continue;
             };
-            // mpirun started by torchrun or the other way round makes no sense; srun may have started either.
+            // mpirun started by torchrun or the reverse makes no sense; srun may have started either.
             if launcher.name != "srun" {
                 let outer = launcher.read(&variable)?;
                 if (outer.rank, outer.world_size) != (inner.rank, inner.world_size) {
@@ -148,16 +149,17 @@ impl Placement {
         Ok(found)
     }
 
-    /// The secret that keeps strangers and the ranks of other runs from the port where the ranks meet: `HYPERLORA_TOKEN`, with
-    /// the run's id of torchrun. Ranks on one machine do without: rank 0 makes one for each meeting.
+    /// Returns the secret that keeps strangers and the ranks of other runs from the port where the ranks meet:
+    /// `HYPERLORA_TOKEN`, joined with torchrun's run id. Ranks on one machine need none: rank 0 makes one for each
+    /// meeting.
     ///
     /// # Errors
-    /// Input for ranks on several machines without a secret.
+    /// Input: ranks on several machines without a secret.
     pub fn token(&self, variable: impl Fn(&str) -> Option<String>) -> Result<Token> {
         let secret = variable("HYPERLORA_TOKEN").filter(|secret| !secret.trim().is_empty());
         let run = variable("TORCHELASTIC_RUN_ID");
         match secret {
-            // torchrun's id is another one for every beginning of a JobSet: latecomers of the one before stay out.
+            // A restarted JobSet gets a new torchrun id, which keeps latecomers of the previous start out.
             Some(secret) => Ok(Token::Given([Some(secret), run].into_iter().flatten().collect::<Vec<_>>().join("\n"))),
             None if self.one_machine => {
                 Ok(Token::HandedOver(run.or_else(|| variable("SLURM_JOB_ID")).unwrap_or_default()))
@@ -177,7 +179,7 @@ impl Launcher {
         if self.mark == "SLURM_STEP_ID" && step.is_some_and(|step| step >= SLURM_FIRST_SPECIAL_STEP) {
             return false;
         }
-        // torchrun's names are so common that the lonely one of a pair must not pass unseen.
+        // torchrun's names are so common that even one of a pair alone must be noticed.
         variable(self.mark).is_some() || (self.mark == self.rank && variable(self.world_size).is_some())
     }
 
@@ -190,14 +192,14 @@ impl Launcher {
             text.parse::<usize>().map_err(|_| wrong(format!("is `{text}`, not a whole number")))
         };
         let (rank, world_size) = (number(self.rank)?, number(self.world_size)?);
-        // Kubeflow's PyTorchJob starts a process per pod, and counts none within it.
+        // Kubeflow's PyTorchJob starts one process per pod, and sets no local rank.
         let alone = self.name == "torchrun"
             && [self.local_rank, self.local_size, "TORCHELASTIC_RUN_ID"].iter().all(|name| variable(name).is_none());
         let local_rank = if alone { 0 } else { number(self.local_rank)? };
         if rank >= world_size || local_rank > rank {
             return Err(Error::input(
                 format!("environment: {}, {}, {}", self.rank, self.world_size, self.local_rank),
-                format!("rank {rank} of {world_size} with local rank {local_rank} cannot be"),
+                format!("rank {rank} of {world_size} with local rank {local_rank} is impossible"),
                 START_AGAIN,
             ));
         }
@@ -207,13 +209,13 @@ impl Launcher {
         };
         let one_machine = match variable(self.local_size) {
             Some(size) => size.parse() == Ok(world_size),
-            // The first pod of a PyTorchJob is told `localhost`, the others its name.
+            // The first pod of a PyTorchJob gets `localhost`, the others its name.
             None => !alone && master.as_ref().is_some_and(at_home),
         };
         Ok(Placement { launcher: self.name, rank, world_size, local_rank, one_machine, master })
     }
 
-    /// The variable that gave the launcher away.
+    /// Returns the variable that revealed the launcher.
     fn set(&self, variable: &impl Fn(&str) -> Option<String>) -> &'static str {
         if variable(self.mark).is_some() { self.mark } else { self.world_size }
     }
@@ -229,7 +231,7 @@ fn master(variable: &impl Fn(&str) -> Option<String>) -> Result<Option<(String, 
         (None, Some(_)) => wrong("MASTER_ADDR", "is not set, but MASTER_PORT is"),
         (Some(_), None) => wrong("MASTER_PORT", "is not set, but MASTER_ADDR is"),
         (Some(host), Some(port)) => match port.parse::<u16>() {
-            // The port itself is torchrun's; the rendezvous of the ranks is on the one after it.
+            // The port itself belongs to torchrun; the rendezvous of the ranks uses the next one.
             Ok(port) if (1..u16::MAX).contains(&port) => Ok(Some((host, port))),
             _ => wrong("MASTER_PORT", &format!("is `{port}`")),
         },
@@ -272,7 +274,7 @@ mod tests {
             assert_eq!(ask(first).unwrap(), None);
         }
         assert_eq!(ask(&[("SLURM_RESTART_COUNT", "2")]).unwrap(), Some("SLURM_RESTART_COUNT=2".into()));
-        // The first start is refused as the later ones are: torchrun would take the second for one that goes on.
+        // The first start is refused like later ones: torchrun would take the second start for a resumed run.
         for (set, named) in [
             (&[("TORCHELASTIC_RUN_ID", "a"), ("TORCHELASTIC_RESTART_COUNT", "0")][..], "torchrun"),
             (&[("TORCHELASTIC_MAX_RESTARTS", "20"), ("TORCHELASTIC_RESTART_COUNT", "1")], "torchrun"),
@@ -304,7 +306,7 @@ mod tests {
             let whole = token(set, &[&[("HYPERLORA_TOKEN", "secret")], more].concat()).unwrap();
             assert!(matches!(&whole, Token::Given(whole) if whole.starts_with("secret")), "{whole:?}");
         }
-        // On one machine the run's id is no secret, and keeps runs apart alone.
+        // On one machine the run's id is not a secret, it only keeps runs apart.
         let handed_over = |run: &str| Token::HandedOver(run.into());
         let torchrun = [("LOCAL_WORLD_SIZE", "8"), ("TORCHELASTIC_RUN_ID", "a")];
         assert_eq!(token(&TORCHRUN, &torchrun).unwrap(), handed_over("a"));
@@ -346,7 +348,7 @@ mod tests {
     fn the_inner_launcher_counts_within_a_slurm_job() {
         let inside = [&TORCHRUN[..], &SRUN[..]].concat();
         assert_eq!(detect(&inside).unwrap().unwrap().rank, 5);
-        // A batch script is no rank, whatever Slurm says about the job.
+        // A batch script is not a rank, whatever Slurm says about the job.
         assert_eq!(detect(&SRUN[1..]).unwrap(), None);
     }
 

@@ -1,11 +1,12 @@
-//! What the processes of one run say to each other: one rank per process, every method called by all ranks in the same order.
+//! Communication between the processes of one run: one rank per process, and all ranks call every method in the same
+//! order.
 //!
-//! Three makers: a world of one, MPI for CPUs (feature `mpi`) and NCCL for GPUs (feature `cuda`). [`join`] chooses by what
-//! the launcher wrote into the [environment](Placement). Bulk data are flat f32 tensors and stay on their device; small
-//! things (losses, a stop signal, names) travel as byte strings through [`Collective::exchange`].
+//! There are three implementations: a world of one, MPI for CPUs (feature `mpi`) and NCCL for GPUs (feature `cuda`).
+//! [`join`] chooses by the launcher's [environment variables](Placement). Bulk data are flat f32 tensors and stay on
+//! their device; small things (losses, a stop signal, names) travel as byte strings through [`Collective::exchange`].
 //!
-//! Everything has a deadline. A rank that waits longer names on one line what it waited for and, where it can be known,
-//! which rank on which machine did not come, and the process ends with exit code 75.
+//! Every wait has a deadline. A rank that exceeds it reports on one line what it waited for and, if known, which rank
+//! on which machine is missing. The process then ends with exit code 75.
 
 mod agreement;
 mod failure;
@@ -45,12 +46,12 @@ pub use world_of_one::WorldOfOne;
 /// Exit code of a rank that lost another one (`EX_TEMPFAIL`).
 pub const PEER_LOST: u8 = 75;
 
-/// The ranks of a run.
+/// Ranks of a run.
 ///
-/// A method fails with [`Error::Peer`] when another rank was lost or did not come in time; the world is then of no more use,
-/// and the process is expected to end. Where the library underneath cannot give up a wait, it ends the process itself.
+/// A method fails with [`Error::Peer`] if another rank was lost or did not arrive in time. The world is then unusable,
+/// and the process should end. If the underlying library cannot cancel a wait, it ends the process itself.
 pub trait Collective {
-    /// This process, from 0.
+    /// Rank of this process, from 0.
     fn rank(&self) -> usize {
         0
     }
@@ -60,7 +61,7 @@ pub trait Collective {
         1
     }
 
-    /// The machine of every rank.
+    /// Machine of every rank.
     fn hosts(&self) -> &[String];
 
     /// Replaces `bucket` (any length, the same on all ranks) by its mean over the ranks.
@@ -69,20 +70,20 @@ pub trait Collective {
     /// Peer, see [`Collective`].
     fn all_reduce_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>>;
 
-    /// Cuts `bucket` into [`world_size`](Self::world_size) equal parts, and replaces part `r` on rank `r` by its mean over the
-    /// ranks. What the other parts then hold is not defined.
+    /// Cuts `bucket` into [`world_size`](Self::world_size) equal parts, and replaces part `r` on rank `r` by its mean
+    /// over the ranks. The content of the other parts is undefined afterwards.
     ///
     /// # Errors
     /// Peer, see [`Collective`].
     fn reduce_scatter_mean<'a>(&'a self, what: &'a str, bucket: Tensor<1>) -> Result<Pending<'a>>;
 
-    /// The parts of all ranks, of equal length, one after the other.
+    /// Concatenates the parts of all ranks, which have equal length.
     ///
     /// # Errors
     /// Peer, see [`Collective`].
     fn all_gather<'a>(&'a self, what: &'a str, part: Tensor<1>) -> Result<Pending<'a>>;
 
-    /// Rank 0's tensor on every rank; the others give one of the same length.
+    /// Copies rank 0's tensor to every rank; the others pass one of the same length.
     ///
     /// # Errors
     /// Peer, see [`Collective`].
@@ -94,17 +95,17 @@ pub trait Collective {
     /// Peer, see [`Collective`].
     fn exchange(&self, what: &str, note: &[u8]) -> Result<Vec<Vec<u8>>>;
 
-    /// Waits until all ranks are here, for at most `deadline`: for waits that are longer than the others by their nature,
-    /// such as for what one rank does alone.
+    /// Waits until all ranks are here, for at most `deadline`. Meant for waits that are longer than others, such as for
+    /// work of one rank alone.
     ///
     /// # Errors
     /// Peer, see [`Collective`].
     fn barrier(&self, what: &str, deadline: Duration) -> Result<()>;
 
-    /// Leaves in order: the last call of all ranks. A process that ends without it has failed, and its launcher says so.
+    /// Leaves in order. It is the last call of all ranks: a launcher reports a process that ends without it as failed.
     fn leave(&self) {}
 
-    /// How other ranks call this one: `rank 3 (node-1)`.
+    /// Name of a rank in messages: `rank 3 (node-1)`.
     fn name_of(&self, rank: usize) -> String {
         match self.hosts().get(rank) {
             Some(host) => format!("rank {rank} ({host})"),
@@ -112,28 +113,29 @@ pub trait Collective {
         }
     }
 
-    /// Whether this rank writes what a run has once: checkpoints, curves, the log.
+    /// Tells whether this is the main rank, which writes the files that a run has once: checkpoints, curves, the log.
     fn is_main(&self) -> bool {
         self.rank() == 0
     }
 }
 
-/// A collective on its way: call it for the result. Several may be on their way at once, in the order of their beginning.
+/// Running collective: call it for the result. Several may run at once, and complete in the order of their start.
 pub type Pending<'a> = Box<dyn FnOnce() -> Result<Tensor<1>> + 'a>;
 
-/// How a world is entered.
+/// Timeouts for joining a world.
 #[derive(Debug, Clone)]
 pub struct JoinConfig {
-    /// The longest wait for the other ranks in one collective.
+    /// Longest wait for the other ranks in one collective.
     pub timeout: Duration,
-    /// The longest wait for them at the start: launchers take their time.
+    /// Longest wait for the other ranks at the start, because launchers take time.
     pub start_timeout: Duration,
 }
 
-/// Enters the world that the launcher made: a world of one where there was no launcher, or one that started a single process.
+/// Joins the world that the launcher made: a world of one without a launcher, or with one that started a single
+/// process.
 ///
 /// # Errors
-/// Input for a contradictory environment and for a build that lacks what several ranks need; Peer when they do not meet.
+/// Input: a contradictory environment, or a build that lacks what several ranks need. Peer: the ranks do not meet.
 pub fn join(placement: Option<&Placement>, device: &Device, config: &JoinConfig) -> Result<Box<dyn Collective>> {
     match placement {
         Some(placement) if placement.world_size > 1 && *device == Device::flex() => on_cpus(placement, config),
@@ -142,8 +144,9 @@ pub fn join(placement: Option<&Placement>, device: &Device, config: &JoinConfig)
     }
 }
 
-/// A small program's main: `work` as one of the ranks that the launcher made on CPUs, who leave together. Whoever is not there
-/// within `timeout` is given up. What went wrong is said on stderr; the exit code is the error's.
+/// Main function of a small program: runs `work` as one of the ranks that the launcher made on CPUs, and waits for all
+/// of them at the end. A rank that does not arrive within `timeout` is given up. Prints an error on stderr; the exit
+/// code is the error's.
 pub fn run_as_rank(timeout: Duration, work: impl FnOnce(&dyn Collective) -> Result<()>) -> ExitCode {
     let run = || {
         let placement = Placement::of_process()?;

@@ -1,6 +1,6 @@
-//! How ranks find each other: rank 0 listens, the others connect, and both show that they know the run's token.
+//! Meeting of the ranks: rank 0 listens, the others connect, and both sides prove that they know the run's token.
 //!
-//! All of it ends at one moment that is fixed at the start, however many connect and stay silent.
+//! Everything ends at one deadline that is fixed at the start, however many connect and stay silent.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -14,38 +14,38 @@ use super::frames::{read_until, waits};
 use super::handshake::{HELLO, Handshake, Side, WORD, hello, nonce, read_hello};
 use super::token::{Token, TokenFile};
 
-/// Whoever connects is given this long to show that it belongs to the run.
+/// Time that a new connection has to show that it belongs to the run.
 const INTRODUCTION: Duration = Duration::from_secs(2);
-/// Connections that may be about to introduce themselves.
+/// Connections that may introduce themselves at the same time.
 const MOST_GUESTS: usize = 256;
-/// Connections turned away that the log tells one by one.
+/// Refused connections that are logged one by one.
 const TOLD: usize = 5;
-/// Between two tries to reach rank 0.
+/// Pause between two attempts to reach rank 0.
 const PAUSE: Duration = Duration::from_millis(50);
-/// How often rank 0 looks for news.
+/// Interval at which rank 0 polls its connections.
 const ROUND: Duration = Duration::from_millis(5);
 
-/// Who meets where.
+/// Participants and place of a meeting.
 #[derive(Debug, Clone)]
 pub struct Meeting<'a> {
-    /// This process.
+    /// Rank of this process.
     pub rank: usize,
-    /// All of them.
+    /// Number of ranks.
     pub world_size: usize,
-    /// Where rank 0 listens.
+    /// Address where rank 0 listens.
     pub address: (&'a str, u16),
-    /// All ranks share a machine: they meet on its loopback interface, whatever the address.
+    /// True if all ranks share a machine: they meet on its loopback interface, whatever the address.
     pub one_machine: bool,
-    /// Keeps strangers and the ranks of other runs out.
+    /// Token that keeps strangers and the ranks of other runs out.
     pub token: &'a Token,
-    /// The name of this machine, for messages.
+    /// Name of this machine, for messages.
     pub host: &'a str,
 }
 
-/// Rank 0: connections by rank, once every rank has introduced itself.
+/// Rank 0: returns the connections by rank, once every rank has introduced itself.
 pub(super) fn gather(meeting: &Meeting<'_>, until: Instant) -> Result<Vec<TcpStream>> {
     let listener = listen(meeting, until)?;
-    // Only who holds the port lays a token down: another run at the same port waits for it.
+    // Only the process that holds the port writes a token: another run on the same port waits for it.
     let file = token_file(meeting)?;
     let laid = file.as_ref().map(|file| file.lay_down().map_err(|source| Error::write(file.path(), source)));
     let laid = laid.transpose()?;
@@ -63,7 +63,7 @@ pub(super) fn gather(meeting: &Meeting<'_>, until: Instant) -> Result<Vec<TcpStr
         }
         door.let_in(&listener);
         for (rank, stream) in door.hear() {
-            // A rank that comes again has given its first connection up.
+            // A rank that connects again has given up its first connection.
             found[rank - 1] = Some(stream);
         }
         thread::sleep(ROUND);
@@ -74,7 +74,7 @@ pub(super) fn gather(meeting: &Meeting<'_>, until: Instant) -> Result<Vec<TcpStr
     Ok(found.into_iter().flatten().collect())
 }
 
-/// The file by which ranks that share a machine hand their token over.
+/// Returns the file by which ranks on one machine share their token.
 fn token_file(meeting: &Meeting<'_>) -> Result<Option<TokenFile>> {
     match meeting.token {
         Token::Given(_) => Ok(None),
@@ -82,7 +82,7 @@ fn token_file(meeting: &Meeting<'_>) -> Result<Option<TokenFile>> {
     }
 }
 
-/// Those at the port of the ranks who have not introduced themselves yet.
+/// Connections on the port of the ranks that have not introduced themselves yet.
 struct Door<'a> {
     meeting: &'a Meeting<'a>,
     token: &'a [u8],
@@ -95,12 +95,12 @@ struct Guest {
     from: SocketAddr,
     until: Instant,
     heard: Vec<u8>,
-    /// Once it has said hello.
+    /// Set once the guest has said hello.
     handshake: Option<Handshake>,
 }
 
 impl Door<'_> {
-    /// Takes up the new connections. Once too many are there, those who came first and said nothing make room.
+    /// Accepts the new connections. If there are too many, drops the oldest that said nothing.
     fn let_in(&mut self, listener: &TcpListener) {
         for _ in 0..MOST_GUESTS / 4 {
             let Ok((stream, from)) = listener.accept() else { return };
@@ -117,7 +117,7 @@ impl Door<'_> {
         }
     }
 
-    /// The ranks that have shown who they are since the last time.
+    /// Returns the ranks that have proved their identity since the last call.
     fn hear(&mut self) -> Vec<(usize, TcpStream)> {
         let mut known = Vec::new();
         for mut guest in mem::take(&mut self.guests) {
@@ -140,13 +140,13 @@ impl Door<'_> {
 }
 
 impl Guest {
-    /// Goes as far in the handshake as what has come allows; the rank once it is known. Never waits.
+    /// Advances the handshake as far as the received bytes allow. Returns the rank once it is known. Never waits.
     fn hear(&mut self, world_size: usize, token: &[u8]) -> io::Result<Option<usize>> {
         loop {
             let wanted = if self.handshake.is_none() { HELLO } else { WORD };
             let mut rest = [0; HELLO];
             match self.stream.read(&mut rest[..wanted - self.heard.len()]) {
-                Ok(0) => return Err(io::Error::new(ErrorKind::UnexpectedEof, "it is gone before it said who it is")),
+                Ok(0) => return Err(io::Error::new(ErrorKind::UnexpectedEof, "it left before it said who it is")),
                 Ok(read) => self.heard.extend(&rest[..read]),
                 Err(problem) if waits(&problem) || problem.kind() == ErrorKind::Interrupted => return Ok(None),
                 Err(problem) => return Err(problem),
@@ -170,7 +170,8 @@ impl Guest {
     }
 }
 
-/// The port of the ranks. What keeps it may leave it in time: a connection that was given it by chance, or the run before.
+/// Listens on the port of the ranks. Retries while it is in use, because its holder may release it: a connection that
+/// got it by chance, or the previous run.
 fn listen(meeting: &Meeting<'_>, until: Instant) -> Result<TcpListener> {
     const ANOTHER: &str = "set MASTER_PORT to another port; the one after it must be free too";
     let (host, port) = meeting.address;
@@ -182,7 +183,7 @@ fn listen(meeting: &Meeting<'_>, until: Instant) -> Result<TcpListener> {
         };
         if problem.kind() != ErrorKind::AddrInUse {
             let place = format!("port {port} of {host}");
-            return Err(Error::input(place, format!("cannot be listened at: {problem}"), ANOTHER));
+            return Err(Error::input(place, format!("listening failed: {problem}"), ANOTHER));
         }
         if Instant::now() > until {
             let line = format!("waiting for port {port} of {host}: another program keeps it\n  remedy: {ANOTHER}");
@@ -195,12 +196,12 @@ fn listen(meeting: &Meeting<'_>, until: Instant) -> Result<TcpListener> {
     }
 }
 
-/// Nobody on another machine can connect where all ranks are on this one.
+/// Binds the port, on the loopback interface alone if all ranks share this machine: then no other machine can connect.
 fn bind(port: u16, one_machine: bool) -> io::Result<TcpListener> {
     let listener = if one_machine {
         TcpListener::bind(&loopback(port)[..])
     } else {
-        // Where there is IPv6, its listener hears IPv4 too.
+        // A listener on IPv6, where available, also accepts IPv4.
         match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)) {
             Err(problem) if problem.kind() != ErrorKind::AddrInUse => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
             bound => bound,
@@ -214,7 +215,7 @@ fn loopback(port: u16) -> [SocketAddr; 2] {
     [(Ipv4Addr::LOCALHOST, port).into(), (Ipv6Addr::LOCALHOST, port).into()]
 }
 
-/// The others: a connection to rank 0, which may start later.
+/// Other ranks: connects to rank 0, which may start later.
 pub(super) fn reach(meeting: &Meeting<'_>, until: Instant) -> Result<TcpStream> {
     let (host, port) = meeting.address;
     let file = token_file(meeting)?;
@@ -223,7 +224,7 @@ pub(super) fn reach(meeting: &Meeting<'_>, until: Instant) -> Result<TcpStream> 
             Ok(stream) => return Ok(stream),
             Err(problem) => problem,
         };
-        // The last try has time enough to end.
+        // Leaves the last attempt enough time to finish.
         if Instant::now() + 2 * PAUSE > until {
             return Err(Error::Peer(format!("waiting for rank 0: it cannot be reached at {host}:{port}: {problem}")));
         }
@@ -234,7 +235,7 @@ pub(super) fn reach(meeting: &Meeting<'_>, until: Instant) -> Result<TcpStream> 
 fn connect(meeting: &Meeting<'_>, file: Option<&TokenFile>, until: Instant) -> io::Result<TcpStream> {
     let laid;
     let token = match (meeting.token, file) {
-        // Read again at every try: what lay there first may be that of a run before.
+        // Read it again at every attempt: the first file may come from a previous run.
         (_, Some(file)) => {
             let named = |problem: io::Error| {
                 let path = file.path().display();
@@ -249,7 +250,7 @@ fn connect(meeting: &Meeting<'_>, file: Option<&TokenFile>, until: Instant) -> i
     for address in addresses(meeting, until)? {
         match introduce(meeting, address, token, until) {
             Ok(stream) => return Ok(stream),
-            // A refusal tells more than an address at which nobody listens.
+            // A refusal is more informative than an address where nobody listens.
             Err(_) if failed.kind() == ErrorKind::PermissionDenied => {}
             Err(problem) => failed = problem,
         }
@@ -257,7 +258,8 @@ fn connect(meeting: &Meeting<'_>, file: Option<&TokenFile>, until: Instant) -> i
     Err(failed)
 }
 
-/// The addresses of rank 0. The system's resolver has a patience of its own, which may be longer.
+/// Resolves the addresses of rank 0 within the deadline: the system's resolver has its own timeout, which may be
+/// longer.
 fn addresses(meeting: &Meeting<'_>, until: Instant) -> io::Result<Vec<SocketAddr>> {
     let (host, port) = meeting.address;
     if meeting.one_machine {
@@ -266,13 +268,13 @@ fn addresses(meeting: &Meeting<'_>, until: Instant) -> io::Result<Vec<SocketAddr
     let (sender, found) = mpsc::sync_channel(1);
     let host = host.to_owned();
     thread::spawn(move || {
-        // Nobody may listen any more: then the answer is not missed.
+        // The receiver may have given up: then nobody misses the answer.
         let _ = sender.send((host.as_str(), port).to_socket_addrs().map(Iterator::collect));
     });
     found.recv_timeout(until.saturating_duration_since(Instant::now())).map_err(|_| ErrorKind::TimedOut)?
 }
 
-/// A connection to who shows to be rank 0 of this run.
+/// Connects to `address` and checks that it is rank 0 of this run.
 fn introduce(meeting: &Meeting<'_>, address: SocketAddr, token: &[u8], until: Instant) -> io::Result<TcpStream> {
     let until = until.min(Instant::now() + INTRODUCTION);
     let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
@@ -285,7 +287,7 @@ fn introduce(meeting: &Meeting<'_>, address: SocketAddr, token: &[u8], until: In
     let handshake = Handshake { rank: meeting.rank, world_size: meeting.world_size, others: own, firsts };
     stream.write_all(&handshake.proof(Side::Other, token)?)?;
     let mut proof = [0; WORD];
-    // Rank 0 closes the connection of a rank that knows another token.
+    // Rank 0 closes the connection of a rank with another token.
     read_until(&mut stream, &mut proof, until).map_err(|problem| match problem.kind() {
         ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset => {
             io::Error::new(ErrorKind::PermissionDenied, "it does not take this rank's token")

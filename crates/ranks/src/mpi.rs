@@ -1,7 +1,7 @@
 //! Ranks on CPUs: MPI through its non-blocking collectives, so that every wait can end.
 //!
-//! MPI has no way to give up a collective: its buffers belong to the library until it is complete. Where a deadline passes,
-//! the rank therefore calls the roll, says on one line who did not answer, and aborts the whole job with exit code 75.
+//! MPI cannot cancel a collective: its buffers belong to the library until it is complete. A rank whose deadline passes
+//! therefore calls the roll, reports on one line who did not answer, and aborts the whole job with exit code 75.
 
 use std::cell::{Cell, RefCell};
 use std::mem::{self, ManuallyDrop};
@@ -22,27 +22,27 @@ use super::{Collective, JoinConfig, PEER_LOST, Pending, Placement};
 
 /// Tag of the messages by which waiting ranks tell each other that they are alive.
 const ROLL_CALL: i32 = 75;
-/// How long a rank that calls the roll listens for answers.
+/// Time that a rank listens for answers to its roll call.
 const ROLL_TIME: Duration = Duration::from_secs(2);
 
-/// The world of an MPI job.
+/// World of an MPI job.
 pub(super) struct Mpi {
-    /// Left by [`Collective::leave`] alone: leaving waits for the other ranks, which an error must not do.
+    /// Finalized only by [`Collective::leave`]: finalizing waits for the other ranks, which an error must not do.
     universe: Cell<Option<ManuallyDrop<Universe>>>,
     world: SimpleCommunicator,
     rank: usize,
     size: usize,
     hosts: Vec<String>,
     timeout: Duration,
-    /// Where sums arrive: kept from bucket to bucket.
+    /// Receives the sums, and is reused from bucket to bucket.
     sums: RefCell<Vec<f32>>,
 }
 
 impl Mpi {
-    /// Enters the job that mpirun or srun made, and learns the names of its machines.
+    /// Joins the job that mpirun or srun made, and learns the names of its machines.
     ///
     /// # Errors
-    /// Input when the launcher's variables and MPI disagree about the world.
+    /// Input: the launcher's variables and MPI disagree about the world.
     pub(super) fn start(placement: &Placement, config: &JoinConfig) -> Result<Self> {
         let started = mpi::initialize_with_threading(Threading::Funneled);
         let (universe, _) = started.ok_or_else(|| Error::Fault("MPI was started twice".into()))?;
@@ -86,13 +86,13 @@ impl Mpi {
         self.world.any_process().immediate_probe_with_tag(ROLL_CALL).is_some()
     }
 
-    /// Tells the others that this rank is alive and waits in vain, hears who says the same, and ends the job. A rank that is
-    /// dead, hung or busy says nothing.
+    /// Tells the others that this rank is alive and still waits, collects the ranks that say the same, and ends the
+    /// job. A dead, hung or busy rank does not answer.
     fn call_the_roll(&self, what: &str, waited: Duration) -> ! {
         for rank in (0..self.size).filter(|&rank| rank != self.rank) {
             let here: &'static [u8] = &[];
             let other = self.world.process_at_rank(rank as i32);
-            // Never waited for: whoever does not receive it is the one that is looked for.
+            // Never waited for: a rank that does not receive it is the one that is missing.
             mem::forget(other.immediate_send_with_tag(StaticScope, here, ROLL_CALL));
         }
         let mut silent: Vec<usize> = (0..self.size).filter(|&rank| rank != self.rank).collect();
@@ -110,13 +110,13 @@ impl Mpi {
             if names.is_empty() { "every rank waits".into() } else { format!("no word from {}", names.join(", ")) };
         let line = format!("{} waited {:.0} s for {what}: {missing}", self.name_of(self.rank), waited.as_secs_f64());
         tracing::error!("{line}");
-        // The first abort ends all ranks: the others get their time to say the same.
+        // The first abort ends all ranks: give the others time to report the same.
         thread::sleep(Duration::from_millis(300));
         self.world.abort(PEER_LOST.into())
     }
 
-    /// Replaces the numbers `part` of `bucket` by a mean over the ranks. `reduce` is given the whole bucket, and writes the sums
-    /// of that part.
+    /// Replaces the numbers `part` of `bucket` by their mean over the ranks. `reduce` gets the whole bucket, and writes
+    /// the sums of that part.
     fn mean<'a>(
         &self,
         bucket: Tensor<1>,
@@ -137,7 +137,8 @@ impl Mpi {
     }
 }
 
-/// Between two looks at a request: at once for what takes microseconds, seldom enough to leave the core to its neighbours.
+/// Pauses between two tests of a request: yields for waits of microseconds, sleeps for longer ones to leave the core to
+/// its neighbours.
 fn pause(waited: Duration) {
     if waited < Duration::from_millis(2) { thread::yield_now() } else { thread::sleep(Duration::from_micros(50)) }
 }
@@ -210,7 +211,7 @@ impl Collective for Mpi {
         mpi::request::scope(|scope| {
             self.wait(what, self.timeout, self.world.immediate_all_gather_into(scope, &length[..], &mut lengths[..]));
         });
-        // All parts of an all-gather are of one length: that of the longest note.
+        // An all-gather needs parts of equal length: that of the longest note.
         let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
         if longest == 0 {
             return Ok(vec![Vec::new(); self.size]);

@@ -1,9 +1,10 @@
 //! Ranks on GPUs: NCCL on the tensors' own device memory, one process per GPU.
 //!
-//! The ranks meet over TCP ([`Rendezvous`]), which carries the NCCL id and all small notes. Buckets go over NCCL on a stream of
-//! their own, so that one is on the wire while the next is made ready. NCCL has no deadlines: while a rank waits for it, it looks at
-//! the TCP connections for ranks that are gone, and a [`Watchdog`] ends the process where a call does not come back. This module
-//! holds all the unsafe code of the crate: each block hands memory or a communicator that it owns to NCCL.
+//! The ranks meet over TCP ([`Rendezvous`]), which carries the NCCL id and all small notes. Buckets go over NCCL on a
+//! separate stream, so that one is on the wire while the next is prepared. NCCL has no deadlines: a rank that waits for
+//! it also watches the TCP connections for lost ranks, and a [`Watchdog`] ends the process if a call does not return.
+//! This module contains all the unsafe code of the crate: each block hands memory or a communicator that it owns to
+//! NCCL.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -26,29 +27,29 @@ use hyperlora_core::{Error, Result};
 use super::watchdog::{Watch, Watchdog};
 use super::{Collective, JoinConfig, Meeting, PEER_LOST, Pending, Placement, Rendezvous, end_process, host_name};
 
-/// How much longer the watchdog waits than the rank itself, so that the roll call can name who is missing.
+/// Extra time of the watchdog beyond the rank's own deadline, so that the roll call can name the missing rank.
 const GRACE: Duration = Duration::from_secs(30);
-/// How often a rank that waits looks at its connections.
+/// Interval at which a waiting rank checks its connections.
 const GLANCE: Duration = Duration::from_millis(10);
-/// Averages came with NCCL 2.10, as its version function writes it.
+/// Oldest supported NCCL, as its version function encodes it: 2.10 added averages.
 const OLDEST_NCCL: i32 = 21_000;
-/// Numbers of the buckets that connect the GPUs: a short one, and one as long as those of the training.
+/// Lengths of the buckets that connect the GPUs, in numbers: a short one, and one as long as in training.
 const WARM_UP: [usize; 2] = [1, 4 << 20];
 
-/// The world of GPU ranks.
+/// World of GPU ranks.
 pub(super) struct Nccl {
     rendezvous: Rendezvous,
     rank: usize,
     size: usize,
     timeout: Duration,
     communicator: ncclComm_t,
-    /// The communicator's own.
+    /// Stream of the communicator.
     stream: Arc<CudaStream>,
     watchdog: Watchdog,
 }
 
-/// A collective that NCCL works on. Its memory must stay until the event has come: given up before, it is never freed. Nor is
-/// the watch then: with NCCL at work the GPU may hold up whatever else the process does, its end included.
+/// Collective that NCCL is working on. Its memory must live until the event completes: dropped before, it is leaked. So
+/// is the watch, because with NCCL at work the GPU may block anything else in the process, including its exit.
 struct InFlight {
     done: CudaEvent,
     memory: Option<[DeviceMemory; 2]>,
@@ -63,13 +64,13 @@ impl Drop for InFlight {
     }
 }
 
-/// Memory of a tensor on the GPU, held in its place.
+/// GPU memory of a tensor, pinned in its place.
 struct DeviceMemory {
     pointer: *mut std::ffi::c_void,
     dtype: ncclDataType_t,
     /// Keeps the memory from being reused.
     _tensor: CubeTensor,
-    /// Keeps it from being moved.
+    /// Keeps the memory from being moved.
     _resource: ManagedResource<<<Server as ServerStorage>::Storage as ComputeStorage>::Resource>,
 }
 
@@ -79,7 +80,8 @@ impl Nccl {
     /// Meets the other ranks at `MASTER_ADDR`, one port above `MASTER_PORT`, and opens the communicator on `device`.
     ///
     /// # Errors
-    /// Input without an address to meet at, a token across machines, or NCCL, and for two ranks on one GPU; Peer when not all ranks come.
+    /// Input: there is no address to meet at, no token across machines or no NCCL, or two ranks share a GPU. Peer: not
+    /// all ranks come.
     pub(super) fn start(placement: &Placement, device: &Device, config: &JoinConfig) -> Result<Self> {
         let Some((host, port)) = &placement.master else {
             return Err(Error::input(
@@ -111,8 +113,8 @@ impl Nccl {
         Ok(world)
     }
 
-    /// Uses every collective of the training once. NCCL connects GPUs only then, which takes its time, and memory beside what
-    /// the tensor library keeps for itself later on.
+    /// Runs every collective of the training once. NCCL connects GPUs only on first use, which takes time, and memory
+    /// that the tensor library would otherwise have claimed for itself.
     fn warm_up(&self, device: &Device) -> Result<()> {
         let what = "NCCL to connect all GPUs";
         for length in WARM_UP {
@@ -125,8 +127,8 @@ impl Nccl {
         Ok(())
     }
 
-    /// Starts `launch` on the memory of `input` and of `output` (the input itself, where it works in place), which [`Pending`]
-    /// gives once it is filled.
+    /// Starts `launch` on the memory of `input` and of `output` (the input itself for a collective in place). The
+    /// returned [`Pending`] waits for the output.
     fn begin<'a>(
         &'a self,
         what: &'a str,
@@ -138,8 +140,8 @@ impl Nccl {
         let input = gapless(input)?;
         let output = output.unwrap_or_else(|| input.clone());
         let (from, to) = (DeviceMemory::of(input)?, DeviceMemory::of(output.clone())?);
-        // What fills the input runs on a stream of the tensor library: NCCL's own stream must not begin before it is done. What
-        // could hold this up is the collective before, which is watched.
+        // The kernels that fill the input run on a stream of the tensor library: NCCL's stream must not start before
+        // they are done. Only the previous collective could delay this, and it is watched.
         device.sync().map_err(|problem| broken("the GPU failed", &problem))?;
         let watch = Some(self.watch(what));
         launch(&from, &to).map_err(|problem| broken("NCCL failed", &problem.0))?;
@@ -151,7 +153,7 @@ impl Nccl {
         }))
     }
 
-    /// Guards a wait for NCCL, which cannot be given up, and what a wait given up leaves on the GPU.
+    /// Guards a wait for NCCL, which cannot be cancelled, and the GPU work that an abandoned wait leaves behind.
     fn watch(&self, what: &str) -> Watch {
         let deadline = self.timeout + GRACE;
         let (waiter, seconds) = (self.name_of(self.rank), deadline.as_secs());
@@ -161,7 +163,7 @@ impl Nccl {
     fn wait(&self, what: &str, in_flight: &mut InFlight) -> Result<()> {
         let begun = Instant::now();
         let mut looked = begun;
-        // From here on this rank does nothing else: the deadline begins anew.
+        // From here on this rank only waits: the deadline starts again.
         in_flight.watch = Some(self.watch(what));
         while !in_flight.done.try_is_complete().map_err(|problem| broken("the GPU failed", &problem))? {
             let mut called = false;
@@ -181,7 +183,7 @@ impl Nccl {
         Ok(())
     }
 
-    /// What NCCL says of its connections, which the stream does not.
+    /// Returns NCCL's error about its connections, which the stream does not report.
     fn asynchronous_error(&self) -> Option<sys::ncclResult_t> {
         let mut state = sys::ncclResult_t::ncclSuccess;
         #[expect(unsafe_code, reason = "reads the communicator's state")]
@@ -192,22 +194,22 @@ impl Nccl {
     }
 }
 
-/// Looks for the library, before anything of it is called.
+/// Finds the library, before any of its functions is called.
 ///
 /// # Errors
-/// Input where it is not found, or too old.
+/// Input: it is not found, or too old.
 fn find_nccl() -> Result<()> {
     let missing = |problem: String| {
         let remedy = "install NCCL 2.10 or later for this version of CUDA (Debian and Ubuntu: libnccl-dev); where there is only libnccl.so.2, `ln -s /path/to/libnccl.so.2 libnccl.so` in a folder of LD_LIBRARY_PATH";
         Err(Error::input("libnccl.so", problem, remedy))
     };
     #[expect(unsafe_code, reason = "asks the dynamic loader for NCCL")]
-    // SAFETY: only loads the library; nothing of it is called.
+    // SAFETY: only loads the library and calls none of its functions.
     let found = unsafe { sys::is_culib_present() };
     if !found {
         return missing("is not found, and several GPUs need NCCL".into());
     }
-    let version = result::get_nccl_version().map_err(|problem| broken("NCCL tells no version", &problem.0))?;
+    let version = result::get_nccl_version().map_err(|problem| broken("NCCL reports no version", &problem.0))?;
     if version < OLDEST_NCCL {
         return missing(format!("is of version {version}, which cannot average"));
     }
@@ -215,7 +217,7 @@ fn find_nccl() -> Result<()> {
     Ok(())
 }
 
-/// Opens the communicator under the id that rank 0 makes.
+/// Opens the communicator with the id that rank 0 makes.
 fn open(
     rendezvous: &Rendezvous,
     rank: usize,
@@ -234,7 +236,7 @@ fn open(
     let Some(id) = id else { return Err(Error::Fault("rank 0 sent no NCCL id".into())) };
     let id = ncclUniqueId { internal: id.map(|byte| byte as _) };
     let mut communicator = ptr::null_mut();
-    // The call has no deadline of its own, and cannot be given up.
+    // The call has no deadline of its own, and cannot be cancelled.
     let line = format!("rank {rank} waited {} s for NCCL to open its communicator", deadline.as_secs());
     let watch = watchdog.watch(deadline, line);
     #[expect(unsafe_code, reason = "NCCL makes a communicator")]
@@ -245,7 +247,7 @@ fn open(
     Ok(communicator)
 }
 
-/// The number of the GPU that tensors of `device` live on.
+/// Returns the number of the GPU that holds the tensors of `device`.
 fn gpu_of(device: &Device) -> Result<usize> {
     match cube_tensor(Tensor::<1>::zeros([1], device))?.device {
         CubeDevice::Cuda(cuda) => Ok(cuda.index),
@@ -253,10 +255,10 @@ fn gpu_of(device: &Device) -> Result<usize> {
     }
 }
 
-/// NCCL refuses two ranks on one GPU with a riddle. What a rank calls its first GPU depends on which are visible to it: the
-/// UUID tells.
+/// Refuses two ranks on one GPU, which NCCL reports in cryptic words. Compares UUIDs, because a rank numbers only the
+/// GPUs that are visible to it.
 fn refuse_shared_gpus(rendezvous: &Rendezvous, context: &CudaContext) -> Result<()> {
-    let uuid = context.uuid().map_err(|problem| broken("the GPU tells no UUID", &problem))?;
+    let uuid = context.uuid().map_err(|problem| broken("the GPU reports no UUID", &problem))?;
     let gpus = rendezvous.exchange("all ranks to name their GPUs", &uuid.bytes.map(|byte| byte as u8))?;
     match (0..gpus.len()).find(|&rank| gpus[..rank].contains(&gpus[rank])) {
         Some(rank) => Err(Error::input(
@@ -268,7 +270,8 @@ fn refuse_shared_gpus(rendezvous: &Rendezvous, context: &CudaContext) -> Result<
     }
 }
 
-/// The tensor, or where it has gaps in memory, a copy of it: one that is spread from a single number takes no memory of its own.
+/// Returns the tensor, or a contiguous copy if it has gaps in memory: one that is expanded from a single number has no
+/// memory of its own.
 fn gapless(tensor: Tensor<1>) -> Result<Tensor<1>> {
     let contiguous = cube_tensor(tensor.clone())?.is_contiguous();
     Ok(if contiguous { tensor } else { tensor.mul_scalar(1.0) })
@@ -298,7 +301,7 @@ impl DeviceMemory {
         Ok(Self { pointer, dtype, _tensor: tensor, _resource: resource })
     }
 
-    /// Where its number `index` lies.
+    /// Returns the address of its number `index`.
     fn at(&self, index: usize) -> *mut std::ffi::c_void {
         let size = if self.dtype == ncclDataType_t::ncclBfloat16 { 2 } else { 4 };
         self.pointer.wrapping_byte_add(index * size)
@@ -327,7 +330,8 @@ impl Collective for Nccl {
         self.begin(what, bucket, None, |from, to| {
             let (stream, mean) = (self.stream.cu_stream().cast(), ncclRedOp_t::ncclAvg);
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
-            // SAFETY: the buffer holds `length` numbers of the type and lives until the event that follows on the stream.
+            // SAFETY: the buffer holds `length` numbers of the type and lives until the event that follows on the
+            // stream.
             unsafe {
                 result::all_reduce(from.pointer, to.pointer, length, from.dtype, mean, self.communicator, stream)
             }
@@ -340,7 +344,8 @@ impl Collective for Nccl {
             let own = to.at(self.rank * part);
             let (stream, mean) = (self.stream.cu_stream().cast(), ncclRedOp_t::ncclAvg);
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
-            // SAFETY: the buffer holds `size * part` numbers of the type, at `own` begins the rank's part; it lives until the event.
+            // SAFETY: the buffer holds `size * part` numbers of the type, the rank's part begins at `own`, and it lives
+            // until the event.
             unsafe {
                 result::reduce_scatter(from.pointer, own, part, from.dtype, mean, self.communicator, stream)
             }
@@ -365,7 +370,8 @@ impl Collective for Nccl {
         self.begin(what, tensor, None, |from, to| {
             let stream = self.stream.cu_stream().cast();
             #[expect(unsafe_code, reason = "NCCL reads and writes device memory")]
-            // SAFETY: the buffer holds `length` numbers of the type and lives until the event that follows on the stream.
+            // SAFETY: the buffer holds `length` numbers of the type and lives until the event that follows on the
+            // stream.
             unsafe {
                 result::broadcast(from.pointer, to.pointer, length, from.dtype, 0, self.communicator, stream)
             }
@@ -383,7 +389,7 @@ impl Collective for Nccl {
     fn leave(&self) {
         let _watch = self.watch("the end of the run");
         #[expect(unsafe_code, reason = "NCCL frees its communicator")]
-        // SAFETY: the last use of the communicator; every collective on it was waited for.
+        // SAFETY: this is the last use of the communicator, and every collective on it was waited for.
         let left = unsafe { result::comm_destroy(self.communicator) };
         if let Err(problem) = left {
             tracing::debug!("NCCL: {:?}", problem.0);

@@ -1,7 +1,7 @@
-//! Work that several ranks do: one alone while the others wait, or each by itself, with one outcome for all.
+//! Work of several ranks: one alone while the others wait, or each by itself, with one outcome for all.
 //!
-//! Nothing that can fail on one rank alone happens inside a collective. A rank reports its failure here, and the others stop
-//! at once instead of waiting for it.
+//! No work that can fail on one rank alone runs inside a collective. A rank reports its failure here, and the others
+//! stop at once instead of waiting for it.
 
 use std::ops::{ControlFlow, Deref};
 use std::rc::Rc;
@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Collective, Failure, WorldOfOne};
 
-/// The ranks of a run, and how long they wait for work that takes longer than a collective: reading models, writing
-/// checkpoints, drawing pictures.
+/// Ranks of a run, with their deadline for work that takes longer than a collective: reading models, writing
+/// checkpoints, generating pictures.
 #[derive(Clone)]
 pub struct Ranks {
     collective: Rc<dyn Collective>,
@@ -25,45 +25,46 @@ pub struct Ranks {
 #[derive(Serialize, Deserialize)]
 enum Note<T> {
     Made(T),
-    /// A signal of this name arrived while the rank waited for its data.
+    /// Name of a signal that arrived while the rank waited for its data.
     Stopped(String),
     Failed(Failure),
 }
 
 impl Ranks {
-    /// The ranks behind `collective`, with `deadline` for [`on_main`](Self::on_main) and [`try_on_all`](Self::try_on_all).
+    /// Makes the ranks behind `collective`, with `deadline` for [`on_main`](Self::on_main) and
+    /// [`try_on_all`](Self::try_on_all).
     pub fn new(collective: Rc<dyn Collective>, deadline: Duration) -> Self {
         Self { collective, deadline }
     }
 
-    /// A single process, which waits for nobody.
+    /// Makes a single process, which waits for nobody.
     pub fn alone() -> Self {
         Self::new(Rc::new(WorldOfOne::new()), Duration::ZERO)
     }
 
-    /// The same ranks with another deadline.
+    /// Returns the same ranks with another deadline.
     #[must_use]
     pub fn with_deadline(&self, deadline: Duration) -> Self {
         Self { collective: self.collective(), deadline }
     }
 
-    /// The same ranks, whose collectives go through `collective`.
+    /// Returns the same ranks, whose collectives go through `collective`.
     #[must_use]
     pub fn through(&self, collective: Rc<dyn Collective>) -> Self {
         Self { collective, deadline: self.deadline }
     }
 
-    /// The collectives of these ranks.
+    /// Returns the collectives of these ranks.
     pub fn collective(&self) -> Rc<dyn Collective> {
         Rc::clone(&self.collective)
     }
 
-    /// The longest wait for the work of another rank.
+    /// Returns the longest wait for the work of another rank.
     pub fn deadline(&self) -> Duration {
         self.deadline
     }
 
-    /// Runs `work` on rank 0 alone; the others wait. `what` completes the sentence "waiting for ...".
+    /// Runs `work` on the main rank alone while the others wait. `what` completes the sentence "waiting for ...".
     ///
     /// # Errors
     /// As [`try_on_all`](Self::try_on_all).
@@ -71,11 +72,11 @@ impl Ranks {
         self.try_on_all(what, || if self.is_main() { work() } else { Ok(()) })
     }
 
-    /// Runs `work` on every rank; no rank goes on if one of them failed.
+    /// Runs `work` on every rank. No rank continues if one of them failed.
     ///
     /// # Errors
-    /// Those of `work` on the rank itself. Where another rank failed, PeerFailed with its name and its error. Peer when a
-    /// rank does not arrive within the deadline.
+    /// Those of `work` on this rank. PeerFailed: another rank failed; carries its name and its error. Peer: a rank does
+    /// not arrive within the deadline.
     pub fn try_on_all<T>(&self, what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let own = work();
         let heard = self.barrier(what, self.deadline).and_then(|()| self.share(what, own.as_ref().map(|_| &())));
@@ -86,7 +87,7 @@ impl Ranks {
     /// Gives every rank the results of all, by rank. A rank that failed passes its error, and receives nothing.
     ///
     /// # Errors
-    /// PeerFailed with the first other rank that failed; those of [`Collective::exchange`].
+    /// PeerFailed: names the first other rank that failed. Otherwise those of [`Collective::exchange`].
     pub fn share<T: Serialize + DeserializeOwned>(
         &self,
         what: &str,
@@ -96,8 +97,8 @@ impl Ranks {
         all.continue_value().ok_or_else(|| Error::Fault("a rank stopped where none is asked to".into()))
     }
 
-    /// As [`share`](Self::share), for work that waits for data: a rank that was asked to stop meanwhile breaks with the name
-    /// of the signal, and all ranks stop with it.
+    /// Shares results like [`share`](Self::share), for work that waits for data: a rank that was asked to stop
+    /// meanwhile breaks with the name of the signal, and all ranks stop with it.
     ///
     /// # Errors
     /// As [`share`](Self::share).
@@ -125,7 +126,7 @@ impl Ranks {
         Ok(stopped.map_or(ControlFlow::Continue(all), ControlFlow::Break))
     }
 
-    /// The name of a signal that asked any rank to stop; `own` is this rank's. All ranks get the same answer.
+    /// Returns the name of a signal that asked any rank to stop; `own` is this rank's. All ranks get the same answer.
     ///
     /// # Errors
     /// Those of [`Collective::exchange`].
@@ -143,7 +144,7 @@ impl Deref for Ranks {
     }
 }
 
-/// A signal by the name that another rank sent.
+/// Returns the signal with the name that another rank sent.
 fn signal(name: &[u8]) -> &'static str {
     ["SIGINT", "SIGHUP"].into_iter().find(|known| known.as_bytes() == name).unwrap_or("SIGTERM")
 }

@@ -1,7 +1,8 @@
-//! Short notes between ranks over TCP, all through rank 0: its connections show who is late or gone, and it tells the others by name.
+//! Short notes between ranks over TCP, all through rank 0: its connections show which rank is late or gone, and it
+//! tells the others the name.
 //!
-//! This is how GPU ranks find each other before NCCL can speak, and how they exchange small things afterwards. While they wait
-//! for NCCL, which names nobody, they keep an eye on these connections.
+//! GPU ranks find each other this way before NCCL can communicate, and exchange small things afterwards. While they
+//! wait for NCCL, which names nobody, they watch these connections.
 
 use std::cell::RefCell;
 use std::io::{self, ErrorKind};
@@ -13,18 +14,18 @@ use hyperlora_core::{Error, Result};
 use super::frames::{Kind, next_kind, read_frame, waits, write_frame};
 use super::meeting::{Meeting, gather, reach};
 
-/// How much longer the others wait than rank 0, so that its word about who is late reaches them.
+/// Extra time that the others wait beyond rank 0, so that its message about a late rank reaches them.
 const HEAD_START: Duration = Duration::from_secs(5);
-/// How long rank 0 listens for who answers the roll call.
+/// Time that rank 0 listens for answers to the roll call.
 const ROLL_TIME: Duration = Duration::from_secs(5);
-/// How long rank 0 waits for one rank before it looks at the others.
+/// Time that rank 0 waits for one rank before it checks the others.
 const GLANCE: Duration = Duration::from_millis(10);
 
-/// The connections of one rank: to all others on rank 0, to rank 0 on the others.
+/// Connections of one rank: rank 0 has one to each other rank, the others have one to rank 0.
 pub struct Rendezvous {
     rank: usize,
     world_size: usize,
-    /// By rank, without rank 0; on the others rank 0 alone.
+    /// By rank, without rank 0; on the other ranks only rank 0.
     peers: RefCell<Vec<TcpStream>>,
     hosts: Vec<String>,
     timeout: Duration,
@@ -34,21 +35,21 @@ impl Rendezvous {
     /// Meets all ranks within `start_timeout`; later waits last at most `timeout`.
     ///
     /// # Errors
-    /// Peer that names the ranks that did not come, or rank 0's port where another program keeps it; Input for a port that
-    /// rank 0 may not listen at, and where there is no private folder for the token that is handed over.
+    /// Peer: names the ranks that did not come, or rank 0's port if another program keeps it. Input: rank 0 may not
+    /// listen at the port, or there is no private folder for the token file.
     pub fn meet(meeting: &Meeting<'_>, start_timeout: Duration, timeout: Duration) -> Result<Self> {
         let until = Instant::now() + start_timeout;
         let peers = if meeting.rank == 0 { gather(meeting, until)? } else { vec![reach(meeting, until)?] };
         let Meeting { rank, world_size, host, .. } = *meeting;
         let mut met = Self { rank, world_size, peers: RefCell::new(peers), hosts: Vec::new(), timeout };
-        // The same deadline: whoever connects late shortens it, and does not begin it anew.
+        // One deadline for both steps: a rank that connects late shortens the time left.
         let left = until.saturating_duration_since(Instant::now());
         let hosts = met.exchange_within("all ranks to meet", host.as_bytes(), left)?;
         met.hosts = hosts.iter().map(|host| String::from_utf8_lossy(host).into_owned()).collect();
         Ok(met)
     }
 
-    /// The machine of every rank.
+    /// Returns the machine of every rank.
     pub fn hosts(&self) -> &[String] {
         &self.hosts
     }
@@ -56,15 +57,15 @@ impl Rendezvous {
     /// See [`Collective::exchange`](super::Collective::exchange).
     ///
     /// # Errors
-    /// Peer that names the first rank that is late or gone.
+    /// Peer: names the first rank that is late or gone.
     pub fn exchange(&self, what: &str, note: &[u8]) -> Result<Vec<Vec<u8>>> {
         self.exchange_within(what, note, self.timeout)
     }
 
-    /// As [`exchange`](Self::exchange), with a deadline of its own.
+    /// Exchanges notes like [`exchange`](Self::exchange), with its own deadline.
     ///
     /// # Errors
-    /// As there.
+    /// As [`exchange`](Self::exchange).
     pub fn exchange_within(&self, what: &str, note: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>> {
         let mut peers = self.peers.borrow_mut();
         if self.rank == 0 {
@@ -74,17 +75,17 @@ impl Rendezvous {
         }
     }
 
-    /// A look at the connections of a rank that waits for `what` by other means; it takes no time. True when the roll is called:
-    /// the rank must then [answer](Self::call_the_roll).
+    /// Checks the connections of a rank that waits for `what` by other means, without blocking. Returns true if the
+    /// roll is called: the rank must then [answer](Self::call_the_roll).
     ///
     /// # Errors
-    /// Peer that names a rank that is gone, or what else rank 0 found out.
+    /// Peer: names a lost rank, or reports what else rank 0 found out.
     pub fn glance(&self, what: &str) -> Result<bool> {
         self.look(&mut self.peers.borrow_mut(), what)
     }
 
-    /// Finds out who is alive, for a rank with a `problem` that names nobody: every rank that waits answers at once. The world
-    /// is then of no more use.
+    /// Finds out which ranks are alive, for a rank with a `problem` that names nobody: every waiting rank answers at
+    /// once. The world is unusable afterwards.
     pub fn call_the_roll(&self, problem: &str) -> Error {
         let mut peers = self.peers.borrow_mut();
         if self.rank == 0 {
@@ -106,16 +107,16 @@ impl Rendezvous {
         }
     }
 
-    /// Rank 0: asks all, and tells all who did not answer.
+    /// Rank 0: asks all ranks, and tells all which ones did not answer.
     fn take_the_roll(&self, peers: &mut [TcpStream], problem: &str) -> Error {
         let until = Instant::now() + self.roll_time();
         for peer in &mut *peers {
-            // Whoever cannot be asked does not answer.
+            // A rank that cannot be asked counts as one that does not answer.
             let _ = write_frame(peer, Kind::RollCall, &[], until);
         }
         let mut missing = Vec::new();
         for (rank, peer) in (1..).zip(&mut *peers) {
-            // Any frame will do: a note is that of a rank which waits in an exchange.
+            // Any frame is an answer: a note comes from a rank that waits in an exchange.
             if let Err(lost) = read_frame(peer, until) {
                 missing.push(format!("{} {}", self.name_of(rank), in_words(&lost, || "does not answer".into())));
             }
@@ -140,7 +141,7 @@ impl Rendezvous {
                         |(_, line)| told(&line),
                     ));
                 }
-                // A note for the exchange that comes next.
+                // A note for the next exchange.
                 Ok(_) => {}
                 Err(lost) => return Err(self.lost(peers, index, what, &lost, Duration::ZERO)),
             }
@@ -148,7 +149,7 @@ impl Rendezvous {
         Ok(called)
     }
 
-    /// Rank 0: takes everyone's note, then gives everyone all of them.
+    /// Rank 0: collects the note of every rank, then sends all of them to every rank.
     fn collect(&self, peers: &mut [TcpStream], what: &str, note: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>> {
         let until = Instant::now() + deadline;
         let mut notes = vec![note.to_vec()];
@@ -165,7 +166,7 @@ impl Rendezvous {
         Ok(notes)
     }
 
-    /// Rank 0: the note of one rank, with an eye on the others.
+    /// Rank 0: receives the note of one rank while it watches the others.
     fn note_of(
         &self,
         peers: &mut [TcpStream],
@@ -195,7 +196,7 @@ impl Rendezvous {
 
     fn deliver(&self, peers: &mut [TcpStream], what: &str, note: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>> {
         let Some(first) = peers.first_mut() else { return Err(unconnected()) };
-        // Where it cannot be sent, rank 0 may have said why before it went.
+        // If sending fails, rank 0 may have said why before it went: read on.
         let until = Instant::now() + deadline + HEAD_START;
         let sent = write_frame(first, Kind::Note, note, until);
         let all = loop {
@@ -203,7 +204,7 @@ impl Rendezvous {
                 Ok((Kind::Note, all)) => break all,
                 Ok((Kind::Failure, line)) => return Err(told(&line)),
                 Ok((Kind::RollCall, _)) => {
-                    // If it cannot be sent, the next read tells.
+                    // If it cannot be sent, the next read reports it.
                     let _ = write_frame(first, Kind::RollCall, &[], until);
                 }
                 Err(lost) => return Err(self.lost(peers, 0, what, &sent.err().unwrap_or(lost), deadline)),
@@ -215,7 +216,7 @@ impl Rendezvous {
         }
     }
 
-    /// The end of the world by the loss of peer `index`.
+    /// Ends the world because peer `index` is lost.
     fn lost(
         &self,
         peers: &mut [TcpStream],
@@ -229,10 +230,10 @@ impl Rendezvous {
         self.end(peers, format!("waiting for {what}: {} {words}", self.name_of(rank)))
     }
 
-    /// The end of the world, which rank 0 tells the others.
+    /// Ends the world; rank 0 tells the others.
     fn end(&self, peers: &mut [TcpStream], line: String) -> Error {
         for peer in peers.iter_mut().filter(|_| self.rank == 0) {
-            // Whoever cannot be told finds out by the closed connection.
+            // A rank that cannot be told notices the closed connection.
             let _ = write_frame(peer, Kind::Failure, line.as_bytes(), Instant::now() + HEAD_START);
         }
         Error::Peer(line)
@@ -243,7 +244,7 @@ impl Rendezvous {
     }
 }
 
-/// The notes of a frame from rank 0: one of each rank, nothing left over.
+/// Splits a frame from rank 0 into notes: one of each rank, nothing left over.
 fn split_notes(mut all: &[u8], world_size: usize) -> Option<Vec<Vec<u8>>> {
     let mut notes = Vec::new();
     while let Some((length, rest)) = all.split_first_chunk::<8>() {
@@ -258,12 +259,12 @@ fn unconnected() -> Error {
     Error::Fault("not connected to rank 0".into())
 }
 
-/// What rank 0 found out.
+/// Returns the failure that rank 0 reported.
 fn told(line: &[u8]) -> Error {
     Error::Peer(String::from_utf8_lossy(line).into_owned())
 }
 
-/// What became of a rank whose connection gave `problem`; `silent` where it gave nothing.
+/// Describes a rank whose connection gave `problem`; `silent` if nothing arrived.
 fn in_words(problem: &io::Error, silent: impl FnOnce() -> String) -> String {
     match problem.kind() {
         _ if waits(problem) => silent(),

@@ -1,4 +1,4 @@
-//! How long a rank is in its collectives.
+//! Time that a rank spends in its collectives.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -9,21 +9,22 @@ use hyperlora_core::{Error, Result};
 
 use super::{Collective, Pending};
 
-/// A world that counts the time this rank spends in its collectives: on the wire, and waiting for slower ranks.
+/// World that measures the time this rank spends in its collectives: on the wire, and waiting for slower ranks.
 ///
-/// What is on the wire while the rank computes does not count, nor does what a GPU still computes when a collective begins.
+/// Transfers that overlap with the rank's computation do not count, nor does work that a GPU still computes when a
+/// collective starts.
 pub struct Timed {
     world: Rc<dyn Collective>,
     spent: Cell<Duration>,
 }
 
 impl Timed {
-    /// The same world, with a clock at zero.
+    /// Wraps `world`, with the clock at zero.
     pub fn new(world: Rc<dyn Collective>) -> Self {
         Self { world, spent: Cell::default() }
     }
 
-    /// The time spent since the last call.
+    /// Returns the time spent since the last call.
     pub fn take(&self) -> Duration {
         self.spent.take()
     }
@@ -35,13 +36,13 @@ impl Timed {
         result
     }
 
-    /// Counts a collective on `tensor`, from when the tensor is there.
+    /// Measures a collective on `tensor`, from the moment the tensor is ready.
     fn pending<'b>(
         &'b self,
         tensor: Tensor<1>,
         begin: impl FnOnce(Tensor<1>) -> Result<Pending<'b>>,
     ) -> Result<Pending<'b>> {
-        // The collective itself would wait for it first.
+        // The collective itself would wait for the tensor first.
         tensor.device().sync().map_err(|problem| Error::Fault(format!("the device failed: {problem:?}")))?;
         let pending = self.count(|| begin(tensor))?;
         Ok(Box::new(move || self.count(pending)))

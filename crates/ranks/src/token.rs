@@ -1,5 +1,5 @@
-//! The secret by which the ranks of a run know each other: the user's own, or where all of them share a machine one that rank 0
-//! makes, and hands over in a file that nobody else on the machine can read.
+//! Secret by which the ranks of a run recognise each other: the user's own, or, for ranks on one machine, one that rank
+//! 0 makes and passes on in a file that no other user of the machine can read.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -13,19 +13,19 @@ use sha2::{Digest, Sha256};
 
 use super::handshake;
 
-/// Bytes of a longer file are not read: it is none of ours.
+/// Bytes that are read at most: a longer file is not from this program.
 const LONGEST: u64 = 256;
 
-/// How the ranks come by their secret.
+/// Source of the ranks' secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Token {
     /// The same text on all ranks.
     Given(String),
-    /// Rank 0 makes one, for ranks that share a machine; the text tells runs beside each other apart, and is no secret.
+    /// Made by rank 0, for ranks that share a machine. The text distinguishes simultaneous runs, and is not secret.
     HandedOver(String),
 }
 
-/// The place of a token until the ranks of a machine have met.
+/// File that contains a token until the ranks of a machine have met.
 #[derive(Debug)]
 pub(super) struct TokenFile {
     folder: OwnedFd,
@@ -34,10 +34,10 @@ pub(super) struct TokenFile {
 }
 
 impl TokenFile {
-    /// The file of the run that meets at `port`, in the user's own folder.
+    /// Returns the file of the run that meets at `port`, in the user's own folder.
     ///
     /// # Errors
-    /// Input where there is no folder that the user alone can read.
+    /// Input: there is no folder that only the user can read.
     pub(super) fn of_user(port: u16, run: &str) -> Result<Self> {
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|folder| folder.is_absolute());
         if let Some(Ok(folder)) = runtime.map(|folder| Self::open(&folder, port, run)) {
@@ -57,7 +57,7 @@ impl TokenFile {
         })
     }
 
-    /// The file in `folder`, which must be the user's alone.
+    /// Returns the file in `folder`, which must belong to the user alone.
     fn open(folder: &Path, port: u16, run: &str) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let opened = fs::open(folder, flags, Mode::empty())?;
@@ -67,15 +67,15 @@ impl TokenFile {
         Ok(Self { folder: opened, path: folder.join(&name), name })
     }
 
-    /// The file's path, for messages.
+    /// Returns the file's path, for messages.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Rank 0: makes a token and lays it down; it goes again with what is returned.
+    /// Rank 0: makes a token and writes it. Dropping the result removes the file.
     pub(super) fn lay_down(&self) -> io::Result<Laid<'_>> {
         let token = handshake::nonce()?;
-        // Whole or absent: nobody reads half a token, and what a killed run left behind gives way.
+        // Whole or absent: nobody reads half a token, and the leftover of a killed run is replaced.
         let beside = format!("{}.partial", self.name);
         self.remove(&beside)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -85,7 +85,7 @@ impl TokenFile {
         Ok(Laid { file: self, token: token.to_vec() })
     }
 
-    /// The others: the token that lies there now.
+    /// Other ranks: reads the current token.
     pub(super) fn read(&self) -> io::Result<Vec<u8>> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = fs::openat(&self.folder, &self.name, flags, Mode::empty())?;
@@ -106,7 +106,7 @@ impl TokenFile {
     }
 }
 
-/// A token that lies in its file until this is dropped.
+/// Token whose file exists until this is dropped.
 pub(super) struct Laid<'a> {
     file: &'a TokenFile,
     pub(super) token: Vec<u8>,
@@ -120,7 +120,7 @@ impl Drop for Laid<'_> {
     }
 }
 
-/// Checks that this is of the kind, belongs to the user and is nobody else's to read.
+/// Checks that a file has this kind, belongs to the user and is closed to everybody else.
 fn private(stat: &Stat, kind: FileType) -> io::Result<()> {
     let problem = match () {
         () if FileType::from_raw_mode(stat.st_mode) != kind => "it is of another kind",
@@ -153,7 +153,7 @@ mod tests {
         let laid = first.lay_down().unwrap();
         assert_eq!(other.read().unwrap(), laid.token);
         assert_eq!(fs::metadata(first.path()).unwrap().permissions().mode() & 0o777, 0o600);
-        // A run that was killed leaves its file, which gives way to that of the next one.
+        // A killed run leaves its file, which the next run replaces.
         let earlier = laid.token.clone();
         std::mem::forget(laid);
         let laid = first.lay_down().unwrap();

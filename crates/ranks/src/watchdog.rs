@@ -1,40 +1,41 @@
-//! An end for waits that cannot be given up: calls of a library that another rank holds up, and what such a call leaves behind.
+//! Deadline for waits that cannot be cancelled: library calls that another rank blocks, and the work that such a call
+//! leaves behind.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often the waits are looked at.
+/// Interval at which the waits are checked.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Watches over any number of waits, from a thread of its own.
+/// Watches over any number of waits, from its own thread.
 pub(super) struct Watchdog {
     waits: Arc<Mutex<Waits>>,
 }
 
-/// By number.
+/// Waits by number.
 type Waits = BTreeMap<u64, Wait>;
 
 struct Wait {
     until: Instant,
-    /// What is said where it ends too late.
+    /// Message if the wait is late.
     line: String,
 }
 
-/// A wait that is watched until this is dropped; forgotten, it is watched on.
+/// Wait that is watched until this is dropped. If it is leaked, the watch continues.
 pub(super) struct Watch {
     number: u64,
     waits: Arc<Mutex<Waits>>,
 }
 
 impl Watchdog {
-    /// Calls `bark` with the line of the first wait that is late, once. It is expected to end the process.
+    /// Starts a thread that calls `bark` once, with the line of the first late wait. `bark` should end the process.
     pub(super) fn start(bark: impl FnOnce(&str) + Send + 'static) -> Self {
         let waits = Arc::default();
         let watched = Arc::downgrade(&waits);
         thread::spawn(move || {
-            // Until nobody can begin a wait any more, nor waits.
+            // Runs until the watchdog and all waits are gone.
             while let Some(waits) = watched.upgrade() {
                 let late = held(&waits).values().find(|wait| wait.until < Instant::now()).map(|wait| wait.line.clone());
                 if let Some(line) = late {
@@ -47,7 +48,7 @@ impl Watchdog {
         Self { waits }
     }
 
-    /// Begins a wait that must end within `deadline`, or else `line` is said.
+    /// Starts a wait that must end within `deadline`; otherwise `bark` gets `line`.
     pub(super) fn watch(&self, deadline: Duration, line: String) -> Watch {
         let mut waits = held(&self.waits);
         let number = waits.last_key_value().map_or(0, |(last, _)| last + 1);
@@ -83,7 +84,7 @@ mod tests {
         let _patient = dog.watch(Duration::from_secs(600), "patient".into());
         thread::sleep(3 * LOOK);
         assert!(heard.try_recv().is_err());
-        // Watched on without its holder and without the watchdog's.
+        // The watch continues without its holder and without the watchdog's.
         mem::forget(dog.watch(soon, "late".into()));
         drop(dog);
         assert_eq!(heard.recv_timeout(Duration::from_secs(20)).unwrap(), "late");

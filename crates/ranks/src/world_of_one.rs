@@ -1,4 +1,4 @@
-//! The run of a single process: nothing to send, nobody to wait for.
+//! Run of a single process: no data to send, no rank to wait for.
 
 use std::time::Duration;
 
@@ -7,14 +7,14 @@ use hyperlora_core::Result;
 
 use super::{Collective, Pending};
 
-/// A world of one rank. Every collective gives back what it was given.
+/// World of one rank. Every collective returns its input.
 #[derive(Debug)]
 pub struct WorldOfOne {
     hosts: [String; 1],
 }
 
 impl WorldOfOne {
-    /// The world of this process alone.
+    /// Makes the world of this process alone.
     pub fn new() -> Self {
         Self { hosts: ["this machine".into()] }
     }

@@ -1,4 +1,4 @@
-//! The collectives themselves, through the program that a user checks a cluster with (feature `mpi`).
+//! Tests of the collectives, through the program with which a user checks a cluster (feature `mpi`).
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! The experiment that trains on the fixture pipeline: what the tests of training and of several ranks share.
+//! Experiment that trains on the fixture pipeline, shared by the tests of training and of several ranks.
 
 use burn::tensor::Device;
 use burn_hyperlora::experiment::Experiment;
@@ -12,7 +12,7 @@ use crate::world::{Recipe, World};
 /// Optimiser steps of [`YAML`].
 pub const STEPS: u64 = 9;
 
-/// Two steps of the Base stage, four and three of the ID stages.
+/// Small experiment: two steps of the Base stage, four and three of the ID stages.
 pub const YAML: &str = "
 name: small
 seed: 5
@@ -47,8 +47,8 @@ eval:
 ";
 
 impl World {
-    /// Six people with six photos each: photos 0..5 of people 0..4 are for training, photo 5 is held out; person 4 and 5 are
-    /// unseen.
+    /// Makes six people with six photos each: photos 0 to 4 of people 0 to 3 are for training, photo 5 is held out, and
+    /// people 4 and 5 are unseen.
     pub fn small() -> Self {
         Self::of(Recipe {
             yaml: YAML,
@@ -64,7 +64,7 @@ impl World {
         })
     }
 
-    /// The experiment of [`YAML`] with some of its text replaced.
+    /// Loads the experiment of [`YAML`] with some of its text replaced.
     pub fn experiment(&self, changes: &[(&str, &str)]) -> Result<Experiment> {
         self.write_yaml(changes);
         Experiment::load(&self.path("train.yaml"))

@@ -1,4 +1,4 @@
-//! Serves a folder over HTTP on a port of this machine, as well or as badly as a test wants.
+//! HTTP server for a folder on a port of this machine, as reliable or faulty as a test wants.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -8,25 +8,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-/// What goes back to the client.
+/// Response to the client.
 pub struct Answer {
-    /// Code, reason and further headers, each ended by a line break.
+    /// Status code, reason and further headers, each terminated by a line break.
     pub head: String,
     /// Bytes after the head.
     pub body: Vec<u8>,
-    /// What `Content-Length` says.
+    /// Value of `Content-Length`.
     pub length: usize,
 }
 
 impl Answer {
-    /// An answer whose stated length is that of `body`.
+    /// Makes an answer that states the length of `body`.
     pub fn new(head: &str, body: impl Into<Vec<u8>>) -> Self {
         let body = body.into();
         Self { head: format!("{head}\r\n"), length: body.len(), body }
     }
 }
 
-/// A server until it is dropped; connections are refused then.
+/// Server that runs until it is dropped; later connections are refused.
 pub struct FileServer {
     port: u16,
     stop: Arc<AtomicBool>,
@@ -34,8 +34,8 @@ pub struct FileServer {
 }
 
 impl FileServer {
-    /// Serves `root`. `alter` sees every request, such as `GET /a/b 0-99` or `GET /a/b whole`, and the right answer to it;
-    /// where it returns none, the client waits in vain.
+    /// Serves `root`. `alter` receives every request, such as `GET /a/b 0-99` or `GET /a/b whole`, and the correct
+    /// answer to it. If it returns `None`, the client waits in vain.
     pub fn start(root: &Path, alter: impl Fn(&str, Answer) -> Option<Answer> + Clone + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -47,14 +47,14 @@ impl FileServer {
                     return;
                 }
                 let (root, alter) = (root.clone(), alter.clone());
-                // A client that goes early is no failure of the test.
+                // A client that leaves early is not a test failure.
                 thread::spawn(move || serve(connection, &root, alter));
             }
         });
         Self { port, stop, thread: Some(thread) }
     }
 
-    /// The URL of a path below the root.
+    /// Returns the URL of a path below the root.
     pub fn url(&self, path: &str) -> String {
         format!("http://127.0.0.1:{}/{path}", self.port)
     }
@@ -68,7 +68,7 @@ impl Drop for FileServer {
     }
 }
 
-/// Answers one request, with a range or without, as an HTTP/1.1 server without ETags.
+/// Answers one request, with or without a range, as an HTTP/1.1 server without ETags.
 fn serve(
     mut connection: TcpStream,
     root: &Path,
@@ -76,7 +76,7 @@ fn serve(
 ) -> std::io::Result<()> {
     let mut lines = BufReader::new(connection.try_clone()?).lines();
     let request = lines.next().unwrap_or_else(|| Ok(String::new()))?;
-    // Google's clients escape all but letters and digits.
+    // Google's clients escape everything but letters and digits.
     let request = request.trim_end_matches(" HTTP/1.1");
     let request = request.replace("%2F", "/").replace("%2D", "-").replace("%2E", ".");
     let mut range = "whole".to_owned();
@@ -99,7 +99,7 @@ fn serve(
     connection.write_all(&body)
 }
 
-/// A range is clipped to the content, as RFC 9110 has it.
+/// Clips a range to the content, as RFC 9110 requires.
 fn part(content: &[u8], range: &str) -> Answer {
     let Some((from, to)) = range.split_once('-') else { return Answer::new("200 OK", content) };
     let (from, to): (usize, usize) = (from.parse().unwrap(), to.parse().unwrap());

@@ -1,7 +1,9 @@
-//! Runs a reader on case after case and holds each to what every reader promises. Both crates' fuzz tests use this file.
+//! Runs a reader on case after case and checks the guarantees of every reader. The fuzz tests of both crates use this
+//! file.
 //!
-//! A case is a function of the target, a seed and its number, so that one can be run again alone:
-//! `HYPERLORA_FUZZ_FIRST=NUMBER HYPERLORA_FUZZ_CASES=1`. The first cases are the unchanged seeds, which have to be accepted.
+//! A case is a function of the target, a seed and its number, so that one can be rerun alone:
+//! `HYPERLORA_FUZZ_FIRST=NUMBER HYPERLORA_FUZZ_CASES=1`. The first cases are the unchanged seeds, which must be
+//! accepted.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -17,23 +19,23 @@ use hyperlora_core::Error;
 use crate::ALLOCATOR;
 use crate::mutate::{Random, mutate_binary, mutate_text};
 
-/// One case at a time, for its memory is measured.
+/// Runs one case at a time, because its memory is measured.
 pub static TURN: Mutex<()> = Mutex::new(());
 
-/// A case that takes longer hangs: the slowest takes milliseconds.
+/// Time after which a case counts as hung: the slowest takes milliseconds.
 const HANG: Duration = Duration::from_secs(100);
 
-/// A target with as many failures is stopped.
+/// Failures after which a target is stopped.
 const ENOUGH: usize = 20;
 
-/// The longest message that a person reads, with room.
+/// Longest message in bytes, generous for a human reader.
 const LONGEST_MESSAGE: usize = 20_000;
 
-/// Why a reader did not take a file.
+/// Reason why a reader rejected a file.
 pub enum Refusal {
-    /// An error for the user.
+    /// Error for the user.
     Error(Error),
-    /// A reason that is counted, or told with a place that the caller adds.
+    /// Reason that is counted, or reported with a place that the caller adds.
     Reason(String),
 }
 
@@ -43,54 +45,54 @@ impl From<Error> for Refusal {
     }
 }
 
-/// What a reader answered.
+/// Result of a reader.
 pub type Answer = Result<(), Refusal>;
 
-/// A case: where its randomness comes from, and what it may cost.
+/// A case: its source of randomness, and its limits.
 pub struct Case {
     /// Number of the case.
     pub number: u64,
     /// Randomness of the case.
     pub random: Random,
-    /// What the reader may allocate, in bytes.
+    /// Bytes that the reader may allocate.
     pub memory: usize,
-    /// Whether the file is an unchanged seed, which has to be accepted.
+    /// True if the file is an unchanged seed, which must be accepted.
     pub unchanged: bool,
-    /// What an error has to name.
+    /// Name that an error must contain.
     pub named: String,
 }
 
 impl Case {
-    /// Which of `count` seeds this case begins with. The first cases have each of them as it is.
+    /// Chooses the seed of this case out of `count`. The first cases use each seed unchanged.
     pub fn choose(&mut self, count: usize) -> usize {
         self.unchanged = self.number < count as u64;
         if self.unchanged { self.number as usize } else { self.random.below(count) }
     }
 
-    /// A binary file: the seed as it is, or changed.
+    /// Returns a binary file: the seed, unchanged or mutated.
     pub fn binary(&mut self, seed: &[u8]) -> Vec<u8> {
         if self.unchanged { seed.to_vec() } else { mutate_binary(&mut self.random, seed) }
     }
 
-    /// As [`binary`](Self::binary), token by token; `words` are what the format gives a meaning.
+    /// Returns a text, unchanged or mutated token by token. `words` are those with a meaning in the format.
     pub fn text(&mut self, seed: &[u8], words: &[&str]) -> Vec<u8> {
         if self.unchanged { seed.to_vec() } else { mutate_text(&mut self.random, seed, words) }
     }
 
-    /// One of several binary files.
+    /// Returns one of several binary files, like [`binary`](Self::binary).
     pub fn one_binary(&mut self, seeds: &[Vec<u8>]) -> Vec<u8> {
         let seed = self.choose(seeds.len());
         self.binary(&seeds[seed])
     }
 
-    /// One of several texts.
+    /// Returns one of several texts, like [`text`](Self::text).
     pub fn one_text(&mut self, seeds: &[&str], words: &[&str]) -> Vec<u8> {
         let seed = self.choose(seeds.len());
         self.text(seeds[seed].as_bytes(), words)
     }
 }
 
-/// Runs `read` on as many cases as `HYPERLORA_FUZZ_CASES` says, else on `cases`.
+/// Runs `read` on `HYPERLORA_FUZZ_CASES` cases, or on `cases` by default.
 #[track_caller]
 pub fn fuzz(target: &str, cases: u64, memory: usize, named: &str, mut read: impl FnMut(&mut Case) -> Answer) {
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -117,7 +119,7 @@ pub fn fuzz(target: &str, cases: u64, memory: usize, named: &str, mut read: impl
     assert!(failures.is_empty(), "{target}, seed {seed}:\n{}", failures.join("\n"));
 }
 
-/// Whether the case was accepted; an error says what promise it broke.
+/// Tells whether the case was accepted. An error names the broken guarantee.
 fn hold(case: &mut Case, read: &mut impl FnMut(&mut Case) -> Answer) -> Result<bool, String> {
     ALLOCATOR.reset_peak_usage();
     let before = ALLOCATOR.current_usage();
@@ -159,14 +161,14 @@ fn number(variable: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{variable} is `{text}`, not a whole number")))
 }
 
-/// A folder in memory, where the machine has one.
+/// Makes a temporary folder, in memory if the machine has `/dev/shm`.
 pub fn scratch() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
 }
 
-/// Ends the process where a case hangs, and leaves its number in the folder `HYPERLORA_FUZZ_STATE` in case that it ends
-/// by itself.
+/// Ends the process if a case hangs. Writes the case's number into the folder `HYPERLORA_FUZZ_STATE` for the event that
+/// the process itself dies.
 struct Watch {
     current: Arc<AtomicU64>,
     state: Option<File>,

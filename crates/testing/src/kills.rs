@@ -1,5 +1,5 @@
-//! Kills a training at random moments, as often as asked for: every run that comes to its end must be the undisturbed one, bit
-//! for bit.
+//! Kills a training run at random moments, as often as requested: every run that finishes must equal the undisturbed
+//! one, bit for bit.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -17,39 +17,39 @@ use crate::experiment::STEPS;
 use crate::state::{curves, tensors};
 use crate::world::World;
 
-/// Few checkpoints are kept, and every step stands in the curves.
+/// Keeps few checkpoints, and logs every step in the curves.
 const OFTEN: [(&str, &str); 2] = [("keep: 9", "keep: 3"), ("log_every: 2", "log_every: 1")];
 
-/// Steps after which the next stage begins.
+/// Steps after which the next stage starts.
 const STAGE_ENDS: [u64; 2] = [2, 6];
 
-/// The longest life.
+/// Longest life.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// From this number of kills on, the moments that matter must all have been hit.
+/// Number of kills from which every relevant moment must have been hit.
 const MANY: usize = 100;
 
-/// A signal, and the processes that get it.
+/// A signal, and the processes that receive it.
 pub struct Blow {
     /// Name of the signal, as `kill` takes it.
     pub signal: &'static str,
     /// Ids of the processes.
     pub processes: Vec<u32>,
-    /// The exit codes that a life may end with after it; `None` where a signal ends it.
+    /// Allowed exit codes of a life afterwards; `None` if a signal ends it.
     pub codes: &'static [Option<i32>],
 }
 
-/// Starts runs, and ends them.
+/// Starts runs and kills them.
 pub struct Kills {
-    /// `hyperlora` under its launcher, where it has one; arguments are to follow.
+    /// Command `hyperlora`, under its launcher if there is one. The test appends the arguments.
     pub command: fn() -> Command,
-    /// Chooses what is done to the process that was started, the first, and its children.
+    /// Chooses the blow to the processes: the first is the one that was started, the others are its children.
     pub blow: fn(&mut ChaCha8Rng, &[u32]) -> Blow,
-    /// How many, where `HYPERLORA_KILLS` does not say it.
+    /// Default number of kills, which `HYPERLORA_KILLS` overrides.
     pub routine: usize,
 }
 
-/// Where a life was in its run when it ended, as the files tell.
+/// Progress of a life when it ended, according to its files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Moment {
     /// Before the event file of this life.
@@ -61,17 +61,17 @@ enum Moment {
     AfterTheLastCheckpoint,
 }
 
-/// A training that is under way.
+/// Training process that is running.
 struct Life {
     child: Child,
     run: PathBuf,
-    /// Event files that were there before.
+    /// Number of event files that existed before.
     event_files: usize,
     begun: Instant,
 }
 
 impl Kills {
-    /// Ends as many lives as asked for, and says where they were.
+    /// Kills as many lives as requested, and reports their moments.
     pub fn at_random(&self) {
         let count = std::env::var("HYPERLORA_KILLS").map_or(self.routine, |number| number.parse().unwrap());
         let world = World::small();
@@ -109,7 +109,7 @@ impl Kills {
         }
     }
 
-    /// Begins `run`, or goes on with it.
+    /// Starts or resumes `run`.
     fn live(&self, world: &World, run: &str) -> Life {
         let run = world.path(run);
         let words = fs::File::options().create(true).append(true).open(words_of(&run)).unwrap();
@@ -122,7 +122,7 @@ impl Kills {
 }
 
 impl Life {
-    /// Waits that long; whether it still lives.
+    /// Waits until `pause` after the start. Tells whether the process still lives.
     fn lasts(&mut self, pause: Duration) -> bool {
         while self.begun.elapsed() < pause && self.child.try_wait().unwrap().is_none() {
             thread::sleep(Duration::from_millis(1));
@@ -130,28 +130,29 @@ impl Life {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// What was started, and its children.
+    /// Returns the id of the started process and those of its children.
     fn processes(&self) -> Vec<u32> {
         let started = self.child.id();
-        // Read, not asked of a program: that would take longer than a start-up.
+        // Read the file directly: starting a program would take longer than a start-up of the run.
         let children = fs::read_to_string(format!("/proc/{started}/task/{started}/children")).unwrap_or_default();
         let children = children.split_whitespace().map(|child| child.parse::<u32>().unwrap());
         [started].into_iter().chain(children).collect()
     }
 
-    /// Comes to its end, undisturbed.
+    /// Waits for a successful end, without a kill.
     fn finishes(mut self) {
         assert_eq!(self.child.wait().unwrap().code(), Some(0), "{}", self.words());
     }
 
-    /// After the blow every process goes, and all checkpoints that are there are whole. Gives the moment and the exit code.
+    /// Strikes the blow, and checks that every process ends and that all checkpoints are whole. Returns the moment and
+    /// the exit code.
     fn ends(mut self, blow: &Blow) -> (Moment, Option<i32>) {
         let Blow { signal, processes, codes } = blow;
         if *signal == "KILL" && *processes == [self.child.id()] {
             self.child.kill().unwrap();
         } else {
             let processes = processes.iter().map(u32::to_string);
-            // A process may be gone meanwhile.
+            // A process may have ended meanwhile.
             Command::new("kill").arg(format!("-{signal}")).args(processes).stderr(Stdio::null()).status().unwrap();
         }
         assert!(!self.lasts(PATIENCE), "{signal}: {}", self.words());
@@ -172,7 +173,7 @@ impl Life {
         let event_files = names(&self.run.join(TENSORBOARD)).len();
         let half_written = names(&self.run.join(CHECKPOINTS)).iter().any(|name| name.starts_with('.'));
         let moment = match step {
-            // What a life before left half-written is still there.
+            // A half-written checkpoint of an earlier life is still there.
             _ if event_files == self.event_files => Moment::Starting,
             _ if half_written => Moment::WritingACheckpoint,
             0 => Moment::BeforeTheFirstCheckpoint,
@@ -183,13 +184,14 @@ impl Life {
         (moment, code)
     }
 
-    /// All that the run's processes have said.
+    /// Returns the output of all processes of the run.
     fn words(&self) -> String {
         fs::read_to_string(words_of(&self.run)).unwrap()
     }
 }
 
-/// The run is the undisturbed one: weights and moments, the figures of the stages, the curves; and nothing more lies about.
+/// Checks that a run equals the undisturbed one: weights and moments, the figures of the stages, the curves, and no
+/// extra files.
 fn is_alike(run: &Path, undisturbed: &Path) {
     let (found, expected) = (tensors(run, STEPS), tensors(undisturbed, STEPS));
     assert!(found.keys().eq(expected.keys()));
@@ -203,36 +205,36 @@ fn is_alike(run: &Path, undisturbed: &Path) {
     assert_eq!(stages(run), stages(undisturbed));
     let points = |run: &Path| {
         let mut points = curves(run);
-        // What was measured before a stage's first checkpoint is measured, and shown, again.
+        // A resumed run repeats and logs again what was measured before a stage's first checkpoint.
         points.values_mut().for_each(Vec::dedup);
         points
     };
     assert_eq!(points(run), points(undisturbed));
     assert_eq!(names(run), names(undisturbed));
-    // A stop in between leaves a checkpoint of its own step: their number is the same, and none is half-written.
+    // A stop between two checkpoints leaves one of its own step: their number is the same, and none is half-written.
     let (found, expected) = (names(&run.join(CHECKPOINTS)), names(&undisturbed.join(CHECKPOINTS)));
     assert!(found.len() == expected.len() && found.iter().all(|name| name.starts_with("step-")), "{found:?}");
 }
 
-/// Where the words of a run's processes go.
+/// Returns the file for the output of a run's processes.
 fn words_of(run: &Path) -> PathBuf {
     run.with_extension("words")
 }
 
-/// The names in a folder; none where it does not stand yet.
+/// Returns the names in a folder, none if it does not exist.
 fn names(folder: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(folder).into_iter().flatten();
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// Whether a process has the run on its command line.
+/// Tells whether a process has the run on its command line.
 fn is_at_work(run: &Path) -> bool {
     let found = Command::new("pgrep").arg("-f").arg(run).stdout(Stdio::null()).status().unwrap();
     found.success()
 }
 
-/// How long a life is let be: anywhere in `length`, that of an undisturbed run. The start is a short part of it, and comes in
-/// every life: one pause in four falls there.
+/// Draws the time before a kill, within `length`, the duration of an undisturbed run. Start-up is a short part of it
+/// but happens in every life, so one pause in four falls into it.
 fn pause(generator: &mut ChaCha8Rng, length: Duration) -> Duration {
     let range = if below(generator, 4) == 0 { 0.1 } else { 1.0 };
     length.mul_f64(range * unit(generator))

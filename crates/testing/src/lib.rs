@@ -1,5 +1,5 @@
-//! Things that tests of several crates share: fixtures, a small world to train in, kills and comparisons of runs, a file
-//! server, and the fuzz harness.
+//! Helpers that tests of several crates share: fixtures, a small world to train in, kills and comparisons of runs, a
+//! file server, and the fuzz harness.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
@@ -26,17 +26,17 @@ pub mod world;
 #[global_allocator]
 pub static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-/// Root of the repository.
+/// Returns the root of the repository.
 pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
-/// A fixture of the models: a file or folder that a script in `ci/parity` wrote.
+/// Returns the path of a model fixture: a file or folder that a script in `ci/parity` wrote.
 pub fn fixture(name: impl AsRef<Path>) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
 }
 
-/// A file that `ci/assets.sh` downloaded, by its path in the cache: photos and face models.
+/// Returns a file that `ci/assets.sh` downloaded, by its path in the cache: photos and face models.
 pub fn asset(name: &str) -> PathBuf {
     let cache = std::env::var_os("HYPERLORA_CACHE").map(PathBuf::from);
     cache.unwrap_or_else(|| Path::new(&std::env::var_os("HOME").unwrap()).join(".cache/hyperlora")).join(name)

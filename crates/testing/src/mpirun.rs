@@ -2,7 +2,8 @@
 
 use std::process::{Command, Output, Stdio};
 
-/// `mpirun -n ranks`, as root or not, on however few cores; a program and its arguments are to follow.
+/// Makes the command `mpirun -n ranks`, as root or not, on any number of cores. The caller appends a program and its
+/// arguments.
 pub fn mpirun(ranks: usize) -> Command {
     let mut command = Command::new("mpirun");
     command.args(["-n", &ranks.to_string()]);
@@ -12,7 +13,8 @@ pub fn mpirun(ranks: usize) -> Command {
         ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
         ("OMPI_MCA_mpi_yield_when_idle", "1"),
         ("OMPI_MCA_hwloc_base_binding_policy", "none"),
-        // Seconds between mpirun's SIGTERM and its SIGKILL, when it ends all ranks because of one: time for their last words.
+        // Seconds between mpirun's SIGTERM and SIGKILL when it ends all ranks because of one: time for their last
+        // output.
         ("OMPI_MCA_odls_base_sigkill_timeout", "10"),
         // The ranks share the machine: one thread each.
         ("RAYON_NUM_THREADS", "1"),
@@ -23,7 +25,7 @@ pub fn mpirun(ranks: usize) -> Command {
     command
 }
 
-/// Exit code and everything that was said, on both streams.
+/// Returns the exit code and the output on both streams.
 pub fn end_of(output: &Output) -> (Option<i32>, String) {
     let text = [&output.stdout[..], &output.stderr].concat();
     (output.status.code(), String::from_utf8_lossy(&text).into_owned())

@@ -1,17 +1,17 @@
-//! Changes to files: bit flips, cuts and splices, numbers that sizes and indices stumble over, and tokens of a format.
+//! Mutations of files: bit flips, cuts and splices, edge cases of sizes and indices, and tokens of a format.
 
-/// SplitMix64: one word of state, so that every case has its own beginning.
+/// SplitMix64: one word of state, so that every case can have its own start.
 pub struct Random(u64);
 
 impl Random {
-    /// The randomness of one case of a target.
+    /// Makes the randomness of one case of a target.
     pub fn of_case(seed: u64, target: &str, number: u64) -> Self {
         let name = target.bytes().fold(seed, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         let mut random = Self(name);
         Self(random.next() ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
-    /// The next word.
+    /// Returns the next word.
     #[expect(clippy::should_implement_trait, reason = "words never end")]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -20,22 +20,22 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number below `end`, which is not 0.
+    /// Draws a number below `end`, which is not 0.
     pub fn below(&mut self, end: usize) -> usize {
         (self.next() % end as u64) as usize
     }
 
-    /// Whether one of `of` times happens.
+    /// Returns true once in `of` times on average.
     pub fn one_in(&mut self, of: usize) -> bool {
         self.below(of) == 0
     }
 
-    /// One of `from`, each as likely.
+    /// Draws an element of `from`, uniformly.
     pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         &from[self.below(from.len())]
     }
 
-    /// A place in `length` bytes: headers stand at the beginning, footers at the end.
+    /// Draws a position in `length` bytes, often near an end: headers are at the start, footers at the end.
     fn place(&mut self, length: usize) -> usize {
         match self.below(4) {
             0 => self.below(length.clamp(1, 400)),
@@ -44,20 +44,20 @@ impl Random {
         }
     }
 
-    /// A piece of `length` bytes, mostly a short one.
+    /// Draws a range in `length` bytes, mostly a short one.
     fn range(&mut self, length: usize) -> std::ops::Range<usize> {
         let start = self.place(length).min(length);
         let most = if self.one_in(4) { length - start } else { (length - start).min(16) };
         start..start + if most == 0 { 0 } else { 1 + self.below(most) }
     }
 
-    /// How many changes a case has: mostly one, for then the reader gets far.
+    /// Draws the number of changes of a case: mostly one, so that the reader gets far.
     fn changes(&mut self) -> usize {
         *self.pick(&[1, 1, 1, 2, 2, 3, 5, 9])
     }
 }
 
-/// What sizes, counts and offsets stumble over.
+/// Edge cases of sizes, counts and offsets.
 pub const EDGES: [u64; 24] = [
     0,
     1,
@@ -85,10 +85,10 @@ pub const EDGES: [u64; 24] = [
     u64::MAX,
 ];
 
-/// Floats that comparisons and sums stumble over.
+/// Edge cases of float comparisons and sums.
 const FLOATS: [f32; 8] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, f32::MAX, f32::MIN_POSITIVE, 1e20, -1.0];
 
-/// Changes a binary file.
+/// Mutates a binary file.
 pub fn mutate_binary(random: &mut Random, seed: &[u8]) -> Vec<u8> {
     let mut bytes = seed.to_vec();
     for _ in 0..random.changes() {
@@ -114,7 +114,7 @@ fn change_binary(random: &mut Random, bytes: &mut Vec<u8>) {
             let (edge, width) = (*random.pick(&EDGES), *random.pick(&[1, 2, 4, 8]));
             let near = edge.wrapping_add_signed(random.below(3) as i64 - 1);
             let number = if random.one_in(2) { near.to_le_bytes() } else { near.swap_bytes().to_le_bytes() };
-            // The low bytes of a number in the order of the machine that wrote it.
+            // The low bytes of the number, in the byte order that was drawn.
             let low = if number == near.to_le_bytes() { &number[..width] } else { &number[8 - width..] };
             overwrite(bytes, place, low);
         }
@@ -152,7 +152,7 @@ fn overwrite(bytes: &mut [u8], place: usize, with: &[u8]) {
     }
 }
 
-/// A number as protobuf and Thrift write it.
+/// Encodes a number as protobuf and Thrift do.
 fn varint(mut number: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
     while number > 0x7f {
@@ -209,7 +209,7 @@ const VALUES: [&str; 42] = [
     "\"../../x\"",
 ];
 
-/// Changes a text token by token, so that what stands around a change still makes sense.
+/// Mutates a text token by token, so that the surroundings of a change still make sense.
 pub fn mutate_text(random: &mut Random, text: &[u8], words: &[&str]) -> Vec<u8> {
     let mut text = text.to_vec();
     for _ in 0..random.changes() {
@@ -253,7 +253,7 @@ fn change_text(random: &mut Random, text: &[u8], words: &[&str]) -> Vec<u8> {
             tokens.swap(place, other);
         }
         10 => {
-            // A line, an entry, or a whole branch once more.
+            // Repeat a line, an entry or a whole branch.
             let end = (place + 1 + random.below(12)).max(end).min(tokens.len());
             let piece = tokens[place..end].to_vec();
             let at = random.below(tokens.len());
@@ -267,7 +267,7 @@ fn change_text(random: &mut Random, text: &[u8], words: &[&str]) -> Vec<u8> {
     tokens.concat()
 }
 
-/// Strings, words with numbers, blanks, and single characters of the rest.
+/// Splits a text into strings, words with numbers, blanks, and single other characters.
 fn tokens(text: &[u8]) -> Vec<&[u8]> {
     let mut tokens = Vec::new();
     let mut at = 0;
@@ -297,7 +297,7 @@ fn string_length(text: &[u8]) -> usize {
     text.len()
 }
 
-/// Behind the value that begins at `place`: a bracket is one with all up to its partner.
+/// Returns the position after the value that starts at `place`: a bracket extends to its partner.
 fn end_of_value(tokens: &[&[u8]], place: usize) -> usize {
     let mut depth = 0_usize;
     for (at, token) in tokens.iter().enumerate().skip(place) {

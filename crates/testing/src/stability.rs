@@ -1,4 +1,4 @@
-//! The quickstart's base as a single file.
+//! The quickstart's base model as a single file.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,12 +10,12 @@ use safetensors::Dtype;
 
 use crate::repository;
 
-/// The quickstart's base model.
+/// Returns the folder of the quickstart's base model.
 pub fn quickstart_base() -> PathBuf {
     repository().join("experiments/quickstart/base")
 }
 
-/// All tensors of a safetensors file in a model folder.
+/// Reads all tensors of a component's safetensors file.
 fn tensors_of(part: Part) -> BTreeMap<String, TensorData> {
     let folder = quickstart_base().join(part.folder());
     let path = weights_in(&folder, None).unwrap();
@@ -28,7 +28,7 @@ fn tensors_of(part: Part) -> BTreeMap<String, TensorData> {
     file.entries().map(read).collect()
 }
 
-/// The quickstart's base in Stability naming, by the tables that lead there from diffusers.
+/// Returns the quickstart's base model in Stability naming, converted from diffusers by the tables.
 pub fn stability() -> BTreeMap<String, TensorData> {
     let source = BaseSource::open(&quickstart_base(), None, None).unwrap();
     let mut made = BTreeMap::new();
@@ -36,7 +36,7 @@ pub fn stability() -> BTreeMap<String, TensorData> {
     for part in Part::ALL {
         let table = source.table(part).unwrap();
         for (name, data) in tensors_of(part) {
-            // Recent transformers save the first encoder without the prefix that published files carry.
+            // Recent transformers save the first encoder without the prefix of published files.
             let name = if part == Part::TextEncoder && !name.starts_with("text_model.") {
                 format!("text_model.{name}")
             } else {
@@ -68,7 +68,7 @@ pub fn stability() -> BTreeMap<String, TensorData> {
             if columns == 1 { TensorData::new(all, [rows]) } else { TensorData::new(all, [rows, columns]) },
         );
     }
-    // What real files hold besides.
+    // Real files also contain these tensors.
     for unused in ["conditioner.embedders.1.model.logit_scale", "denoiser.sigmas", "alphas_cumprod", "model_ema.decay"]
     {
         made.insert(unused.into(), TensorData::from([1.0f32]));

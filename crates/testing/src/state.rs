@@ -1,4 +1,4 @@
-//! What a run leaves, for comparison: the tensors of a checkpoint and the points of the curves.
+//! Results of a run for comparison: the tensors of a checkpoint and the points of the curves.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,7 +8,7 @@ use burn_hyperlora::run::{CHECKPOINTS, TENSORBOARD};
 use prost::Message;
 use safetensors::SafeTensors;
 
-/// Every safetensors file of the checkpoint at `step`, by its path in the checkpoint.
+/// Reads every safetensors file of the checkpoint at `step`, by its path in the checkpoint.
 pub fn tensors(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
     let checkpoint = run.join(CHECKPOINTS).join(format!("step-{step:08}"));
     let mut found = BTreeMap::new();
@@ -25,11 +25,11 @@ pub fn tensors(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-/// All numbers of the checkpoint at `step`, by file and tensor; what the ranks divided is put together.
+/// Reads all numbers of the checkpoint at `step`, by file and tensor, with the parts of the ranks joined.
 pub fn numbers(run: &Path, step: u64) -> BTreeMap<String, Vec<f32>> {
     let mut numbers: BTreeMap<String, Vec<f32>> = BTreeMap::new();
     for (file, bytes) in tensors(run, step) {
-        // Without `-00001-of-00004`.
+        // Removes `-00001-of-00004`.
         let file = file.trim_end_matches(".safetensors").split('-').next().unwrap();
         for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
             let values = view.data().as_chunks::<4>().0.iter().map(|number| f32::from_le_bytes(*number));
@@ -39,7 +39,7 @@ pub fn numbers(run: &Path, step: u64) -> BTreeMap<String, Vec<f32>> {
     numbers
 }
 
-/// Relative distance of all numbers together.
+/// Returns the relative distance over all numbers.
 pub fn distance(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>) -> f64 {
     assert!(a.keys().eq(b.keys()));
     let pairs = a.values().flatten().zip(b.values().flatten());
@@ -49,7 +49,7 @@ pub fn distance(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>) 
     (difference / size).sqrt()
 }
 
-/// The parts of TensorBoard's event that matter here.
+/// TensorBoard event, reduced to the fields that matter here.
 #[derive(Clone, PartialEq, Message)]
 struct Event {
     #[prost(int64, tag = "2")]
@@ -74,15 +74,15 @@ struct Scalar {
     value: f32,
 }
 
-/// The start of a process.
+/// Start of a process.
 #[derive(Clone, PartialEq, Message)]
 struct Session {
     #[prost(int32, tag = "1")]
     status: i32,
 }
 
-/// The curves that follow from the settings alone, as TensorBoard shows them: losses, gradient norm, learning rate. Values of
-/// the same step, of which there should be one, stand side by side.
+/// Returns the curves that depend only on the settings, as TensorBoard shows them: losses, gradient norm, learning
+/// rate. Lists all values of a step, of which there should be one.
 pub fn curves(run: &Path) -> BTreeMap<(String, i64), Vec<f32>> {
     let mut files: Vec<_> = fs::read_dir(run.join(TENSORBOARD)).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
@@ -96,7 +96,7 @@ pub fn curves(run: &Path) -> BTreeMap<(String, i64), Vec<f32>> {
             let event = Event::decode(&after[4..4 + length]).unwrap();
             rest = &after[8 + length..];
             if event.session.is_some() {
-                // What a process begins with, it writes again.
+                // A resumed process writes the steps from its start on again.
                 found.retain(|(_, step), _| *step < event.step);
             }
             for scalar in event.summary.into_iter().flat_map(|summary| summary.values) {

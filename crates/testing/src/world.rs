@@ -1,4 +1,4 @@
-//! A small world on the disk: synthetic people in real shards, and the YAML of a short experiment on them.
+//! A small world on disk: synthetic people in real shards, and the YAML of a short experiment on them.
 
 use std::fs;
 use std::io::Cursor;
@@ -7,30 +7,30 @@ use std::path::PathBuf;
 use data_prep::shard::{EMBEDDING_DIM, FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter};
 use image::{ImageFormat, Rgb, RgbImage};
 
-/// What a world is made of.
+/// Content of a world.
 pub struct Recipe {
-    /// The experiment; `BASE` in it stands for the base model.
+    /// Experiment; `BASE` in it stands for the base model.
     pub yaml: &'static str,
-    /// The base model.
+    /// Path of the base model.
     pub base: PathBuf,
-    /// People in all.
+    /// Number of people.
     pub people: usize,
-    /// Photos of each person.
+    /// Photos per person.
     pub photos: usize,
-    /// The split of a person's photo.
+    /// Split of a photo, by person and photo.
     pub split: fn(usize, usize) -> &'static str,
     /// Sizes of the shards.
     pub shards: ShardConfig,
 }
 
-/// The folder with shards, YAML and runs.
+/// Temporary folder with shards, YAML and runs.
 pub struct World {
     root: tempfile::TempDir,
     recipe: Recipe,
 }
 
 impl World {
-    /// The shards and the YAML, no run yet.
+    /// Writes the shards and the YAML, without a run.
     pub fn of(recipe: Recipe) -> Self {
         let world = Self { root: tempfile::tempdir().unwrap(), recipe };
         world.write_shards();
@@ -38,7 +38,7 @@ impl World {
         world
     }
 
-    /// A path in the folder: a run, or a file.
+    /// Returns a path in the folder: a run, or a file.
     pub fn path(&self, name: &str) -> PathBuf {
         self.root.path().join(name)
     }
@@ -81,7 +81,8 @@ impl World {
     }
 }
 
-/// One synthetic face: a disc in the person's colour, placed by the photo's number. Up to six people and six photos.
+/// Draws one synthetic face: a disc in the person's colour, placed by the photo's number. Supports up to six people and
+/// six photos.
 fn face(person: usize, photo: usize) -> FaceRecord {
     let (width, height) = (44, 48);
     let centre = [20.0 + photo as f32, 22.0 + (photo % 3) as f32];

@@ -1,4 +1,4 @@
-//! What a caption says, and where it comes from.
+//! Captions and their source.
 
 use std::path::Path;
 
@@ -8,16 +8,16 @@ use serde::{Deserialize, Serialize};
 use crate::filter::{Reason, Rejection};
 use crate::source::SourceFiles;
 
-/// A caption longer than this is no caption but a wrong file.
+/// Size limit of a caption in bytes: a larger file is not a caption.
 const MAX_BYTES: u64 = 64 * 1024;
 
-/// The source of the captions; tagged in the YAML by the kind, as in `caption: {template: {text: a photo of a person}}`.
+/// Source of the captions, tagged in the YAML by the kind, as in `caption: {template: {text: a photo of a person}}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum Captioner {
-    /// The `.txt` file beside the photo (`x.jpg` -> `x.txt`), on one line.
+    /// The `.txt` file next to the photo (`x.jpg` -> `x.txt`), joined to one line.
     Sidecar {
-        /// The caption of a photo without such a file, or with an empty one.
+        /// Caption of a photo whose file is missing or empty.
         fallback: String,
     },
     /// The same words for every photo.
@@ -27,23 +27,23 @@ pub enum Captioner {
     },
 }
 
-/// What is said of one photo.
+/// Caption of one photo.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caption {
-    /// The words, on one line.
+    /// Words, on one line.
     pub text: String,
-    /// Whether they are said for want of others.
+    /// True if they are the fallback.
     pub fallback: bool,
 }
 
 impl Captioner {
-    /// Whether the text files beside photos are their captions.
+    /// Tells whether captions come from text files next to the photos.
     pub fn reads_files(&self) -> bool {
         matches!(self, Self::Sidecar { .. })
     }
 
-    /// Checks that the fixed words are words only. They hold no placeholder on purpose: a name in the caption would
-    /// tell the text encoder who it is, and the hypernetwork would not have to learn it.
+    /// Checks that the fixed words contain no placeholder: a name in the caption would tell the text encoder who the
+    /// person is, and the hypernetwork would not have to learn it.
     ///
     /// # Errors
     /// Input, at `place`: empty text, or one with `{` or `}`.
@@ -59,10 +59,10 @@ impl Captioner {
         Ok(())
     }
 
-    /// The caption of the photo at `path` in `files`.
+    /// Returns the caption of the photo at `path` in `files`.
     ///
     /// # Errors
-    /// Why the photo is left out: a sidecar file that cannot be read, is not UTF-8, or is no caption by its size.
+    /// Reason to reject the photo: its sidecar file cannot be read, is not UTF-8, or is too large for a caption.
     pub fn caption(&self, files: &SourceFiles, path: &Path) -> std::result::Result<Caption, Rejection> {
         let (text, found) = match self {
             Self::Template { text } => (text, None),

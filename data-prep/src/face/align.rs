@@ -1,4 +1,4 @@
-//! Five-point alignment: the face turned, scaled and moved to where embedders expect it.
+//! Five-point alignment: rotates, scales and moves the face to the position that embedders expect.
 
 use hyperlora_core::{Error, Result};
 use image::RgbImage;
@@ -8,12 +8,12 @@ use crate::face::sampling::{Border, Sampling};
 /// Side of an aligned portrait in pixels.
 pub const PORTRAIT: u32 = 112;
 
-/// Where the five points lie in an aligned portrait: left eye, right eye, nose, left and right mouth corner as the
+/// Positions of the five points in an aligned portrait: left eye, right eye, nose, left and right mouth corner as the
 /// viewer sees them (insightface `face_align.arcface_dst`).
 const TEMPLATE: [[f32; 2]; 5] =
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]];
 
-/// A rotation, scaling and shift: (x, y) -> (a x - b y + tx, b x + a y + ty).
+/// Rotation, scaling and shift: (x, y) -> (a x - b y + tx, b x + a y + ty).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Similarity {
     /// Scale times cosine.
@@ -25,8 +25,8 @@ pub struct Similarity {
 }
 
 impl Similarity {
-    /// The map that brings `from` closest to `to` in the least-squares sense (Umeyama 1991 without reflection, which in
-    /// two dimensions has this closed form). `None` where the points of one side all coincide.
+    /// Fits the map that brings `from` closest to `to` in the least-squares sense (Umeyama 1991 without reflection,
+    /// which in two dimensions has this closed form). `None` if the points of one side all coincide.
     pub fn fit(from: &[[f32; 2]], to: &[[f32; 2]]) -> Option<Self> {
         let (centre_from, centre_to) = (mean(from), mean(to));
         let (mut dot, mut cross, mut spread) = (0.0, 0.0, 0.0);
@@ -44,12 +44,12 @@ impl Similarity {
         usable.then_some(Self { a, b, shift })
     }
 
-    /// Where a point goes.
+    /// Maps a point.
     pub fn apply(&self, [x, y]: [f32; 2]) -> [f32; 2] {
         [self.a * x - self.b * y + self.shift[0], self.b * x + self.a * y + self.shift[1]]
     }
 
-    /// The way back of [`apply`](Self::apply).
+    /// Returns the inverse of [`apply`](Self::apply).
     pub(super) fn inverse(&self) -> Self {
         let scale = self.a * self.a + self.b * self.b;
         let (a, b) = (self.a / scale, -self.b / scale);
@@ -57,8 +57,9 @@ impl Similarity {
         Self { a, b, shift: [b * ty - a * tx, -b * tx - a * ty] }
     }
 
-    /// The photo under this map on `side` x `side` pixels, black where it ends. As in OpenCV's `warpAffine`, whose pictures
-    /// insightface's models know, the map is one of pixel centres counted from zero, and each pixel reads one place.
+    /// Warps the photo by this map to `side` x `side` pixels, black outside the photo. Follows OpenCV's `warpAffine`,
+    /// whose pictures insightface's models were trained on: the map is between pixel centres counted from zero, and
+    /// each pixel samples one place.
     pub(super) fn warp(&self, photo: &RgbImage, side: u32) -> RgbImage {
         let Self { a, b, shift } = self.inverse();
         let mut sampling = Sampling { origin: shift, across: [a, b], down: [-b, a] };
@@ -68,7 +69,7 @@ impl Similarity {
     }
 }
 
-/// The 112 x 112 portrait of the face with these five points; black where it lies outside the photo (insightface
+/// Returns the 112 x 112 portrait of the face with these five points, black outside the photo (insightface
 /// `face_align.norm_crop`).
 ///
 /// # Errors
@@ -84,7 +85,7 @@ pub fn portrait(photo: &RgbImage, points: &[[f32; 2]; 5]) -> Result<RgbImage> {
     Ok(aligned.warp(photo, PORTRAIT))
 }
 
-/// The centre of some points.
+/// Returns the centre of some points.
 pub(super) fn mean(points: &[[f32; 2]]) -> [f32; 2] {
     let count = points.len().max(1) as f32;
     [0, 1].map(|axis| points.iter().map(|point| point[axis]).sum::<f32>() / count)

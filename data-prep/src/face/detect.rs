@@ -1,4 +1,4 @@
-//! Finding faces: what the detectors have in common.
+//! Face detection: the common part of the detectors.
 
 use hyperlora_core::Result;
 use image::RgbImage;
@@ -8,22 +8,22 @@ use crate::face::models::{Kind, ModelFile};
 use crate::face::scrfd::Scrfd;
 use crate::face::yunet::YuNet;
 
-/// Longest side of a detector's view.
+/// Longest side of a detector's input, in pixels.
 pub(super) const LARGEST_SIDE: u32 = 640;
 
-/// A face found in a photo; coordinates in pixels of the photo.
+/// Face found in a photo; coordinates in pixels of the photo.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Detection {
-    /// x0, y0, x1, y1; may reach beyond the photo.
+    /// Box x0, y0, x1, y1; may reach beyond the photo.
     pub face_box: [f32; 4],
     /// Left eye, right eye, nose, left and right mouth corner, as the viewer sees them.
     pub points: [[f32; 2]; 5],
-    /// How sure the detector is; 0..1.
+    /// Confidence of the detector, in 0..1.
     pub score: f32,
 }
 
 impl Detection {
-    /// The same face where a pixel is so many pixels wide and high.
+    /// Scales the coordinates: one pixel becomes `sx` pixels wide and `sy` pixels high.
     pub(super) fn scaled(self, [sx, sy]: [f32; 2]) -> Self {
         let [x0, y0, x1, y1] = self.face_box;
         Self {
@@ -34,7 +34,7 @@ impl Detection {
     }
 }
 
-/// The detector and how it is asked.
+/// Detector with its settings.
 #[derive(Debug)]
 pub struct Detector {
     family: Family,
@@ -49,7 +49,7 @@ enum Family {
 }
 
 impl Detector {
-    /// `min_score` is the family's own where none is given.
+    /// Loads a detector. The default of `min_score` depends on its family.
     pub(super) fn load(runtime: &Runtime, file: &ModelFile, min_score: Option<f32>, sides: Vec<u32>) -> Result<Self> {
         let model = Model::load(runtime, &file.path)?;
         let (family, usual) = match file.kind {
@@ -59,8 +59,9 @@ impl Detector {
         Ok(Self { family, min_score: min_score.unwrap_or(usual), sides })
     }
 
-    /// The faces of a photo, best score first, and the side at which they were seen. Where the first side shows none, the
-    /// photo is shown smaller: a face that fills the photo is otherwise larger than what the model knows.
+    /// Finds the faces of a photo, best score first, and returns the side at which they were found. If the first side
+    /// shows none, tries smaller ones: a face that fills the photo is otherwise larger than those the model was trained
+    /// on.
     ///
     /// # Errors
     /// Fault: the model cannot be run. Input: it is not the expected model.
@@ -83,7 +84,7 @@ impl Detector {
         Ok((Vec::new(), tried))
     }
 
-    /// The faces that are seen when the photo's longest side takes `side` pixels of the model's view, best score first.
+    /// Finds the faces with the photo's longest side scaled to `side` pixels of the model's input, best score first.
     ///
     /// # Errors
     /// As [`detect`](Self::detect).
@@ -94,7 +95,7 @@ impl Detector {
         }
     }
 
-    /// Whether a face with this score is upright without a doubt.
+    /// Tells whether a face with this score is certainly upright.
     pub(super) fn is_surely_upright(&self, face: &Detection) -> bool {
         match &self.family {
             Family::YuNet(_) => face.score >= YuNet::UPRIGHT_SCORE,
@@ -103,17 +104,17 @@ impl Detector {
     }
 }
 
-/// When two boxes are one face.
+/// Criterion for two boxes that show the same face.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SameFace {
-    /// They share more than this part of their union,
+    /// They overlap by more than this share of their union.
     pub(super) overlap: f32,
-    /// where a side is so much longer than its ends are apart: 1 counts the last pixel in, 0 does not.
+    /// Pixels added to the distance between the two ends of a side: 1 includes the last pixel, 0 does not.
     pub(super) edge: f32,
 }
 
 impl SameFace {
-    /// Non-maximum suppression: of boxes that are one face, the one with the best score; best first.
+    /// Non-maximum suppression: keeps the box with the best score among those of one face. Best first.
     pub(super) fn best_of_each(self, mut candidates: Vec<Detection>) -> Vec<Detection> {
         candidates.sort_by(|a, b| b.score.total_cmp(&a.score));
         let mut kept: Vec<Detection> = Vec::new();
@@ -125,7 +126,7 @@ impl SameFace {
         kept
     }
 
-    /// Intersection over union of two boxes.
+    /// Returns the intersection over union of two boxes.
     fn overlap(self, a: &[f32; 4], b: &[f32; 4]) -> f32 {
         let area = |[x0, y0, x1, y1]: [f32; 4]| (x1 - x0 + self.edge).max(0.0) * (y1 - y0 + self.edge).max(0.0);
         let common = area([a[0].max(b[0]), a[1].max(b[1]), a[2].min(b[2]), a[3].min(b[3])]);

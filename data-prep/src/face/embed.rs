@@ -1,4 +1,4 @@
-//! From an aligned portrait to numbers that identify the person.
+//! Embedding of an aligned portrait: numbers that identify the person.
 
 use hyperlora_core::{Error, Result};
 use image::RgbImage;
@@ -8,7 +8,7 @@ use crate::face::model::{Model, Runtime};
 use crate::face::models::{Kind, ModelFile};
 use crate::face::pixels::Normalisation;
 
-/// An embedder: what its model wants and gives.
+/// Embedder: a model with the format of its input and output.
 #[derive(Debug)]
 pub struct Embedder {
     model: Model,
@@ -18,10 +18,10 @@ pub struct Embedder {
 }
 
 impl Embedder {
-    /// An embedder of the ArcFace family, or SFace. Pixels are (x - 127.5) / 127.5, which is also CurricularFace's
-    /// (x / 255 - 0.5) / 0.5, unless the model does that itself.
+    /// Loads an embedder of the ArcFace family, or SFace. Pixels are (x - 127.5) / 127.5, which equals CurricularFace's
+    /// (x / 255 - 0.5) / 0.5, unless the model normalises them itself.
     pub(super) fn load(runtime: &Runtime, file: &ModelFile) -> Result<Self> {
-        // The embedder of the free set of models was trained with a scale of its own.
+        // The embedder of the free model set was trained with another scale.
         let scale = if file.path.ends_with("fr_feature.onnx") { 128.0 } else { 127.5 };
         Ok(Self {
             model: Model::load(runtime, &file.path)?,
@@ -31,10 +31,10 @@ impl Embedder {
         })
     }
 
-    /// The embedding of a 112 x 112 portrait, scaled to length 1.
+    /// Returns the embedding of a 112 x 112 portrait, scaled to length 1.
     ///
     /// # Errors
-    /// Fault: the model cannot be run, or gives nothing but zeros. Input: it is not the expected model.
+    /// Fault: the model cannot be run, or returns only zeros. Input: it is not the expected model.
     pub(super) fn embed(&mut self, portrait: &RgbImage) -> Result<Vec<f32>> {
         let side = PORTRAIT as usize;
         let input = self.normalisation.planes(portrait, side); // [1, 3, 112, 112]

@@ -1,4 +1,4 @@
-//! The outline, brows, eyes, nose and mouth of a face: 68 or 106 points.
+//! Landmarks of a face (outline, brows, eyes, nose and mouth): 68 or 106 points.
 
 use hyperlora_core::{Error, Result};
 use image::RgbImage;
@@ -9,14 +9,14 @@ use crate::face::models::{Kind, ModelFile};
 use crate::face::pixels::Normalisation;
 use crate::face::sampling::{Border, Sampling};
 
-/// Side of the view of the model with 68 points.
+/// Side of the input of the model with 68 points.
 const SIDE_68: u32 = 64;
-/// Side of the view of the model with 106 points.
+/// Side of the input of the model with 106 points.
 const SIDE_106: u32 = 192;
-/// That view is so much larger than the face's box (insightface `Landmark.get`).
+/// Size of that input's square as a multiple of the face's box (insightface `Landmark.get`).
 const MARGIN_106: f32 = 1.5;
 
-/// A landmark model.
+/// Landmark model.
 #[derive(Debug)]
 pub struct Landmarker {
     model: Model,
@@ -26,9 +26,9 @@ pub struct Landmarker {
 
 #[derive(Debug, Clone, Copy)]
 enum Family {
-    /// The box, stretched to 64 x 64 grey, gives points in fractions of the box.
+    /// Takes the box, stretched to 64 x 64 grey, and returns points in fractions of the box.
     Grey68,
-    /// A square about the box's centre at 192 x 192 gives points in -1..1 of it (insightface `Landmark`).
+    /// Takes a square around the box's centre at 192 x 192, and returns points in -1..1 of it (insightface `Landmark`).
     Square106(Normalisation),
 }
 
@@ -42,7 +42,7 @@ impl Landmarker {
         Ok(Self { model: Model::load(runtime, &file.path)?, output, family })
     }
 
-    /// The points of the face in `face_box` (x0, y0, x1, y1), in pixels of the photo.
+    /// Locates the points of the face in `face_box` (x0, y0, x1, y1), in pixels of the photo.
     ///
     /// # Errors
     /// Fault: the model cannot be run. Input: it is not the expected model, or the box is empty.
@@ -59,7 +59,7 @@ impl Landmarker {
 
     fn grey_68(&mut self, photo: &RgbImage, face_box: [f32; 4]) -> Result<Vec<[f32; 2]>> {
         let view = Sampling::of_box(face_box, SIDE_68, SIDE_68).read(photo, SIDE_68, SIDE_68, Border::Nearest);
-        // [1, 1, 64, 64], 0..1
+        // Shape [1, 1, 64, 64], values 0..1.
         let grey = view.pixels().map(|pixel| {
             let [r, g, b] = pixel.0.map(f32::from);
             (0.299 * r + 0.587 * g + 0.114 * b) / 256.0

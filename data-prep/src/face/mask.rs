@@ -1,8 +1,8 @@
-//! The two images that CLIP sees (HyperLoRA, arXiv 2503.16944): the face alone, and the photo without the face.
+//! CLIP input images (HyperLoRA, arXiv 2503.16944): the face alone, and the photo without the face.
 //!
-//! Both start from the outline of the face. It is drawn and blurred in the *mask crop*: the square on the outline's mean
-//! with a half-side of 0.8 of its longer side, handled at `size` x `size`. Blur radii are Gaussian standard deviations in
-//! that crop at 512 x 512, and shrink with `size`.
+//! Both start from the outline of the face. It is drawn and blurred in the *mask crop*: the square centred on the
+//! outline's mean with a half-side of 0.8 of its longer side, resampled to `size` x `size`. Blur radii are Gaussian
+//! standard deviations in that crop at 512 x 512, and scale with `size`.
 
 use image::{GrayImage, ImageBuffer, Luma, Pixel, Rgb, RgbImage, imageops};
 use serde::{Deserialize, Serialize};
@@ -10,31 +10,31 @@ use serde::{Deserialize, Serialize};
 use crate::face::align::mean;
 use crate::face::sampling::{Border, Sampling};
 
-/// Jaw and brows of the 106-point annotation, around the face.
+/// Outline of the face in the 106-point annotation: jaw and brows.
 const OUTLINE_106: [usize; 43] = [
     1, 9, 10, 11, 12, 13, 14, 15, 16, 2, 3, 4, 5, 6, 7, 8, 0, 24, 23, 22, 21, 20, 19, 18, 32, 31, 30, 29, 28, 27, 26,
     25, 17, 101, 105, 104, 103, 102, 50, 51, 49, 48, 43,
 ];
 
-/// The side at which the blur radii are given.
+/// Side for which the blur radii are given.
 const REFERENCE_SIZE: f32 = 512.0;
 const MASK_BLUR: f32 = 15.0;
 const FACE_BLUR: f32 = 45.0;
-/// Half-sides in longer sides of the outline, and of the box of all landmarks.
+/// Half-sides of the crops: in longer sides of the outline (mask), and of the box of all landmarks (ID).
 const MASK_CROP: f32 = 0.8;
 const ID_CROP: f32 = 0.75;
-/// The ID crop's centre is raised by this part of its half-side, to show the forehead.
+/// Upward shift of the ID crop's centre in half-sides, to show the forehead.
 const ID_RAISED: f32 = 0.125;
-/// The Base image hides more than the face itself.
+/// Scale of the outline for the Base image, which hides more than the face itself.
 const BASE_OUTLINE: f32 = 1.4;
 const GREY: f32 = 127.0;
 
-/// How large the masks are made.
+/// Size of the masks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MaskConfig {
-    /// Side of the mask crop and of the ID image in pixels. 512 is the original's; a CLIP encoder with a small input needs
-    /// no more than twice its own.
+    /// Side of the mask crop and of the ID image in pixels. The original uses 512; a CLIP encoder with a small input
+    /// needs at most twice its own side.
     pub size: u32,
 }
 
@@ -44,8 +44,8 @@ impl Default for MaskConfig {
     }
 }
 
-/// The outline of a face, in pixels as the landmarks: jaw and brows of 68 (iBUG 300-W) or 106 (insightface) points. Of any
-/// other number of points it is the convex hull.
+/// Returns the outline of a face, in pixels like the landmarks: jaw and brows of 68 (iBUG 300-W) or 106 (insightface)
+/// points, or the convex hull of any other number of points.
 pub fn outline(landmarks: &[[f32; 2]]) -> Vec<[f32; 2]> {
     match landmarks.len() {
         68 => (0..=16).chain((17..=26).rev()).map(|index| landmarks[index]).collect(),
@@ -54,7 +54,8 @@ pub fn outline(landmarks: &[[f32; 2]]) -> Vec<[f32; 2]> {
     }
 }
 
-/// The face alone on grey (#7f7f7f), `size` x `size`: what CLIP sees for the ID-LoRA. `landmarks` are pixels of `photo`.
+/// Makes the CLIP input of the ID-LoRA: the face alone on grey (#7f7f7f), `size` x `size`. `landmarks` are in pixels of
+/// `photo`.
 pub fn id_image(photo: &RgbImage, landmarks: &[[f32; 2]], config: &MaskConfig) -> RgbImage {
     let size = config.size;
     let mask = FaceMask::new(&outline(landmarks), 1.0, size);
@@ -71,14 +72,14 @@ pub fn id_image(photo: &RgbImage, landmarks: &[[f32; 2]], config: &MaskConfig) -
     image
 }
 
-/// The photo with the face blurred away, as large as the photo: what CLIP sees for the Base-LoRA. `landmarks` are pixels
-/// of `photo`.
+/// Makes the CLIP input of the Base-LoRA: the photo with the face blurred away, in the photo's size. `landmarks` are in
+/// pixels of `photo`.
 pub fn base_image(photo: &RgbImage, landmarks: &[[f32; 2]], config: &MaskConfig) -> RgbImage {
     let size = config.size;
     let mask = FaceMask::new(&outline(landmarks), BASE_OUTLINE, size);
     let crop = Sampling::of_box(mask.square, size, size);
     let blurred = blur(&crop.read(photo, size, size, Border::Nearest), FACE_BLUR * size as f32 / REFERENCE_SIZE);
-    // Back in the photo's pixels, so that each of them reads its own place of the crop.
+    // Map back to the photo's pixels, so that each of them reads its own place in the crop.
     let (width, height) = photo.dimensions();
     let [left, top, right, bottom] = mask.square;
     let per_pixel = size as f32 / (right - left);
@@ -99,20 +100,20 @@ pub fn base_image(photo: &RgbImage, landmarks: &[[f32; 2]], config: &MaskConfig)
     image
 }
 
-/// How much each place of the photo belongs to the face.
+/// Mask of the face: the degree to which each place of the photo belongs to it.
 struct FaceMask {
-    /// x0, y0, x1, y1 of the mask crop in the photo.
+    /// Mask crop x0, y0, x1, y1 in the photo.
     square: [f32; 4],
     /// 255 inside, 0 outside, blurred in between.
     alpha: GrayImage,
 }
 
 impl FaceMask {
-    /// The mask of `outline` scaled by `grown` about its mean. The crop is that of the outline itself.
+    /// Makes the mask of `outline` scaled by `grown` around its mean. The crop is that of the unscaled outline.
     fn new(outline: &[[f32; 2]], grown: f32, size: u32) -> Self {
         let centre = mean(outline);
         let [x0, y0, x1, y1] = bounds(outline);
-        // At least a pixel, so that an outline that is a point divides nothing by zero.
+        // At least a pixel, so that an outline of a single point does not cause a division by zero.
         let half = (MASK_CROP * (x1 - x0).max(y1 - y0)).max(1.0);
         let square = square(centre, half);
         let per_pixel = size as f32 / (2.0 * half);
@@ -123,7 +124,7 @@ impl FaceMask {
         Self { square, alpha: blur(&filled(&corners, size), MASK_BLUR * size as f32 / REFERENCE_SIZE) }
     }
 
-    /// 0..1 at a place of the photo; 0 outside the crop.
+    /// Returns the mask at a place of the photo, in 0..1; 0 outside the crop.
     fn at(&self, [x, y]: [f32; 2]) -> f32 {
         let [x0, y0, x1, y1] = self.square;
         if !((x0..x1).contains(&x) && (y0..y1).contains(&y)) {
@@ -135,7 +136,7 @@ impl FaceMask {
     }
 }
 
-/// A polygon in white on a black square: a pixel is white where its centre lies inside (even-odd rule).
+/// Draws a white polygon on a black square: a pixel is white if its centre lies inside (even-odd rule).
 fn filled(corners: &[[f32; 2]], size: u32) -> GrayImage {
     let mut image = GrayImage::new(size, size);
     for y in 0..size {
@@ -157,7 +158,7 @@ fn filled(corners: &[[f32; 2]], size: u32) -> GrayImage {
     image
 }
 
-/// A Gaussian blur: exact where it is cheap, three box blurs where the radius is large and their steps are fine enough.
+/// Gaussian blur: exact for small radii, three box blurs for large ones, whose steps are then fine enough.
 fn blur<P: Pixel<Subpixel = u8> + 'static>(image: &ImageBuffer<P, Vec<u8>>, deviation: f32) -> ImageBuffer<P, Vec<u8>> {
     const EXACT: f32 = 8.0;
     if image.is_empty() || deviation <= 0.0 {
@@ -169,7 +170,8 @@ fn blur<P: Pixel<Subpixel = u8> + 'static>(image: &ImageBuffer<P, Vec<u8>>, devi
     }
 }
 
-/// The value at a place of an image, 0..255, from the four nearest pixel centres; the edge goes on outside.
+/// Interpolates the value at a place of an image, 0..255, from the four nearest pixel centres. Edge values extend
+/// outwards.
 fn bilinear<P: Pixel<Subpixel = u8>, const C: usize>(image: &ImageBuffer<P, Vec<u8>>, [x, y]: [f32; 2]) -> [f32; C] {
     let (right, bottom) = (image.width().saturating_sub(1), image.height().saturating_sub(1));
     let (x, y) = ((x - 0.5).clamp(0.0, right as f32), (y - 0.5).clamp(0.0, bottom as f32));
@@ -191,7 +193,7 @@ fn bilinear<P: Pixel<Subpixel = u8>, const C: usize>(image: &ImageBuffer<P, Vec<
     sum
 }
 
-/// x0, y0, x1, y1 of some points; all zero for none.
+/// Returns the bounding box x0, y0, x1, y1 of some points; all zero for none.
 fn bounds(points: &[[f32; 2]]) -> [f32; 4] {
     let Some(&[x, y]) = points.first() else { return [0.0; 4] };
     points.iter().fold([x, y, x, y], |[x0, y0, x1, y1], &[x, y]| [x0.min(x), y0.min(y), x1.max(x), y1.max(y)])
@@ -205,7 +207,7 @@ fn contains(photo: &RgbImage, [x, y]: [f32; 2]) -> bool {
     (0.0..photo.width() as f32).contains(&x) && (0.0..photo.height() as f32).contains(&y)
 }
 
-/// A pixel index between 0 and `length`.
+/// Clamps to a pixel index between 0 and `length`.
 fn clamped(value: f32, length: u32) -> u32 {
     value.clamp(0.0, length as f32) as u32
 }
@@ -214,7 +216,7 @@ fn mix(from: f32, to: f32, share: f32) -> u8 {
     (from + (to - from) * share).round() as u8
 }
 
-/// Andrew's monotone chain.
+/// Convex hull by Andrew's monotone chain.
 fn convex_hull(points: &[[f32; 2]]) -> Vec<[f32; 2]> {
     let mut sorted = points.to_vec();
     sorted.sort_by(|a, b| a[0].total_cmp(&b[0]).then(a[1].total_cmp(&b[1])));
@@ -242,7 +244,8 @@ fn convex_hull(points: &[[f32; 2]]) -> Vec<[f32; 2]> {
 mod tests {
     use super::*;
 
-    /// 68 points whose jaw is the lower half of a circle about (50, 50) and whose brows are a line across its top.
+    /// Makes 68 points whose jaw is the lower half of a circle around (50, 50) and whose brows are a line across its
+    /// top.
     fn face() -> Vec<[f32; 2]> {
         let mut points = vec![[50.0, 50.0]; 68];
         for (index, point) in points.iter_mut().enumerate().take(17) {
@@ -286,10 +289,10 @@ mod tests {
         for corner in [(0, 0), (127, 0), (0, 127), (127, 127)] {
             assert_eq!(image.get_pixel(corner.0, corner.1).0, [127; 3]);
         }
-        // The landmarks' box is x 30..70, y 40..70: half-side 30, centre (50, 55 - 3.75). (50, 55) lies deep inside.
+        // The landmarks' box is x 30..70, y 40..70: half-side 30, centre (50, 55 - 3.75). (50, 55) is well inside.
         let v = ((55.0 - (51.25 - 30.0)) / 60.0 * 128.0) as u32;
         assert_eq!(image.get_pixel(64, v).0, [200, 10, 10]);
-        // On the straight edge between brow and forehead half of the blurred mask is left.
+        // On the straight edge between brow and forehead, half of the blurred mask remains.
         let v = ((40.0 - (51.25 - 30.0)) / 60.0 * 128.0) as u32;
         let on_edge = image.get_pixel(64, v).0[0];
         assert!((150..=177).contains(&on_edge), "{on_edge}");

@@ -1,7 +1,7 @@
-//! Finding, measuring and embedding faces with ONNX models.
+//! Face detection, landmarks and embeddings with ONNX models.
 //!
-//! The way of a face: [`detect`] gives a box and five points, [`landmark`] 68 or 106 points, [`align`] a 112 x 112 portrait,
-//! [`embed`] what identifies the person, and [`mask`] the two images that CLIP sees.
+//! Pipeline of a face: [`detect`] finds a box and five points, [`landmark`] 68 or 106 points, [`align`] makes a 112 x
+//! 112 portrait, [`embed`] the numbers that identify the person, and [`mask`] the two CLIP input images.
 //!
 //! All coordinates are continuous pixels of the photo: (0, 0) is the outer corner of the first pixel, (0.5, 0.5) its
 //! centre.
@@ -36,15 +36,16 @@ use crate::face::model::Runtime;
 pub use crate::face::detect::Detection;
 pub use crate::face::models::FaceModels;
 
-/// Which models find and measure faces. Everything has a default: the files that `ci/assets.sh` brings.
+/// Models that find and measure faces. Everything has a default: the files that `ci/assets.sh` downloads.
 ///
-/// The models of a folder are told apart by their inputs and outputs; a file has to be named only where several would do.
+/// The role of each model in a folder follows from its inputs and outputs. Name a file only if several fit a role.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FaceConfig {
     /// Folder of the ONNX files, such as insightface's antelopev2.
     pub models: ConfigPath,
-    /// Passed over, with a warning: a file that comes with data or a run loads no library. Only `ORT_DYLIB_PATH` names one.
+    /// Ignored, with a warning: a file that comes with data or a run must not load a library. Only `ORT_DYLIB_PATH`
+    /// names one.
     #[serde(skip_serializing)]
     pub runtime: Option<String>,
     /// File of the face detector: SCRFD with points, or YuNet (2023mar).
@@ -53,12 +54,12 @@ pub struct FaceConfig {
     pub landmarker: Option<String>,
     /// File of the ID embedder: 512 numbers from 112 x 112 RGB.
     pub embedder: Option<String>,
-    /// File of the embedder that evaluation alone uses: CurricularFace, SFace, or another from 112 x 112 RGB.
+    /// File of the embedder that only evaluation uses: CurricularFace, SFace, or another that takes 112 x 112 RGB.
     pub independent_embedder: Option<String>,
-    /// Faces with a lower score do not count; 0..1. Default: 0.5 with SCRFD, as in insightface, and 0.6 with YuNet.
+    /// Lowest accepted score of a face, in 0..1. Default: 0.5 with SCRFD, as in insightface, and 0.6 with YuNet.
     pub min_score: Option<f32>,
-    /// Longest side of the photo in the detector's view, tried in this order until a face is found; 32..=640.
-    /// The smaller ones are for faces that fill the photo.
+    /// Longest sides of the photo in the detector's input, tried in this order until a face is found; 32..=640. The
+    /// smaller ones are for faces that fill the photo.
     pub detector_sides: Vec<u32>,
 }
 
@@ -81,7 +82,7 @@ impl FaceConfig {
     /// Checks the sizes and the score.
     ///
     /// # Errors
-    /// Input, at `place`: a detector side or a score out of its range.
+    /// Input, at `place`: a detector side or a score is out of its range.
     pub fn validate(&self, place: &str) -> Result<()> {
         let sides = &self.detector_sides;
         if sides.is_empty() || sides.iter().any(|side| !(32..=LARGEST_SIDE).contains(side)) {
@@ -99,7 +100,7 @@ impl FaceConfig {
 }
 
 impl FaceConfig {
-    /// Says once that a library which the YAML names is not loaded.
+    /// Warns once that the library named in the YAML is not loaded.
     fn warn_of_runtime(&self) {
         static SAID: Once = Once::new();
         if let Some(library) = &self.runtime {
@@ -113,33 +114,33 @@ impl FaceConfig {
     }
 }
 
-/// What a face is: where its parts are, and whose it is.
+/// Description of a face: its landmarks and its identity.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FaceDescription {
-    /// In pixels of the photo: 68 points in the order of the iBUG 300-W annotation, or insightface's 106.
+    /// Points in pixels of the photo: 68 in the order of the iBUG 300-W annotation, or insightface's 106.
     pub landmarks: Vec<[f32; 2]>,
     /// 512 numbers of length 1.
     pub id_embedding: Vec<f32>,
 }
 
-/// A photo whose face is upright, and the faces in it.
+/// Photo with an upright face, and the faces in it.
 #[derive(Debug, Clone)]
 pub struct Upright {
     /// The photo.
     pub photo: RgbImage,
     /// Its faces, best score first.
     pub faces: Vec<Detection>,
-    /// Whether the photo had to be turned.
+    /// True if the photo was rotated.
     pub turned: bool,
 }
 
-/// One set of ONNX sessions, one thread each: make one per worker.
+/// Set of ONNX sessions with one thread each: make one per worker.
 #[derive(Debug)]
 pub struct FaceAnalyser {
     detector: Detector,
     landmarker: Landmarker,
     embedder: Embedder,
-    /// Loaded when first used: data preparation does not need it.
+    /// Loaded on first use, because data preparation does not need it.
     independent: Option<Embedder>,
     models: FaceModels,
     runtime: Runtime,
@@ -166,7 +167,7 @@ impl FaceAnalyser {
         })
     }
 
-    /// The faces of a photo, best score first.
+    /// Finds the faces of a photo, best score first.
     ///
     /// # Errors
     /// Fault: the model cannot be run. Input: it is not the expected model.
@@ -174,10 +175,10 @@ impl FaceAnalyser {
         Ok(self.detector.detect(photo)?.0)
     }
 
-    /// The faces of a photo, which is turned by quarters where that shows its one face better. A detector sees faces that
-    /// lie on their side or stand on their head as well, but puts their points as if they were upright: the portrait would
-    /// be embedded askew. Its score tells, which is best where the face is upright. With no face or several, the photo
-    /// stays as it is.
+    /// Finds the faces of a photo, and rotates it by quarter turns if that improves the score of its only face. A
+    /// detector also finds faces that are sideways or upside down, but places their points as if they were upright, so
+    /// the portrait would be embedded at a wrong angle. Its score reveals this, because it is highest for an upright
+    /// face. With no face or several, the photo stays unchanged.
     ///
     /// # Errors
     /// As [`detect`](Self::detect).
@@ -202,10 +203,10 @@ impl FaceAnalyser {
         })
     }
 
-    /// Landmarks and ID embedding of one detected face.
+    /// Computes the landmarks and the ID embedding of one detected face.
     ///
     /// # Errors
-    /// As [`detect`](Self::detect); Input for a detection whose points all coincide.
+    /// As [`detect`](Self::detect). Input also for a detection whose points all coincide.
     pub fn describe(&mut self, photo: &RgbImage, face: &Detection) -> Result<FaceDescription> {
         Ok(FaceDescription {
             landmarks: self.landmarker.locate(photo, face.face_box)?,
@@ -213,8 +214,8 @@ impl FaceAnalyser {
         })
     }
 
-    /// Numbers of length 1 from a model that training never sees, 512 of CurricularFace or 128 of SFace: for measuring
-    /// likeness in evaluation.
+    /// Embeds a face with a model that training never uses, to measure likeness in evaluation: 512 numbers of
+    /// CurricularFace or 128 of SFace, of length 1.
     ///
     /// # Errors
     /// As [`load`](Self::load) the first time, then as [`describe`](Self::describe).

@@ -14,15 +14,16 @@ use ort::value::Tensor;
 
 use crate::face::onnx::check_external_data;
 
-/// The process can hold one copy of the library; the first path that loads stays.
+/// Environment of the process, which can load only one copy of the library: the first path that loads stays.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
-/// Names the library.
+/// Environment variable that names the library.
 const VARIABLE: &str = "ORT_DYLIB_PATH";
 
-const REMEDY: &str = "run ci/assets.sh, or set ORT_DYLIB_PATH to the whole path of libonnxruntime.so (1.31 or newer)";
+const REMEDY: &str =
+    "run ci/assets.sh, or set ORT_DYLIB_PATH to the absolute path of libonnxruntime.so (1.31 or newer)";
 
-/// Where `ci/assets.sh` puts the library.
+/// Place where `ci/assets.sh` puts the library.
 const ASSET: &str = "${HYPERLORA_CACHE:-~/.cache/hyperlora}/lib/libonnxruntime.so";
 
 /// ONNX Runtime, ready to load models.
@@ -36,18 +37,18 @@ impl fmt::Debug for Runtime {
 }
 
 impl Runtime {
-    /// Loads the library that `ORT_DYLIB_PATH` names, else the one that `ci/assets.sh` brings. Nothing else names one: its
-    /// code runs, and folders of models, data and runs come from strangers.
+    /// Loads the library that `ORT_DYLIB_PATH` names, or else the one that `ci/assets.sh` downloads. Nothing else may
+    /// name one, because its code is executed, and folders of models, data and runs come from strangers.
     ///
     /// # Errors
-    /// Input: no library there, or one that does not load.
+    /// Input: there is no library, or it does not load.
     pub(super) fn load() -> Result<Self> {
         let library = library(std::env::var_os(VARIABLE), ConfigPath::new(ASSET).resolve(Path::new("")))?;
         let mut environment = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(loaded) = environment.as_ref() {
             return Ok(Self(loaded.clone()));
         }
-        // Checked here because ort panics where it has to look for the library itself.
+        // Checked here because ort panics if it has to search for the library itself.
         if !library.is_file() {
             return Err(Error::file(&library, "ONNX Runtime's library is not there", REMEDY));
         }
@@ -61,7 +62,8 @@ impl Runtime {
     }
 }
 
-/// The library's path. A relative one would be looked for in the current folder, and a bare name by the system.
+/// Returns the library's path, which must be absolute: a relative one depends on the current folder, and the system
+/// would search for a bare name.
 fn library(named: Option<OsString>, asset: Result<PathBuf>) -> Result<PathBuf> {
     let (place, path) = match named {
         Some(path) if !path.is_empty() => (VARIABLE, path.into()),
@@ -70,11 +72,11 @@ fn library(named: Option<OsString>, asset: Result<PathBuf>) -> Result<PathBuf> {
     if path.is_absolute() {
         return Ok(path);
     }
-    let problem = format!("leads to ONNX Runtime by `{}`, which is no absolute path", path.display());
-    Err(Error::input(place, problem, "give the whole path: a library is not searched for"))
+    let problem = format!("names ONNX Runtime by `{}`, which is not an absolute path", path.display());
+    Err(Error::input(place, problem, "give the absolute path: a library is not searched for"))
 }
 
-/// An ONNX model with one input, run on one thread: the same numbers every time.
+/// ONNX model with one input. Runs on one thread, so that the numbers are the same every time.
 pub(super) struct Model {
     session: Session,
     file: PathBuf,
@@ -87,10 +89,11 @@ impl fmt::Debug for Model {
 }
 
 impl Model {
-    /// Loads `file`, whose header was looked at before.
+    /// Loads `file`, whose header was checked before.
     ///
     /// # Errors
-    /// Input: the file is broken, uses what ONNX Runtime does not know, or keeps weights outside of its folder.
+    /// Input: the file is broken, uses features that ONNX Runtime does not support, or keeps weights outside its
+    /// folder.
     pub(super) fn load(runtime: &Runtime, file: &Path) -> Result<Self> {
         check_external_data(file)?;
         let session = open(runtime, file).map_err(|error| {
@@ -100,10 +103,10 @@ impl Model {
         Ok(Self { session, file: file.into() })
     }
 
-    /// Runs the model on `input`, [B, C, H, W] flattened, and takes the named outputs, which must have these lengths.
+    /// Runs the model on `input`, [B, C, H, W] flattened, and returns the named outputs, which must have these lengths.
     ///
     /// # Errors
-    /// Input: another model than expected. Fault: ONNX Runtime fails.
+    /// Input: not the expected model. Fault: ONNX Runtime fails.
     pub(super) fn run(
         &mut self,
         shape: [usize; 4],
@@ -156,7 +159,7 @@ mod tests {
             (None, "cache/ort.so", "HYPERLORA_CACHE"),
         ] {
             let message = found(named, asset).unwrap_err().to_string();
-            assert!(message.starts_with(place) && message.contains("no absolute path"), "{message}");
+            assert!(message.starts_with(place) && message.contains("not an absolute path"), "{message}");
         }
     }
 }

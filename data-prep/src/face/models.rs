@@ -1,7 +1,7 @@
-//! Which file of a folder is the detector, which the embedder: told by what their inputs and outputs look like.
+//! Roles of the model files in a folder (detector, embedder, ...), recognised by their inputs and outputs.
 //!
-//! Folders as insightface lays out its packs (antelopev2, buffalo_l) are taken as they are, and so is the one that
-//! `ci/assets.sh` makes. Models that are not needed here (3D landmarks, gender and age) are passed over.
+//! Supports folders in the layout of insightface's packs (antelopev2, buffalo_l) and the one that `ci/assets.sh` makes.
+//! Ignores models that are not needed here (3D landmarks, gender and age).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,18 +13,18 @@ use hyperlora_core::{Error, Result};
 use crate::face::FaceConfig;
 use crate::face::onnx::{Header, Slot, read_header};
 
-/// The models of a folder by their roles.
+/// Models of a folder by their roles.
 #[derive(Debug, Clone)]
 pub struct FaceModels {
     pub(super) folder: PathBuf,
     pub(super) detector: ModelFile,
     pub(super) landmarker: ModelFile,
     pub(super) embedder: ModelFile,
-    /// Evaluation alone needs it.
+    /// Only evaluation needs it.
     pub(super) independent: Option<ModelFile>,
 }
 
-/// A model's file and what it is.
+/// File of a model, with its kind.
 #[derive(Debug, Clone)]
 pub(super) struct ModelFile {
     pub(super) path: PathBuf,
@@ -32,7 +32,7 @@ pub(super) struct ModelFile {
     pub(super) kind: Kind,
 }
 
-/// What a model is.
+/// Kind of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     /// YuNet (2023mar): 640 x 640, twelve outputs `cls_8` ... `kps_32`.
@@ -45,11 +45,11 @@ pub(super) enum Kind {
     Landmarks106,
     /// 512 numbers from 112 x 112 RGB: the ArcFace family.
     Embedding512,
-    /// The same, from a file named after CurricularFace: kept for evaluation.
+    /// 512 numbers from 112 x 112 RGB, in a file named after CurricularFace: reserved for evaluation.
     CurricularFace,
     /// 128 numbers from 112 x 112 RGB: SFace.
     Embedding128,
-    /// Nothing that is needed here.
+    /// Not needed here.
     Other,
 }
 
@@ -83,7 +83,8 @@ fn is_yunet(outputs: &[Slot]) -> bool {
     ["cls", "obj", "bbox", "kps"].iter().all(|part| ["8", "16", "32"].iter().all(|stride| has(part, stride)))
 }
 
-/// Three groups of as many outputs as there are strides: 1 score, 4 distances and 10 offsets to an anchor.
+/// Tells whether these are SCRFD's outputs: three groups with one output per stride (1 score, 4 distances and 10
+/// offsets to an anchor).
 fn is_scrfd(outputs: &[Slot]) -> bool {
     let strides = outputs.len() / 3;
     matches!(outputs.len(), 9 | 15)
@@ -92,13 +93,13 @@ fn is_scrfd(outputs: &[Slot]) -> bool {
         })
 }
 
-/// A view of any size, or a square one that the strides divide.
+/// Tells whether an input takes pictures of any size, or square ones that the strides divide.
 fn is_square_view(input: &Slot) -> bool {
     matches!(input.shape[..], [_, _, height, width] if height == width && height.is_none_or(|side| side % 32 == 0))
         && fits(&Slot { shape: input.shape[..2].to_vec(), ..input.clone() }, &[1, 3])
 }
 
-/// Whether a tensor of these lengths goes in.
+/// Tells whether a tensor with these lengths fits the slot.
 fn fits(slot: &Slot, lengths: &[usize]) -> bool {
     slot.shape.len() == lengths.len()
         && slot.shape.iter().zip(lengths).all(|(length, want)| length.is_none_or(|length| length == *want))
@@ -112,12 +113,12 @@ fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// What a model is wanted for.
+/// Role of a model.
 struct Role {
-    /// The key of [`FaceConfig`] that names a file for it.
+    /// Key of [`FaceConfig`] that names a file for it.
     key: &'static str,
     what: &'static str,
-    /// The kinds that can do it. Of several the first that the folder has is taken.
+    /// Suitable kinds. The first one that the folder contains is used.
     kinds: &'static [Kind],
 }
 
@@ -143,10 +144,11 @@ const INDEPENDENT: Role = Role {
 };
 
 impl FaceModels {
-    /// Finds the models of `config`, whose relative paths start at `base_dir`. Only headers are read.
+    /// Finds the models of `config`, whose relative paths start at `base_dir`. Reads only headers.
     ///
     /// # Errors
-    /// Input: no folder, no model or several for a role, or a file that is damaged or of another kind than its key asks.
+    /// Input: no folder, no model or several for a role, or a file that is damaged or of another kind than its key
+    /// requires.
     pub fn find(config: &FaceConfig, base_dir: &Path) -> Result<Self> {
         let folder = config.models.resolve(base_dir)?;
         let mut files = Vec::new();
@@ -170,7 +172,7 @@ impl FaceModels {
         })
     }
 
-    /// What a shard's manifest says of the models that made it: role to `FILE sha256:CHECKSUM`.
+    /// Identifies the models in a shard's manifest: role to `FILE sha256:CHECKSUM`.
     ///
     /// # Errors
     /// As [`Error::read`].
@@ -184,7 +186,7 @@ impl FaceModels {
             .collect()
     }
 
-    /// The embedder that training never sees.
+    /// Returns the embedder that training never uses.
     pub(super) fn independent(&self) -> Result<&ModelFile> {
         self.independent.as_ref().ok_or_else(|| INDEPENDENT.missing(&self.folder, &[]))
     }
@@ -196,7 +198,7 @@ impl ModelFile {
         Ok(Self { kind: Kind::of(&header, path), path: path.into(), header })
     }
 
-    /// What goes in and out, for messages.
+    /// Describes inputs and outputs, for messages.
     fn shape(&self) -> String {
         let list = |slots: &[Slot]| {
             let shown: Vec<_> = slots.iter().take(3).map(Slot::to_string).collect();
@@ -208,7 +210,7 @@ impl ModelFile {
 }
 
 impl Role {
-    /// The file of `folder` that the configuration names.
+    /// Opens the file of `folder` that the configuration names.
     fn named(&self, folder: &Path, name: &str) -> Result<ModelFile> {
         if !is_plain(name) {
             let problem = format!("`{}: {name}` leads out of the models' folder", self.key);
@@ -216,7 +218,7 @@ impl Role {
         }
         let path = &folder.join(name);
         let file = ModelFile::open(path)?;
-        // Any embedder may judge; it only has to be another one than training's.
+        // Any embedder may judge; it only has to differ from training's.
         let fits = self.kinds.contains(&file.kind)
             || matches!(file.kind, Kind::Embedding512 | Kind::CurricularFace)
                 && matches!(self.key, "embedder" | "independent_embedder");
@@ -227,7 +229,7 @@ impl Role {
         Err(Error::file(path, problem, format!("name another file with `{}`", self.key)))
     }
 
-    /// The one file of the folder for this role.
+    /// Finds the only file of the folder for this role.
     fn find(&self, folder: &Path, files: &[ModelFile]) -> Result<Option<ModelFile>> {
         for kind in self.kinds {
             let found: Vec<_> = files.iter().filter(|file| file.kind == *kind).collect();
@@ -255,7 +257,7 @@ impl Role {
     }
 }
 
-/// The ONNX files of a folder, sorted by name.
+/// Lists the ONNX files of a folder, sorted by name.
 fn onnx_files(folder: &Path) -> Result<Vec<PathBuf>> {
     const REMEDY: &str = "give the folder of the ONNX files (such as antelopev2), or run ci/assets.sh";
     let failed = |source| Error::read(folder, source).with_remedy(REMEDY);

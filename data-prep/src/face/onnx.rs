@@ -1,8 +1,8 @@
-//! What an ONNX file says about itself, read without ONNX Runtime and without its weights.
+//! Headers of ONNX files, read without ONNX Runtime and without the weights.
 //!
-//! The file is a protobuf message (onnx.proto of ONNX 1.x: `ModelProto`, `GraphProto`, `ValueInfoProto`). Only the fields
-//! named here are looked at; the rest is stepped over, so that the headers of a folder of models cost next to nothing, and
-//! a damaged file is told with its remedy before a native library sees it.
+//! The file is a protobuf message (onnx.proto of ONNX 1.x: `ModelProto`, `GraphProto`, `ValueInfoProto`). Only the
+//! fields named here are read and the rest is skipped, so that reading the headers of a folder costs almost nothing,
+//! and a damaged file is reported with its remedy before a native library opens it.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;
@@ -13,21 +13,21 @@ use std::path::Path;
 use hyperlora_core::paths::{Root, is_plain, open_regular};
 use hyperlora_core::{Error, Result};
 
-/// Inputs, outputs and the beginning of a model.
+/// Inputs, outputs and first nodes of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Header {
-    /// What a caller has to give: inputs with a stored value are left out.
+    /// Inputs that a caller must provide, without those that have a stored value.
     pub(super) inputs: Vec<Slot>,
     pub(super) outputs: Vec<Slot>,
-    /// Names of the first eight nodes; insightface tells by them how pixels are normalised.
+    /// Names of the first eight nodes, from which insightface infers how pixels are normalised.
     pub(super) first_nodes: Vec<String>,
 }
 
-/// An input or output.
+/// Input or output of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Slot {
     pub(super) name: String,
-    /// f32 tensor: its lengths, `None` where any goes. Empty for another type.
+    /// Lengths of an f32 tensor, `None` for any length. Empty for another type.
     pub(super) shape: Vec<Option<usize>>,
 }
 
@@ -42,13 +42,13 @@ impl fmt::Display for Slot {
 const REMEDY: &str = "fetch the file again and compare its size with the original's";
 const FIRST_NODES: usize = 8;
 const FLOAT: u64 = 1;
-/// Longest name of a tensor or node that makes sense, in bytes.
+/// Longest plausible name of a tensor or node, in bytes.
 const LONGEST_NAME: u64 = 4096;
 
 /// Reads the header of the ONNX file `file`.
 ///
 /// # Errors
-/// Input: missing, no ONNX file, or one that ends early. Disk: reading failed.
+/// Input: missing, not an ONNX file, or truncated. Disk: reading failed.
 pub(super) fn read_header(file: &Path) -> Result<Header> {
     let (mut walker, mut model) = Walker::open(file)?;
     let (mut version, mut graph) = (None, None);
@@ -65,11 +65,11 @@ pub(super) fn read_header(file: &Path) -> Result<Header> {
     }
 }
 
-/// Checks that the weights which a model keeps in other files lie in files below its own folder: ONNX Runtime would read
-/// whatever they name.
+/// Checks that a model keeps its external weights in files below its own folder: ONNX Runtime would read any file that
+/// they name.
 ///
 /// # Errors
-/// As [`read_header`]; Input for a name that leads elsewhere.
+/// As [`read_header`]. Input also for a name that leads elsewhere.
 pub(super) fn check_external_data(file: &Path) -> Result<()> {
     let (mut walker, model) = Walker::open(file)?;
     let mut names = BTreeSet::new();
@@ -80,7 +80,7 @@ pub(super) fn check_external_data(file: &Path) -> Result<()> {
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let root = Root::open(folder)?;
     for name in names {
-        // A name with `*` stands for an address in memory: `*/_ORT_MEM_ADDR_/*`.
+        // A name with `*` denotes a memory address: `*/_ORT_MEM_ADDR_/*`.
         let opened = if is_plain(&name) && !name.contains('*') {
             root.open_file(Path::new(&name)).map_err(|source| source.to_string())
         } else {
@@ -94,7 +94,7 @@ pub(super) fn check_external_data(file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A message of onnx.proto that holds weights, or others that do.
+/// Message of onnx.proto that contains weights, directly or in another message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Message {
     Model,
@@ -110,7 +110,7 @@ enum Message {
 }
 
 impl Message {
-    /// The message in the field with this number.
+    /// Returns the message in the field with this number.
     fn inner(self, number: u64) -> Option<Self> {
         Some(match (self, number) {
             (Self::Model, 7) | (Self::Training, 1 | 2) | (Self::Attribute, 6 | 11) => Self::Graph,
@@ -126,10 +126,10 @@ impl Message {
     }
 }
 
-/// Messages within each other that protobuf reads.
+/// Nesting depth of messages that protobuf accepts.
 const DEEPEST: usize = 100;
 
-/// What downloads leave in a model's place.
+/// Refuses files that a failed download leaves in place of a model.
 fn refuse_lookalikes(file: &Path, start: &[u8]) -> Result<()> {
     let (problem, remedy) = if start.is_empty() {
         ("is empty", "fetch the file again")
@@ -145,23 +145,23 @@ fn refuse_lookalikes(file: &Path, start: &[u8]) -> Result<()> {
     Err(Error::file(file, problem, remedy))
 }
 
-/// A message's fields that are still to come, by their places in the file.
+/// Range of a message's unread fields in the file.
 #[derive(Debug, Clone, Copy)]
 struct Fields {
     at: u64,
     end: u64,
 }
 
-/// A field's value.
+/// Value of a field.
 enum Value {
     Number(u64),
-    /// A text or a message.
+    /// Text or a message.
     Bytes(Fields),
-    /// A number of fixed width, which no field that is read here has.
+    /// Number of fixed width, which no field read here uses.
     Fixed,
 }
 
-/// Steps through the file.
+/// Cursor through the file.
 struct Walker<'a> {
     file: &'a Path,
     reader: BufReader<File>,
@@ -169,7 +169,7 @@ struct Walker<'a> {
 }
 
 impl<'a> Walker<'a> {
-    /// At the beginning of a file, and the fields of the model.
+    /// Opens a file at its start, and returns the fields of the model.
     fn open(file: &'a Path) -> Result<(Self, Fields)> {
         let failed = |source: std::io::Error| match source.kind() {
             ErrorKind::InvalidInput => Error::file(file, "is not a file", "give the ONNX file's own path"),
@@ -182,7 +182,7 @@ impl<'a> Walker<'a> {
         Ok((Self { file, reader, at: 0 }, Fields { at: 0, end }))
     }
 
-    /// Adds the names of all files that a message keeps weights in.
+    /// Collects the names of all files in which a message keeps weights.
     fn external_data(
         &mut self,
         message: Message,
@@ -229,7 +229,7 @@ impl<'a> Walker<'a> {
         Ok(header)
     }
 
-    /// A `ValueInfoProto`.
+    /// Reads a `ValueInfoProto`.
     fn slot(&mut self, mut info: Fields) -> Result<Slot> {
         let mut slot = Slot { name: String::new(), shape: Vec::new() };
         while let Some(field) = self.next(&mut info)? {
@@ -248,7 +248,7 @@ impl<'a> Walker<'a> {
         Ok(slot)
     }
 
-    /// A `TypeProto.Tensor`.
+    /// Reads a `TypeProto.Tensor`.
     fn shape(&mut self, mut tensor: Fields) -> Result<Vec<Option<usize>>> {
         let (mut element, mut shape) = (0, Vec::new());
         while let Some(field) = self.next(&mut tensor)? {
@@ -270,7 +270,7 @@ impl<'a> Walker<'a> {
         Ok(shape)
     }
 
-    /// A `TensorShapeProto.Dimension`; zero and negative lengths stand for any.
+    /// Reads a `TensorShapeProto.Dimension`. Zero and negative lengths mean any length.
     fn length(&mut self, mut dimension: Fields) -> Result<Option<usize>> {
         let mut length = None;
         while let Some(field) = self.next(&mut dimension)? {
@@ -281,7 +281,7 @@ impl<'a> Walker<'a> {
         Ok(length.filter(|&length| length > 0))
     }
 
-    /// The text in the field with this number; empty where there is none.
+    /// Returns the text in the field with this number, empty if absent.
     fn text_of(&mut self, mut message: Fields, number: u64) -> Result<String> {
         let mut text = String::new();
         while let Some((found, value)) = self.next(&mut message)? {
@@ -305,7 +305,7 @@ impl<'a> Walker<'a> {
         String::from_utf8(text).map_err(|_| self.damaged("has a name that is not UTF-8"))
     }
 
-    /// The next field of a message: its number and value. Moves `fields` behind it.
+    /// Reads the number and value of the next field of a message, and moves `fields` past it.
     fn next(&mut self, fields: &mut Fields) -> Result<Option<(u64, Value)>> {
         if fields.at == fields.end {
             return Ok(None);
@@ -321,17 +321,17 @@ impl<'a> Walker<'a> {
                 (Value::Bytes(inner), inner.end)
             }
             5 => (Value::Fixed, self.at.saturating_add(4)),
-            _ => return Err(self.damaged("is no ONNX file")),
+            _ => return Err(self.damaged("is not an ONNX file")),
         };
         if end > fields.end {
             let (at, missing) = (self.at, end - fields.end);
-            return Err(self.damaged(format_args!("ends early: what stands at byte {at} lacks {missing} bytes")));
+            return Err(self.damaged(format_args!("ends early: the field at byte {at} lacks {missing} bytes")));
         }
         fields.at = end;
         Ok(Some((tag >> 3, value)))
     }
 
-    /// A number of up to ten bytes with seven bits each, the lowest first.
+    /// Reads a number of up to ten bytes with seven bits each, lowest first.
     fn varint(&mut self, end: u64) -> Result<u64> {
         let mut number = 0;
         for shift in (0..64).step_by(7) {
@@ -345,7 +345,7 @@ impl<'a> Walker<'a> {
                 return Ok(number);
             }
         }
-        Err(self.damaged("is no ONNX file"))
+        Err(self.damaged("is not an ONNX file"))
     }
 
     fn seek(&mut self, to: u64) -> Result<()> {

@@ -1,10 +1,10 @@
-//! From pixels to what insightface's models see.
+//! Conversion of pixels to the input of insightface's models.
 
 use image::RgbImage;
 
 use crate::face::onnx::Header;
 
-/// A model sees (x - shift) / scale of the values 0..255.
+/// Map of pixel values 0..255 to a model's input: (x - shift) / scale.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Normalisation {
     pub(super) shift: f32,
@@ -12,9 +12,9 @@ pub(super) struct Normalisation {
 }
 
 impl Normalisation {
-    /// insightface's rule (`ArcFaceONNX`, `Landmark`): a model whose first eight nodes are named as a subtraction and a
-    /// multiplication, or whose first three hold `bn_data`, takes 0..255 as they are; the others want
-    /// (x - 127.5) / `scale`.
+    /// Applies insightface's rule (`ArcFaceONNX`, `Landmark`): a model whose first eight nodes are named like a
+    /// subtraction and a multiplication, or whose first three include `bn_data`, takes 0..255 unchanged; the others
+    /// need (x - 127.5) / `scale`.
     pub(super) fn of(header: &Header, scale: f32) -> Self {
         let any = |prefixes: [&str; 2]| {
             header.first_nodes.iter().any(|name| prefixes.iter().any(|prefix| name.starts_with(prefix)))
@@ -24,7 +24,7 @@ impl Normalisation {
         if by_itself { Self { shift: 0.0, scale: 1.0 } } else { Self { shift: 127.5, scale } }
     }
 
-    /// The picture in the upper left of a black square: `[3, side, side]`, RGB.
+    /// Places the picture in the upper left of a black square: `[3, side, side]`, RGB.
     pub(super) fn planes(self, picture: &RgbImage, side: usize) -> Vec<f32> {
         let seen = |value: f32| (value - self.shift) / self.scale;
         let mut planes = vec![seen(0.0); 3 * side * side];

@@ -1,19 +1,19 @@
-//! Reading a photo at the places that an affine map names.
+//! Sampling of a photo at the places of an affine map.
 
 use image::{Rgb, RgbImage};
 
-/// Where an output pixel lies in the photo: `origin + u * across + v * down`, in continuous pixels of both.
+/// Map of an output pixel to its place in the photo: `origin + u * across + v * down`, in continuous pixels of both.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Sampling {
-    /// The photo's place of the output's corner.
+    /// Place of the output's corner in the photo.
     pub(super) origin: [f32; 2],
-    /// One output pixel to the right.
+    /// Step of one output pixel to the right.
     pub(super) across: [f32; 2],
-    /// One output pixel down.
+    /// Step of one output pixel down.
     pub(super) down: [f32; 2],
 }
 
-/// What lies around the photo.
+/// Colour around the photo.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Border {
     /// Black.
@@ -22,27 +22,27 @@ pub(super) enum Border {
     Nearest,
 }
 
-/// Points read per output pixel and axis at most, when the photo is larger than the output.
+/// Limit of points per output pixel and axis, if the photo is larger than the output.
 const MAX_TAPS: f32 = 16.0;
 
 impl Sampling {
-    /// The box (x0, y0, x1, y1) of the photo on `width` x `height` output pixels.
+    /// Maps the box (x0, y0, x1, y1) of the photo to `width` x `height` output pixels.
     pub(super) fn of_box([x0, y0, x1, y1]: [f32; 4], width: u32, height: u32) -> Self {
         Self { origin: [x0, y0], across: [(x1 - x0) / width as f32, 0.0], down: [0.0, (y1 - y0) / height as f32] }
     }
 
-    /// The photo's place of a point of the output.
+    /// Returns the place of an output point in the photo.
     pub(super) fn place(&self, u: f32, v: f32) -> [f32; 2] {
         [0, 1].map(|axis| self.origin[axis] + u * self.across[axis] + v * self.down[axis])
     }
 
-    /// Reads `width` x `height` pixels: bilinear, averaged over the area that an output pixel covers.
+    /// Reads `width` x `height` pixels: bilinear, averaged over the area of each output pixel.
     pub(super) fn read(&self, photo: &RgbImage, width: u32, height: u32, border: Border) -> RgbImage {
         let taps = |step: [f32; 2]| step[0].hypot(step[1]).ceil().clamp(1.0, MAX_TAPS) as u32;
         self.read_taps(photo, [width, height], border, [taps(self.across), taps(self.down)])
     }
 
-    /// Reads `width` x `height` pixels: bilinear at each pixel's centre alone, as OpenCV does (`INTER_LINEAR`).
+    /// Reads `width` x `height` pixels: bilinear at each pixel's centre only, as OpenCV does (`INTER_LINEAR`).
     pub(super) fn read_centres(&self, photo: &RgbImage, width: u32, height: u32, border: Border) -> RgbImage {
         self.read_taps(photo, [width, height], border, [1, 1])
     }
@@ -70,7 +70,7 @@ impl Sampling {
     }
 }
 
-/// The photo's colour at a place, 0..255, from the four nearest pixel centres.
+/// Interpolates the photo's colour at a place, 0..255, from the four nearest pixel centres.
 fn bilinear(photo: &RgbImage, [x, y]: [f32; 2], border: Border) -> [f32; 3] {
     let (x, y) = (x - 0.5, y - 0.5);
     let (left, top) = (x.floor(), y.floor());

@@ -1,4 +1,4 @@
-//! SCRFD (Guo et al. 2021, arXiv 2105.04714), preprocessed, decoded and sifted as insightface's `SCRFD` does.
+//! SCRFD (Guo et al. 2021, arXiv 2105.04714), preprocessed, decoded and filtered like insightface's `SCRFD`.
 
 use hyperlora_core::Result;
 use image::RgbImage;
@@ -11,26 +11,26 @@ use crate::face::sampling::{Border, Sampling};
 
 const SAME_FACE: SameFace = SameFace { overlap: 0.4, edge: 1.0 };
 const NORMALISATION: Normalisation = Normalisation { shift: 127.5, scale: 128.0 };
-/// Anchors every so many pixels, two at each place.
+/// Strides of anchors in pixels, with two anchors per place.
 const THREE_LEVELS: &[usize] = &[8, 16, 32];
-/// Anchors every so many pixels, one at each place.
+/// Strides of anchors in pixels, with one anchor per place.
 const FIVE_LEVELS: &[usize] = &[8, 16, 32, 64, 128];
 
-/// The detector.
+/// SCRFD detector.
 #[derive(Debug)]
 pub(super) struct Scrfd {
     model: Model,
-    /// Scores of all strides, then boxes, then points.
+    /// Output names: scores of all strides, then boxes, then points.
     outputs: Vec<String>,
     strides: &'static [usize],
-    /// Anchors at one place.
+    /// Anchors per place.
     anchors: usize,
-    /// Side of the view where the model knows one only.
+    /// Side of the input, if the model supports only one.
     fixed_side: Option<u32>,
 }
 
 impl Scrfd {
-    /// Faces with a lower score do not count, unless said otherwise.
+    /// Default of the lowest accepted score.
     pub(super) const MIN_SCORE: f32 = 0.5;
 
     pub(super) fn new(model: Model, header: &Header) -> Self {
@@ -41,18 +41,18 @@ impl Scrfd {
         Self { model, outputs, strides, anchors, fixed_side: side.and_then(|side| u32::try_from(side).ok()) }
     }
 
-    /// The longest side at which photos are shown when `side` is asked for.
+    /// Returns the longest side of photos in the input when `side` is requested.
     pub(super) fn side(&self, side: u32) -> u32 {
         self.fixed_side.map_or(side, |fixed| side.min(fixed))
     }
 
-    /// The faces seen when the photo's longest side takes `side` pixels, best first.
+    /// Finds the faces with the photo's longest side scaled to `side` pixels, best first.
     pub(super) fn detect_at(&mut self, photo: &RgbImage, side: u32, min_score: f32) -> Result<Vec<Detection>> {
         let (width, height) = fitted(photo, side);
         let whole = [0.0, 0.0, photo.width() as f32, photo.height() as f32];
         let view = Sampling::of_box(whole, width, height).read_centres(photo, width, height, Border::Nearest);
 
-        // [1, 3, canvas, canvas]: the strides divide it
+        // Shape [1, 3, canvas, canvas], where the strides divide canvas.
         let largest = self.strides.last().copied().unwrap_or(1);
         let canvas = self.fixed_side.unwrap_or(side).next_multiple_of(largest as u32) as usize;
         let input = NORMALISATION.planes(&view, canvas);
@@ -61,7 +61,7 @@ impl Scrfd {
         let wanted: Vec<_> = self.outputs.iter().map(String::as_str).zip(lengths).collect();
         let outputs = self.model.run([1, 3, canvas, canvas], input, &wanted)?;
 
-        // As in insightface one scale holds for both axes, and boxes are compared in pixels of the photo.
+        // As in insightface, one scale applies to both axes, and boxes are compared in pixels of the photo.
         let to_photo = [photo.height() as f32 / height as f32; 2];
         let levels = self.strides.len();
         let mut found = Vec::new();
@@ -74,14 +74,15 @@ impl Scrfd {
     }
 }
 
-/// Width and height of the photo with its longest side at `side`; fractions are cut off.
+/// Returns the width and height of the photo with its longest side at `side`, rounded down.
 fn fitted(photo: &RgbImage, side: u32) -> (u32, u32) {
     let (longest, ratio) = (f64::from(side), f64::from(photo.height()) / f64::from(photo.width()));
     if ratio > 1.0 { (((longest / ratio) as u32).max(1), side) } else { (side, ((longest * ratio) as u32).max(1)) }
 }
 
-/// The candidates of one stride. `scores` [n], `boxes` [n, 4] (distances to left, top, right, bottom) and `points` [n, 10]
-/// (offsets) are in strides from the anchors, which lie `anchors` at a time at the corners of the cells, row by row.
+/// Decodes the candidates of one stride. `scores` [n], `boxes` [n, 4] (distances to left, top, right, bottom) and
+/// `points` [n, 10] (offsets) are in strides from the anchors. The anchors are at the corners of the cells, `anchors`
+/// at each, row by row.
 fn decode(
     [scores, boxes, points]: [&[f32]; 3],
     stride: usize,

@@ -1,4 +1,4 @@
-//! YuNet (Wu et al. 2023, "YuNet: A Tiny Millisecond-level Face Detector"); the decoding follows the definitions of
+//! YuNet (Wu et al. 2023, "YuNet: A Tiny Millisecond-level Face Detector"). The decoding follows the definitions of
 //! OpenCV's `FaceDetectorYN`.
 
 use hyperlora_core::Result;
@@ -8,45 +8,45 @@ use image::imageops::{self, FilterType};
 use crate::face::detect::{Detection, SameFace};
 use crate::face::model::Model;
 
-/// Side of the square that the model sees.
+/// Side of the model's square input.
 const CANVAS: u32 = 640;
-/// Small photos are enlarged so much and no further: beyond that the detector sees only blur.
+/// Largest scale of small photos: beyond that the detector sees only blur.
 const MAX_ENLARGEMENT: f32 = 3.0;
 const SAME_FACE: SameFace = SameFace { overlap: 0.3, edge: 0.0 };
-/// The three grids of anchors: one every so many pixels.
+/// Strides of the three anchor grids in pixels.
 const STRIDES: [usize; 3] = [8, 16, 32];
 
-/// The detector.
+/// YuNet detector.
 #[derive(Debug)]
 pub(super) struct YuNet {
     model: Model,
 }
 
 impl YuNet {
-    /// Faces with a lower score do not count, unless said otherwise.
+    /// Default of the lowest accepted score.
     pub(super) const MIN_SCORE: f32 = 0.6;
-    /// Faces with this score are upright. Twenty faces of the ORL database and of portraits scored 0.92 to 0.95, and at
-    /// most 0.90 after a turn of 90, 180 or 270 degrees.
+    /// Score from which a face is upright. Twenty faces of the ORL database and of portraits scored 0.92 to 0.95, and
+    /// at most 0.90 after a turn of 90, 180 or 270 degrees.
     pub(super) const UPRIGHT_SCORE: f32 = 0.91;
 
     pub(super) fn new(model: Model) -> Self {
         Self { model }
     }
 
-    /// The longest side at which this photo is shown when `side` is asked for.
+    /// Returns the longest side of this photo in the input when `side` is requested.
     pub(super) fn side(side: u32, photo: &RgbImage) -> u32 {
         let longest = photo.width().max(photo.height()) as f32;
         side.min((longest * MAX_ENLARGEMENT) as u32).clamp(1, CANVAS)
     }
 
-    /// The faces seen when the photo's longest side takes `side` pixels of the canvas, best first.
+    /// Finds the faces with the photo's longest side scaled to `side` pixels of the canvas, best first.
     pub(super) fn detect_at(&mut self, photo: &RgbImage, side: u32, min_score: f32) -> Result<Vec<Detection>> {
         let scale = side as f32 / photo.width().max(photo.height()) as f32;
         let fitted = |length: u32| ((length as f32 * scale).round() as u32).clamp(1, CANVAS);
         let (width, height) = (fitted(photo.width()), fitted(photo.height()));
         let view = imageops::resize(photo, width, height, FilterType::Triangle);
 
-        // [1, 3, 640, 640], BGR 0..255, black beside the photo
+        // Shape [1, 3, 640, 640], BGR 0..255, black outside the photo.
         let canvas = CANVAS as usize;
         let mut input = vec![0.0; 3 * canvas * canvas];
         for (x, y, pixel) in view.enumerate_pixels() {
@@ -83,8 +83,9 @@ impl YuNet {
     }
 }
 
-/// The candidates of one grid. `level` holds class score and objectness [n], box [n, 4] and points [n, 10] of the n cells
-/// of a canvas with this stride, row by row; offsets are in strides from the cell, sizes their logarithm.
+/// Decodes the candidates of one grid. `level` contains class score and objectness [n], box [n, 4] and points [n, 10]
+/// of the n cells of a canvas with this stride, row by row. Offsets are in strides from the cell, sizes are logarithms
+/// in strides.
 fn decode(
     [class, object, boxes, points]: &[Vec<f32>; 4],
     stride: usize,
@@ -118,7 +119,7 @@ fn decode(
 mod tests {
     use super::*;
 
-    /// A level of a 32-pixel canvas with stride 8 (4 x 4 cells), where two neighbouring cells see the same face.
+    /// Makes a level of a 32-pixel canvas with stride 8 (4 x 4 cells), where two neighbouring cells see the same face.
     fn level() -> [Vec<f32>; 4] {
         let (mut class, mut object) = (vec![0.1; 16], vec![0.2; 16]);
         let (mut boxes, mut points) = (vec![0.0; 64], vec![0.0; 160]);

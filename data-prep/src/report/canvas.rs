@@ -11,7 +11,7 @@ pub(super) const TEXT_HEIGHT: u32 = 10;
 
 const PAPER: Rgb<u8> = Rgb([245, 245, 242]);
 
-/// A picture that is drawn on; what falls outside is cut off.
+/// Picture to draw on. Clips everything outside.
 pub(super) struct Canvas(RgbImage);
 
 impl From<RgbImage> for Canvas {
@@ -37,7 +37,7 @@ impl Canvas {
         image::imageops::replace(&mut self.0, picture, left.into(), top.into());
     }
 
-    /// The outline of the box x0, y0, x1, y1, one pixel wide.
+    /// Draws the outline of the box x0, y0, x1, y1, one pixel wide.
     pub(super) fn frame(&mut self, face_box: [f32; 4], ink: Rgb<u8>) {
         let [x0, y0, x1, y1] = face_box.map(|x| x.round() as i64);
         for x in x0..=x1 {
@@ -50,12 +50,12 @@ impl Canvas {
         }
     }
 
-    /// A dot of one pixel at a continuous coordinate.
+    /// Draws a dot of one pixel at a continuous coordinate.
     pub(super) fn dot(&mut self, [x, y]: [f32; 2], ink: Rgb<u8>) {
         self.put(x.floor() as i64, y.floor() as i64, ink);
     }
 
-    /// A square with both diagonals: a picture that is not there.
+    /// Draws a square with both diagonals, in place of a missing picture.
     pub(super) fn crossed_box(&mut self, [left, top]: [u32; 2], side: u32, ink: Rgb<u8>) {
         let (left, top, last) = (i64::from(left), i64::from(top), i64::from(side) - 1);
         for step in 0..=last {
@@ -66,7 +66,7 @@ impl Canvas {
         }
     }
 
-    /// One line of at most `fits` characters; what is not ASCII becomes `?`.
+    /// Draws one line of at most `fits` characters. Other characters than ASCII become `?`.
     pub(super) fn text(&mut self, [left, top]: [u32; 2], text: &str, ink: Rgb<u8>, fits: u32) {
         for (place, character) in (0..fits).zip(text.chars()) {
             let glyph = usize::try_from(u32::from(character)).ok().and_then(|code| BASIC_LEGACY.get(code));
@@ -111,7 +111,7 @@ mod tests {
         let mut canvas = Canvas::new(40, 10);
         canvas.text([0, 0], "L||", INK, 2);
         let pixels = inked(canvas);
-        // An L: ink at the lower right, none at the upper right.
+        // An L has ink at the lower right, none at the upper right.
         assert!(pixels.iter().any(|(x, y)| (4..8).contains(x) && (5..8).contains(y)));
         assert!(!pixels.iter().any(|(x, y)| (4..8).contains(x) && *y < 4));
         assert!(pixels.iter().any(|(x, _)| (8..16).contains(x)) && pixels.iter().all(|(x, _)| *x < 16));

@@ -1,4 +1,4 @@
-//! What happened to the photos: counts, `rejected.csv` with every reason, and `contact-sheet.png` to look at.
+//! Report on the photos: counts, `rejected.csv` with every reason, and `contact-sheet.png` to look at.
 
 mod canvas;
 
@@ -23,7 +23,7 @@ pub const REJECTED_FILE: &str = "rejected.csv";
 /// Name of the contact sheet in the output folder.
 pub const CONTACT_SHEET_FILE: &str = "contact-sheet.png";
 
-/// Pictures on the sheet: of the kept faces, and for each reason of the rejected ones.
+/// Number of pictures on the sheet: of kept faces, and of rejected photos per reason.
 const KEPT_SHOWN: usize = 48;
 const REJECTED_SHOWN: usize = 16;
 
@@ -39,7 +39,7 @@ const GREEN: Rgb<u8> = Rgb([0, 150, 60]);
 const RED: Rgb<u8> = Rgb([200, 30, 30]);
 const YELLOW: Rgb<u8> = Rgb([250, 200, 0]);
 
-/// Gathers what happened, photo by photo in key order.
+/// Collects the outcome of each photo, in key order.
 pub struct Report {
     dir: PathBuf,
     list: csv::Writer<File>,
@@ -47,20 +47,20 @@ pub struct Report {
     rejected: BTreeMap<Reason, Sample>,
 }
 
-/// A photo on the contact sheet.
+/// Photo on the contact sheet.
 pub struct Cell {
-    /// None where nothing could be decoded.
+    /// `None` if nothing could be decoded.
     picture: Option<RgbImage>,
     note: String,
 }
 
 impl Cell {
-    /// A photo that could not be decoded.
+    /// Makes the cell of a photo that could not be decoded.
     pub fn blank() -> Self {
         Self { picture: None, note: String::new() }
     }
 
-    /// A photo that was left out, with the faces found in it.
+    /// Makes the cell of a rejected photo, with the faces found in it.
     pub fn rejected(photo: &RgbImage, found: &[Detection]) -> Self {
         let (mut picture, scale) = thumbnail(photo);
         for face in found {
@@ -69,7 +69,7 @@ impl Cell {
         Self { picture: Some(picture.into_image()), note: String::new() }
     }
 
-    /// A kept crop with its box and points, and the figures that it was judged by.
+    /// Makes the cell of a kept crop, with its box, its points and the measurements that it was judged by.
     pub fn kept(crop: &RgbImage, record: &FaceRecord, sharpness: f32) -> Self {
         let (mut picture, scale) = thumbnail(crop);
         picture.frame(record.face_box.map(|x| x * scale), GREEN);
@@ -85,7 +85,7 @@ impl Cell {
 }
 
 impl Report {
-    /// A report into the existing folder `dir`.
+    /// Starts a report in the existing folder `dir`.
     ///
     /// # Errors
     /// Input or Disk: the folder cannot be written.
@@ -108,7 +108,7 @@ impl Report {
         self.kept.add(key, cell, [note, String::new()]);
     }
 
-    /// Counts a photo that was left out and adds it to the list.
+    /// Counts a rejected photo and adds it to the list.
     ///
     /// # Errors
     /// Disk: the list cannot be written.
@@ -118,25 +118,25 @@ impl Report {
         self.list_row([key, why.reason.name(), &why.detail])
     }
 
-    /// Faces kept so far.
+    /// Returns the number of faces kept so far.
     pub fn kept_count(&self) -> usize {
         self.kept.count
     }
 
-    /// Photos left out so far, by the reason's name.
+    /// Returns the number of photos rejected so far, by the reason's name.
     pub fn rejected_counts(&self) -> BTreeMap<String, usize> {
         self.rejected.iter().map(|(reason, sample)| (reason.name().to_owned(), sample.count)).collect()
     }
 
-    /// The rejections in words: `no_face 3, blurred 1`.
+    /// Returns the rejections in words: `no_face 3, blurred 1`.
     pub fn reasons(&self) -> String {
         describe_counts(&self.rejected_counts())
     }
 
-    /// Completes the list and draws the contact sheet, with what was noted beside the photos.
+    /// Completes the list and draws the contact sheet, including the notes.
     ///
     /// # Errors
-    /// Disk: a full or failing one.
+    /// Disk: a full or failing disk.
     pub fn finish(mut self, notes: &Notes) -> Result<()> {
         let list = self.dir.join(REJECTED_FILE);
         self.list.flush().map_err(|source| Error::write(&list, source))?;
@@ -188,7 +188,7 @@ impl Report {
     }
 }
 
-/// Counts in words: `no_face 3, blurred 1`; `nothing` where there are none.
+/// Formats counts in words: `no_face 3, blurred 1`; `nothing` if there are none.
 pub fn describe_counts(counts: &BTreeMap<String, usize>) -> String {
     if counts.is_empty() {
         return "nothing".into();
@@ -196,14 +196,14 @@ pub fn describe_counts(counts: &BTreeMap<String, usize>) -> String {
     counts.iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
 }
 
-/// A few of many: those whose key has the smallest hash, a choice without preference that needs no second look.
+/// Sample of photos: those whose keys have the smallest hashes. The choice is unbiased and needs a single pass.
 struct Sample {
     capacity: usize,
     count: usize,
     shown: BTreeMap<[u8; 32], Shown>,
 }
 
-/// A photo that was chosen for the sheet.
+/// Photo that was chosen for the sheet.
 struct Shown {
     key: String,
     picture: Option<RgbImage>,
@@ -244,13 +244,13 @@ impl Shown {
     }
 }
 
-/// The end of a key says more than its beginning.
+/// Returns the end of a key, which is more informative than its beginning.
 fn tail(key: &str, fits: usize) -> String {
     let length = key.chars().count();
     if length <= fits { key.into() } else { format!("..{}", key.chars().skip(length + 2 - fits).collect::<String>()) }
 }
 
-/// A picture of at most [`PICTURE`] pixels, and its scale.
+/// Returns a picture of at most [`PICTURE`] pixels, and its scale.
 fn thumbnail(image: &RgbImage) -> (Canvas, f32) {
     let scale = PICTURE as f32 / image.width().max(image.height()).max(1) as f32;
     let size = |side: u32| ((side as f32 * scale).round() as u32).clamp(1, PICTURE);

@@ -1,5 +1,5 @@
-//! `index.parquet`: key, person and split of every row of a shard folder, so that an epoch can be planned, and what is
-//! damaged be named, without touching a shard.
+//! `index.parquet`: key, identity and split of every row of a shard folder, to plan an epoch and to name damaged rows
+//! without reading a shard.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -33,11 +33,11 @@ const BATCH: usize = 1024;
 type Row<'a> = (&'a str, Option<&'a str>, Option<&'a str>);
 
 impl ShardFolder {
-    /// Shows who is on each row's photo and its split to `visit`, in the order of the rows.
+    /// Passes the identity and the split of each row to `visit`, in the order of the rows.
     ///
     /// # Errors
-    /// Input for a missing or damaged index, one whose keys are not in order and unique, and one of more or fewer rows than
-    /// the shards have; Disk for a failing disk.
+    /// Input: the index is missing or damaged, its keys are not in order and unique, or it has more or fewer rows than
+    /// the shards. Disk: a failing disk.
     pub fn labels(&self, mut visit: impl FnMut(Option<&str>, Option<&str>)) -> Result<()> {
         let (mut rows, mut last) = (0, String::new());
         self.scan_index(|(key, identity, split)| {
@@ -57,10 +57,10 @@ impl ShardFolder {
         if rows == expected { Ok(()) } else { Err(self.bad_index(format!("holds {rows} rows instead of {expected}"))) }
     }
 
-    /// The keys of some rows, by their number in the folder.
+    /// Returns the keys of some rows, by their number in the folder.
     ///
     /// # Errors
-    /// Input for a missing or damaged index, Disk for a failing disk.
+    /// Input: a missing or damaged index. Disk: a failing disk.
     pub fn keys(&self, rows: Range<usize>) -> Result<Vec<String>> {
         let (mut row, mut keys) = (0, Vec::new());
         self.scan_index(|(key, ..)| {
@@ -73,7 +73,7 @@ impl ShardFolder {
         Ok(keys)
     }
 
-    /// Shows the rows to `visit` until it tells what is wrong with one.
+    /// Passes the rows to `visit` until it reports a problem.
     fn scan_index(&self, mut visit: impl FnMut(Row<'_>) -> std::result::Result<(), String>) -> Result<()> {
         let IndexFile { file, bytes, sha256 } = self.manifest().index.clone();
         let read = self.store().read_piece(&file, &Piece { offset: 0, bytes, sha256 })?;

@@ -1,63 +1,64 @@
-//! How much a shard folder may ask of its reader. A stranger may have written it: nothing is allocated by a number of a file
-//! before it was held against these.
+//! Limits on what a shard folder may demand from its reader. Its author may be a stranger: a number from a file is
+//! checked against these limits before anything is allocated for it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parquet::errors::ParquetError;
 
-/// Largest `manifest.json`: about a million row groups.
+/// Size limit of `manifest.json` in bytes: about a million row groups.
 pub(super) const MANIFEST_BYTES: u64 = 256 << 20;
 
-/// Largest `index.parquet`.
+/// Size limit of `index.parquet` in bytes.
 pub(super) const INDEX_BYTES: u64 = 2 << 30;
 
-/// Largest row group, as it lies in its file.
+/// Size limit of a row group in its file, in bytes.
 pub(super) const GROUP_BYTES: u64 = 1 << 30;
 
-/// Largest footer of a Parquet file.
+/// Size limit of the footer of a Parquet file in bytes.
 pub(super) const FOOTER_BYTES: u64 = 64 << 20;
 
-/// Most rows of a row group.
+/// Largest number of rows in a row group.
 pub const ROWS_PER_GROUP: usize = 1 << 16;
 
-/// Most rows of a folder.
+/// Largest number of rows in a folder.
 pub(super) const ROWS: usize = u32::MAX as usize;
 
-/// Most rows of the index for each of its bytes. Every key differs from the one before.
+/// Largest number of index rows per byte of its file. Every key differs from the previous one, which limits
+/// compression.
 pub(super) const INDEX_ROWS_PER_BYTE: usize = 64;
 
-/// Longest key, identity and split, in bytes.
+/// Size limit of a key, an identity and a split, in bytes.
 pub(super) const LABEL_BYTES: usize = 4096;
 
-/// Most landmarks of a face.
+/// Largest number of landmarks of a face.
 pub(super) const LANDMARKS: usize = 1024;
 
-/// Largest page of the index, decoded.
+/// Size limit of a decoded page of the index, in bytes.
 const INDEX_PAGE: u64 = 64 << 20;
 
-/// Memory that a part of a Parquet file may take.
+/// Memory budget for a part of a Parquet file.
 #[derive(Debug)]
 pub(super) struct Budget {
     left: AtomicU64,
-    /// Whether each page has it anew: pages are let go one after the other.
+    /// True if the budget applies to each page, because pages are freed one after the other.
     each_page: bool,
 }
 
 impl Budget {
-    /// For a row group of so many bytes, all of its rows. Pictures and embeddings hardly shrink when they are written.
+    /// Makes the budget for all rows of a row group of `bytes` bytes. Pictures and embeddings hardly compress.
     pub(super) fn of_group(bytes: u64) -> Self {
         Self { left: ((64 << 20) + 16 * bytes).into(), each_page: false }
     }
 
-    /// For the index.
+    /// Makes the budget for the index.
     pub(super) fn of_index() -> Self {
         Self { left: INDEX_PAGE.into(), each_page: true }
     }
 
-    /// Takes `bytes` of it.
+    /// Takes `bytes` from the budget.
     ///
     /// # Errors
-    /// General where it does not hold as much.
+    /// General: the budget is too small.
     pub(super) fn take(&self, bytes: u64) -> Result<(), ParquetError> {
         let rest = |left: u64| left.checked_sub(bytes).map(|rest| if self.each_page { left } else { rest });
         match self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest) {

@@ -1,4 +1,4 @@
-//! `manifest.json`: what a shard folder holds, where it came from, and the checksums that prove it.
+//! `manifest.json`: content and origin of a shard folder, and the checksums that prove them.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
@@ -16,33 +16,33 @@ use crate::shard::store::read_manifest;
 /// Name of the manifest in its folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
 
-/// The content of `manifest.json`. It holds no times and no machine's paths: equal input gives equal bytes.
+/// Content of `manifest.json`. Contains no times and no paths of a machine: equal input gives equal bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`SCHEMA_VERSION`] of the writer.
     pub schema_version: u32,
-    /// Photos that were looked at.
+    /// Photos that were processed.
     pub photos: usize,
     /// Photos whose face was kept: the rows of all shards.
     pub kept: usize,
-    /// Kept faces by split; those without one are not counted here.
+    /// Kept faces by split, without those that have none.
     pub splits: BTreeMap<String, usize>,
-    /// Photos that were left out, by reason.
+    /// Rejected photos, by reason.
     pub rejected: BTreeMap<String, usize>,
-    /// What was passed over or changed without a photo being left out for it.
+    /// Notes on what was skipped or changed without rejecting a photo.
     #[serde(default, skip_serializing_if = "Notes::is_empty")]
     pub notes: Notes,
-    /// The models that looked at the photos: role to file name and checksum.
+    /// Models that processed the photos: role to file name and checksum.
     pub models: BTreeMap<String, String>,
-    /// The shards, in the order of their rows.
+    /// Shards, in the order of their rows.
     pub shards: Vec<ShardFile>,
-    /// Key, identity and split of all rows.
+    /// Index with key, identity and split of all rows.
     pub index: IndexFile,
-    /// The resolved configuration.
+    /// Resolved configuration.
     pub config: serde_json::Value,
 }
 
-/// The one field that every version has.
+/// The only field that every version has.
 #[derive(Deserialize)]
 struct Version {
     schema_version: Option<u64>,
@@ -55,22 +55,22 @@ pub struct ShardFile {
     pub file: String,
     /// Number of faces in it.
     pub rows: usize,
-    /// Size of the file.
+    /// Size of the file in bytes.
     pub bytes: u64,
     /// SHA-256 of the file, in lower-case hexadecimal.
     pub sha256: String,
-    /// Its row groups, in order and one behind the other.
+    /// Row groups, in order and without overlap.
     pub row_groups: Vec<RowGroupPiece>,
-    /// SHA-256 of what follows the last row group: Parquet's footer.
+    /// SHA-256 of the bytes after the last row group: Parquet's footer.
     pub footer_sha256: String,
 }
 
-/// One row group of a shard: the unit that is read at once.
+/// One row group of a shard, which is read at once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RowGroupPiece {
     /// Number of faces in it.
     pub rows: usize,
-    /// Where its bytes begin in the file.
+    /// Offset of its first byte in the file.
     pub offset: u64,
     /// Number of its bytes.
     pub bytes: u64,
@@ -78,18 +78,18 @@ pub struct RowGroupPiece {
     pub sha256: String,
 }
 
-/// The index of a folder.
+/// Index of a folder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IndexFile {
     /// File name in the folder.
     pub file: String,
-    /// Size of the file.
+    /// Size of the file in bytes.
     pub bytes: u64,
     /// SHA-256 of the file, in lower-case hexadecimal.
     pub sha256: String,
 }
 
-/// A part of a file and the checksum of its bytes.
+/// Part of a file, with the checksum of its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) offset: u64,
@@ -98,19 +98,19 @@ pub(super) struct Piece {
 }
 
 impl ShardFile {
-    /// Where the row group with this number lies.
+    /// Returns the place of the row group with this number.
     pub(super) fn row_group(&self, index: usize) -> Option<Piece> {
         let RowGroupPiece { offset, bytes, sha256, .. } = self.row_groups.get(index)?.clone();
         Some(Piece { offset, bytes, sha256 })
     }
 
-    /// Where the footer lies.
+    /// Returns the place of the footer.
     pub(super) fn footer(&self) -> Piece {
         let offset = self.row_groups.last().map_or(0, |group| group.offset + group.bytes);
         Piece { offset, bytes: self.bytes - offset, sha256: self.footer_sha256.clone() }
     }
 
-    /// What does not fit together, or asks for more than a reader gives, in words.
+    /// Describes a contradiction between the numbers, or a number beyond the reader's limits.
     fn contradiction(&self) -> Option<String> {
         let rows = sum(self.row_groups.iter().map(|group| group.rows));
         if rows != Some(self.rows) {
@@ -123,7 +123,7 @@ impl ShardFile {
             let Some(behind) = behind.filter(|_| group.offset >= end) else {
                 return Some(format!("has row group {index} outside of its place"));
             };
-            // Every row has bytes of its own.
+            // Every row takes at least one byte.
             if group.bytes > GROUP_BYTES || group.rows > ROWS_PER_GROUP || group.rows as u64 > group.bytes {
                 let RowGroupPiece { rows, bytes, .. } = group;
                 return Some(format!("has {rows} rows in the {bytes} bytes of row group {index}, which are not read"));
@@ -139,7 +139,7 @@ impl ShardFile {
 }
 
 impl IndexFile {
-    /// What it asks for more than a reader gives, for `rows` rows.
+    /// Describes a number beyond the reader's limits, for `rows` rows.
     fn contradiction(&self, rows: usize) -> Option<String> {
         let most = usize::try_from(self.bytes).unwrap_or(usize::MAX).saturating_mul(INDEX_ROWS_PER_BYTE);
         if self.bytes > INDEX_BYTES || rows > most {
@@ -149,18 +149,18 @@ impl IndexFile {
     }
 }
 
-/// Names a checksum that is none: it would name a file of a cache.
+/// Describes an invalid checksum, which would otherwise become a file name in a cache.
 fn unknown_checksum<'a>(checksums: impl IntoIterator<Item = &'a String>) -> Option<String> {
     let bad = checksums.into_iter().find(|text| !is_sha256(text))?;
-    Some(format!("has the checksum `{bad}`, which is no SHA-256"))
+    Some(format!("has the checksum `{bad}`, which is not a SHA-256"))
 }
 
-/// Whether `text` is a SHA-256 in lower-case hexadecimal.
+/// Tells whether `text` is a SHA-256 in lower-case hexadecimal.
 pub(super) fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|letter| matches!(letter, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// `None` beyond what a number holds.
+/// Adds numbers. Returns `None` on overflow.
 fn sum(mut numbers: impl Iterator<Item = usize>) -> Option<usize> {
     numbers.try_fold(0_usize, usize::checked_add)
 }
@@ -178,10 +178,10 @@ impl Manifest {
         Self::parse(&read_manifest(&Root::open(dir)?)?, &path)
     }
 
-    /// The manifest with the given content; errors name `path`.
+    /// Parses the content of a manifest; errors name `path`.
     pub(super) fn parse(text: &[u8], path: &Path) -> Result<Self> {
         let damaged = |error: serde_json::Error| bad(path, error);
-        // The version is read first: another version may have other fields.
+        // The version is read first, because another version may have other fields.
         let Version { schema_version: version } = serde_json::from_slice(text).map_err(damaged)?;
         if version != Some(SCHEMA_VERSION.into()) {
             let found = version.map_or("none".into(), |version| version.to_string());
@@ -217,11 +217,11 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Compares the models that made the shards of `dir` with others, given by role as in [`models`](Self::models); tells
-    /// the roles with another model. Files are compared by checksum: their names do not matter.
+    /// Compares the models that made the shards of `dir` with others, given by role as in [`models`](Self::models), and
+    /// returns the roles whose model differs. Compares the checksums of the files, not their names.
     ///
     /// # Errors
-    /// Input: another embedder. What was learnt of the embeddings in the shards says nothing of its embeddings.
+    /// Input: another embedder. Weights trained on the embeddings in the shards do not apply to its embeddings.
     pub fn compare_models(&self, dir: &Path, others: &BTreeMap<String, String>) -> Result<Vec<String>> {
         let checksum = |model: &str| model.rsplit(' ').next().map(str::to_owned);
         let mut differing = Vec::new();

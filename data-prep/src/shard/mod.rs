@@ -1,4 +1,4 @@
-//! The contract between preparation and training: what a shard folder holds, how it is written and read.
+//! Contract between preparation and training: the content of a shard folder, its writer and its reader.
 //!
 //! `docs/reference/formats.md` describes the format for readers in other languages.
 
@@ -26,34 +26,34 @@ pub use writer::{ShardConfig, ShardWriter, Written};
 
 /// One kept face: a row of a shard.
 ///
-/// All coordinates are pixels of the crop in `image`, x to the right and y down, the origin at the upper left corner of
-/// the upper left pixel. Left and right are the viewer's.
+/// All coordinates are pixels of the crop in `image`, x to the right and y down, with the origin at the upper left
+/// corner of the upper left pixel. Left and right are the viewer's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FaceRecord {
-    /// The photo's path relative to the root of its source, with `/` between the parts. Unique in a shard folder.
+    /// Path of the photo relative to the root of its source, with `/` between the parts. Unique in a shard folder.
     pub key: String,
-    /// The encoded crop around the face (PNG), 8-bit RGB.
+    /// Encoded crop around the face (PNG), 8-bit RGB.
     pub image: Vec<u8>,
     /// Width of the crop in pixels.
     pub width: u32,
     /// Height of the crop in pixels.
     pub height: u32,
-    /// The detector's box: x0, y0, x1, y1. It may reach over the edge of the crop where the photo ends.
+    /// Box of the detector: x0, y0, x1, y1. May extend beyond the crop where the photo ends.
     pub face_box: [f32; 4],
     /// Left eye, right eye, nose, left and right corner of the mouth.
     pub points: [[f32; 2]; 5],
     /// 68 or 106 landmarks, in the order of the landmark model.
     pub landmarks: Vec<[f32; 2]>,
-    /// The detector's confidence, 0 to 1.
+    /// Confidence of the detector, in 0..1.
     pub score: f32,
-    /// Identity embedding, L2-normalised, [`EMBEDDING_DIM`] long.
+    /// Identity embedding, L2-normalised, of length [`EMBEDDING_DIM`].
     pub id_embedding: Vec<f32>,
-    /// What the picture shows.
+    /// Caption of the picture.
     pub caption: String,
     /// SHA-256 of the photo's file, in lower-case hexadecimal.
     pub sha256: String,
-    /// Who it is, where the source says so.
+    /// Identity of the person, if the source names it.
     pub identity: Option<String>,
-    /// Which part of an experiment the photo belongs to (`train`, `held_out`, `unseen`), where the source says so.
+    /// Part of an experiment that the photo belongs to (`train`, `held_out`, `unseen`), if the source names it.
     pub split: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! The pages of a Parquet file, decompressed within a budget: what a page is said to hold is not believed.
+//! Pages of a Parquet file, decompressed within a budget: the size that a page states is not trusted.
 
 use std::sync::Arc;
 
@@ -17,11 +17,11 @@ use zstd::zstd_safe::get_frame_content_size;
 
 use crate::shard::limits::Budget;
 
-/// Bytes that a value takes beside its content: its place, levels, or a view of it.
+/// Bytes of a value besides its content: its offset, levels, or a view of it.
 const PER_VALUE: u64 = 16;
 
-/// The batches of one row group, of the columns in `mask`. Texts and binaries are views of the pages: a page that repeats one
-/// of them a thousand times takes no more memory than the one.
+/// Reads the batches of one row group, for the columns in `mask`. Texts and binaries are views of the pages: a page
+/// that repeats a value a thousand times takes no more memory than one copy.
 pub(super) fn batches<R: ChunkReader + 'static>(
     reader: &Arc<R>,
     metadata: &ParquetMetaData,
@@ -35,7 +35,7 @@ pub(super) fn batches<R: ChunkReader + 'static>(
     ParquetRecordBatchReader::try_new_with_row_groups(&levels, &group, batch_size, None)
 }
 
-/// The same columns, with views in place of texts and binaries.
+/// Returns the same columns, with views in place of texts and binaries.
 fn viewed(fields: &Fields) -> Fields {
     let view = |field: &Arc<Field>| match field.data_type() {
         DataType::Utf8 => field.as_ref().clone().with_data_type(DataType::Utf8View),
@@ -72,7 +72,7 @@ impl<R: ChunkReader + 'static> RowGroups for Group<'_, R> {
     }
 }
 
-/// The one chunk of a column.
+/// Iterator over the only chunk of a column.
 struct Chunk(Option<Box<dyn PageReader>>);
 
 impl Iterator for Chunk {
@@ -85,13 +85,14 @@ impl Iterator for Chunk {
 
 impl PageIterator for Chunk {}
 
-/// The pages of a chunk.
+/// Pages of a chunk.
 struct Pages<R: ChunkReader> {
-    /// Tells of the pages as they lie in the file: it was told that they are not compressed.
+    /// Reader of the raw pages. It was told that they are not compressed, so that it leaves the decompression to this
+    /// type.
     packed: SerializedPageReader<R>,
-    /// Where they are.
+    /// Set if the pages are compressed.
     decompressor: Option<Decompressor<'static>>,
-    /// Whether the chunk's dictionary has come: the library panics where values refer to one that is not there.
+    /// True once the chunk's dictionary was read: the library panics if values refer to a missing one.
     dictionary: bool,
     budget: Arc<Budget>,
 }
@@ -127,7 +128,7 @@ impl<R: ChunkReader> Pages<R> {
         self.budget.take(u64::from(page.num_values()) * PER_VALUE)?;
         match &mut page {
             Page::DataPage { buf, .. } | Page::DictionaryPage { buf, .. } => *buf = self.decompress(buf)?,
-            // The levels lie before what is compressed.
+            // The levels precede the compressed part.
             Page::DataPageV2 { buf, def_levels_byte_len, rep_levels_byte_len, is_compressed: true, .. } => {
                 let levels = u64::from(*def_levels_byte_len) + u64::from(*rep_levels_byte_len);
                 let levels = usize::try_from(levels)?;
@@ -150,7 +151,7 @@ impl<R: ChunkReader> Pages<R> {
         let size = get_frame_content_size(packed).ok().flatten();
         let size = size.ok_or_else(|| general("a page does not tell its decompressed size"))?;
         self.budget.take(size)?;
-        // It gets no more room than it asked for.
+        // The buffer has the announced size and no more.
         let unpacked = decompressor.decompress(packed, usize::try_from(size)?)?;
         Ok(unpacked.into())
     }

@@ -1,4 +1,4 @@
-//! Parts of remote shards on this machine's disk, each a file named by its checksum: whole or absent, up to a size.
+//! Disk cache for parts of remote shards: each is a file named by its checksum, whole or absent, up to a total size.
 
 use std::fs::{self, DirBuilder, File, FileTimes, OpenOptions, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -16,37 +16,37 @@ use hyperlora_core::{Error, Result};
 
 use crate::shard::manifest::is_sha256;
 
-/// Half-written files of this age belong to no living process.
+/// Age from which a half-written file belongs to no living process.
 const STALE: Duration = Duration::from_secs(3600);
 
-/// Between two looks at whether another process is done.
+/// Pause between two checks whether another process is done.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Folder of the files that processes lock, one for each piece that is being asked for.
+/// Folder of the files that processes lock, one for each piece that is being requested.
 const LOCKS: &str = "locks";
 
-/// Marks the folder as ours, and as one that backups pass over (<https://bford.info/cachedir/>).
+/// File that marks the folder as this program's, and tells backups to skip it (<https://bford.info/cachedir/>).
 const MARK: &str = "CACHEDIR.TAG";
 const MARK_TEXT: &str =
     "Signature: 8a477f597d28d172789f06886806bc55\n# Parts of shards that hyperlora read from a URL.\n";
 
-/// Ending of the file that tells the checksum of what a place held last.
+/// Suffix of the file with the checksum of the last content of a place.
 const LATEST: &str = ".latest";
 
-/// Ending of half-written files.
+/// Suffix of half-written files.
 const PARTIAL: &str = ".partial";
 
-/// A folder that several processes may share.
+/// Cache folder, which several processes may share.
 #[derive(Debug)]
 pub(super) struct PieceCache {
     folder: PathBuf,
     limit: u64,
-    /// Bytes written since the folder was last looked through.
+    /// Bytes written since the folder was last scanned.
     written: AtomicU64,
     warned: AtomicBool,
 }
 
-/// The right to ask for a piece, until it is dropped.
+/// Right to request a piece, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Turn {
     path: PathBuf,
@@ -55,17 +55,18 @@ pub(super) struct Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        // Who waits for the removed file gets its turn beside who makes it anew; both find the piece that was kept meanwhile.
+        // A process that waits for the removed file gets its turn at the same time as one that recreates it. Both then
+        // find the piece in the cache.
         let _ = fs::remove_file(&self.path);
     }
 }
 
 impl PieceCache {
-    /// A cache of `limit` bytes; a little more while it is written to.
+    /// Opens a cache of `limit` bytes, which it may exceed a little during a write.
     ///
     /// # Errors
-    /// Input for a folder that holds files of others, which must not be counted against the limit or removed; Input or Disk
-    /// for one that cannot be made.
+    /// Input: the folder contains foreign files, which must neither count against the limit nor be removed. Input or
+    /// Disk: the folder cannot be made.
     pub(super) fn open(folder: &Path, limit: u64) -> Result<Self> {
         let (written, warned) = Default::default();
         let cache = Self { folder: folder.into(), limit, written, warned };
@@ -89,8 +90,8 @@ impl PieceCache {
         read_regular(&self.folder.join(MARK), limit).is_ok_and(|text| text == MARK_TEXT.as_bytes())
     }
 
-    /// A file of somebody else in a folder without mark. Who begins at the same moment writes its mark and its locks first;
-    /// the locks lie in the folders of older versions, too.
+    /// Returns a foreign file in a folder without the mark. Excludes what a process that starts at the same moment
+    /// writes first, its mark and its locks. Folders of older versions have no mark, but they have locks.
     fn foreign(&self) -> Result<Option<String>> {
         let entries = fs::read_dir(&self.folder).map_err(|source| Error::read(&self.folder, source))?;
         let names: Vec<String> =
@@ -103,7 +104,7 @@ impl PieceCache {
         Ok(names.into_iter().find(|name| !own(name)))
     }
 
-    /// The piece with this checksum, of at most `limit` bytes, where it is there and still has it.
+    /// Returns the piece with this checksum, of at most `limit` bytes, if it is present and intact.
     pub(super) fn get(&self, sha256: &str, limit: u64) -> Option<Bytes> {
         let path = self.path(sha256)?;
         let bytes = match read_regular(&path, limit) {
@@ -114,17 +115,18 @@ impl PieceCache {
                 return None;
             }
         };
-        // The time of the last use decides what goes first; a folder that cannot be changed keeps the time of writing.
+        // The time of the last use decides which piece is removed first. In a read-only folder, the time of writing
+        // remains.
         let now = FileTimes::new().set_modified(SystemTime::now());
         let _ = File::options().append(true).open(&path).and_then(|file| file.set_times(now));
         Some(bytes.into())
     }
 
-    /// Keeps a piece. A disk that has no room for it costs speed, never the run.
+    /// Stores a piece. A full disk costs speed, but never the run.
     pub(super) fn put(&self, sha256: &str, bytes: &[u8]) {
         let Some(path) = self.path(sha256) else { return };
         self.write(&path, bytes);
-        // Looking through the folder takes time: only once in a while, also for what other processes wrote.
+        // Scanning the folder takes time, so it happens only occasionally. It also covers what other processes wrote.
         let written = self.written.fetch_add(bytes.len() as u64, Ordering::Relaxed) + bytes.len() as u64;
         if written >= self.limit / 16 {
             self.written.store(0, Ordering::Relaxed);
@@ -132,24 +134,24 @@ impl PieceCache {
         }
     }
 
-    /// What [`put_latest`](Self::put_latest) kept last for `place`.
+    /// Returns the content that [`put_latest`](Self::put_latest) last stored for `place`.
     pub(super) fn latest(&self, place: &Path, limit: u64) -> Option<Bytes> {
         let sha256 = read_regular(&self.path_of_latest(place), 64).ok()?;
         self.get(&String::from_utf8(sha256).ok()?, limit)
     }
 
-    /// Keeps the content of a place whose checksum nobody knows beforehand.
+    /// Stores the content of a place whose checksum is not known in advance.
     pub(super) fn put_latest(&self, place: &Path, bytes: &[u8]) {
         let sha256 = sha256_of(bytes);
         self.put(&sha256, bytes);
         self.write(&self.path_of_latest(place), sha256.as_bytes());
     }
 
-    /// Waits while another thread or process holds the turn for this piece, at most `until` then. `None` where the wait was
-    /// in vain, and on a file system without locks: everybody may ask.
+    /// Waits until no other thread or process holds the turn for this piece, at most until `until`. Returns `None`
+    /// after a timeout, and on a file system without locks: then every process may request it.
     pub(super) fn turn(&self, sha256: &str, until: Instant) -> Option<Turn> {
         let path = self.folder.join(LOCKS).join(self.path(sha256)?.file_name()?);
-        // A link that somebody laid there makes no file elsewhere, a pipe holds nobody up.
+        // A planted link must not create a file elsewhere, and a planted pipe must not block.
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = OpenOptions::new().create(true).append(true).custom_flags(flags).mode(0o600).open(&path).ok()?;
         loop {
@@ -161,7 +163,7 @@ impl PieceCache {
         }
     }
 
-    /// `None` for what is no checksum: a manifest from elsewhere must not name other files.
+    /// Returns the path of a piece, `None` for an invalid checksum: a foreign manifest must not name other files.
     fn path(&self, sha256: &str) -> Option<PathBuf> {
         is_sha256(sha256).then(|| self.folder.join(sha256))
     }
@@ -182,7 +184,8 @@ impl PieceCache {
         }
     }
 
-    /// A file beside `path` that no other process writes to, of another machine neither: process ids say nothing there.
+    /// Creates a file next to `path` that no other process writes to, even one on another machine. Its name is random
+    /// because process ids are unique only within a machine.
     fn begin(&self, path: &Path) -> std::io::Result<(PathBuf, File)> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         loop {
@@ -195,11 +198,11 @@ impl PieceCache {
         }
     }
 
-    /// Removes what was not used for longest until the rest keeps to the limit. Other files than the cache's own are left
-    /// alone, and not counted.
+    /// Removes the pieces that were unused for longest until the rest is within the limit. Foreign files are neither
+    /// removed nor counted.
     fn shrink(&self) {
         let Ok(entries) = fs::read_dir(&self.folder) else { return };
-        // What another process removes meanwhile is passed over.
+        // Files that another process removes meanwhile are skipped.
         let files = entries.flatten().filter_map(|entry| {
             let metadata = entry.metadata().ok().filter(fs::Metadata::is_file)?;
             let name = entry.file_name().into_string().ok()?;
@@ -220,19 +223,19 @@ impl PieceCache {
     }
 }
 
-/// Whether a file of this name is a piece, or tells of one.
+/// Tells whether this is the name of a piece, or of a file that names one.
 fn is_piece(name: &str) -> bool {
     is_sha256(name.strip_suffix(LATEST).unwrap_or(name))
 }
 
-/// Whether a file of this name is a half-written file of the cache, of this version or an older one.
+/// Tells whether this is the name of a half-written file of the cache, of this version or an older one.
 fn is_partial(name: &str) -> bool {
     let Some(name) = name.strip_prefix('.').and_then(|name| name.strip_suffix(PARTIAL)) else { return false };
     let number = match name.split_at_checked(64) {
         Some((sha256, rest)) if is_sha256(sha256) => Some(rest.strip_prefix(LATEST).unwrap_or(rest)),
         _ => name.strip_prefix(MARK),
     };
-    // Older ones have the process before the number.
+    // Older names have the process id before the number.
     number.is_some_and(|number| {
         number.starts_with('.') && number.bytes().all(|letter| letter == b'.' || letter.is_ascii_hexdigit())
     })
@@ -246,12 +249,12 @@ mod tests {
     fn every_piece_has_a_turn_of_its_own_and_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let cache = PieceCache::open(dir.path(), 1 << 20).unwrap();
-        // They begin alike.
+        // Two checksums that begin alike.
         let [one, other] = ["1", "2"].map(|end| format!("{}{end}", "a".repeat(63)));
         let turn = |sha256: &str| cache.turn(sha256, Instant::now());
         let turns = [turn(&one), turn(&other)];
         assert!(turns.iter().all(Option::is_some));
-        // Who waited in vain takes nobody's file away.
+        // A process that waited in vain removes nobody's file.
         assert!(turn(&one).is_none() && turn(&one).is_none());
         drop(turns);
         assert!(turn(&one).is_some());
@@ -277,7 +280,7 @@ mod tests {
         let others = ["holiday.jpg", "notes.partial", ".thesis.tex.12.0.partial", "model.latest"];
         let piece = "a".repeat(64);
         for (other, alone) in others.iter().map(|other| (*other, true)).chain([(&*piece, false)]) {
-            // Our names in a folder that is not ours say nothing: others name files by checksums, too.
+            // Matching names prove nothing in an unmarked folder: other programs name files by checksums, too.
             let folder = dir.path().join(other);
             fs::create_dir(&folder).unwrap();
             aged(&folder.join(other), b"mine");
@@ -289,7 +292,7 @@ mod tests {
             assert!(error.exit_code() == 2 && error.to_string().contains("data.remote.cache"), "{error}");
             assert_eq!(names(&folder), before);
         }
-        // They came later.
+        // Foreign files that came later.
         let folder = dir.path().join("cache");
         PieceCache::open(&folder, 0).unwrap();
         others.iter().for_each(|other| aged(&folder.join(other), b"mine"));

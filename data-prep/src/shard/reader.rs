@@ -1,4 +1,4 @@
-//! Reads a shard folder, one row group at a time.
+//! Reader of shard folders, one row group at a time.
 
 use std::fmt::Display;
 use std::io::Read;
@@ -23,7 +23,7 @@ use crate::shard::store::{Damage, RemoteConfig, Store, unreadable};
 
 pub(super) const REMEDY: &str = "restore the file, or prepare the data again with `data-prep build`";
 
-/// A folder that `data-prep build` wrote.
+/// Folder that `data-prep build` wrote.
 #[derive(Debug)]
 pub struct ShardFolder {
     store: Store,
@@ -32,10 +32,10 @@ pub struct ShardFolder {
     row_groups: Vec<RowGroup>,
 }
 
-/// The unit that is read at once.
+/// Row group, which is read at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowGroup {
-    /// Number of the shard it lies in, from 0.
+    /// Number of its shard, from 0.
     pub shard: usize,
     /// Its number in that shard, from 0.
     pub index: usize,
@@ -46,11 +46,11 @@ pub struct RowGroup {
 }
 
 impl ShardFolder {
-    /// Opens the shard folder `dir`: reads the manifest and looks for the shards, but not into them.
+    /// Opens the shard folder `dir`. Reads the manifest and checks that the shards exist, without reading them.
     ///
     /// # Errors
-    /// Input, with the file: no manifest, a damaged one or one of another schema version; a shard that is missing or whose
-    /// size is not the manifest's.
+    /// Input, with the file: no manifest, a damaged one or one of another schema version; a shard that is missing or
+    /// differs in size from the manifest.
     pub fn open(dir: &Path) -> Result<Self> {
         if !dir.join(MANIFEST_FILE).exists() {
             return Err(no_manifest(dir));
@@ -72,8 +72,8 @@ impl ShardFolder {
     /// Opens the shard folder behind `url`: `s3://`, `gs://`, `http://` or `https://`.
     ///
     /// # Errors
-    /// Input: as [`open`](Self::open), a URL that is not understood, missing credentials, or a build without the feature
-    /// `cloud`; Disk where the provider cannot be reached.
+    /// Input: as [`open`](Self::open), an unsupported URL, missing credentials, or a build without the feature `cloud`.
+    /// Disk: the provider cannot be reached.
     pub fn open_remote(url: &str, config: &RemoteConfig) -> Result<Self> {
         Self::of_store(Store::remote(url, config)?)
     }
@@ -92,36 +92,36 @@ impl ShardFolder {
         Ok(Self { store, manifest, checksum: sha256_of(&text), row_groups })
     }
 
-    /// What the manifest says.
+    /// Returns the manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// SHA-256 of the manifest, which holds those of all that is read.
+    /// Returns the SHA-256 of the manifest, which contains the checksums of everything that is read.
     pub fn checksum(&self) -> &str {
         &self.checksum
     }
 
-    /// The folder, for messages.
+    /// Returns the folder, for messages.
     pub fn place(&self) -> PathBuf {
         self.store.place("")
     }
 
-    /// All row groups, in the order of their rows.
+    /// Returns all row groups, in the order of their rows.
     pub fn row_groups(&self) -> &[RowGroup] {
         &self.row_groups
     }
 
-    /// The file that a row group lies in, for messages.
+    /// Returns the file of a row group, for messages.
     pub fn file(&self, group: &RowGroup) -> &str {
         self.manifest.shards.get(group.shard).map_or("", |shard| shard.file.as_str())
     }
 
-    /// The faces of one row group, in order; its checksum is compared, and that each of them can be a face.
+    /// Reads the faces of one row group, in order. Checks its checksum, and that each row can be a face.
     ///
     /// # Errors
-    /// Input or Disk where the file cannot be read. What can be read but is not what was written, or no face, is the inner
-    /// error.
+    /// Input or Disk: the file cannot be read. The inner error reports content that can be read but differs from what
+    /// was written, or is not a face.
     pub fn read(&self, group: &RowGroup) -> Result<std::result::Result<Vec<FaceRecord>, Damage>> {
         let shard = self.manifest.shards.get(group.shard);
         let Some((shard, piece)) = shard.and_then(|shard| Some((shard, shard.row_group(group.index)?))) else {
@@ -141,7 +141,7 @@ impl ShardFolder {
     /// Compares all checksums with the manifest's.
     ///
     /// # Errors
-    /// Input, with the file: the content is not what was written.
+    /// Input, with the file: the content differs from what was written.
     pub fn verify(&self) -> Result<()> {
         self.labels(|_, _| ())?;
         for shard in &self.manifest.shards {
@@ -196,16 +196,16 @@ fn decode(footer: Window, rows: Window, group: &RowGroup) -> std::result::Result
     Ok(records)
 }
 
-/// Arrow's own notes on the columns are passed over: the columns tell enough.
+/// Ignores Arrow's own metadata about the columns, because the columns are sufficient.
 pub(super) fn reader_options() -> ArrowReaderOptions {
     ArrowReaderOptions::new().with_skip_arrow_metadata(true)
 }
 
-/// A part of a Parquet file that stands for the whole: the rest is not asked for.
+/// Part of a Parquet file that stands in for the whole. The rest is never requested.
 struct Window {
     /// Size of the whole file.
     file: u64,
-    /// Where the part begins.
+    /// Offset of the part.
     offset: u64,
     bytes: Bytes,
 }

@@ -1,4 +1,4 @@
-//! A shard folder in S3, Google Cloud Storage or behind HTTP, through a cache on this machine's disk.
+//! Shard folder in S3, Google Cloud Storage or behind HTTP, with a cache on this machine's disk.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -25,16 +25,16 @@ use crate::shard::manifest::{MANIFEST_FILE, Piece};
 use crate::shard::piece_cache::PieceCache;
 use crate::shard::store::{Damage, RemoteConfig};
 
-/// Before an object is asked for again whose content stopped to come.
+/// Pause before an object whose content stopped arriving is requested again.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// The most characters of a provider's answer that an error shows: some answer with a page.
+/// Characters of a provider's answer that an error shows at most, because some answer with a page.
 const CAUSE_CHARACTERS: usize = 300;
 
-/// How every provider says that an object ends before the part that was asked for; `object_store` has no kind for it.
+/// Answer of every provider if an object ends before the requested part; `object_store` has no error kind for it.
 const BEYOND_THE_END: &str = "416 Range Not Satisfiable";
 
-/// A folder behind a URL.
+/// Folder behind a URL.
 #[derive(Debug)]
 pub(super) struct Remote {
     url: String,
@@ -46,14 +46,16 @@ pub(super) struct Remote {
 }
 
 impl Remote {
+    /// Opens the folder behind `url`, with its cache.
+    ///
     /// # Errors
-    /// Input for a URL or setting that is not understood, Input or Disk for a cache folder that cannot be used.
+    /// Input: an unsupported URL or setting. Input or Disk: an unusable cache folder.
     pub(super) fn open(url: &str, config: &RemoteConfig) -> Result<Self> {
         let refused = |problem: String| {
             Error::input(url, problem, "give s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or https://HOST/PATH")
         };
-        let parsed = Url::parse(url).map_err(|error| refused(format!("is no URL: {error}")))?;
-        // A query would not reach the server, and a password would stand in the run folder.
+        let parsed = Url::parse(url).map_err(|error| refused(format!("is not a URL: {error}")))?;
+        // A query would not reach the server, and a password would be written into the run folder.
         if parsed[Position::AfterPath..] != *"" || !parsed.username().is_empty() || parsed.password().is_some() {
             return Err(refused("has a user, a `?` or a `#` part, which is not understood".into()));
         }
@@ -74,7 +76,7 @@ impl Remote {
         Path::new(&self.url).join(file)
     }
 
-    /// The manifest as it is now; where nobody answers, as it came last.
+    /// Reads the current manifest, or the last one received if the server does not answer.
     pub(super) fn read_manifest(&self) -> Result<Bytes> {
         let place = self.place(MANIFEST_FILE);
         let remedy = "check that the URL is the folder's own and needs no sign-in page";
@@ -83,12 +85,14 @@ impl Remote {
                 self.cache.put_latest(&place, &text);
                 Ok(text)
             }
-            Ok(None) => {
-                Err(Error::file(&place, format!("is no manifest: it holds more than {MANIFEST_BYTES} bytes"), remedy))
-            }
+            Ok(None) => Err(Error::file(
+                &place,
+                format!("is not a manifest: it holds more than {MANIFEST_BYTES} bytes"),
+                remedy,
+            )),
             Ok(Some(text)) => {
                 let begin: String = String::from_utf8_lossy(&text).chars().take(20).collect();
-                Err(Error::file(&place, format!("is no manifest: it begins with {begin:?}"), remedy))
+                Err(Error::file(&place, format!("is not a manifest: it begins with {begin:?}"), remedy))
             }
             Err(error) => match (self.failure(MANIFEST_FILE, &error), self.cache.latest(&place, MANIFEST_BYTES)) {
                 (Error::Disk { .. }, Some(text)) => {
@@ -101,17 +105,18 @@ impl Remote {
         }
     }
 
-    /// A part of an object, from the cache where it is there. What arrives with another checksum is asked for once more.
+    /// Reads a part of an object, from the cache if present. If the received part has another checksum, it is requested
+    /// once more.
     pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
         if let Some(bytes) = self.cache.get(&piece.sha256, piece.bytes) {
             return Ok(Ok(bytes));
         }
-        // One process of this machine asks; the others wait and take what it kept.
+        // One process of this machine requests the part; the others wait and read it from the cache.
         let _turn = self.cache.turn(&piece.sha256, Instant::now() + self.deadline);
         if let Some(bytes) = self.cache.get(&piece.sha256, piece.bytes) {
             return Ok(Ok(bytes));
         }
-        // Who waited in vain has not asked yet.
+        // The deadline starts again after the wait, because this process has requested nothing yet.
         let until = Instant::now() + self.deadline;
         let range = GetRange::Bounded(piece.offset..piece.offset + piece.bytes);
         for _ in 0..2 {
@@ -129,8 +134,8 @@ impl Remote {
         Ok(Err(Damage::of_checksum()))
     }
 
-    /// Asks until the deadline. The client tries failed requests again, but not every content that stops to come. `None` for
-    /// content of more than `limit` bytes.
+    /// Requests an object until the deadline. The client retries failed requests, but not every content that stops
+    /// arriving. Returns `None` for content of more than `limit` bytes.
     fn get(&self, file: &str, options: GetOptions, limit: u64, until: Instant) -> object_store::Result<Option<Bytes>> {
         let path = self.folder.clone().join(file);
         let mut stopped = None;
@@ -178,8 +183,8 @@ impl Remote {
     }
 }
 
-/// The provider's client, with credentials and settings from the environment, and the folder's place in it. All that the
-/// client tries ends before the deadline, so that its error tells what was wrong.
+/// Makes the provider's client, with credentials and settings from the environment, and returns the folder's path in
+/// it. All retries of the client end before the deadline, so that its error names the cause.
 fn open_store(url: &Url, deadline: Duration) -> object_store::Result<(Box<dyn ObjectStore>, ObjectPath)> {
     let (scheme, folder) = ObjectStoreScheme::parse(url)?;
     let retry = RetryConfig {
@@ -188,7 +193,7 @@ fn open_store(url: &Url, deadline: Duration) -> object_store::Result<(Box<dyn Ob
         retry_timeout: deadline / 2,
     };
     let silence = format!("{}ms", (deadline / 4).as_millis());
-    // The whole request has the deadline; the client's own limit of 30 s would cut slow ones off.
+    // The deadline applies to the whole request; the client's default limit of 30 s would abort slow ones.
     let limits = [
         (ClientConfigKey::Timeout, format!("{}ms", deadline.as_millis())),
         (ClientConfigKey::ConnectTimeout, silence.clone()),
@@ -211,7 +216,7 @@ fn open_store(url: &Url, deadline: Duration) -> object_store::Result<(Box<dyn Ob
         ObjectStoreScheme::Http => {
             let builder = HttpBuilder::new().with_url(&url[..Position::BeforePath]).with_retry(retry);
             let builder = limits.into_iter().fold(builder, |builder, (key, value)| builder.with_config(key, value));
-            // Who writes http:// wants it; what arrives is held to its checksum.
+            // A user who writes http:// accepts it; what arrives must match its checksum.
             Box::new(builder.with_config(ClientConfigKey::AllowHttp, "true").build()?)
         }
         other => return Err(StoreError::NotSupported { source: format!("{other:?} is not read").into() }),
@@ -219,7 +224,7 @@ fn open_store(url: &Url, deadline: Duration) -> object_store::Result<(Box<dyn Ob
     Ok((store, folder))
 }
 
-/// What an answer holds; `None` beyond `limit` bytes, said or sent.
+/// Reads the content of an answer. Returns `None` if its announced or actual size exceeds `limit` bytes.
 async fn content(answer: GetResult, limit: u64) -> object_store::Result<Option<Bytes>> {
     let said = answer.range.end.saturating_sub(answer.range.start);
     if said > limit {
@@ -236,7 +241,7 @@ async fn content(answer: GetResult, limit: u64) -> object_store::Result<Option<B
     Ok(Some(content.into()))
 }
 
-/// The innermost reason of an error, in one line: the outer ones only wrap it.
+/// Returns the innermost cause of an error, on one line: the outer ones only wrap it.
 fn cause(error: &StoreError) -> String {
     let mut innermost: &dyn std::error::Error = error;
     while let Some(source) = innermost.source() {

@@ -1,14 +1,14 @@
-//! What training reads of a row without looking: held against what it can be, once for each row group.
+//! Checks of the values that training uses unchecked, once for each row group.
 
 use crate::crop::LARGEST_SIDE;
 use crate::shard::FaceRecord;
 use crate::shard::limits::{LABEL_BYTES, LANDMARKS};
 use crate::shard::schema::EMBEDDING_DIM;
 
-/// An embedding's length may be this far from 1.
+/// Tolerance of an embedding's length around 1.
 const LENGTH_TOLERANCE: f32 = 0.01;
 
-/// What is wrong with a row, in words.
+/// Describes the problem of a row.
 pub(super) fn problem(record: &FaceRecord) -> Option<String> {
     let FaceRecord { width, height, score, .. } = *record;
     for (name, side) in [("width", width), ("height", height)] {
@@ -40,24 +40,24 @@ pub(super) fn problem(record: &FaceRecord) -> Option<String> {
         .or_else(|| unfit_embedding(&record.id_embedding))
 }
 
-/// What is wrong with the place of `points` in a picture of this size. Some may lie outside: a face at the edge of its
-/// photo goes on beyond it.
+/// Describes `points` that do not fit into a picture of this size. Some may be outside: a face at the edge of its photo
+/// extends beyond it.
 fn misplaced(size: [u32; 2], points: &[[f32; 2]]) -> Option<String> {
     for (axis, side) in size.into_iter().enumerate() {
         let side = side as f32;
         let values = || points.iter().map(|point| point[axis]);
-        // As much beyond an edge as the picture is large; a NaN is nowhere.
+        // Points may be beyond an edge by the picture's size; a NaN is never in range.
         if let Some(value) = values().find(|value| !(-side..=2.0 * side).contains(value)) {
-            return Some(format!("has a coordinate of {value}, far outside of the picture's {side} pixels"));
+            return Some(format!("has a coordinate of {value}, far outside the picture's {side} pixels"));
         }
         if values().all(|value| value < 0.0) || values().all(|value| value > side) {
-            return Some("lies outside of the picture".into());
+            return Some("is outside the picture".into());
         }
     }
     None
 }
 
-/// The mask of a face is cut along them.
+/// Describes landmarks that cannot outline a face: its mask is cut along them.
 fn unfit_landmarks(landmarks: &[[f32; 2]]) -> Option<String> {
     let count = landmarks.len();
     if !(3..=LANDMARKS).contains(&count) {
@@ -72,7 +72,7 @@ fn unfit_embedding(embedding: &[f32]) -> Option<String> {
         return Some(format!("`id_embedding` has {} values, not {EMBEDDING_DIM}", embedding.len()));
     }
     let length = embedding.iter().map(|value| value * value).sum::<f32>().sqrt();
-    // Also where it is no number.
+    // Also false for a NaN.
     let is_unit = (length - 1.0).abs() <= LENGTH_TOLERANCE;
     (!is_unit).then(|| format!("`id_embedding` is {length} long, not 1"))
 }

@@ -1,4 +1,4 @@
-//! The columns of a shard, and the way between rows and Arrow batches.
+//! Columns of a shard, and the conversion between rows and Arrow batches.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ pub const SCHEMA_VERSION: u32 = 2;
 /// Length of an identity embedding.
 pub const EMBEDDING_DIM: usize = 512;
 
-/// The columns of a shard, in order. Only `identity` and `split` may be null.
+/// Returns the columns of a shard, in order. Only `identity` and `split` may be null.
 pub fn schema() -> Schema {
     Schema::new(vec![
         Field::new("key", DataType::Utf8, false),
@@ -39,8 +39,8 @@ pub fn schema() -> Schema {
     ])
 }
 
-/// The same columns as a Parquet file has them without Arrow's own notes: no list has a fixed length. Those notes are not
-/// read, they could say anything.
+/// Returns the columns as a Parquet file without Arrow's own metadata has them: no list has a fixed length. That
+/// metadata is ignored, because it could claim anything.
 pub(super) fn columns() -> Fields {
     let column = |field: &Arc<Field>| match field.data_type() {
         DataType::FixedSizeList(element, _) => {
@@ -51,7 +51,7 @@ pub(super) fn columns() -> Fields {
     schema().fields().iter().map(column).collect()
 }
 
-/// The first column of `found` that is not the expected one, in words; `None` where all columns are as expected.
+/// Describes the first column of `found` that is not the expected one, `None` if all columns are as expected.
 pub(super) fn difference(found: &Fields) -> Option<String> {
     let expected = columns();
     for (position, field) in expected.iter().enumerate() {
@@ -73,7 +73,7 @@ pub(super) fn difference(found: &Fields) -> Option<String> {
     Some(format!("unknown column `{}`", extra.name()))
 }
 
-/// Rows to one Arrow batch.
+/// Converts rows to one Arrow batch.
 pub(super) fn to_batch(records: &[FaceRecord]) -> Result<RecordBatch, ArrowError> {
     let strings =
         |get: fn(&FaceRecord) -> &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(records.iter().map(get))) };
@@ -100,10 +100,11 @@ pub(super) fn to_batch(records: &[FaceRecord]) -> Result<RecordBatch, ArrowError
     RecordBatch::try_new(Arc::new(schema()), columns)
 }
 
-/// One Arrow batch to rows; the batch has [`columns`], with views in place of texts and binaries. Copies within `budget`.
+/// Converts one Arrow batch to rows. The batch has [`columns`], with views in place of texts and binaries. Copies at
+/// most `budget`.
 ///
 /// # Errors
-/// A row that does not hold what training reads of it, by its number and its key.
+/// A row with values that training cannot use, by its number and its key.
 pub(super) fn from_batch(batch: &RecordBatch, budget: &Budget) -> Result<Vec<FaceRecord>, Damage> {
     let columns = Columns::new(batch)?;
     let copied: usize = (0..batch.num_rows()).map(|row| columns.copied_bytes(row)).sum();
@@ -117,7 +118,7 @@ pub(super) fn from_batch(batch: &RecordBatch, budget: &Budget) -> Result<Vec<Fac
     (0..batch.num_rows()).map(record).collect()
 }
 
-/// The columns of a batch, each as what it holds.
+/// Columns of a batch, by type.
 struct Columns<'a> {
     key: &'a StringViewArray,
     image: &'a BinaryViewArray,
@@ -137,7 +138,7 @@ struct Columns<'a> {
 impl<'a> Columns<'a> {
     fn new(batch: &'a RecordBatch) -> Result<Self, Damage> {
         let column = |name: &str| batch.column_by_name(name).ok_or_else(|| misread(name, "is missing"));
-        // A null reads as a zero or as nothing.
+        // A null would read as a zero or as an empty value.
         let filled = |name: &str| {
             let column = column(name)?;
             match (0..column.len()).find(|row| column.is_null(*row)) {
@@ -145,17 +146,18 @@ impl<'a> Columns<'a> {
                 None => Ok(column),
             }
         };
-        let text =
-            |column: &'a ArrayRef, name: &str| column.as_string_view_opt().ok_or_else(|| misread(name, "is no string"));
+        let text = |column: &'a ArrayRef, name: &str| {
+            column.as_string_view_opt().ok_or_else(|| misread(name, "is not a string"))
+        };
         let list = |name: &str| {
-            let list = filled(name)?.as_list_opt::<i32>().ok_or_else(|| misread(name, "is no list"))?;
+            let list = filled(name)?.as_list_opt::<i32>().ok_or_else(|| misread(name, "is not a list"))?;
             if list.values().null_count() > 0 {
                 return Err(misread(name, "holds nulls"));
             }
             Ok(list)
         };
         let number =
-            |name: &str| filled(name)?.as_primitive_opt::<UInt32Type>().ok_or_else(|| misread(name, "is no u32"));
+            |name: &str| filled(name)?.as_primitive_opt::<UInt32Type>().ok_or_else(|| misread(name, "is not u32"));
         Ok(Self {
             key: text(filled("key")?, "key")?,
             image: filled("image")?.as_binary_view_opt().ok_or_else(|| misread("image", "is not binary"))?,
@@ -164,7 +166,7 @@ impl<'a> Columns<'a> {
             face_box: list("face_box")?,
             points: list("points")?,
             landmarks: list("landmarks")?,
-            score: filled("score")?.as_primitive_opt().ok_or_else(|| misread("score", "is no f32"))?,
+            score: filled("score")?.as_primitive_opt().ok_or_else(|| misread("score", "is not f32"))?,
             id_embedding: list("id_embedding")?,
             caption: text(filled("caption")?, "caption")?,
             sha256: text(filled("sha256")?, "sha256")?,
@@ -194,7 +196,7 @@ impl<'a> Columns<'a> {
         })
     }
 
-    /// What the texts and the image of a row take once each is a copy of its own.
+    /// Returns the bytes that copies of a row's texts and image take.
     fn copied_bytes(&self, row: usize) -> usize {
         let texts = [self.key, self.caption, self.sha256, self.identity, self.split];
         self.image.value(row).len() + texts.map(|text| text.value(row).len()).iter().sum::<usize>()

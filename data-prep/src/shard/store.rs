@@ -1,4 +1,4 @@
-//! Where the files of a shard folder lie, and how parts of them are read and checked.
+//! Storage of a shard folder: the place of its files, and checked reads of their parts.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -16,7 +16,7 @@ use crate::shard::manifest::{MANIFEST_FILE, Piece};
 #[cfg(feature = "cloud")]
 use crate::shard::remote::Remote;
 
-/// What is wrong with the content of a part of a shard, in words: the medium could be read, but gave something else than
+/// Description of damaged content in a part of a shard: the medium could be read, but returned something other than
 /// what was written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -32,38 +32,38 @@ impl Damage {
     }
 }
 
-/// How a shard folder behind a URL is read.
+/// Settings for reading a shard folder behind a URL.
 #[derive(Debug, Clone)]
 pub struct RemoteConfig {
-    /// Folder for what was read, shared by the processes of a machine.
+    /// Cache folder, shared by the processes of a machine.
     pub cache: PathBuf,
-    /// Its size; a little more while it is written to.
+    /// Size of the cache in bytes, which it may exceed a little during a write.
     pub cache_bytes: u64,
-    /// Time after which a read that still fails is given up; tries again fall within it.
+    /// Time after which a failing read is given up, including retries.
     pub deadline: Duration,
 }
 
-/// The place of a shard folder.
+/// Place of a shard folder.
 #[derive(Debug)]
 pub(super) enum Store {
-    /// A folder of this machine. No name in it leads out.
+    /// Folder of this machine. No name in it leads out.
     Folder(Root),
-    /// A folder behind a URL.
+    /// Folder behind a URL.
     #[cfg(feature = "cloud")]
     Remote(Box<Remote>),
 }
 
 impl Store {
-    /// The folder behind a URL.
+    /// Opens the folder behind a URL.
     ///
     /// # Errors
-    /// Input for a URL that is not understood, or that this build does not read.
+    /// Input: a URL that is not understood or not supported by this build.
     #[cfg(feature = "cloud")]
     pub(super) fn remote(url: &str, config: &RemoteConfig) -> Result<Self> {
         Ok(Self::Remote(Box::new(Remote::open(url, config)?)))
     }
 
-    /// As above: this build reads none.
+    /// Refuses a URL, because this build has no client.
     #[cfg(not(feature = "cloud"))]
     pub(super) fn remote(url: &str, _config: &RemoteConfig) -> Result<Self> {
         Err(Error::file(
@@ -73,7 +73,7 @@ impl Store {
         ))
     }
 
-    /// The place of one file, for messages.
+    /// Returns the place of one file, for messages.
     pub(super) fn place(&self, file: &str) -> PathBuf {
         match self {
             Self::Folder(root) => root.path().join(file),
@@ -82,7 +82,7 @@ impl Store {
         }
     }
 
-    /// The whole manifest.
+    /// Reads the whole manifest.
     pub(super) fn read_manifest(&self) -> Result<Bytes> {
         match self {
             Self::Folder(root) => read_manifest(root).map(Bytes::from),
@@ -91,10 +91,11 @@ impl Store {
         }
     }
 
-    /// A part of a file, its checksum compared.
+    /// Reads a part of a file and checks its checksum.
     ///
     /// # Errors
-    /// Input or Disk where it cannot be read; what could be read but is not what was written is the inner error.
+    /// Input or Disk: the part cannot be read. The inner error reports content that could be read but differs from what
+    /// was written.
     pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
         match self {
             Self::Folder(root) => read_local(root, file, piece),
@@ -104,7 +105,7 @@ impl Store {
     }
 }
 
-/// The manifest of a folder.
+/// Reads the manifest of a folder.
 pub(super) fn read_manifest(root: &Root) -> Result<Vec<u8>> {
     root.read(Path::new(MANIFEST_FILE), MANIFEST_BYTES)
         .map_err(|source| unreadable(&root.path().join(MANIFEST_FILE), source))
@@ -112,7 +113,7 @@ pub(super) fn read_manifest(root: &Root) -> Result<Vec<u8>> {
 
 fn read_local(root: &Root, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
     let read = |file: File| {
-        // A file that ends before is not made room for.
+        // Check the length first, to allocate nothing for a file that ends early.
         if file.metadata()?.len().checked_sub(piece.bytes).is_none_or(|last| last < piece.offset) {
             return Err(ErrorKind::UnexpectedEof.into());
         }
@@ -127,7 +128,7 @@ fn read_local(root: &Root, file: &str, piece: &Piece) -> Result<std::result::Res
     }
 }
 
-/// Why a file of a folder is not read: the folder's fault, or the disk's.
+/// Maps a read error of a file in a folder: the folder's fault, or the disk's.
 pub(super) fn unreadable(path: &Path, source: io::Error) -> Error {
     match source.kind() {
         ErrorKind::InvalidInput | ErrorKind::PermissionDenied | ErrorKind::FileTooLarge => {

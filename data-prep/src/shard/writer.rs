@@ -1,4 +1,4 @@
-//! Writes rows as zstd Parquet shards; the same rows give the same bytes.
+//! Writer of zstd Parquet shards. The same rows give the same bytes.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -21,11 +21,11 @@ use crate::shard::limits::ROWS_PER_GROUP;
 use crate::shard::manifest::{IndexFile, RowGroupPiece, ShardFile};
 use crate::shard::schema::{EMBEDDING_DIM, SCHEMA_VERSION, schema, to_batch};
 
-/// How rows are cut into files and row groups.
+/// Sizes of row groups and files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ShardConfig {
-    /// Faces per row group, the unit that training reads at once.
+    /// Faces per row group, which training reads at once.
     pub rows_per_group: usize,
     /// Faces per file; a multiple of `rows_per_group`.
     pub rows_per_shard: usize,
@@ -38,7 +38,7 @@ impl Default for ShardConfig {
 }
 
 impl ShardConfig {
-    /// Checks that full files hold whole row groups, as large as they are read.
+    /// Checks that full files contain whole row groups, of a size that the reader accepts.
     ///
     /// # Errors
     /// Input, at `place`: zero, not a multiple, or row groups of more than [`ROWS_PER_GROUP`].
@@ -72,12 +72,12 @@ pub struct ShardWriter {
     finished: Vec<ShardFile>,
 }
 
-/// What a [`ShardWriter`] wrote, for the manifest.
+/// Files that a [`ShardWriter`] wrote, for the manifest.
 #[derive(Debug)]
 pub struct Written {
-    /// The shards, in the order of their rows.
+    /// Shards, in the order of their rows.
     pub shards: Vec<ShardFile>,
-    /// Key, identity and split of all rows.
+    /// Index with key, identity and split of all rows.
     pub index: IndexFile,
 }
 
@@ -88,7 +88,7 @@ struct OpenShard {
 }
 
 impl ShardWriter {
-    /// A writer into the existing folder `dir`. `models` (role, name) go into each shard's key-value metadata.
+    /// Makes a writer into the existing folder `dir`. `models` (role, name) go into each shard's key-value metadata.
     pub fn new<'a>(
         dir: &Path,
         config: &ShardConfig,
@@ -112,7 +112,7 @@ impl ShardWriter {
     /// Adds one row.
     ///
     /// # Errors
-    /// Fault for a row that breaks the schema, Input or Disk where the folder cannot be written.
+    /// Fault: the row breaks the schema. Input or Disk: the folder cannot be written.
     pub fn push(&mut self, record: FaceRecord) -> Result<()> {
         if record.id_embedding.len() != EMBEDDING_DIM {
             let length = record.id_embedding.len();
@@ -122,7 +122,7 @@ impl ShardWriter {
         if self.pending.len() == self.config.rows_per_group { self.write_group() } else { Ok(()) }
     }
 
-    /// Writes what is left and closes the last file.
+    /// Writes the remaining rows and closes the last file.
     ///
     /// # Errors
     /// As [`push`](Self::push).
@@ -164,7 +164,8 @@ impl ShardWriter {
         let output = File::create(&path).map_err(|source| Error::write(&path, source))?;
         let properties = reproducible(WriterProperties::builder())
             .set_max_row_group_row_count(Some(self.config.rows_per_group))
-            // Dictionaries where values repeat. Bounds of images and embeddings would only cost space.
+            // Dictionaries only for columns whose values repeat. Statistics of images and embeddings would only waste
+            // space.
             .set_dictionary_enabled(false)
             .set_column_dictionary_enabled("caption".into(), true)
             .set_column_dictionary_enabled("identity".into(), true)
@@ -186,7 +187,7 @@ impl ShardWriter {
     }
 }
 
-/// A shard for the manifest, read back for its checksums.
+/// Describes a shard for the manifest. Reads the file back for its checksums.
 fn describe(path: &Path, file: String, rows: usize, metadata: &ParquetMetaData) -> std::io::Result<ShardFile> {
     let shard = File::open(path)?;
     let bytes = shard.metadata()?.len();
@@ -212,15 +213,15 @@ fn describe(path: &Path, file: String, rows: usize, metadata: &ParquetMetaData) 
     Ok(ShardFile { file, rows, bytes, sha256, row_groups, footer_sha256 })
 }
 
-/// The same bytes for the same rows, small.
+/// Makes the bytes reproducible for the same rows, and small.
 pub(super) fn reproducible(properties: WriterPropertiesBuilder) -> WriterPropertiesBuilder {
     properties
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
-        // The library's default names its own version: an upgrade would change every byte.
+        // The library's default contains its own version: an upgrade would change every byte.
         .set_created_by("hyperlora data-prep".into())
 }
 
-/// What the disk refused is told as the disk's, the rest is a fault of the program.
+/// Maps a write error: an I/O error is the disk's, everything else a fault of the program.
 pub(super) fn write_error(path: &Path, error: ParquetError) -> Error {
     match error {
         ParquetError::External(source) => match source.downcast::<std::io::Error>() {

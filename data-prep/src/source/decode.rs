@@ -1,4 +1,4 @@
-//! File bytes to pixels, within limits that a hostile file cannot exceed.
+//! Decoding of files to pixels, within limits that a hostile file cannot exceed.
 
 use std::io::Cursor;
 
@@ -8,13 +8,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::source::{jpeg, webp};
 
-/// What a photo may cost. A larger one counts as undecodable.
+/// Resource limits per photo. One that exceeds them counts as undecodable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DecodeConfig {
     /// Largest width and height in pixels.
     pub max_side: u32,
-    /// Largest file, and most bytes that decoding it may allocate. Each worker may need twice as much at a time.
+    /// Largest file in bytes, and largest allocation for decoding it. Each worker may need twice as much at a time.
     pub max_bytes: u64,
 }
 
@@ -24,17 +24,17 @@ impl Default for DecodeConfig {
     }
 }
 
-/// A photo's pixels.
+/// Decoded photo.
 #[derive(Debug, Clone)]
 pub struct Decoded {
-    /// 8-bit RGB, upright by the EXIF orientation; on white where the photo is transparent.
+    /// 8-bit RGB, upright by the EXIF orientation, on white where the photo is transparent.
     pub pixels: RgbImage,
-    /// Whether it is transparent somewhere.
+    /// True if any pixel is transparent.
     pub transparent: bool,
 }
 
 impl DecodeConfig {
-    /// Checks that something can be decoded at all.
+    /// Checks that no limit excludes every photo.
     ///
     /// # Errors
     /// Input, at `place`: a limit of zero.
@@ -45,10 +45,10 @@ impl DecodeConfig {
         Ok(())
     }
 
-    /// The photo in `bytes`.
+    /// Decodes the photo in `bytes`.
     ///
     /// # Errors
-    /// Why it cannot be decoded, in words: an unknown format, damage, a part that is missing, or a limit.
+    /// Reason why it cannot be decoded: an unknown format, damage, a missing part, or a limit.
     pub fn decode(&self, bytes: &[u8]) -> std::result::Result<Decoded, String> {
         let mut limits = Limits::no_limits();
         limits.max_alloc = Some(self.max_bytes);
@@ -67,7 +67,7 @@ impl DecodeConfig {
             webp::check(bytes)?;
         }
         let mut decoder = reader.into_decoder().map_err(failed)?;
-        // Not every decoder checks its limits by itself, and none names them.
+        // Not every decoder checks its limits itself, and none names them.
         let (width, height) = decoder.dimensions();
         let allowed = |key: &str, limit: u64| format!("more than decode.{key} allows ({limit})");
         if width.max(height) > self.max_side {
@@ -79,7 +79,7 @@ impl DecodeConfig {
             let allowed = allowed("max_bytes", self.max_bytes);
             return Err(format!("its {width} x {height} pixels take {bytes_needed} bytes, {allowed}"));
         }
-        // Orientation that cannot be read is no reason to lose the photo.
+        // An unreadable orientation is no reason to lose the photo.
         let orientation = decoder.orientation().ok();
         let mut photo = match (format, decoder.color_type()) {
             (Some(ImageFormat::Jpeg), colours) => jpeg::decode(bytes, [width, height], colours)?,
@@ -92,7 +92,8 @@ impl DecodeConfig {
     }
 }
 
-/// A transparent pixel has a colour too, which no viewer shows: rubbish that must not become the picture.
+/// Blends a photo with white. The colour of a transparent pixel is often rubbish that no viewer shows, so it must not
+/// become part of the picture.
 fn on_white(photo: DynamicImage) -> Decoded {
     if !photo.color().has_alpha() {
         return Decoded { pixels: photo.into_rgb8(), transparent: false };
@@ -106,7 +107,7 @@ fn on_white(photo: DynamicImage) -> Decoded {
     Decoded { pixels, transparent }
 }
 
-/// The container of HEIC and AVIF (ISO/IEC 14496-12), which phones write and people rename.
+/// Detects the container of HEIC and AVIF (ISO/IEC 14496-12), which phones write and people rename.
 fn is_heif(bytes: &[u8]) -> bool {
     bytes.get(4..8) == Some(b"ftyp")
 }
@@ -145,7 +146,7 @@ mod tests {
             let whole = bytes.into_inner();
             let decode = |bytes: &[u8]| DecodeConfig::default().decode(bytes);
             assert_eq!(decode(&whole).unwrap().pixels.dimensions(), (61, 47), "{format:?}");
-            // The last bytes of a PNG say that it ends, and a line of a BMP is filled up.
+            // The last bytes of a PNG only mark its end, and a line of a BMP is padded.
             for cut in (0..whole.len() - 16).step_by(7) {
                 assert!(decode(&whole[..cut]).is_err(), "{format:?} cut at {cut} of {}", whole.len());
             }
@@ -173,7 +174,7 @@ mod tests {
         assert_eq!(message, "its 100 x 101 pixels take 30300 bytes, more than decode.max_bytes allows (30000)");
         let message = narrow.decode(&png(2, 26)).unwrap_err();
         assert_eq!(message, "it is 2 x 26 pixels large, more than decode.max_side allows (25)");
-        // A header that promises far more than the file holds.
+        // A header that announces far more than the file contains.
         let bomb = b"P6\n16000 16000\n255\n\0\0\0";
         assert!(small.decode(bomb).is_err());
     }

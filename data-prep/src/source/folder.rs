@@ -14,20 +14,19 @@ use crate::notes::Notes;
 use crate::source::labels::{self, Label};
 use crate::source::{Photo, Source, SourceFiles};
 
-/// A folder that is searched through all its subfolders, but for hidden ones and those that tools keep.
+/// Folder that is searched with all its subfolders, except hidden ones and those that tools keep.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FolderConfig {
-    /// The folder.
+    /// Root folder.
     pub root: ConfigPath,
-    /// A CSV list with the header `key,identity,split`; photos that it does not name have neither.
+    /// CSV list with the header `key,identity,split`. Photos that are not in it have neither.
     #[serde(default)]
     pub labels: Option<ConfigPath>,
-    /// Extensions of the files to look at, in lower case; files in any case match.
+    /// Extensions of the photos, in lower case; files in any case match.
     #[serde(default = "image_extensions")]
     pub extensions: Vec<String>,
-    /// Whether links are followed that lead out of the folder. Those that stay in it are followed anyway, where they are
-    /// relative.
+    /// True to follow links that lead out of the folder. Relative links that stay in it are always followed.
     #[serde(default)]
     pub follow_links: bool,
 }
@@ -36,7 +35,7 @@ fn image_extensions() -> Vec<String> {
     ["bmp", "jpeg", "jpg", "pgm", "png", "ppm", "webp"].map(String::from).to_vec()
 }
 
-/// What systems and tools keep beside photos, in names that do not begin with a dot: thumbnails, waste bins, copies.
+/// Names without a leading dot that systems and tools keep next to photos: thumbnails, waste bins, copies.
 const KEPT_BY_TOOLS: [&str; 9] = [
     "@eaDir",
     "@Recycle",
@@ -86,7 +85,7 @@ impl FolderConfig {
     }
 }
 
-/// The walk through a folder.
+/// Search through a folder.
 struct Search<'a> {
     config: &'a FolderConfig,
     root: &'a Path,
@@ -95,7 +94,7 @@ struct Search<'a> {
     captions_beside: bool,
     /// Keys and paths of the photos.
     paths: Vec<(String, PathBuf)>,
-    /// Keys of the text files that are captions, if they stand beside a photo.
+    /// Keys of the text files, which are captions if they are next to a photo.
     texts: Vec<String>,
     notes: Notes,
 }
@@ -126,7 +125,7 @@ impl Search<'_> {
         Ok(self)
     }
 
-    /// Tells whether to go on into the entry, where it is a folder.
+    /// Records an entry. Tells whether to descend into it if it is a folder.
     fn look_at(&mut self, entry: &DirEntry) -> bool {
         let path = entry.path();
         let relative = path.strip_prefix(self.root).unwrap_or(path);
@@ -156,7 +155,7 @@ impl Search<'_> {
         true
     }
 
-    /// An entry that cannot be looked at.
+    /// Records an entry that cannot be accessed.
     fn fail_at(&mut self, path: &Path, error: &walkdir::Error) {
         let relative = path.strip_prefix(self.root).unwrap_or(path);
         let key = key_of(relative);
@@ -166,7 +165,7 @@ impl Search<'_> {
             tracing::warn!("{error}: the photos in this folder are missing");
             self.notes.add("unreadable_folder", &key);
         } else if self.config.wants(path) {
-            // One photo's trouble: reading it fails too, and is counted.
+            // Only one photo is affected: reading it fails too, and is counted.
             self.paths.push((key, relative.into()));
         } else {
             self.notes.add("broken_link", &key);
@@ -175,7 +174,8 @@ impl Search<'_> {
 
     /// Counts a file that is neither photo nor caption by its extension.
     fn pass_over(&mut self, path: &Path, key: &str) {
-        // Enough for every format that photos and captions come in; a stranger's extensions do not fill the manifest.
+        // Enough for every format of photos and captions, and a limit so that a stranger's extensions cannot fill the
+        // manifest.
         const MOST_KINDS: usize = 40;
         let extension = path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
         let kind = match extension {
@@ -188,13 +188,13 @@ impl Search<'_> {
         self.notes.add(if known { &kind } else { "other_file" }, key);
     }
 
-    /// Whether a link leads out of the folder. An absolute one does so on the next machine.
+    /// Tells whether a link leads out of the folder. An absolute one does so on the next machine.
     fn leads_out(&self, link: &Path) -> bool {
         let inside = |real: PathBuf| real.starts_with(&self.real_root);
         !(link.read_link().is_ok_and(|target| target.is_relative()) && link.canonicalize().is_ok_and(inside))
     }
 
-    /// Whether a photo has the name of a text file but for the extension.
+    /// Tells whether a photo has the same name as a text file, except for the extension.
     fn is_beside_photo(&self, text: &str) -> bool {
         let stem = text.strip_suffix("txt").unwrap_or(text);
         let start = self.paths.partition_point(|(key, _)| key.as_str() < stem);
@@ -202,7 +202,7 @@ impl Search<'_> {
         alike.into_iter().any(|extension| !extension.contains(['.', '/']))
     }
 
-    /// The photos with their labels.
+    /// Returns the photos with their labels.
     fn labelled(mut self, labels: Option<HashMap<String, Label>>) -> (Vec<Photo>, Notes) {
         let listed = labels.is_some();
         let mut labels = labels.unwrap_or_default();
@@ -225,7 +225,7 @@ impl Search<'_> {
     }
 }
 
-/// The list is the user's where it lies outside of the photos' folder, and as foreign as these where it lies in it.
+/// Reads the list of labels. A list outside the photos' folder is the user's; one inside is as foreign as the photos.
 fn read_labels(path: &Path, root: &Path, files: &SourceFiles) -> Result<HashMap<String, Label>> {
     let bytes = match path.strip_prefix(root) {
         Ok(inside) => files.read(inside, labels::MAX_BYTES),
@@ -234,7 +234,7 @@ fn read_labels(path: &Path, root: &Path, files: &SourceFiles) -> Result<HashMap<
     labels::parse(bytes.map_err(|source| Error::read(path, source))?, path)
 }
 
-/// A path from the root as a key: UTF-8, and no two paths share one. A byte that is not UTF-8 becomes U+FFFD and two
+/// Converts a path from the root to a key: UTF-8, and unique. A byte that is not UTF-8 becomes U+FFFD and two
 /// hexadecimal digits, and so do the bytes of U+FFFD itself.
 pub(super) fn key_of(relative: &Path) -> String {
     let mut key = String::new();
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn photos_come_in_key_order_with_their_labels() {
-        // With the mark that some editors put before a text.
+        // The list begins with the byte-order mark that some editors write.
         let list = "\u{feff}key,identity,split\nb/2.PNG,ada,train\nb/10.jpg,,unseen\nmissing.png,x,y\n";
         let (dir, config) = folder(list);
         let Source { photos, files, notes } = config.open(dir.path(), false).unwrap();
@@ -338,7 +338,7 @@ mod tests {
         assert_eq!(keys(&source), ["a.pgm", "b/10.jpg", "b/2.PNG"]);
         let noted = "hidden_file 1 (._a.pgm), hidden_folder 4 (.ipynb_checkpoints and more), txt_file 1 (notes.txt)";
         assert_eq!(source.notes.to_string(), noted);
-        // The folder that the user names may be hidden itself.
+        // The folder that the user names may itself be hidden.
         config.root = ConfigPath::new("photos/.ipynb_checkpoints");
         assert_eq!(keys(&config.open(dir.path(), true).unwrap()), ["a-checkpoint.pgm"]);
     }
@@ -387,7 +387,7 @@ mod tests {
     fn a_folder_that_cannot_be_read_is_counted_as_one() {
         let (dir, mut config) = folder("");
         config.labels = None;
-        // Deeper than a path may be long: nobody can open the last ones by their paths, not even root.
+        // Deeper than the longest path: nobody can open the last folders by their paths, not even root.
         let mut at = Dir::open_ambient_dir(dir.path().join("photos"), ambient_authority()).unwrap();
         for _ in 0..17 {
             at.create_dir("d".repeat(250)).unwrap();
@@ -420,8 +420,8 @@ mod tests {
             ("key,identity,split\na,b,c\nd,e\n", ":3: ", "fields"),
             ("key,identity,split\na,b,c\na,b,c\n", ":3: ", "second time"),
             ("key,person,split\na,b,c\n", ":2: ", "person"),
-            ("key,identity,split\na,b,c\n../../etc/shadow,b,c\n", ":3: ", "no plain relative path"),
-            ("key,identity,split\n/etc/shadow,b,c\n", ":2: ", "no plain relative path"),
+            ("key,identity,split\na,b,c\n../../etc/shadow,b,c\n", ":3: ", "not a plain relative path"),
+            ("key,identity,split\n/etc/shadow,b,c\n", ":2: ", "not a plain relative path"),
         ] {
             let (dir, config) = folder(labels);
             let error = config.open(dir.path(), true).unwrap_err();

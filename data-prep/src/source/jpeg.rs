@@ -1,5 +1,5 @@
-//! JPEG read strictly. The decoder of `image` fills with grey what a damaged or cut file does not hold; here that is an
-//! error.
+//! Strict JPEG reader. The decoder of `image` fills the missing parts of a damaged or truncated file with grey; here
+//! that is an error.
 
 use std::borrow::Cow;
 
@@ -9,10 +9,10 @@ use zune_core::colorspace::ColorSpace;
 use zune_core::options::DecoderOptions;
 use zune_jpeg::JpegDecoder;
 
-/// The picture in `bytes`, of this size and these colours, as `image` would decode it.
+/// Decodes the picture in `bytes`, of this size and these colours, as `image` would.
 ///
 /// # Errors
-/// Why it is not whole, in words.
+/// Reason why it is incomplete.
 pub(super) fn decode(bytes: &[u8], [width, height]: [u32; 2], colours: ColorType) -> Result<DynamicImage, String> {
     let outline = Outline::of(bytes).ok_or("the file ends before its picture does")?;
     let picture = outline.guarded(bytes);
@@ -27,7 +27,7 @@ pub(super) fn decode(bytes: &[u8], [width, height]: [u32; 2], colours: ColorType
         .set_max_height(usize::MAX)
         .jpeg_set_out_colorspace(space);
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&*picture), lenient);
-    // Some of its messages come in quotes.
+    // Some of its messages are quoted.
     let words = |error: zune_jpeg::errors::DecodeErrors| error.to_string().trim_matches('"').to_owned();
     decoder.decode_headers().map_err(words)?;
     decoder.set_options(lenient.set_strict_mode(true));
@@ -40,30 +40,30 @@ pub(super) fn decode(bytes: &[u8], [width, height]: [u32; 2], colours: ColorType
     decoded.ok_or_else(|| "its size is not what its header says".into())
 }
 
-/// Codes of the markers that matter here (ITU T.81, table B.1).
+/// Codes of the markers used here (ITU T.81, table B.1).
 mod marker {
     pub(super) const PROGRESSIVE: u8 = 0xc2;
     pub(super) const START: u8 = 0xd8;
     pub(super) const END: u8 = 0xd9;
     pub(super) const SCAN: u8 = 0xda;
 
-    /// Whether a marker stands alone, without the length of a segment.
+    /// Tells whether a marker stands alone, without the length of a segment.
     pub(super) fn stands_alone(code: u8) -> bool {
         matches!(code, 0x01 | 0xd0..=START)
     }
 }
 
-/// What the markers tell of a file's first picture.
+/// Structure of a file's first picture, according to its markers.
 #[derive(Debug, PartialEq, Eq)]
 struct Outline {
-    /// Where its end marker stands. Cameras append more: previews, depth, a film.
+    /// Position of its end marker. Cameras append more: previews, depth, a film.
     end: usize,
     scans: usize,
     progressive: bool,
 }
 
 impl Outline {
-    /// Goes from marker to marker; `None` where the file ends before the end marker.
+    /// Walks from marker to marker. Returns `None` if the file ends before the end marker.
     fn of(bytes: &[u8]) -> Option<Self> {
         let mut outline = Self { end: 0, scans: 0, progressive: false };
         let mut at = 0;
@@ -82,10 +82,10 @@ impl Outline {
         }
     }
 
-    /// The picture with a guard of one-bits behind its last scan. No Huffman code is all ones (ITU T.81, C.2), so a
-    /// decoder that runs short fails there; at the end marker it would go on with zeros. That marker stays away for the
-    /// same reason where the decoder does not ask for it, and a progressive picture of one scan is left as it is, because
-    /// the decoder does ask for the marker right behind that.
+    /// Returns the picture with a guard of one-bits after its last scan. No Huffman code is all ones (ITU T.81, C.2),
+    /// so a decoder that runs out of data fails there; at the end marker it would continue with zeros. For the same
+    /// reason the end marker is omitted if the decoder does not require it. A progressive picture with one scan stays
+    /// unchanged, because the decoder requires the marker right after that scan.
     fn guarded<'a>(&self, bytes: &'a [u8]) -> Cow<'a, [u8]> {
         const GUARD: usize = 16;
         let picture = &bytes[..self.end];
@@ -100,7 +100,8 @@ impl Outline {
     }
 }
 
-/// Where the code of the next marker from `at` on stands. A 0xFF in the picture's data is followed by 0, which is no code.
+/// Returns the position of the next marker's code, from `at` on. A 0xFF in the picture's data is followed by 0, which
+/// is not a code.
 fn next_marker(bytes: &[u8], mut at: usize) -> Option<usize> {
     loop {
         at += bytes.get(at..)?.iter().position(|byte| *byte == 0xff)?;
@@ -139,7 +140,7 @@ mod tests {
             let scan = next_scan(bytes);
             for cut in 2..bytes.len() - 2 {
                 assert!(decode(&bytes[..cut], [40, 40], ColorType::Rgb8).is_err(), "{name} cut at {cut}");
-                // A progressive file may end after any of its scans: it is coarse then, not torn.
+                // A progressive file may end after any of its scans: it is then coarse, not damaged.
                 if name != "progressive" && cut > scan && cut < bytes.len() - 8 {
                     let ended = [&bytes[..cut], b"\xff\xd9"].concat();
                     assert!(decode(&ended, [40, 40], ColorType::Rgb8).is_err(), "{name} ended at {cut}");

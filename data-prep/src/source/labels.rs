@@ -1,4 +1,4 @@
-//! The CSV list of identities and splits.
+//! CSV list of identities and splits.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -9,12 +9,12 @@ use serde::Deserialize;
 
 use crate::source::folder::key_of;
 
-/// A longer list is no list: ten million rows take less.
+/// Size limit of the list in bytes: ten million rows take less.
 pub(super) const MAX_BYTES: u64 = 1 << 30;
 
 const REMEDY: &str = "write it as CSV with the header `key,identity,split`, each key once";
 
-/// A row of the list.
+/// Row of the list.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Label {
@@ -23,10 +23,10 @@ pub(super) struct Label {
     pub(super) split: Option<String>,
 }
 
-/// The rows in `bytes`, the content of the list at `path`, by their keys.
+/// Parses `bytes`, the content of the list at `path`, into rows by key.
 ///
 /// # Errors
-/// Input that names the line: no CSV with this header, a key that stands there twice or is no plain relative path.
+/// Input that names the line: not CSV with this header, or a key that is repeated or not a plain relative path.
 pub(super) fn parse(bytes: Vec<u8>, path: &Path) -> Result<HashMap<String, Label>> {
     let text = text::decode(bytes).map_err(|problem| Error::file(path, format!("it {problem}"), REMEDY))?;
     let mut labels = HashMap::new();
@@ -43,10 +43,10 @@ pub(super) fn parse(bytes: Vec<u8>, path: &Path) -> Result<HashMap<String, Label
         let place = || format!("{}:{line}", path.display());
         if !is_plain(&label.key) {
             let remedy = "write keys as the photos' paths from source.folder.root, such as ada/1.jpg";
-            return Err(Error::input(place(), format!("the key `{}` is no plain relative path", label.key), remedy));
+            return Err(Error::input(place(), format!("the key `{}` is not a plain relative path", label.key), remedy));
         }
         if let Some(twice) = labels.insert(key_of(Path::new(&label.key)), label) {
-            return Err(Error::input(place(), format!("the key `{}` stands here a second time", twice.key), REMEDY));
+            return Err(Error::input(place(), format!("the key `{}` appears a second time", twice.key), REMEDY));
         }
     }
     Ok(labels)

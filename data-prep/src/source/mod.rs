@@ -1,4 +1,4 @@
-//! Where photos come from.
+//! Sources of photos.
 
 mod decode;
 mod folder;
@@ -19,7 +19,7 @@ use hyperlora_core::paths::{Root, read_regular};
 
 use crate::notes::Notes;
 
-/// The source of the photos; tagged in the YAML by the kind, as in `source: {folder: {root: photos}}`.
+/// Source of the photos, tagged in the YAML by the kind, as in `source: {folder: {root: photos}}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum SourceConfig {
@@ -27,32 +27,32 @@ pub enum SourceConfig {
     Folder(FolderConfig),
 }
 
-/// What a source holds.
+/// Content of a source.
 #[derive(Debug)]
 pub struct Source {
     /// All photos, in the order of their keys.
     pub photos: Vec<Photo>,
-    /// Where their files are read.
+    /// Reader of their files.
     pub files: SourceFiles,
-    /// What was passed over.
+    /// Notes on skipped files.
     pub notes: Notes,
 }
 
 /// One photo that has not been read yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Photo {
-    /// Its name in the source: unique, the same on every machine.
+    /// Name in the source: unique, and the same on every machine.
     pub key: String,
-    /// Its file, from the source's root.
+    /// Path of its file, relative to the source's root.
     pub path: PathBuf,
-    /// Who it shows, where the source says so.
+    /// Identity of the person, if the source names it.
     pub identity: Option<String>,
-    /// The split it belongs to, where the source says so.
+    /// Split of the photo, if the source names it.
     pub split: Option<String>,
 }
 
-/// The files of a source. Whoever filled the folder may be a stranger: nothing but regular files is read, and no link is
-/// followed out of it unless the user wants that.
+/// Files of a source. The author of the folder may be a stranger: only regular files are read, and no link is followed
+/// out of it unless the user wants that.
 #[derive(Debug)]
 pub struct SourceFiles {
     root: Root,
@@ -60,7 +60,7 @@ pub struct SourceFiles {
 }
 
 impl SourceFiles {
-    /// Reads the file at `path` from the root, which may hold `limit` bytes.
+    /// Reads the file at `path` from the root, of at most `limit` bytes.
     ///
     /// # Errors
     /// As [`Root::read`].
@@ -68,14 +68,14 @@ impl SourceFiles {
         if self.follow_links { read_regular(&self.root.path().join(path), limit) } else { self.root.read(path, limit) }
     }
 
-    /// Number of bytes of the file at `path` from the root, 0 where it cannot be told.
+    /// Returns the size in bytes of the file at `path` from the root, 0 if unknown.
     pub fn size(&self, path: &Path) -> u64 {
         std::fs::metadata(self.root.path().join(path)).map_or(0, |file| file.len())
     }
 }
 
 impl SourceConfig {
-    /// The files and folders that photos and what belongs to them are read from; relative paths start at `base_dir`.
+    /// Returns the input files and folders of the source. Relative paths start at `base_dir`.
     ///
     /// # Errors
     /// Input: a path with an unset variable.
@@ -89,8 +89,8 @@ impl SourceConfig {
         }
     }
 
-    /// Opens the source; relative paths start at `base_dir`. `captions_beside` tells whether the text files beside photos
-    /// are their captions.
+    /// Opens the source. Relative paths start at `base_dir`. `captions_beside` tells whether the text files next to
+    /// photos are their captions.
     ///
     /// # Errors
     /// Input: a source that is missing, empty or wrongly labelled.

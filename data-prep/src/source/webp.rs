@@ -1,11 +1,11 @@
-//! What a WebP file says of its sizes (RFC 9649), held against each other before a decoder believes one of them: it would
-//! make room for a frame of 16383 x 16383 before it sees that the picture has 17 x 13.
+//! Consistency check of the sizes in a WebP file (RFC 9649), before a decoder trusts one of them: it would allocate a
+//! frame of 16383 x 16383 before it sees that the picture is 17 x 13.
 
-/// Checks that every chunk lies in the file and every frame is as large as the picture, or the animation's frame, that it
-/// is of. What else is wrong is left to the decoder.
+/// Checks that every chunk is inside the file, and that every frame has the size announced for the picture or the
+/// animation's frame. All other errors are left to the decoder.
 ///
 /// # Errors
-/// What does not fit, in words.
+/// A description of the contradiction.
 pub(super) fn check(file: &[u8]) -> Result<(), String> {
     let mut rest = file.get(12..).unwrap_or_default();
     let mut picture = None;
@@ -27,37 +27,37 @@ pub(super) fn check(file: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// A chunk's name and content, and the bytes that follow it.
+/// Name and content of a chunk, and the bytes that follow it.
 type Chunk<'a> = (&'a [u8; 4], &'a [u8], &'a [u8]);
 
-/// Reads the first chunk of `file`; `None` at the end.
+/// Reads the first chunk of `file`. Returns `None` at the end.
 fn next(file: &[u8]) -> Result<Option<Chunk<'_>>, String> {
     let Some(([name @ .., a, b, c, d], rest)) = file.split_first_chunk::<8>() else { return Ok(None) };
     let length = u32::from_le_bytes([*a, *b, *c, *d]) as usize;
     let (content, rest) = rest
         .split_at_checked(length)
         .ok_or_else(|| format!("the file ends within its chunk {}", name.escape_ascii()))?;
-    // The next one begins at an even place.
+    // The next chunk begins at an even position.
     Ok(Some((name, content, rest.get(length % 2..).unwrap_or_default())))
 }
 
-/// Width and height, each less 1 in three bytes.
+/// Reads width and height, each minus 1 in three bytes.
 fn size(bytes: &[u8]) -> [u32; 2] {
     let number = |place: usize| (0..3).rev().fold(1, |sum, byte| sum + (u32::from(bytes[place + byte]) << (8 * byte)));
     [number(0), number(3)]
 }
 
-/// Compares the size in a lossy frame's own header with the one that it was announced with.
+/// Compares the size in a lossy frame's own header with the announced one.
 fn compare(name: &[u8; 4], content: &[u8], announced: Option<[u32; 2]>) -> Result<(), String> {
     let (b"VP8 ", Some(&[a, b, c, d]), Some([width, height])) = (name, content.get(6..10), announced) else {
         return Ok(());
     };
-    // The two highest bits tell of scaling.
+    // The two highest bits encode scaling.
     let own = [[a, b], [c, d]].map(|bytes| u32::from(u16::from_le_bytes(bytes) & 0x3fff));
     if own == [width, height] {
         return Ok(());
     }
-    Err(format!("a frame of {} x {} pixels stands in a picture of {width} x {height}", own[0], own[1]))
+    Err(format!("a frame of {} x {} pixels is in a picture of {width} x {height}", own[0], own[1]))
 }
 
 #[cfg(test)]
@@ -73,7 +73,7 @@ mod tests {
         [&b"RIFF\0\0\0\0WEBP"[..], &chunks.concat()].concat()
     }
 
-    /// The beginning of a lossy frame.
+    /// Makes the beginning of a lossy frame.
     fn frame(width: u16, height: u16) -> Vec<u8> {
         let header = [&[0; 3][..], &[0x9d, 1, 0x2a], &width.to_le_bytes(), &height.to_le_bytes(), &[7]].concat();
         chunk(b"VP8 ", &header)

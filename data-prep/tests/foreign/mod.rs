@@ -14,15 +14,15 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::Compression;
 use parquet::file::properties::WriterProperties;
 
-/// The shard that gives way.
+/// Shard that is replaced.
 const SHARD: &str = "shard-00002.parquet";
 
-/// The two rows of that shard, as they were written.
+/// Reads the two rows of that shard, as they were written.
 pub(crate) fn sound(dir: &Path) -> RecordBatch {
     read(&dir.join(SHARD))
 }
 
-/// The rows of the index.
+/// Reads the rows of the index.
 pub(crate) fn index(dir: &Path) -> RecordBatch {
     read(&dir.join(INDEX_FILE))
 }
@@ -32,7 +32,7 @@ fn read(file: &Path) -> RecordBatch {
     reader.build().unwrap().next().unwrap().unwrap()
 }
 
-/// The same rows with another column in the place of the one of that name.
+/// Replaces the column `name` of the rows.
 pub(crate) fn with(batch: &RecordBatch, name: &str, column: ArrayRef) -> RecordBatch {
     let place = batch.schema().index_of(name).unwrap();
     let mut fields: Vec<_> = batch.schema().fields().iter().cloned().collect();
@@ -43,7 +43,7 @@ pub(crate) fn with(batch: &RecordBatch, name: &str, column: ArrayRef) -> RecordB
     RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap()
 }
 
-/// All numbers of a column of lists.
+/// Returns all numbers of a column of lists.
 pub(crate) fn floats(batch: &RecordBatch, name: &str) -> Vec<f32> {
     let lists = batch.column_by_name(name).unwrap().as_fixed_size_list();
     lists.values().as_primitive::<Float32Type>().values().to_vec()
@@ -62,21 +62,21 @@ fn element() -> Arc<Field> {
     Arc::new(Field::new("element", DataType::Float32, false))
 }
 
-/// Writes the rows as one row group of the shard, and the manifest for it.
+/// Writes the rows as one row group of the shard, and updates the manifest.
 pub(crate) fn replace(dir: &Path, batches: &[RecordBatch]) {
     let bytes = parquet(batches);
     let footer = u32::from_le_bytes(bytes[bytes.len() - 8..][..4].try_into().unwrap()) as usize + 8;
     seal(dir, &bytes, bytes.len() - footer, batches.iter().map(RecordBatch::num_rows).sum());
 }
 
-/// The shard's bytes, and where its footer begins.
+/// Returns the shard's bytes, and the position of its footer.
 pub(crate) fn bytes(dir: &Path) -> (Vec<u8>, usize) {
     let shard = &Manifest::read(dir).unwrap().shards[2];
     let last = &shard.row_groups[0];
     (fs::read(dir.join(SHARD)).unwrap(), (last.offset + last.bytes) as usize)
 }
 
-/// Makes `bytes` the shard, of one row group up to `end`, and writes the manifest for it.
+/// Makes `bytes` the shard, with one row group up to `end`, and updates the manifest.
 pub(crate) fn seal(dir: &Path, bytes: &[u8], end: usize, rows: usize) {
     fs::write(dir.join(SHARD), bytes).unwrap();
     let mut manifest = Manifest::read(dir).unwrap();
@@ -97,14 +97,14 @@ pub(crate) fn replace_index(dir: &Path, batches: &[RecordBatch]) {
     manifest.write(dir).unwrap();
 }
 
-/// What is said of the rows once they are the shard's.
+/// Puts the rows into the shard, and returns the reader's error.
 pub(crate) fn problem(dir: &Path, batches: &[RecordBatch]) -> String {
     replace(dir, batches);
     let folder = ShardFolder::open(dir).unwrap();
     folder.read(&folder.row_groups()[4]).unwrap().unwrap_err().to_string()
 }
 
-/// One row group whose texts are written once each, however long they are.
+/// Writes one row group that stores each distinct text once, however long it is.
 fn parquet(batches: &[RecordBatch]) -> Vec<u8> {
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(Default::default()))

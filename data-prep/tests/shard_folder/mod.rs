@@ -1,4 +1,4 @@
-//! A small shard folder, really written.
+//! Small shard folder, written by the real writer.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,7 +26,7 @@ pub(crate) fn record(number: usize) -> FaceRecord {
     }
 }
 
-/// A folder of 10 faces in shards of 4, row groups of 2.
+/// Writes a folder of 10 faces in shards of 4 with row groups of 2.
 pub(crate) fn write(dir: &Path) -> Vec<FaceRecord> {
     let records: Vec<_> = (0..10).map(record).collect();
     let models = BTreeMap::from([("detector".to_owned(), "yunet".to_owned())]);
@@ -52,7 +52,7 @@ pub(crate) fn write(dir: &Path) -> Vec<FaceRecord> {
     records
 }
 
-/// Identity and split of all rows, as the index has them.
+/// Returns identity and split of all rows from the index.
 pub(crate) fn labels(folder: &ShardFolder) -> Vec<[Option<String>; 2]> {
     let mut labels = Vec::new();
     folder.labels(|identity, split| labels.push([identity, split].map(|name| name.map(str::to_owned)))).unwrap();

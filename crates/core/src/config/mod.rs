@@ -1,7 +1,7 @@
-//! YAML configuration: strict parsing with errors that name line, column and the nearest key, and paths in it.
+//! YAML configuration: strict parsing, paths, and errors that name the line, the column and the nearest key.
 //!
-//! Every part of the program keeps its own config struct with `#[serde(deny_unknown_fields)]` and its defaults
-//! resolved while parsing; this module only turns text into such structs, the same way everywhere.
+//! Every part of the program keeps its own config struct with `#[serde(deny_unknown_fields)]` and its defaults resolved
+//! while parsing. This module only turns text into such structs, the same way everywhere.
 
 mod path;
 
@@ -20,10 +20,10 @@ use crate::{Error, Result};
 
 pub use crate::config::path::{ConfigPath, is_url};
 
-/// Largest YAML file, far above any that somebody writes.
+/// Size limit of a YAML file in bytes, far above any handwritten one.
 const LARGEST: u64 = 16 << 20;
 
-/// Reads the YAML file at `path` into `T`. The user named the file, so that its [paths](ConfigPath) may hold variables.
+/// Reads the YAML file at `path` into `T`. The user named the file, so its [paths](ConfigPath) may hold variables.
 ///
 /// # Errors
 /// Input: the file cannot be read or is above 16 MiB, or as [`parse`].
@@ -31,8 +31,8 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T> {
     parse(&read(path, File::open(path))?, path)
 }
 
-/// As [`load`], for a file that was found in a folder which may be a stranger's, such as a run folder: no variable is
-/// expanded in its paths, and a pipe or a device is refused.
+/// Reads a YAML file that was found in a folder, such as a run folder, whose author may be a stranger: like [`load`],
+/// but expands no variables in paths and refuses a pipe or a device.
 ///
 /// # Errors
 /// As [`load`].
@@ -44,18 +44,18 @@ pub fn load_found<T: DeserializeOwned>(path: &Path) -> Result<T> {
 fn read(path: &Path, file: io::Result<File>) -> Result<String> {
     let bytes = file.and_then(|file| read_limited(file, LARGEST)).map_err(|source| match source.kind() {
         io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput => {
-            Error::file(path, format!("is no YAML file: {source}"), "give a YAML file")
+            Error::file(path, format!("is not a YAML file: {source}"), "give a YAML file")
         }
         _ => Error::read(path, source),
     })?;
     String::from_utf8(bytes).map_err(|_| Error::file(path, "is not UTF-8 text", "give a YAML file"))
 }
 
-/// Reads YAML `text` into `T`; `origin` is the file that errors name, one that the user named.
+/// Reads YAML `text` into `T`. `origin` is the file that errors name, one that the user named.
 ///
 /// # Errors
-/// Input, with `origin:line:column`: malformed YAML, an unknown, missing or repeated key, a value of the wrong type,
-/// a float that is not finite.
+/// Input, with `origin:line:column`: malformed YAML, an unknown, missing or repeated key, a value of the wrong type, a
+/// float that is not finite.
 pub fn parse<T: DeserializeOwned>(text: &str, origin: &Path) -> Result<T> {
     parse_from(text, origin, Origin::Started)
 }
@@ -76,7 +76,7 @@ fn parse_from<T: DeserializeOwned>(text: &str, origin: &Path, of_paths: Origin) 
 /// Writes `value` as YAML that [`parse`] reads back.
 ///
 /// # Errors
-/// Fault: `value` holds something that YAML cannot express.
+/// Fault: YAML cannot express `value`.
 pub fn to_yaml<T: Serialize>(value: &T) -> Result<String> {
     serde_saphyr::to_string(value)
         .map_err(|error| Error::Fault(format!("the config cannot be written as YAML: {error}")))
@@ -86,8 +86,8 @@ fn options() -> Options {
     serde_saphyr::options! { with_snippet: false, non_finite_float_policy: NonFiniteFloatPolicy::Reject }
 }
 
-/// The float policy holds only where the reader does not know the type it wants, so read once without types.
-/// What else is wrong in the text is left to the typed reading, which explains it better.
+/// Rejects non-finite floats in a first, untyped reading: the parser applies its float policy only if it does not know
+/// the wanted type. Other errors are left to the typed reading, which explains them better.
 fn reject_non_finite(text: &str) -> std::result::Result<(), YamlError> {
     match serde_saphyr::from_str_with_options::<serde_json::Value>(text, options()) {
         Err(error @ YamlError::NonFiniteFloat { .. }) => Err(error),
@@ -95,7 +95,7 @@ fn reject_non_finite(text: &str) -> std::result::Result<(), YamlError> {
     }
 }
 
-/// The problem and the remedy of a YAML error.
+/// Returns the problem and the remedy of a YAML error.
 fn explain(error: &YamlError) -> (String, String) {
     match error {
         YamlError::SerdeUnknownField { field, expected, .. } => suggest("key", field, expected),
@@ -105,7 +105,7 @@ fn explain(error: &YamlError) -> (String, String) {
         }
         YamlError::DuplicateMappingKey { key, .. } => {
             let key = key.as_deref().unwrap_or("?");
-            (format!("the key `{key}` stands here a second time"), "keep one of the two".into())
+            (format!("the key `{key}` appears a second time"), "keep one of the two".into())
         }
         YamlError::NonFiniteFloat { value, .. } => {
             (format!("`{value}` is not a finite number"), "give a finite number".into())
@@ -123,7 +123,7 @@ fn explain(error: &YamlError) -> (String, String) {
 }
 
 fn suggest(kind: &str, given: &str, known: &[&str]) -> (String, String) {
-    // A name less alike than this is a guess that misleads.
+    // A suggestion below this likeness would mislead.
     const ALIKE: f64 = 0.75;
     let nearest = known
         .iter()
@@ -232,7 +232,7 @@ mod tests {
         let message = failure("batch: 1\n");
         assert!(message.contains("the key `learning_rate` is missing"), "{message}");
         let message = failure("learning_rate: 0.1\nbatch: 1\nbatch: 2\n");
-        assert!(message.starts_with("train.yaml:3:1: the key `batch` stands here a second time"), "{message}");
+        assert!(message.starts_with("train.yaml:3:1: the key `batch` appears a second time"), "{message}");
     }
 
     #[test]
@@ -265,13 +265,13 @@ mod tests {
         assert_eq!(load::<Training>(&path).unwrap(), load_found::<Training>(&path).unwrap());
         for load in [load::<Training>, load_found::<Training>] {
             let error = load(Path::new("/dev/zero")).unwrap_err();
-            assert!(error.exit_code() == 2 && error.to_string().contains("is no YAML file"), "{error}");
+            assert!(error.exit_code() == 2 && error.to_string().contains("is not a YAML file"), "{error}");
         }
         let file = File::options().append(true).open(&path).unwrap();
         file.set_len(LARGEST + 1).unwrap();
         let error = load::<Training>(&path).unwrap_err();
         assert!(error.exit_code() == 2 && error.to_string().contains("more than"), "{error}");
-        // A pipe that nobody writes into: only a named one is waited for.
+        // No process writes to this pipe: `load` would wait for one, `load_found` must not.
         let pipe = folder.path().join("pipe");
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         assert_eq!(load_found::<Training>(&pipe).unwrap_err().exit_code(), 2);

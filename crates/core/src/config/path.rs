@@ -1,4 +1,5 @@
-//! Paths in a YAML: variables are expanded in one that the user named alone, and secrets never become part of a URL.
+//! Paths in a YAML file. Variables are expanded only in files that the user named, and secrets never become part of a
+//! URL.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -9,31 +10,30 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{Error, Result};
 
-/// A path as the YAML spells it; [`resolve`](Self::resolve) turns it into one that can be opened.
+/// Path as spelled in the YAML. [`resolve`](Self::resolve) turns it into one that can be opened.
 ///
-/// Written as YAML or JSON it keeps to itself where things lie on this machine: of an absolute path and of a URL only the
-/// last part is written.
+/// Serialising it hides the layout of this machine: of an absolute path or a URL, only the last part is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigPath {
     spelled: PathBuf,
     origin: Origin,
 }
 
-/// Who wrote a path.
+/// Author of a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Origin {
-    /// The user, on the command line or in a YAML that the command line names, or this program.
+    /// The user (on the command line, or in a YAML that the command line names) or this program.
     Started,
-    /// Whoever made the folder that this file was found in.
+    /// The author of the folder that contains this file.
     Found(Arc<Path>),
 }
 
 thread_local! {
-    /// Who wrote the paths that are being read; `None` where nobody said so, which counts as a stranger.
+    /// Author of the paths being read. `None` counts as a stranger.
     static READING: RefCell<Option<Origin>> = const { RefCell::new(None) };
 }
 
-/// Runs `read`, which makes paths of `origin`.
+/// Runs `read` with `origin` as the author of every path that it parses.
 pub(super) fn reading<T>(origin: Origin, read: impl FnOnce() -> T) -> T {
     struct Restored(Option<Origin>);
     impl Drop for Restored {
@@ -61,18 +61,18 @@ impl Serialize for ConfigPath {
 }
 
 impl ConfigPath {
-    /// A path that the user or this program spells as `text`.
+    /// Makes a path that the user or this program spelled as `text`.
     pub fn new(text: impl Into<PathBuf>) -> Self {
         Self { spelled: text.into(), origin: Origin::Started }
     }
 
-    /// The path with `${VAR}`, `${VAR:-default}` and a leading `~` expanded; a relative one starts at `base_dir`, the
-    /// folder of the YAML file. A URL stays one.
+    /// Expands `${VAR}`, `${VAR:-default}` and a leading `~`. A relative path starts at `base_dir`, the folder of the
+    /// YAML file. A URL stays a URL.
     ///
     /// # Errors
-    /// Input: a variable that is not set and has no default, or `${` without `}`; a URL with a user, a password, a query or
-    /// the value of a variable that is named like a secret. For a path of a file that was found in a run folder: a variable
-    /// or `~`, which are expanded for nobody but the user, and a relative path to nothing.
+    /// Input: a variable that is not set and has no default, or `${` without `}`; a URL with a user, a password, a
+    /// query or the value of a variable whose name suggests a secret. For a path from a file in a run folder also: a
+    /// variable or `~`, which are expanded only for the user, and a relative path to nothing.
     pub fn resolve(&self, base_dir: &Path) -> Result<PathBuf> {
         self.resolve_with(base_dir, &|name| std::env::var(name).ok())
     }
@@ -104,7 +104,7 @@ impl ConfigPath {
         }
     }
 
-    /// The spelling without what tells of a machine.
+    /// Returns the spelling without anything that describes this machine.
     fn shareable(&self) -> Cow<'_, str> {
         let text = self.spelled.to_string_lossy();
         if let Some((_, url)) = text.split_once("://").filter(|_| is_url(&text)) {
@@ -119,23 +119,23 @@ impl ConfigPath {
     }
 }
 
-/// What to do where a run folder comes from another machine.
-const ELSEWHERE: &str = "write where it lies on this machine into paths.yaml beside config.yaml (`base.path: /models/sdxl`, \
+/// Remedy for a run folder that comes from another machine.
+const ELSEWHERE: &str = "write its path on this machine into paths.yaml beside config.yaml (`base.path: /models/sdxl`, \
      likewise data.shards, faces.models, base.image_encoder), or give the command's option for it (--base, \
      --image-encoder, --faces)";
 
-/// Longest spelling of a path, in bytes: Linux takes no longer one.
+/// Longest spelling of a path in bytes, the limit of Linux.
 const LONGEST: usize = 4096;
 
-/// In the names of variables that hold secrets.
+/// Name parts of environment variables that hold secrets.
 const SECRETS: [&str; 6] = ["SECRET", "TOKEN", "PASSW", "KEY", "CREDENTIAL", "SIGNATURE"];
 
-/// Whether a resolved path is a URL, which only some keys take.
+/// Tells whether a resolved path is a URL, which only some keys accept.
 pub fn is_url(path: &str) -> bool {
     path.split_once("://").is_some_and(|(scheme, _)| scheme.chars().all(|letter| letter.is_ascii_alphanumeric()))
 }
 
-/// A URL goes into messages, and over the network to whom it names: it holds no secret.
+/// Refuses secrets in a URL, because it appears in messages and is sent to the host that it names.
 fn check_url(spelled: &str, url: &str, names: &[String]) -> Result<()> {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
@@ -151,18 +151,18 @@ fn check_url(spelled: &str, url: &str, names: &[String]) -> Result<()> {
     Err(Error::input(spelled, problem, remedy))
 }
 
-/// A spelling that is being expanded.
+/// Expansion of one spelling.
 struct Expansion<'a> {
     spelled: &'a str,
     variable: &'a dyn Fn(&str) -> Option<String>,
-    /// Of all variables in it.
+    /// Names of all variables in it.
     names: Vec<String>,
 }
 
 impl Expansion<'_> {
     fn path(&mut self) -> Result<String> {
         if self.spelled.len() > LONGEST {
-            return Err(self.refuse(format!("is no path: it has more than {LONGEST} bytes"), "give a shorter one"));
+            return Err(self.refuse(format!("is not a path: it has more than {LONGEST} bytes"), "give a shorter one"));
         }
         let expanded = self.expand(self.spelled)?;
         match expanded.strip_prefix('~') {
@@ -189,7 +189,7 @@ impl Expansion<'_> {
         Ok(expanded)
     }
 
-    /// The value of what stands between `${` and its `}`.
+    /// Returns the value of the text between `${` and its `}`.
     fn value(&mut self, inside: &str) -> Result<String> {
         let (name, default) = match inside.split_once(":-") {
             Some((name, default)) => (name, Some(default)),
@@ -197,7 +197,7 @@ impl Expansion<'_> {
         };
         let begins = name.starts_with(|letter: char| letter.is_ascii_alphabetic() || letter == '_');
         if !begins || !name.chars().all(|letter| letter.is_ascii_alphanumeric() || letter == '_') {
-            let problem = format!("`{name}` is no name of a variable");
+            let problem = format!("`{name}` is not a variable name");
             return Err(self.refuse(problem, "write ${VAR} or ${VAR:-default}"));
         }
         self.names.push(name.to_owned());
@@ -220,7 +220,7 @@ impl Expansion<'_> {
     }
 }
 
-/// The place of the `}` that belongs to the `${` before `text`, which may hold further ones.
+/// Returns the position of the `}` that closes the `${` before `text`, which may contain nested ones.
 fn closing(text: &str) -> Option<usize> {
     let mut open = 0;
     for (at, letter) in text.char_indices() {
@@ -289,9 +289,9 @@ mod tests {
             ("${CACHE/x", "never closed"),
             ("${UNSET:-${CACHE}/x", "never closed"),
             ("${UNSET:-${CACHE/x}", "never closed"),
-            ("${}/x", "`` is no name of a variable"),
-            ("${CACHE:=/x}", "`CACHE:=/x` is no name of a variable"),
-            ("${${CACHE}}", "`${CACHE}` is no name of a variable"),
+            ("${}/x", "`` is not a variable name"),
+            ("${CACHE:=/x}", "`CACHE:=/x` is not a variable name"),
+            ("${${CACHE}}", "`${CACHE}` is not a variable name"),
             (&"${A:-".repeat(100_000), "more than 4096 bytes"),
         ] {
             let message = refusal(text);
@@ -331,7 +331,7 @@ mod tests {
             assert!(named && !message.contains("hush") && !message.contains("ada"), "{message}");
         }
         assert!(found("https://ada:hush@host/x").unwrap_err().to_string().contains("a password"));
-        // Nobody said who wrote it.
+        // The author is unknown here, so it counts as a stranger.
         let path: ConfigPath = serde_json::from_value("${HOME}/x".into()).unwrap();
         assert!(path.resolve_with(run.path(), &variable).is_err());
     }

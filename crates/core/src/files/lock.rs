@@ -1,4 +1,4 @@
-//! A name that one process writes to at a time, until it ends, however it ends.
+//! Locks for output names: only one process writes to a name, until that process ends, however it ends.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::{Hidden, leads_to, open_own};
 use crate::{Error, Result};
 
-/// A locked file; removed when it is dropped, unless it was renamed.
+/// Locked file, removed on drop unless it was renamed.
 #[derive(Debug)]
 pub(super) struct Lock {
     path: PathBuf,
@@ -15,10 +15,10 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Locks the file at `path`, made where it does not stand yet; `None` where another holds it.
+    /// Locks the file at `path` and creates it if absent. Returns `None` if another process holds the lock.
     pub(super) fn take(path: &Path) -> io::Result<Option<Self>> {
         loop {
-            // For an exclusive lock NFS wants a file that may be written to.
+            // NFS grants an exclusive lock only on a file that is open for writing.
             let mut options = OpenOptions::new();
             let file = open_own(options.read(true).write(true).create(true).truncate(false), path)?;
             match file.try_lock() {
@@ -28,7 +28,7 @@ impl Lock {
                     tracing::debug!("{}: cannot be locked ({source})", path.display());
                 }
             }
-            // Its holder before may have renamed or removed it between the opening and the locking.
+            // The previous holder may have renamed or removed the file between opening and locking.
             if leads_to(path, &file)? {
                 return Ok(Some(Self { path: path.into(), file }));
             }
@@ -38,7 +38,7 @@ impl Lock {
     /// Locks the name `target` for this process.
     ///
     /// # Errors
-    /// Input where another process writes to it, and for a place that cannot be written to; Disk for a failing disk.
+    /// Input: another process writes to it, or the place cannot be written to. Disk: a failing disk.
     pub(super) fn claim(target: &Path) -> Result<Self> {
         Self::take(&Hidden::Lock.beside(target))
             .map_err(|source| Error::write(target, source))?
@@ -48,7 +48,8 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // While it is locked nobody puts another file in its place. One that stays is locked by the next process.
+        // As long as the file is locked, no other process replaces it. A file that stays behind is locked by the next
+        // process.
         if leads_to(&self.path, &self.file).unwrap_or(false) {
             let _ = fs::remove_file(&self.path);
         }
@@ -70,7 +71,7 @@ mod tests {
         let first = Lock::take(&path).unwrap().unwrap();
         assert!(Lock::take(&path).unwrap().is_none());
         fs::rename(&path, folder.path().join("result")).unwrap();
-        // The holder renamed its file: the next one has a file of its own, which the first leaves alone.
+        // The holder renamed its file: the next one gets its own file, which the first one leaves alone.
         let second = Lock::take(&path).unwrap().unwrap();
         drop(first);
         assert!(leads_to(&path, &second.file).unwrap());
@@ -89,7 +90,7 @@ mod tests {
                     (0..200)
                         .filter(|_| {
                             let Some(lock) = Lock::take(&path).unwrap() else { return false };
-                            // Nobody else holds the name at the same time.
+                            // No other process holds the name at the same time.
                             assert!(Lock::take(&path).unwrap().is_none() && leads_to(&path, &lock.file).unwrap());
                             true
                         })

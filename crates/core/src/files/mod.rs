@@ -1,5 +1,5 @@
-//! Files and folders that are whole or absent: written beside, synced, renamed. Nothing is replaced or removed that this
-//! program did not write, and no two processes write to one name.
+//! Files and folders that are whole or absent: written next to their place, synced, renamed. Replaces and removes only
+//! what this program wrote, and never lets two processes write to one name.
 
 mod lock;
 mod mode;
@@ -20,20 +20,22 @@ pub use staged_folder::StagedFolder;
 pub use target::{OutputFile, apart, follow};
 pub use whole_file::{write_whole, write_whole_with};
 
-/// What is under construction for a name, and stays behind where a process is killed. The whole name stays in it, so that no
-/// two targets share one, and that of the program, so that nobody else's file is taken for it.
+/// Temporary files and folders next to a target, which stay behind if the process is killed. Their names contain the
+/// whole target name, so that no two targets share one, and the program's name, so that no other program's file is
+/// mistaken for one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hidden {
     /// The new file or folder, half-written.
     Partial,
     /// The folder that is about to be replaced.
     Old,
-    /// The file whose lock says that a process writes to the name.
+    /// The file whose lock shows that a process writes to the target.
     Lock,
 }
 
 impl Hidden {
-    /// `folder/name` -> `folder/.name.hyperlora.partial`, on the same file system, so that a rename is atomic.
+    /// Returns the hidden path of a target: `folder/name` -> `folder/.name.hyperlora.partial`. It is on the same file
+    /// system, so that a rename is atomic.
     pub fn beside(self, path: &Path) -> PathBuf {
         let mut name = OsString::from(".");
         name.push(path.file_name().unwrap_or_default());
@@ -46,8 +48,8 @@ impl Hidden {
     }
 }
 
-/// Opens a file of ours to read it and to write at its end, made where it does not stand yet. A link is not followed: in a
-/// folder that somebody sent it may lead anywhere.
+/// Opens one of the program's own files for reading and appending, and creates it if absent. Does not follow a link,
+/// because in a folder from somebody else it may lead anywhere.
 ///
 /// # Errors
 /// The system's; `InvalidInput` for a link, a pipe, a device or a folder.
@@ -55,19 +57,19 @@ pub fn append(path: &Path) -> io::Result<File> {
     open_own(OpenOptions::new().read(true).append(true).create(true), path)
 }
 
-/// Copies the file `from` to the new file `to`, with the mode that new files have.
+/// Copies the file `from` to the new file `to`, with the default mode of new files.
 ///
 /// # Errors
-/// Those of reading as [`Error::read`](crate::Error::read), those of writing as [`Error::write`](crate::Error::write).
+/// Reading: as [`Error::read`](crate::Error::read). Writing: as [`Error::write`](crate::Error::write).
 pub fn copy(from: &Path, to: &Path) -> crate::Result<()> {
     let source = crate::paths::open_regular(from).map_err(|source| crate::Error::read(from, source))?;
     whole_file::write_whole_with(to, |file| io::copy(&mut &source, file).map(drop))
 }
 
-/// Opens a file of this program's own with `options`, and nothing else that stands in its place.
+/// Opens one of the program's own files with `options`, and refuses anything but a regular file.
 fn open_own(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let opened = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
-    let other = |kind| io::Error::new(ErrorKind::InvalidInput, format!("it is {kind}, no regular file"));
+    let other = |kind| io::Error::new(ErrorKind::InvalidInput, format!("it is {kind}, not a regular file"));
     match opened {
         Err(source) if source.raw_os_error() == Some(libc::ELOOP) => Err(other("a link")),
         Ok(file) if !file.metadata()?.is_file() => Err(other("a pipe or a device")),
@@ -75,12 +77,12 @@ fn open_own(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     }
 }
 
-/// Whether something stands at `path`, if only a link that leads nowhere.
+/// Tells whether something exists at `path`, even a dangling link.
 fn stands(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
 
-/// Whether `path` still leads to the open file.
+/// Tells whether `path` still leads to the open file.
 fn leads_to(path: &Path, file: &File) -> io::Result<bool> {
     let open = file.metadata()?;
     match fs::symlink_metadata(path) {
@@ -90,12 +92,12 @@ fn leads_to(path: &Path, file: &File) -> io::Result<bool> {
     }
 }
 
-/// A rename is on the disk only once its folder is.
+/// Syncs the folder of `path`: only then is a rename on the disk.
 fn sync_parent(path: &Path) -> io::Result<()> {
     File::open(parent_of(path))?.sync_all()
 }
 
-/// The folder that `path` lies in.
+/// Returns the folder that contains `path`.
 fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

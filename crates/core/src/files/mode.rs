@@ -1,21 +1,21 @@
-//! Who may read what is written.
+//! Permissions of new files.
 
 use rustix::fs::Mode;
 use rustix::process::umask;
 
 use crate::{Error, Result};
 
-/// The environment variable with another umask, in octal.
+/// Environment variable with a different umask, in octal.
 pub const UMASK: &str = "HYPERLORA_UMASK";
 
-/// What group and others are denied where the variable is not set.
+/// Default umask: denies group and others everything.
 const PRIVATE: u32 = 0o077;
 
-/// Lets nobody but the user read what this process writes from now on (files 0600, folders 0700): faces, names and what was
-/// learnt of them. `HYPERLORA_UMASK` says otherwise.
+/// Makes new files readable by the user alone (files 0600, folders 0700), because they hold faces, names and weights
+/// trained on them. `HYPERLORA_UMASK` overrides the mask.
 ///
 /// # Errors
-/// Input for a value that is no umask.
+/// Input: the variable is not a umask.
 pub fn restrict_modes() -> Result<()> {
     let Some(text) = std::env::var_os(UMASK) else {
         let before = umask(Mode::from_raw_mode(PRIVATE));
@@ -26,7 +26,7 @@ pub fn restrict_modes() -> Result<()> {
     umask(Mode::from_raw_mode(parse(&text).ok_or_else(|| {
         Error::input(
             UMASK,
-            format!("`{text}` is no umask that leaves the files to their owner"),
+            format!("`{text}` is not a umask that keeps the files usable by their owner"),
             "give an octal number from 000 to 077, such as 022",
         )
     })?));

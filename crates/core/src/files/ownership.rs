@@ -1,4 +1,4 @@
-//! Which folders may be replaced: those that hold what this program wrote, and nothing else.
+//! Folders that may be replaced: those that contain only what this program wrote.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,38 +15,38 @@ use crate::{Error, Result};
 /// Name of the file in a folder that lists what this program wrote into it.
 pub const MARKER: &str = ".hyperlora.json";
 
-/// Longest marker, in bytes.
+/// Size limit of a marker in bytes.
 const LONGEST: u64 = 16 << 20;
 
 const MADE_BY: &str = "hyperlora";
 
-/// The files of a folder by their path in it, with `/` between folders, and their bytes where they are known.
+/// Files of a folder by their path in it, with `/` between folders, and their sizes in bytes where known.
 pub type Listing = BTreeMap<String, Option<u64>>;
 
-/// How a folder tells what this program wrote into it.
+/// Proof that this program wrote a folder.
 #[derive(Debug, Clone, Copy)]
 pub enum Ownership {
-    /// By [`MARKER`], which [`StagedFolder::commit`](super::StagedFolder::commit) writes.
+    /// [`MARKER`], which [`StagedFolder::commit`](super::StagedFolder::commit) writes.
     Marked,
-    /// By a file of the format itself: the function reads it, and gives `None` where this program did not write it.
+    /// A file of the format itself. The function reads it, and returns `None` if this program did not write it.
     Listed(fn(&Path) -> Option<Listing>),
-    /// Not at all: such a folder is never replaced.
+    /// None: such a folder is never replaced.
     Never,
 }
 
-/// [`MARKER`].
+/// Content of [`MARKER`].
 #[derive(Debug, Serialize, Deserialize)]
 struct Marker {
     made_by: String,
-    /// With their bytes.
+    /// File sizes in bytes by path.
     files: BTreeMap<String, u64>,
 }
 
 impl Ownership {
-    /// Checks that `folder` is absent or empty, or holds what this program wrote and nothing else.
+    /// Checks that `folder` is absent or empty, or contains only what this program wrote.
     ///
     /// # Errors
-    /// Input that names what is foreign, Disk for a failing disk.
+    /// Input: names the foreign file. Disk: a failing disk.
     pub(super) fn check(self, folder: &Path) -> Result<()> {
         let refused = |problem: String| Error::file(folder, problem, "name another folder, or remove this one by hand");
         let mut entries = match fs::read_dir(folder) {
@@ -79,7 +79,7 @@ impl Ownership {
         }
     }
 
-    /// Lists what is in `folder`, where that is the way of this kind of folder.
+    /// Writes the list of files in `folder`, if this kind of folder has a marker.
     pub(super) fn mark(self, folder: &Path) -> Result<()> {
         let Self::Marked = self else { return Ok(()) };
         let failed = |error: walkdir::Error| Error::read(folder, error.into());
@@ -96,7 +96,7 @@ impl Ownership {
     }
 }
 
-/// The first that is found in `folder` and that `listing` does not name as a file: by its path in the folder.
+/// Returns the first path in `folder` that `listing` does not name as a file.
 ///
 /// # Errors
 /// As [`Error::read`].

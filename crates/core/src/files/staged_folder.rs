@@ -1,4 +1,4 @@
-//! A folder that appears whole, in the place of one that this program wrote.
+//! A folder that appears whole, and may replace one that this program wrote.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -11,26 +11,26 @@ use super::target::resolve;
 use super::{Hidden, Ownership, parent_of, stands, sync_parent};
 use crate::{Error, Result};
 
-/// A folder under construction: fill [`path`](Self::path), then [`commit`](Self::commit).
-/// Dropped without a commit, it leaves nothing behind.
+/// Folder under construction: fill [`path`](Self::path), then [`commit`](Self::commit). Dropped without a commit, it
+/// leaves nothing behind.
 #[derive(Debug)]
 pub struct StagedFolder {
     staged: PathBuf,
     target: PathBuf,
     ownership: Ownership,
-    /// Whether someone else looks after it: it is committed, or another process's to commit.
+    /// True if this value must not clean up: the folder is committed, or another process commits it.
     settled: bool,
     _lock: Option<Lock>,
 }
 
 impl StagedFolder {
-    /// Makes an empty folder beside `target`, which the user named: a link there is followed. To be called before the work
-    /// begins: whatever would keep [`commit`](Self::commit) from its end shows here. What a killed run left beside `target`
-    /// is removed first; a folder that such a run had moved out of the way, but not yet replaced, is put back.
+    /// Makes an empty folder next to `target`, which the user named: a link there is followed. Call it before the work
+    /// begins, because it finds everything that would make [`commit`](Self::commit) fail. First removes what a killed
+    /// run left next to `target`, and puts back a folder that such a run had moved away but not yet replaced.
     ///
     /// # Errors
-    /// Input for a folder that `ownership` does not allow to be replaced, one that another process writes to, and a place
-    /// that cannot be written to; Disk for a failing disk.
+    /// Input: `ownership` does not allow replacing the folder, another process writes to it, or the place cannot be
+    /// written to. Disk: a failing disk.
     pub fn new(target: &Path, ownership: Ownership) -> Result<Self> {
         let named = target;
         let failed = |source| Error::write(named, source);
@@ -44,12 +44,12 @@ impl StagedFolder {
         Ok(Self { staged, target, ownership, settled: false, _lock: Some(lock) })
     }
 
-    /// Clears what killed runs left beside `target`, as [`new`](Self::new) does, without beginning a folder. A leftover stays,
-    /// with a warning, if it holds files of others or cannot be removed: as long as somebody has a file of it open, NFS
-    /// keeps it.
+    /// Clears what killed runs left next to `target`, as [`new`](Self::new) does, without starting a folder. A leftover
+    /// stays, with a warning, if it contains foreign files or cannot be removed: NFS keeps a folder as long as a
+    /// process has one of its files open.
     ///
     /// # Errors
-    /// Input where another process writes to `target`, and for a place that cannot be written to; Disk for a failing disk.
+    /// Input: another process writes to `target`, or the place cannot be written to. Disk: a failing disk.
     pub fn clear(target: &Path, ownership: Ownership) -> Result<()> {
         let _lock = put_back(target)?;
         if let Err(error) = remove_leftovers(target, ownership) {
@@ -58,11 +58,12 @@ impl StagedFolder {
         Ok(())
     }
 
-    /// The folder that several processes fill for `target`, made where it does not stand yet. One of them commits it, the
-    /// others [`leave`](Self::leave) it. What a killed run left there must be gone before, and nobody else may write there.
+    /// Opens the folder that several processes fill for `target`, and creates it if absent. One process commits it, the
+    /// others [`leave`](Self::leave) it. The caller must have removed what a killed run left there, and no other run
+    /// may write there.
     ///
     /// # Errors
-    /// Input for a place that cannot be written to, Disk for a failing disk.
+    /// Input: the place cannot be written to. Disk: a failing disk.
     pub fn shared(target: &Path, ownership: Ownership) -> Result<Self> {
         let staged = Hidden::Partial.beside(target);
         fs::create_dir_all(&staged).map_err(|source| Error::write(&staged, source))?;
@@ -74,16 +75,16 @@ impl StagedFolder {
         self.settled = true;
     }
 
-    /// Where to write the folder's files until it is committed.
+    /// Returns the path to write the folder's files to, until it is committed.
     pub fn path(&self) -> &Path {
         &self.staged
     }
 
-    /// Syncs every file and puts the folder in its place, instead of one that stood there.
+    /// Syncs every file and moves the folder to its place, replacing an existing one.
     ///
     /// # Errors
-    /// As [`new`](Self::new); a folder that stood at the target is then still there. Where somebody wrote into it since the
-    /// start, the finished folder is kept beside it, and the error names it.
+    /// As [`new`](Self::new); an existing folder at the target then stays. If somebody wrote into it since the start,
+    /// the finished folder is kept next to it, and the error names it.
     pub fn commit(mut self) -> Result<()> {
         let failed = |source| Error::write(&self.target, source);
         self.ownership.mark(&self.staged)?;
@@ -103,7 +104,8 @@ impl StagedFolder {
         let failed = |source| Error::write(target, source);
         self.ownership.check(&old)?;
         remove(&old).and_then(|()| fs::rename(target, &old)).map_err(failed)?;
-        // Looked at again, out of everybody's way: whoever wrote into it since the start loses nothing.
+        // Check again, now that nobody else uses the folder: files that somebody added since the start must not be
+        // lost.
         let foreign = self.ownership.check(&old).err();
         let placed = if foreign.is_some() { Ok(()) } else { fs::rename(&self.staged, target) };
         if foreign.is_some() || placed.is_err() {
@@ -112,10 +114,10 @@ impl StagedFolder {
         }
         if let Some(error) = foreign {
             let kept = keep(&self.staged, target).map_err(failed)?;
-            let remedy = format!("the new folder is complete and lies in {}: move either one by hand", kept.display());
+            let remedy = format!("the new folder is complete and kept as {}: move either one by hand", kept.display());
             return Err(error.with_remedy(remedy));
         }
-        // The new one is in its place: NFS keeps the old one as long as someone has a file of it open.
+        // The new folder is in place. NFS keeps the old one as long as a process has one of its files open.
         if let Err(source) = remove(&old) {
             tracing::warn!("{}: cannot be removed: {source}", old.display());
         }
@@ -126,13 +128,13 @@ impl StagedFolder {
 impl Drop for StagedFolder {
     fn drop(&mut self) {
         if !self.settled {
-            // Nothing refers to it: a failure to remove it must not hide the error that led here.
+            // Nothing refers to the folder: failing to remove it must not hide the original error.
             let _ = fs::remove_dir_all(&self.staged);
         }
     }
 }
 
-/// Locks the name `target`, and puts back a folder that a killed run had moved out of the way.
+/// Locks the name `target`, and puts back a folder that a killed run had moved away.
 fn put_back(target: &Path) -> Result<Lock> {
     let lock = Lock::claim(target)?;
     let old = Hidden::Old.beside(target);
@@ -142,8 +144,8 @@ fn put_back(target: &Path) -> Result<Lock> {
     Ok(lock)
 }
 
-/// Removes what a killed run left: both names carry that of this program, and the caller holds the lock. A replaced folder
-/// must be ours as well.
+/// Removes what a killed run left. Both names contain that of this program, and the caller holds the lock. A replaced
+/// folder must also be one that this program wrote.
 fn remove_leftovers(target: &Path, ownership: Ownership) -> Result<()> {
     ownership.check(&Hidden::Old.beside(target))?;
     [Hidden::Old, Hidden::Partial].into_iter().try_for_each(|hidden| {
@@ -152,7 +154,7 @@ fn remove_leftovers(target: &Path, ownership: Ownership) -> Result<()> {
     })
 }
 
-/// Moves a finished folder that cannot take its place to the first free of `target-1`, `target-2`, ...
+/// Moves a finished folder that cannot take its place to the first free name of `target-1`, `target-2`, ...
 fn keep(staged: &Path, target: &Path) -> io::Result<PathBuf> {
     let mut name = target.file_name().unwrap_or_default().to_owned();
     name.push("-");
@@ -160,7 +162,7 @@ fn keep(staged: &Path, target: &Path) -> io::Result<PathBuf> {
         let mut name = name.clone();
         name.push(number.to_string());
         let kept = target.with_file_name(name);
-        // Made first: no folder is replaced that somebody else made meanwhile.
+        // Create the folder first, so that the rename cannot replace one that another process just made.
         match fs::create_dir(&kept) {
             Ok(()) => return fs::rename(staged, &kept).map(|()| kept),
             Err(source) if source.kind() == ErrorKind::AlreadyExists => {}
@@ -177,7 +179,7 @@ fn remove(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Syncs every file in `folder`, and every folder after what is in it.
+/// Syncs every file in `folder`, and every folder after its content.
 fn sync_all(folder: &Path) -> io::Result<()> {
     for entry in WalkDir::new(folder).contents_first(true) {
         let entry = entry?;
@@ -268,7 +270,7 @@ mod tests {
             let root = tempfile::tempdir().unwrap();
             let target = root.path().join("mine");
             write_folder(&target, b"first").unwrap();
-            // Before the work begins.
+            // Started before the foreign change.
             let staged = marked(&target).unwrap();
             change(&target);
             let before = names(&target);
@@ -302,7 +304,7 @@ mod tests {
         assert!(error.to_string().contains("exists already"), "{error}");
         write_folder(&place("empty"), b"made").unwrap();
         assert_eq!(names(root.path()), ["empty", "file", "photos"]);
-        // What appears while the folder is made is not lost either.
+        // A folder that appears during the work is not lost either.
         let staged = marked(&place("new")).unwrap();
         fs::create_dir(place("new")).unwrap();
         fs::write(place("new/1.jpg"), "mine").unwrap();
@@ -347,14 +349,14 @@ mod tests {
         write_folder(&target, b"whole").unwrap();
         // Killed between the renames.
         fs::rename(&target, Hidden::Old.beside(&target)).unwrap();
-        // Killed at work.
+        // Killed during the work.
         fs::create_dir(Hidden::Partial.beside(&target)).unwrap();
         fs::write(Hidden::Partial.beside(&target).join("half"), "").unwrap();
         fs::write(Hidden::Lock.beside(&target), "").unwrap();
         drop(marked(&target).unwrap());
         assert_eq!(content(&target), b"whole");
         assert_eq!(names(root.path()), ["faces"]);
-        // Killed before the old one was removed.
+        // Killed before the old folder was removed.
         write_folder(&root.path().join("copy"), b"older").unwrap();
         fs::rename(root.path().join("copy"), Hidden::Old.beside(&target)).unwrap();
         write_folder(&target, b"newer").unwrap();

@@ -1,5 +1,4 @@
-//! Places that the user named for what is written: followed to where they really are, tried before the work begins, and
-//! never an input.
+//! Output paths that the user named: resolved to their real place, checked before the work begins, and never an input.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -10,10 +9,10 @@ use super::lock::Lock;
 use super::parent_of;
 use crate::{Error, Result};
 
-/// Links that Linux follows one after the other.
+/// Links in a row that Linux follows.
 const LINKS: usize = 40;
 
-/// A file that a command will write, tried and held from before the work begins until it is dropped.
+/// Output file of a command, checked and locked before the work begins until it is dropped.
 #[derive(Debug)]
 pub struct OutputFile {
     path: PathBuf,
@@ -21,12 +20,12 @@ pub struct OutputFile {
 }
 
 impl OutputFile {
-    /// Claims the file at `path`, which the user named: a link there is followed. `inputs` are the files and folders that the
-    /// command reads.
+    /// Claims the file at `path`, which the user named: a link there is followed. `inputs` are the files and folders
+    /// that the command reads.
     ///
     /// # Errors
-    /// Input for an input, for a file that another process writes to, and for a place that cannot be written to or holds
-    /// something else than a file; Disk for a failing disk.
+    /// Input: the file is an input, another process writes to it, the place cannot be written to or contains something
+    /// other than a file. Disk: a failing disk.
     pub fn claim<I: AsRef<Path>>(path: &Path, inputs: impl IntoIterator<Item = I>) -> Result<Self> {
         if path.as_os_str().as_bytes().ends_with(b"/") {
             return Err(Error::file(path, "names a folder", "name a file"));
@@ -40,21 +39,21 @@ impl OutputFile {
         Ok(Self { path: real, _lock: lock })
     }
 
-    /// Where to write it.
+    /// Returns the path to write to.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
 pub(super) fn no_file(path: &Path) -> Error {
-    Error::file(path, "is no regular file", "name a file that may be written or replaced")
+    Error::file(path, "is not a regular file", "name a file that may be written or replaced")
 }
 
-/// Checks that a command that writes to `target` writes over none of the files and folders that it reads, nor into one.
-/// Inputs that do not exist are passed over: reading them tells more.
+/// Checks that writing to `target` overwrites none of the input files and folders, and writes into none of them. Skips
+/// inputs that do not exist, because reading them gives a better error.
 ///
 /// # Errors
-/// Input for a target that is an input, lies in one or holds one.
+/// Input: the target is an input, is inside one or contains one.
 pub fn apart<I: AsRef<Path>>(target: &Path, inputs: impl IntoIterator<Item = I>) -> Result<()> {
     let real = real(&follow(target)?);
     for input in inputs {
@@ -75,10 +74,10 @@ pub fn apart<I: AsRef<Path>>(target: &Path, inputs: impl IntoIterator<Item = I>)
     Ok(())
 }
 
-/// The place that `path`, which need not exist, leads to: links in its last part are followed, a `/` at its end means nothing.
+/// Resolves the place of `path`, which need not exist: follows links in its last part and ignores a trailing `/`.
 ///
 /// # Errors
-/// Input for a path without a name, and for links that lead in a circle.
+/// Input: a path without a name, or links in a circle.
 pub fn follow(path: &Path) -> Result<PathBuf> {
     let mut place = path.to_path_buf();
     for _ in 0..LINKS {
@@ -92,10 +91,10 @@ pub fn follow(path: &Path) -> Result<PathBuf> {
     Err(Error::file(path, "is a link that leads in a circle", "name another place"))
 }
 
-/// As [`follow`], for what is put there with a rename.
+/// Resolves a place like [`follow`], for an output that is renamed into it.
 ///
 /// # Errors
-/// Input also for the place where a file system is mounted: what is written beside it lies on another one.
+/// As [`follow`]. Input also for a mount point: a file next to it is on another file system.
 pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
     let place = follow(path)?;
     let disk = |path: &Path| fs::metadata(path).map(|found| found.dev()).ok();
@@ -109,7 +108,7 @@ pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// `path` without links, as far as it exists.
+/// Removes links from `path`, as far as it exists.
 fn real(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| match path.file_name() {
         Some(name) => real(parent_of(path)).join(name),
@@ -140,7 +139,7 @@ mod tests {
         let long = "x".repeat(300);
         for (name, words) in [
             ("new/", "names a folder"),
-            ("folder", "no regular file"),
+            ("folder", "not a regular file"),
             ("missing/new", "cannot be written"),
             ("..", "has no name of its own"),
             ("circle", "in a circle"),

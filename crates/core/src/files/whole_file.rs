@@ -9,28 +9,28 @@ use super::target::no_file;
 use super::{Hidden, sync_parent};
 use crate::{Error, Result};
 
-/// Writes `path` in one piece: until the last byte is on the disk, what stood there before stays. A link is replaced: what
-/// the user named is an [`OutputFile`](super::OutputFile).
+/// Writes `path` in one piece: the previous file stays until the last byte is on the disk. Replaces a link instead of
+/// following it; for a path that the user named, use an [`OutputFile`](super::OutputFile).
 ///
 /// # Errors
-/// Input for a place that cannot be written to or holds something else than a file, and for a file that another process
-/// writes in this moment; Disk for a full or failing disk.
+/// Input: the place cannot be written to or contains something other than a file, or another process is writing the
+/// file. Disk: a full or failing disk.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     write_whole_with(path, |file| file.write_all(bytes))
 }
 
-/// [`write_whole`] for content that is made while it is written.
+/// Writes a file like [`write_whole`], with content that is generated while it is written.
 ///
 /// # Errors
-/// As [`write_whole`]; an error of `fill` counts as one of the disk.
+/// As [`write_whole`]; an error of `fill` counts as a disk error.
 pub fn write_whole_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
-    // The rename would put a file in the place of a device or a pipe.
+    // The rename would replace a device or a pipe by a file.
     if fs::metadata(path).is_ok_and(|stands| !stands.is_file()) {
         return Err(no_file(path));
     }
     let failed = |source| Error::write(path, source);
     let beside = Hidden::Partial.beside(path);
-    // Dropped, it removes what is half-written; what a killed run left there is written over.
+    // Dropping it removes the half-written file. What a killed run left there is overwritten.
     let mut partial = Lock::take(&beside).map_err(failed)?.ok_or_else(|| busy(path))?;
     let file = &mut partial.file;
     file.set_len(0)

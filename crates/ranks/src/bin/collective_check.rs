@@ -1,9 +1,11 @@
-//! Can the ranks of this cluster talk to each other, and how fast? Start it the way that training will be started:
+//! Checks that the ranks of this cluster can communicate, and measures how fast. Start it the way training will be
+//! started:
 //!
 //!     mpirun -n 4 collective-check
 //!
-//! Every rank checks every collective against values that it can work out alone. `--silent R` lets rank R fall silent,
-//! `--differ R` lets it claim another configuration: the other ranks must then say so within the deadline (`--timeout S`).
+//! Every rank checks every collective against values that it can compute alone. `--silent R` makes rank R fall silent,
+//! `--differ R` makes it claim another configuration: the other ranks must then report it within the deadline
+//! (`--timeout S`).
 
 use std::process::ExitCode;
 use std::thread;
@@ -13,7 +15,7 @@ use burn::tensor::{Device, Tensor};
 use hyperlora_core::{Error, Result, output};
 use hyperlora_ranks::{Collective, agree, run_as_rank};
 
-/// Numbers of the timed bucket: 10 MiB.
+/// Length of the timed bucket in numbers: 10 MiB.
 const BUCKET: usize = 10 << 18;
 
 fn main() -> ExitCode {
@@ -21,7 +23,7 @@ fn main() -> ExitCode {
     run_as_rank(Duration::from_secs(option("--timeout").unwrap_or(60)), run)
 }
 
-/// The number after `name` on the command line.
+/// Returns the number after `name` on the command line.
 fn option(name: &str) -> Option<u64> {
     std::env::args().skip_while(|argument| argument != name).nth(1)?.parse().ok()
 }
@@ -43,7 +45,7 @@ fn run(world: &dyn Collective) -> Result<()> {
     Ok(())
 }
 
-/// Every collective once, on numbers that are exact in f32.
+/// Runs every collective once, on numbers that are exact in f32.
 fn check(world: &dyn Collective, device: &Device) -> Result<()> {
     let (rank, size) = (world.rank(), world.world_size());
     let ramp = |start: usize, step: usize| -> Vec<f32> { (0..6 * size).map(|i| (start + step * i) as f32).collect() };
@@ -75,7 +77,7 @@ fn expect(world: &dyn Collective, what: &str, found: Tensor<1>, expected: &[f32]
     Err(Error::Fault(format!("{}: {what} gave {found:?} instead of {expected:?}", world.name_of(world.rank()))))
 }
 
-/// Seconds of an all-reduce: the best of ten.
+/// Returns the seconds of an all-reduce, the best of ten.
 fn time(world: &dyn Collective, device: &Device) -> Result<f64> {
     let mut best = f64::INFINITY;
     for _ in 0..10 {

@@ -1,15 +1,16 @@
-//! NCCL itself, on a machine with a GPU: `cargo test -p burn-hyperlora --features cuda --lib nccl -- --ignored`.
+//! Tests of NCCL itself, on a machine with a GPU:
+//! `cargo test -p hyperlora-ranks --features cuda --lib nccl -- --ignored`.
 
 use std::net::TcpListener;
 
 use super::*;
 
-/// Numbers of a bucket: 16 MiB.
+/// Length of a bucket in numbers: 16 MiB.
 const BUCKET: usize = 4 << 20;
-/// Rounds after which all memory is taken that a round needs.
+/// Rounds after which a round needs no more memory.
 const SETTLED: usize = 20;
 
-/// Joins a world of one over NCCL, which training has no use for.
+/// Joins a world of one over NCCL, which only tests need.
 fn world(device: &Device) -> Nccl {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let placement = Placement {

@@ -1,4 +1,4 @@
-//! Meetings, notes and ends of ranks that are threads of one process.
+//! Meetings, notes and failures of ranks that are threads of one process.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -20,12 +20,12 @@ fn given(token: &str) -> Token {
     Token::Given(token.into())
 }
 
-/// A rank on this machine that knows `token`.
+/// Makes the meeting of a rank on this machine that knows `token`.
 fn meeting(rank: usize, world_size: usize, port: u16, token: &Token) -> Meeting<'_> {
     Meeting { rank, world_size, address: ("127.0.0.1", port), one_machine: true, token, host: "node" }
 }
 
-/// `rank` meets the others as `node-{rank}`.
+/// Lets `rank` meet the others as `node-{rank}`.
 fn meet(rank: usize, world_size: usize, port: u16, token: &str, timeout: u64) -> Result<Rendezvous> {
     let (host, token) = (format!("node-{rank}"), given(token));
     let meeting = Meeting { host: &host, ..meeting(rank, world_size, port, &token) };
@@ -89,19 +89,19 @@ fn call(port: u16) -> TcpStream {
 fn all_of(mut stream: &TcpStream) -> Vec<u8> {
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut all = Vec::new();
-    // Closed with something unread, it ends in an error.
+    // A connection closed with unread data ends in an error.
     let _ = stream.read_to_end(&mut all);
     all
 }
 
 #[test]
 fn strangers_are_turned_away_and_do_not_disturb() {
-    // Rank 1 comes after them: once all ranks have met, nobody listens any more.
+    // Rank 1 comes after the strangers: once all ranks have met, nobody listens any more.
     let (strangers, told) = mpsc::channel();
     let told = Mutex::new(told);
     let met = world(3, |rank, port| {
         if rank == 2 {
-            // A rank of another run, one of another world, and something that is no rank at all.
+            // A rank of another run, one of another world, and a program that is not a rank.
             for (token, world_size) in [("other", 2), ("ours", 3)] {
                 let token = given(token);
                 let stranger = meeting(1, world_size, port, &token);
@@ -132,7 +132,7 @@ fn those_who_connect_and_stay_silent_hold_nobody_up() {
         let silent: Vec<TcpStream> = (0..400)
             .map(|number| {
                 let mut stream = call(port);
-                // Turned away already, where the others came too fast.
+                // Already turned away, if the others came too fast.
                 let _ = stream.write_all(&b"hlranks2"[..number % 8]);
                 stream
             })
@@ -158,7 +158,7 @@ fn the_deadline_of_the_meeting_is_one_however_many_connect() {
             let token = given("ours");
             Rendezvous::meet(&meeting(0, 4, port, &token), deadline, deadline).err().unwrap()
         });
-        // One after the other, each would be waited for; and a true rank comes near the end.
+        // Waiting for each in turn would exceed the deadline. A real rank comes near its end.
         let strangers: Vec<TcpStream> = (0..20).map(|_| call(port)).collect();
         thread::sleep(deadline / 2);
         let token = given("ours");
@@ -169,7 +169,7 @@ fn the_deadline_of_the_meeting_is_one_however_many_connect() {
         drop(strangers);
     });
     assert!(begun.elapsed() < 3 * deadline, "{:?}", begun.elapsed());
-    // As for rank 0, so for the others.
+    // The same holds for the other ranks.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = silent.local_addr().unwrap().port();
     let begun = Instant::now();
@@ -182,7 +182,7 @@ fn a_fake_rank_0_is_refused_and_learns_nothing_that_the_true_one_takes() {
     let fake = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = fake.local_addr().unwrap().port();
     let soon = || Instant::now() + Duration::from_millis(500);
-    // It gives a nonce of its own, and for its proof that of the rank, which is all that it knows.
+    // The fake gives its own nonce, and returns the rank's proof, which is all that it knows.
     let heard = thread::scope(|scope| {
         let listens = scope.spawn(|| {
             let mut heard = ([0; HELLO], [0; WORD]);
@@ -202,13 +202,13 @@ fn a_fake_rank_0_is_refused_and_learns_nothing_that_the_true_one_takes() {
         let token = given("ours");
         let error = reach(&meeting(1, 2, port, &token), soon()).unwrap_err();
         assert!(error.to_string().contains("does not know the token of this run"), "{error}");
-        // It tries again and again; whoever says nothing ends it.
+        // The rank retries until the fake gets a silent connection and ends.
         drop(call(port));
         listens.join().unwrap()
     });
     drop(fake);
 
-    // Said again to the true one, word for word; then with its own nonce said back to it.
+    // Replay to the real rank 0, word for word; then reflect its own nonce.
     let port = free_port();
     thread::scope(|scope| {
         let first = scope.spawn(move || {
@@ -218,7 +218,7 @@ fn a_fake_rank_0_is_refused_and_learns_nothing_that_the_true_one_takes() {
         let (hello, proof) = heard;
         let mut replayed = call(port);
         replayed.write_all(&[&hello[..], &proof].concat()).unwrap();
-        // The nonce that everybody gets, and not a word more.
+        // Rank 0 answers with the nonce that everybody gets, and nothing more.
         assert_eq!(all_of(&replayed).len(), WORD);
         let mut reflected = call(port);
         reflected.write_all(&hello).unwrap();
@@ -233,7 +233,7 @@ fn a_fake_rank_0_is_refused_and_learns_nothing_that_the_true_one_takes() {
 
 #[test]
 fn ranks_on_one_machine_make_a_token_and_meet_on_loopback_alone() {
-    // Every rank is told a name that leads elsewhere.
+    // Every rank gets a host name that leads elsewhere.
     let hosts = world(3, |rank, port| {
         let token = Token::HandedOver("a run".into());
         let meeting = Meeting { address: ("host.invalid", port), ..meeting(rank, 3, port, &token) };
@@ -241,7 +241,7 @@ fn ranks_on_one_machine_make_a_token_and_meet_on_loopback_alone() {
         met.exchange("a word", b"word").unwrap().len()
     });
     assert_eq!(hosts, [3; 3]);
-    // The run's id opens nothing.
+    // The run's id is not a valid token.
     let port = free_port();
     thread::scope(|scope| {
         let first = scope.spawn(move || {
@@ -272,7 +272,7 @@ fn notes_that_do_not_add_up_are_refused() {
     assert!(split_notes(&[&frame(&[b"one"])[..], &[0; 7]].concat(), 1).is_none());
 }
 
-/// A rank that waits for `step 5` by other means, until it hears from the others; it answers the roll call.
+/// Simulates a rank that waits for `step 5` by other means, until it hears from the others. It answers the roll call.
 fn wait_elsewhere(met: &Rendezvous) -> Error {
     let until = Instant::now() + Duration::from_secs(20);
     loop {
@@ -295,7 +295,7 @@ fn a_rank_that_is_gone_is_named_at_once_wherever_the_others_wait() {
         assert_eq!(error.exit_code(), 75);
         assert_eq!(error.to_string(), "waiting for step 5: rank 2 (node-2) is gone");
     }
-    // Rank 0 waits for the note of rank 1, which is late by itself.
+    // Rank 0 waits for the note of rank 1, which is also late.
     let met = Barrier::new(2);
     let ends = world(3, |rank, port| {
         let own = meet(rank, 3, port, "", 60_000).unwrap();
@@ -369,7 +369,7 @@ fn ranks_meet_over_ipv4_and_ipv6_once_the_port_is_free() {
             let first = scope.spawn(|| meet(0, 20_000).unwrap().exchange("a word", b"0").unwrap());
             thread::sleep(Duration::from_millis(300));
             drop(keeper);
-            // Whoever connected to the keeper of the port would be lost with it.
+            // A rank connected to the program that keeps the port would be lost with it.
             let second = meet(1, 20_000).unwrap().exchange("a word", b"1").unwrap();
             assert_eq!(first.join().unwrap(), second);
         });

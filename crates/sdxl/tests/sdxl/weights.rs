@@ -221,12 +221,12 @@ fn a_config_may_hold_what_python_writes() {
 
     fs::remove_file(&path).unwrap();
     std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
-    assert!(read().unwrap_err().to_string().contains("no regular file"));
+    assert!(read().unwrap_err().to_string().contains("not a regular file"));
     fs::remove_file(&path).unwrap();
     assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
-    assert!(read().unwrap_err().to_string().contains("no regular file"));
+    assert!(read().unwrap_err().to_string().contains("not a regular file"));
     let pipe = SafetensorsFile::open(&path).unwrap_err().to_string();
-    assert!(pipe.contains("no regular file"), "{pipe}");
+    assert!(pipe.contains("not a regular file"), "{pipe}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Numbers that a model or a shard tells of a face: boxes, points and landmarks that are nowhere, or no numbers.
+//! Numbers about a face from a model or a shard: boxes, points and landmarks that are out of range, or not numbers.
 
 use data_prep::crop::CropConfig;
 use data_prep::face::Detection;
@@ -9,7 +9,7 @@ use image::{Rgb, RgbImage};
 
 use hyperlora_testing::fuzz::{Case, Refusal, fuzz};
 
-/// A coordinate: mostly one of a photo of 40 pixels.
+/// Draws a coordinate, mostly one of a photo of 40 pixels.
 fn coordinate(case: &mut Case) -> f32 {
     let random = &mut case.random;
     match random.below(20) {
@@ -34,7 +34,7 @@ fn faces() {
     let mask = MaskConfig { size: 8 };
     fuzz("faces", 1000, 4 << 20, "face", |case| {
         let photo = if case.random.one_in(8) { &narrow } else { &photo };
-        // One of them at a time: masks take far longer than the others.
+        // One function per case, because masks take far longer than the others.
         match case.random.below(40) {
             0 => {
                 let landmarks = landmarks(case);

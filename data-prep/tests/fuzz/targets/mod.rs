@@ -1,4 +1,4 @@
-//! A target for every reader of a foreign file: `ci/fuzz.sh` runs each of them for long.
+//! One target for every reader of a foreign file: `ci/fuzz.sh` runs each of them for long.
 
 mod faces;
 mod models;

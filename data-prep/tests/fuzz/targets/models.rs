@@ -1,4 +1,4 @@
-//! The headers of ONNX files.
+//! Headers of ONNX files.
 
 use std::fs;
 use std::path::Path;
@@ -19,7 +19,7 @@ const ROLES: [(&str, &str); 4] = [
 #[test]
 fn onnx() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/faces");
-    // A folder for each role, whose file in it is the one that changes.
+    // One folder per role, in which that role's file is mutated.
     let folders = ROLES.map(|_| scratch());
     for folder in &folders {
         for (role, file) in ROLES {

@@ -69,7 +69,7 @@ fn messages() {
         assert!(!name.contains(|c: char| c.is_control()), "{name:?}");
         assert!(!shown.contains(|c: char| c.is_control() && c != '\n'), "{shown:?}");
         assert_eq!(text::mask_urls(&text::mask_urls(&outside)), text::mask_urls(&outside), "{outside:?}");
-        // Whatever stands before it, the next URL's secrets are masked; a quote or a bracket begins a new text.
+        // Secrets of the next URL are masked whatever precedes it; a quote or a bracket starts a new text.
         let signed = format!("{outside} https://user:{SECRET}@host/a?sig={SECRET}");
         assert!(!text::mask_urls(&signed).contains(SECRET), "{signed:?}");
         if shown.is_empty() { Err(Refusal::Reason("nothing to show".into())) } else { Ok(()) }

@@ -7,8 +7,8 @@ use data_prep::source::DecodeConfig;
 
 use hyperlora_testing::fuzz::{Case, Refusal, fuzz};
 
-/// A photo may take twice the limit, and what its decoder needs beside: a lossless WebP may ask for 65,536 groups of codes,
-/// whatever its size.
+/// Returns the memory that a photo may take: twice the limit, and what its decoder needs besides. A lossless WebP of
+/// any size may request 65,536 groups of codes.
 fn allowed(config: &DecodeConfig, target: &str) -> usize {
     2 * config.max_bytes as usize + if target == "webp" { 16 << 20 } else { 4 << 20 }
 }
@@ -22,8 +22,8 @@ fn seeds(extensions: &[&str]) -> Vec<Vec<u8>> {
     files.iter().map(|file| fs::read(file).unwrap()).collect()
 }
 
-/// Decodes the photos of these extensions, with limits that a lie about the size soon reaches; now and then with the
-/// usual ones.
+/// Decodes the photos with these extensions, under limits that a false size soon exceeds; occasionally under the
+/// default ones.
 fn photos(target: &str, extensions: &[&str]) {
     let seeds = seeds(extensions);
     let small = DecodeConfig { max_side: 5000, max_bytes: 1 << 20 };

@@ -1,4 +1,4 @@
-//! A shard folder: the manifest, and Parquet files that a stranger wrote, whose checksums are therefore right.
+//! Shard folders: the manifest, and Parquet files that a stranger wrote, whose checksums are therefore right.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -20,14 +20,14 @@ use hyperlora_testing::fuzz::{Answer, Refusal, fuzz, scratch};
 
 const SHARD: &str = "shard-00000.parquet";
 
-/// A Parquet file, and where its row groups lie.
+/// Parquet file with the ranges of its row groups.
 #[derive(Clone)]
 struct Table {
     bytes: Vec<u8>,
     groups: Vec<(usize, std::ops::Range<usize>)>,
 }
 
-/// Reads all that training reads.
+/// Reads everything that training reads.
 fn read(dir: &Path) -> Answer {
     let folder = ShardFolder::open(dir)?;
     let mut rows = 0;
@@ -41,7 +41,7 @@ fn read(dir: &Path) -> Answer {
     Ok(())
 }
 
-/// Four faces as `data-prep` writes them.
+/// Writes four faces as `data-prep` does.
 fn small_folder(dir: &Path) -> Manifest {
     let models = BTreeMap::from([("detector".to_owned(), "yunet sha256:00".to_owned())]);
     let config = data_prep::shard::ShardConfig { rows_per_group: 2, rows_per_shard: 4 };
@@ -67,7 +67,7 @@ fn small_folder(dir: &Path) -> Manifest {
     manifest
 }
 
-/// The file as it is, and once more without compression, where a change reaches the values.
+/// Returns the file unchanged, and without compression, so that a mutation reaches the values.
 fn tables(path: &Path) -> Vec<Table> {
     let plain = tempfile::NamedTempFile::new().unwrap();
     let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(path).unwrap()).unwrap();
@@ -94,7 +94,7 @@ fn table(path: &Path) -> Table {
 }
 
 impl Table {
-    /// What a manifest says of it.
+    /// Describes the file for a manifest.
     fn shard(&self) -> ShardFile {
         let length = self.bytes.len();
         let piece = |from: usize, to: usize| sha256_of(&self.bytes[from.min(length)..to.min(length)]);

@@ -1,4 +1,4 @@
-//! The list of labels, and captions beside photos.
+//! List of labels, and captions next to photos.
 
 use std::fs;
 use std::path::Path;

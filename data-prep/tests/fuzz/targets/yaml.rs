@@ -1,4 +1,4 @@
-//! The YAML of `data-prep`, and variables in its paths.
+//! YAML of `data-prep`, and variables in its paths.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use hyperlora_core::config::{self, ConfigPath};
 
 use hyperlora_testing::fuzz::{fuzz, scratch};
 
-/// What YAML gives a meaning.
+/// Tokens with a meaning in YAML.
 const WORDS: [&str; 40] = [
     "&a ",
     "*a",
@@ -70,7 +70,8 @@ fn yaml() {
     fuzz("yaml", 4000, 32 << 20, "data.yaml", |case| {
         std::fs::write(&path, case.one_text(&SEEDS, &WORDS)).unwrap();
         let config = PrepConfig::load(&path)?;
-        // A manifest holds it, without what tells of a machine: of an absolute path the last part alone.
+        // A manifest contains the config without anything that describes a machine: of an absolute path, only the last
+        // part.
         let yaml = config::to_yaml(&config)?;
         let again: PrepConfig = config::parse(&yaml, &path)?;
         assert_eq!(config::to_yaml(&again)?, yaml);
