@@ -33,7 +33,7 @@ enum Command {
     /// Find, filter, embed, crop and caption the faces of a folder of photos.
     #[command(
         after_help = "Example:\n  data-prep build experiments/quickstart/data.yaml --out runs/quickstart-data\n\n\
-        Exit codes: 0 done, 2 the input needs mending, 3 stopped by a signal with nothing changed, 1 the disk or the \
+        Exit codes: 0 done, 2 the input needs fixing, 3 stopped by a signal with nothing changed, 1 the disk or the \
         program failed."
     )]
     Build {

@@ -23,7 +23,7 @@ use crate::cli::options::Common;
 pub(super) struct TrainArgs {
     /// YAML of the experiment
     config: PathBuf,
-    /// Run folder [default: runs/<name>]
+    /// Run folder [default: runs/NAME]
     #[arg(long, value_name = "RUN")]
     out: Option<PathBuf>,
     /// Stop, with a checkpoint, once this many optimiser steps are done in total
