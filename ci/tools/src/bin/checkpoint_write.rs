@@ -1,7 +1,7 @@
 //! What a checkpoint costs a training: how long a step waits for it, and how fast it reaches the disk, beside plain `dd` of as
 //! many bytes with an fsync in the same folder.
 //!
-//! cargo run -p hyperlora-tools --bin checkpoint_write -- FOLDER [SITES] [ROUNDS]
+//! cargo run -p hyperlora-tools --bin checkpoint_write -- FOLDER SITES ROUNDS
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
