@@ -1,4 +1,4 @@
-//! Loads the UNet of a base and tells what that took: for measuring the memory that loading needs.
+//! Loads the UNet of a base and prints time and memory of loading.
 //!
 //!     cargo run -p hyperlora-tools --bin load_unet -- sdxl/ f32
 //!     cargo run -p hyperlora-tools --bin load_unet -- sdxl.safetensors bf16
@@ -43,7 +43,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// An entry of this process's memory in Linux, in bytes.
+/// Reads an entry of this process's memory on Linux, in bytes.
 fn memory(key: &str) -> Result<u64> {
     let path = Path::new("/proc/self/status");
     let text = std::fs::read_to_string(path).map_err(|source| Error::read(path, source))?;
