@@ -10,7 +10,7 @@ pub trait Objective: Sync {
     /// Computes the loss of a batch, `[1]`.
     ///
     /// `prediction` is the UNet's output, `[B, 4, h, w]`. `conditions.input` and `conditions.target` are on the same
-    /// autodiff device; `conditions.portraits` stay on the plain device. The losses of an optimizer step's batches are
+    /// autodiff device; `conditions.portraits` stay on the plain device. The losses of an optimiser step's batches are
     /// averaged, so the loss must be a mean over the batch. On a CPU, several threads call this at the same time.
     fn loss(&self, prediction: Tensor<4>, conditions: &Conditions) -> Tensor<1>;
 }

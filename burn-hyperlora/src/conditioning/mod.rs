@@ -129,7 +129,7 @@ pub struct Portraits {
 pub struct IdPortraits {
     /// Image encoder states of the masked faces, `[B, T, D]`.
     pub states: Tensor<3>,
-    /// L2-normalised ID embeddings, `[B, 512]`.
+    /// ID embeddings, L2-normalised, `[B, 512]`.
     pub embedding: Tensor<2>,
 }
 
@@ -288,7 +288,7 @@ impl Base {
     /// Encodes a batch, without a graph. `trigger` precedes the captions of samples whose ID-LoRA is on.
     ///
     /// # Errors
-    /// Fault: a caption cannot be tokenized.
+    /// Fault: a caption cannot be tokenised.
     pub fn encode(&self, samples: &[Sample], trigger: &str) -> Result<Conditions> {
         let (input, target) = self.noisy(samples, trigger)?;
         Ok(Conditions { input, target, portraits: self.portraits(samples)? })
@@ -297,7 +297,7 @@ impl Base {
     /// Computes the UNet's input for a batch, and its prediction target `[B, C, h, w]`.
     ///
     /// # Errors
-    /// Fault: a caption cannot be tokenized.
+    /// Fault: a caption cannot be tokenised.
     pub fn noisy(&self, samples: &[Sample], trigger: &str) -> Result<(UnetInput, Tensor<4>)> {
         let prompts = self.prompts_of(samples, trigger)?;
         for (sample, Prompt { surplus, .. }) in samples.iter().zip(&prompts).filter(|(_, prompt)| prompt.surplus > 0) {
@@ -363,7 +363,7 @@ impl Base {
     /// Encodes the samples' captions. `trigger` precedes those of samples whose ID-LoRA is on.
     ///
     /// # Errors
-    /// Fault: a caption cannot be tokenized.
+    /// Fault: a caption cannot be tokenised.
     pub fn prompts(&self, samples: &[Sample], trigger: &str) -> Result<PromptStates> {
         Ok(side_by_side(self.prompts_of(samples, trigger)?))
     }
@@ -381,7 +381,7 @@ impl Base {
         self.cut_captions.load(Ordering::Relaxed)
     }
 
-    /// Encodes one prompt by itself, so that its bits do not depend on its neighbors in a batch.
+    /// Encodes one prompt by itself, so that its bits do not depend on its neighbours in a batch.
     fn prompt(&self, prompt: &str) -> Result<Prompt> {
         // A thread that panicked cannot leave the map inconsistent, because entries are inserted and removed whole.
         let mut prompts = self.prompts.lock().unwrap_or_else(PoisonError::into_inner);

@@ -26,7 +26,7 @@ impl Square {
 
     /// Draws a square that contains `face_box` (x0, y0, x1, y1) in a photo of `width` x `height`: the side
     /// log-uniformly, then the position uniformly. A face larger than the photo's shorter side gets the largest square,
-    /// as close to its center as possible.
+    /// as close to its centre as possible.
     pub fn draw(photo: (u32, u32), face_box: [f32; 4], config: &CropConfig, generator: &mut impl RngCore) -> Self {
         Self::at(photo, face_box, config, [(); 3].map(|()| unit(generator) as f32))
     }

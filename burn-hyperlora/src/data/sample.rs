@@ -41,7 +41,7 @@ pub struct Sample {
     pub key: String,
     /// Target image, flat `[3, H, W]` in [-1, 1].
     pub pixels: Vec<f32>,
-    /// Original height and width, crop top and left, target height and width.
+    /// Time ids: original height and width, crop top and left, target height and width.
     pub time_ids: [f32; 6],
     /// Caption of the target, without trigger words.
     pub caption: String,
@@ -49,7 +49,7 @@ pub struct Sample {
     pub id_pixels: Vec<f32>,
     /// Image encoder input of the target with a blurred face, flat `[3, S, S]`.
     pub base_pixels: Vec<f32>,
-    /// ID embedding of the reference photo, L2-normalized.
+    /// ID embedding of the reference photo, L2-normalised.
     pub id_embedding: Vec<f32>,
     /// Standard normal noise of the latents' size, for sampling the autoencoder's posterior.
     pub posterior_noise: Vec<f32>,

@@ -13,7 +13,7 @@ const CLIP_STATES: &str = "clip_hidden_states";
 const ID_EMBEDDING: &str = "id_embedding";
 const BASE_STATES: &str = "base_clip_hidden_states";
 
-/// Tolerance of a normalized embedding's length, due to half precision.
+/// Tolerance of a normalised embedding's length, due to half precision.
 const LENGTH_TOLERANCE: f32 = 5e-3;
 
 /// Minimum length of an embedding with a meaningful direction.
@@ -21,7 +21,7 @@ const SHORTEST: f32 = 1e-6;
 
 /// Reads a safetensors file with `clip_hidden_states` [N, T, clip_dim] (penultimate states of the masked faces),
 /// `id_embedding` [N, E] and, for a Base-LoRA, `base_clip_hidden_states` [M, T, clip_dim]. The last two are optional.
-/// ID embeddings are normalized to length 1, as in training, with a warning.
+/// ID embeddings are normalised to length 1, as in training, with a warning.
 ///
 /// # Errors
 /// Input, naming the file and the mismatch: shapes do not fit `config`, values are not finite, tensors have other
@@ -49,7 +49,7 @@ pub fn read(path: &Path, config: &HyperLoraConfig, device: &Device) -> Result<Pe
     Ok(Person { clip_states, id_embedding, base_states })
 }
 
-/// Normalizes the rows of `[N, E]` to length 1.
+/// Normalises the rows of `[N, E]` to length 1.
 fn normalised(path: &Path, embedding: Tensor<2>) -> Result<Tensor<2>> {
     let lengths = embedding.clone().square().sum_dim(1).sqrt(); // [N, 1]
     let data = lengths.to_data();

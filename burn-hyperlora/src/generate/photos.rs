@@ -25,7 +25,7 @@ pub struct Portrait {
     pub face_box: [f32; 4],
     /// Landmarks, 68 or 106 points in pixels.
     pub landmarks: Vec<[f32; 2]>,
-    /// ID embedding, L2-normalized, 512 numbers.
+    /// ID embedding, L2-normalised, 512 numbers.
     pub id_embedding: Vec<f32>,
 }
 
@@ -41,7 +41,7 @@ pub struct PhotoModels {
     pub faces: Option<PathBuf>,
 }
 
-/// Models that analyze photos. The rest of a base model is not loaded.
+/// Models that analyse photos. The rest of a base model is not loaded.
 pub struct PhotoReader {
     analyser: FaceAnalyser,
     image_encoder: ClipVisionModel,

@@ -71,7 +71,7 @@ struct LinearBases {
 impl LinearBases {
     fn new(init: &Init, config: &HyperLoraConfig, input: usize, output: usize) -> Self {
         let (basis, base_rank) = (config.basis, config.base_rank);
-        // Usual LoRA initialization: down keeps the variance of its input (the coefficients have length 1); up is zero,
+        // Usual LoRA initialisation: down keeps the variance of its input (the coefficients have length 1); up is zero,
         // so that the UNet starts unchanged. If both were zero, there would be no gradient.
         let std = (input as f64).sqrt().recip();
         let down = |name, rank| init.normal(name, [basis, input, rank], std);

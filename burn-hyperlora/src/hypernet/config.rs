@@ -31,7 +31,7 @@ pub struct ResamplerConfig {
     pub dim: usize,
     /// Number of layers.
     pub depth: usize,
-    /// Attention heads.
+    /// Number of attention heads.
     pub heads: usize,
     /// Width of one head.
     pub head_dim: usize,

@@ -167,7 +167,7 @@ impl HyperLora {
     }
 }
 
-/// Averages over a sample's images, then normalizes to length 1 over K: `[B * n, Q, K]` to `[B, Q, K]`.
+/// Averages over a sample's images, then normalises to length 1 over K: `[B * n, Q, K]` to `[B, Q, K]`.
 fn coefficients(tokens: Tensor<3>, images_per_sample: usize) -> Tensor<3> {
     let [images, queries, basis] = tokens.dims();
     let samples = images / images_per_sample;

@@ -1,4 +1,4 @@
-//! Parameter initialization from a seed and the parameter's name, identical on every device.
+//! Parameter initialisation from a seed and the parameter's name, identical on every device.
 
 use burn::module::{Param, ParamId};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear};
@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// Initializes the parameters below one name prefix.
+/// Initialises the parameters below one name prefix.
 ///
 /// Each parameter draws from its own stream, so that adding one leaves the others unchanged. Values are drawn on first
 /// access, so that a module loaded from files never draws any.
@@ -23,7 +23,7 @@ impl Init {
         Self { seed, prefix: String::new(), device: device.clone() }
     }
 
-    /// Returns the initializer of everything below `name`.
+    /// Returns the initialiser of everything below `name`.
     pub(super) fn at(&self, name: impl std::fmt::Display) -> Self {
         Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
     }
@@ -44,7 +44,7 @@ impl Init {
         self.lazy(shape, move || vec![0.0; shape.iter().product()])
     }
 
-    /// Creates a linear layer with zero bias and weights of std `1 / sqrt(in)`, which keeps the variance of normalized
+    /// Creates a linear layer with zero bias and weights of std `1 / sqrt(in)`, which keeps the variance of normalised
     /// inputs at any width. A fixed std of 0.02 would mute a narrow resampler.
     pub(super) fn linear(&self, name: &str, input: usize, output: usize, bias: bool) -> Linear {
         let below = self.at(name);

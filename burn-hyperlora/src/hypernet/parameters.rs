@@ -1,4 +1,4 @@
-//! Parameters by name. Released files, checkpoints and optimizers share these names.
+//! Parameters by name. Released files, checkpoints and optimisers share these names.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;

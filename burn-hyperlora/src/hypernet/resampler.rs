@@ -36,7 +36,7 @@ impl Resampler {
     pub(super) fn new(init: &Init, config: &ResamplerConfig, ports: &ResamplerPorts) -> Self {
         let dim = config.dim;
         Self {
-            // Unit length per query; the layers normalize before reading it.
+            // Unit length per query; the layers normalise before reading it.
             latents: init.normal("latents", [1, ports.queries, dim], (dim as f64).sqrt().recip()),
             proj_in: init.linear("proj_in", ports.input, dim, true),
             proj_in_2: ports.second_condition.then(|| init.linear("proj_in_2", ports.input, dim, true)),

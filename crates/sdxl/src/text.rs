@@ -12,9 +12,9 @@ use crate::tokenizer::{ClipTokenizer, PROMPT_TOKENS, TEXT_TOKENS};
 /// Encoded prompts.
 #[derive(Debug, Clone)]
 pub struct PromptStates {
-    /// `[B, 77, C1 + C2]`: penultimate states of both encoders, concatenated.
+    /// Prompt embeddings, `[B, 77, C1 + C2]`: penultimate states of both encoders, concatenated.
     pub prompt_embeds: Tensor<3>,
-    /// `[B, P]`: pooled output of the second encoder.
+    /// Pooled output of the second encoder, `[B, P]`.
     pub pooled: Tensor<2>,
 }
 
@@ -124,7 +124,7 @@ impl TextEncoders {
     /// Encodes prompts as the SDXL pipeline of diffusers does (clip skip 2).
     ///
     /// # Errors
-    /// Fault: a prompt cannot be tokenized, or there is none.
+    /// Fault: a prompt cannot be tokenised, or there is none.
     pub fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<PromptStates> {
         let mut states = Vec::with_capacity(2);
         let mut pooled = None;
@@ -142,7 +142,7 @@ impl TextEncoders {
 /// Counts the tokens of `prompt` beyond the encoders' limit.
 ///
 /// # Errors
-/// Fault: the prompt cannot be tokenized.
+/// Fault: the prompt cannot be tokenised.
 pub fn surplus(tokenizers: &[ClipTokenizer; 2], prompt: &str) -> Result<usize> {
     let counts = [tokenizers[0].count(prompt)?, tokenizers[1].count(prompt)?];
     Ok(counts.into_iter().max().unwrap_or(0).saturating_sub(TEXT_TOKENS))

@@ -26,9 +26,9 @@ pub struct LoraSet {
 /// Update of one module: `alpha / rank * up @ down`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraModule {
-    /// `[r, in]`, or `[r, in, k, k]` for a convolution.
+    /// Down matrix, `[r, in]`, or `[r, in, k, k]` for a convolution.
     pub down: Matrix,
-    /// `[out, r]`, or `[out, r, 1, 1]` for a convolution.
+    /// Up matrix, `[out, r]`, or `[out, r, 1, 1]` for a convolution.
     pub up: Matrix,
     /// Scale times rank.
     pub alpha: f32,

@@ -7,9 +7,9 @@ use burn::tensor::Tensor;
 /// `up` already includes the scale (alpha / rank) and the user's weight.
 #[derive(Debug, Clone)]
 pub struct LoraPair {
-    /// `[B, in, r]`
+    /// Down matrices, `[B, in, r]`.
     pub down: Tensor<3>,
-    /// `[B, r, out]`
+    /// Up matrices, `[B, r, out]`.
     pub up: Tensor<3>,
 }
 
@@ -29,7 +29,7 @@ pub struct AttentionLora {
 /// LoRA of every attention module of a UNet, in the UNet's module order.
 #[derive(Debug, Clone)]
 pub struct LoraWeights {
-    /// One entry per attention module.
+    /// LoRA of each attention module.
     pub modules: Vec<AttentionLora>,
 }
 

@@ -79,10 +79,10 @@ impl ClipTextConfig {
 /// Output of a text encoder for SDXL.
 #[derive(Debug, Clone)]
 pub struct TextStates {
-    /// `[B, T, C]`: hidden states before the last layer (`hidden_states[-2]`, "clip skip 2").
+    /// Hidden states before the last layer, `[B, T, C]` (`hidden_states[-2]`, "clip skip 2").
     pub penultimate: Tensor<3>,
-    /// `[B, P]`: the last layer's state at the end of each prompt, normalized and projected; `None` without a
-    /// projection.
+    /// Pooled output, `[B, P]`: the last layer's state at the end of each prompt, normalised and projected; `None`
+    /// without a projection.
     pub pooled: Option<Tensor<2>>,
 }
 

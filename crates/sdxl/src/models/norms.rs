@@ -21,7 +21,7 @@ impl GroupNorm {
         Self(nn::GroupNorm { gamma: norm.gamma.map(widened), beta: norm.beta.map(widened), ..norm })
     }
 
-    /// Normalizes `[B, C, H, W]`; the result has the type of `x`.
+    /// Normalises `[B, C, H, W]`; the result has the type of `x`.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         in_f32(x, |x| self.0.forward(x))
     }
@@ -35,7 +35,7 @@ impl LayerNorm {
         Self(norm)
     }
 
-    /// Normalizes `[B, N, C]`; the result has the type of `x`.
+    /// Normalises `[B, N, C]`; the result has the type of `x`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         in_f32(x, |x| self.0.forward(x))
     }

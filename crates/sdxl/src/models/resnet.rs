@@ -63,7 +63,7 @@ impl ResnetBlock2D {
     }
 }
 
-/// Nearest-neighbor upsampling by two, then a convolution (diffusers `Upsample2D`).
+/// Nearest-neighbour upsampling by two, then a convolution (diffusers `Upsample2D`).
 #[derive(Debug)]
 pub struct Upsample2D {
     conv: Conv2d,

@@ -65,7 +65,7 @@ fn yes() -> bool {
 const WIDTH_LIMIT: usize = 1 << 16;
 const DEPTH_LIMIT: usize = 16;
 
-/// Color channels of a picture.
+/// Colour channels of a picture.
 const RGB: usize = 3;
 
 impl AutoencoderKlConfig {

@@ -73,7 +73,7 @@ pub enum FinalSigmas {
 /// The keys of a base's `scheduler_config.json` that affect the computation. Other keys are ignored.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ScheduleConfig {
-    /// Training timesteps, 1000.
+    /// Number of training timesteps, 1000.
     pub num_train_timesteps: usize,
     /// Beta of the first timestep.
     pub beta_start: f64,

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::tokenizer::{END, START, WORD_END};
 
-/// Merges of OpenAI's CLIP, one per line, most frequent first (`ci/parity/clip_vocab.py`; license beside it).
+/// Merges of OpenAI's CLIP, one per line, most frequent first (`ci/parity/clip_vocab.py`; licence beside it).
 const MERGES: &[u8] = include_bytes!("merges.txt.gz");
 
 /// Returns vocabulary and merges in the form of `vocab.json` and `merges.txt`.

@@ -45,7 +45,7 @@ fn no_float(dtype: Dtype) -> String {
     format!("type {dtype}, which is not read: F64, F32, F16, BF16, F8_E4M3 and F8_E5M2 are")
 }
 
-/// Returns true for fp8, whose quantized values may need a separate scale.
+/// Returns true for fp8, whose quantised values may need a separate scale.
 pub(super) fn is_fp8(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2)
 }

@@ -1,4 +1,4 @@
-//! The keys of LoRA files, as the tools write them.
+//! Keys of LoRA files, as each tool writes them.
 //!
 //! ```text
 //! sd-scripts      lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight, .lora_up.weight, .alpha

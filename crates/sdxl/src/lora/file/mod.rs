@@ -45,9 +45,9 @@ pub struct Module {
     pub part: Part,
     /// Path within the component, with dots or underscores.
     pub path: String,
-    /// `[rank, in]`, or `[rank, in, k, k]` for a convolution; unchecked.
+    /// Down matrix, `[rank, in]`, or `[rank, in, k, k]` for a convolution; unchecked.
     pub down: TensorEntry,
-    /// `[out, rank]`, or `[out, rank, 1, 1]` for a convolution; unchecked.
+    /// Up matrix, `[out, rank]`, or `[out, rank, 1, 1]` for a convolution; unchecked.
     pub up: TensorEntry,
     /// Scale times rank, from the file or its kind's default.
     pub alpha: f32,

@@ -10,7 +10,7 @@ const SVD_STEPS: usize = 1 << 20;
 /// Error of a rank reduction, relative to the Frobenius norm of each module's update.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reduction {
-    /// Mean over the modules.
+    /// Mean error over the modules.
     pub mean: f64,
     /// Largest error of a module.
     pub worst: f64,

@@ -32,7 +32,7 @@ pub struct ClipVisionConfig {
     pub image_size: usize,
     /// Side of a patch, in pixels; a divisor of the image size.
     pub patch_size: usize,
-    /// Color channels, 3.
+    /// Colour channels, 3.
     #[serde(default = "rgb")]
     pub num_channels: usize,
 }
@@ -202,7 +202,7 @@ fn yes() -> bool {
     true
 }
 
-/// Converts pictures to pixel values: resizes the shortest edge, center-crops, normalizes.
+/// Converts pictures to pixel values: resizes the shortest edge, centre-crops, normalises.
 ///
 /// Resizing matches Pillow's bicubic resampling bit for bit.
 #[derive(Debug, Clone)]
@@ -279,10 +279,10 @@ impl ImageProcessor {
         };
         let (width, height) = (scaled(width), scaled(height));
         let resized = bicubic(picture, width, height);
-        // 2. Crop the center.
+        // 2. Crop the centre.
         let (left, top) = ((width - self.crop) / 2, (height - self.crop) / 2);
         let cropped = imageops::crop_imm(&resized, left, top, self.crop, self.crop).to_image();
-        // 3. Rescale and normalize.
+        // 3. Rescale and normalise.
         let normalised = |channel: usize| {
             let (mean, std) = (self.mean[channel], self.std[channel]);
             cropped.pixels().map(move |pixel| (f32::from(pixel[channel]) * self.rescale_factor - mean) / std)

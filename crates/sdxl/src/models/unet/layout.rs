@@ -47,7 +47,7 @@ pub enum LayerKind {
     Conv {
         /// Input and output channels.
         channels: [usize; 2],
-        /// 1 or 2.
+        /// Stride, 1 or 2.
         stride: usize,
     },
     /// A residual block.

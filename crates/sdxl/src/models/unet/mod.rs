@@ -26,15 +26,15 @@ pub use crate::models::unet::config::UNet2DConditionConfig;
 /// A noisy batch and its conditions. All tensors are f32 and on the plain device.
 #[derive(Debug, Clone)]
 pub struct UnetInput {
-    /// `[B, 4, h, w]`
+    /// Noisy latents, `[B, 4, h, w]`.
     pub latents: Tensor<4>,
-    /// `[B]`, 0..1000
+    /// Timesteps, `[B]`, 0..1000.
     pub timesteps: Tensor<1>,
-    /// `[B, 77, C]`
+    /// Prompt embeddings, `[B, 77, C]`.
     pub prompt_embeds: Tensor<3>,
-    /// `[B, P]`
+    /// Pooled prompt embeddings, `[B, P]`.
     pub pooled: Tensor<2>,
-    /// `[B, 6]`: original height and width, top and left of the crop, target height and width, in pixels.
+    /// Time ids, `[B, 6]`: original height and width, top and left of the crop, target height and width, in pixels.
     pub time_ids: Tensor<2>,
 }
 
