@@ -270,7 +270,9 @@ impl Base {
         if image_size == 0 || !image_size.is_multiple_of(step) {
             return Err(Error::input(
                 format!("{place}: data.image_size"),
-                format!("{image_size} is no multiple of {step}, by which autoencoder and UNet divide a side"),
+                format!(
+                    "{image_size} is not a multiple of {step}, the factor by which autoencoder and UNet reduce a side"
+                ),
                 format!("give {} or {}", (image_size / step).max(1) * step, (image_size / step + 1) * step),
             ));
         }

@@ -128,7 +128,7 @@ impl DrawPlan {
                 return Ok(Request { target: pairs[stand_in].target, reference, ..request });
             }
         }
-        Err(Error::file(dataset.path(), "no readable photo is left to learn from", "prepare the data again"))
+        Err(Error::file(dataset.path(), "no readable photo is left to train on", "prepare the data again"))
     }
 
     /// Returns the first readable reference of a pair whose target is readable.

@@ -147,7 +147,7 @@ fn within_budget(file: &Path, budget: usize, known: &BTreeMap<u32, BadRowGroup>,
     let (count, files) = (files.len(), files.join(", "));
     Err(Error::file(
         file,
-        format!("{count} row groups are damaged: {files}; data.bad_row_groups allows {budget}; such as: {last}"),
+        format!("{count} row groups are damaged: {files}; data.bad_row_groups allows {budget}; for example: {last}"),
         "restore these files, or prepare the data again, and remove the lines from quarantine.jsonl; or allow more",
     ))
 }

@@ -56,7 +56,7 @@ impl Rank {
         if uneven(streams, ranks) {
             return Err(Error::input(
                 format!("{place}: data.streams"),
-                format!("{streams} streams cannot be dealt to {ranks} processes"),
+                format!("{streams} streams cannot be split evenly among {ranks} processes"),
                 format!("{}, or begin a new run with a multiple of {ranks} streams", fitting()),
             ));
         }

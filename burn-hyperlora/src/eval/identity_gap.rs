@@ -44,7 +44,7 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     let sites = base.unet.attention_sites();
     let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), &experiment.hyper_lora, sites, device)?;
     if !hyper_lora.has_learnt_id() {
-        return Err(Error::file(checkpoint.path(), "has learnt no ID-LoRA so far", "train on to an ID stage"));
+        return Err(Error::file(checkpoint.path(), "has learnt no ID-LoRA so far", "continue training to an ID stage"));
     }
     let dataset = open_dataset(&experiment.data, experiment.folder(), run)?;
     let shape = base.sample_shape(experiment.data.image_size, true)?;
@@ -207,7 +207,7 @@ fn repeat_each(tensor: Tensor<3>, times: usize) -> Tensor<3> {
 fn one_person(dataset: &Dataset) -> Error {
     Error::file(
         dataset.path(),
-        "shows a single person among the reference photos: there is nobody else to compare with",
+        "shows a single person among the reference photos: there is no other person to compare with",
         "prepare photos of at least two people, with identity labels",
     )
 }

@@ -57,12 +57,12 @@ fn normalised(path: &Path, embedding: Tensor<2>) -> Result<Tensor<2>> {
     if let Some(row) = lengths_of_rows.iter().position(|length| !(SHORTEST..f32::MAX).contains(length)) {
         return Err(Error::input(
             format!("{}: {ID_EMBEDDING}", path.display()),
-            format!("row {row} has the length {}: it shows no direction", lengths_of_rows[row]),
+            format!("row {row} has the length {}: it has no direction", lengths_of_rows[row]),
             "give the embeddings of faces",
         ));
     }
     if let Some(length) = lengths_of_rows.iter().find(|length| (*length - 1.0).abs() > LENGTH_TOLERANCE) {
-        tracing::warn!("{}: {ID_EMBEDDING} has the length {length}; it is brought to 1", path.display());
+        tracing::warn!("{}: {ID_EMBEDDING} has the length {length}; it is normalised to 1", path.display());
     }
     Ok(embedding / lengths)
 }

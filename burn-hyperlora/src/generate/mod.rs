@@ -109,7 +109,7 @@ impl Generator {
             return Err(Error::file(
                 &self.weights,
                 "has learnt no ID-LoRA so far: it would be zero for everybody",
-                "train on to an ID stage, or give the ID-LoRA the weight 0",
+                "continue training to an ID stage, or give the ID-LoRA the weight 0",
             ));
         }
         let weight = |weight: f32| Tensor::<1>::from_floats([weight], &self.device);
@@ -137,7 +137,7 @@ impl Generator {
     fn base_lora(&self, person: &Person) -> Result<LoraWeights> {
         let states = person.base_states.clone().ok_or_else(|| {
             let remedy = "give the states of the pictures with the face blurred away as `base_clip_hidden_states`";
-            Error::input("Base-LoRA", "nothing is given to make it from", remedy)
+            Error::input("Base-LoRA", "its input is missing", remedy)
         })?;
         let [images, ..] = states.dims();
         self.hyper_lora.base_lora_of(self.hyper_lora.base_coefficients(states, images)?)

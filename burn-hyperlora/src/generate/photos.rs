@@ -94,10 +94,10 @@ impl PhotoReader {
         let bytes = read_regular(path, limits.max_bytes).map_err(|source| Error::read(path, source))?;
         let photo = limits
             .decode(&bytes)
-            .map_err(|problem| Error::file(path, format!("is no photo that can be decoded: {problem}"), REMEDY))?;
+            .map_err(|problem| Error::file(path, format!("cannot be decoded as a photo: {problem}"), REMEDY))?;
         let Upright { photo, faces, turned } = self.analyser.detect_upright(photo.pixels)?;
         if turned {
-            tracing::info!("{}: turned, so that the face is upright", path.display());
+            tracing::info!("{}: rotated so that the face is upright", path.display());
         }
         let [face]: [Detection; 1] = faces.try_into().map_err(|found: Vec<Detection>| {
             Error::file(
@@ -152,7 +152,7 @@ fn face_models(models: &PhotoModels, experiment: Option<&Experiment>) -> Result<
         return Ok((faces, PathBuf::from(".")));
     }
     let Some(experiment) = experiment else {
-        let problem = "is missing: the ID embedding must be that of the model which the weights were trained with";
+        let problem = "is missing: the ID embedding must be that of the model that the weights were trained with";
         let remedy =
             "give the folder of the face models (antelopev2 for the released weights), or --features to `generate`";
         return Err(Error::input("--faces", problem, remedy));
@@ -171,7 +171,7 @@ fn image_encoder(models: &PhotoModels, experiment: Option<&Experiment>) -> Resul
         (None, Some(experiment)) => experiment.base.image_encoder_folder(experiment.folder()),
         (None, None) => Err(Error::input(
             "--image-encoder",
-            "is missing: a HyperLoRA folder does not say where its CLIP lies",
+            "is missing: a HyperLoRA folder does not name its CLIP model",
             "give the folder of CLIP ViT-L/14 in transformers layout, or --features to `generate`",
         )),
     }

@@ -33,7 +33,7 @@ pub(super) fn advice(setup: &Setup) -> Vec<String> {
     let mut knob = |name: String, peak: u64| {
         if peak < now {
             let verdict = if peak <= room { "fits" } else { "not enough alone" };
-            lines.push(format!("{name}: {} GiB in place of {} GiB, {verdict}", gib(peak), gib(now)));
+            lines.push(format!("{name}: {} GiB instead of {} GiB, {verdict}", gib(peak), gib(now)));
         }
     };
     let bf16 = |setup: &mut Setup| setup.architecture.unet_dtype = FloatDType::BF16;

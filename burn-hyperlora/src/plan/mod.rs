@@ -161,7 +161,7 @@ impl Setup {
         if *image_size == 0 || !image_size.is_multiple_of(step) || *image_size > LARGEST_IMAGE {
             return Err(Error::input(
                 format!("{place}: data.image_size"),
-                format!("{image_size} is no multiple of {step} up to {LARGEST_IMAGE}"),
+                format!("{image_size} is not a multiple of {step} up to {LARGEST_IMAGE}"),
                 format!("give {}", (image_size / step).clamp(1, LARGEST_IMAGE / step) * step),
             ));
         }

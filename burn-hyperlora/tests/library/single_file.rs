@@ -195,8 +195,8 @@ fn broken_files_are_refused() {
         (b"\x80\x02ccollections".to_vec(), "a Python pickle"),
         (b"PK\x03\x04archive/data.pkl".to_vec(), "a PyTorch pickle"),
         (b"<!DOCTYPE html><html>Sign in".to_vec(), "a web page"),
-        (bytes[..bytes.len() - 5].to_vec(), "its header tells of"),
-        (lying("\"data_offsets\":[0,", "\"data_offsets\":[4,"), "header that does not hold"),
+        (bytes[..bytes.len() - 5].to_vec(), "its header describes"),
+        (lying("\"data_offsets\":[0,", "\"data_offsets\":[4,"), "invalid header"),
         (bytes[..6].to_vec(), "ends after 6 bytes"),
     ] {
         fs::write(&path, content).unwrap();
@@ -216,7 +216,7 @@ fn options_that_do_not_go_with_the_layout_are_refused() {
     };
     assert!(problem(&path, Some("fp16"), None).contains("is a single file"));
     assert!(problem(&folder, Some("fp16"), None).contains("no weights of the variant fp16"));
-    assert!(problem(&folder, None, Some(&folder)).contains("configs of its own"));
+    assert!(problem(&folder, None, Some(&folder)).contains("its own configs"));
     assert!(problem(path.parent().unwrap(), None, None).contains("no folder `unet`"));
     let config = BaseConfig::new(ConfigPath::new(&path));
     let message = config.image_encoder_folder(Path::new("")).unwrap_err().to_string();

@@ -195,7 +195,7 @@ impl Sampler<'_> {
         let factor = self.vae.config().factor();
         for (key, side) in [("height", config.height), ("width", config.width)] {
             if side == 0 || !side.is_multiple_of(factor) {
-                let problem = format!("{side} is no multiple of {factor}");
+                let problem = format!("{side} is not a multiple of {factor}");
                 return Err(Error::input(key, problem, "choose a size that the autoencoder's factor divides"));
             }
         }
@@ -213,7 +213,7 @@ impl Sampler<'_> {
         let expected = self.latent_shape(config, count)?;
         if initial.dims() != expected || count == 0 {
             let problem = format!("shape {:?}, expected {expected:?}", initial.dims());
-            return Err(Error::input("initial latents", problem, "make them for the height and width asked for"));
+            return Err(Error::input("initial latents", problem, "make them for the given height and width"));
         }
         if let Some(other) = prompts.map(|p| p.prompt_embeds.dims()[0]).into_iter().find(|&rows| rows != count) {
             let problem = format!("{other} prompts for {count} pictures");
@@ -262,7 +262,7 @@ pub fn picture_format(path: &Path) -> Result<ImageFormat> {
             let known = FORMATS.map(|(known, _)| format!(".{known}")).join(", ");
             Err(Error::file(
                 path,
-                format!("no picture is written as .{ending}"),
+                format!("pictures cannot be written as .{ending}"),
                 format!("end the name in one of {known}"),
             ))
         }

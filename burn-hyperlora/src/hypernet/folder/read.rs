@@ -63,7 +63,7 @@ impl HyperLoraConfig {
         if head_dim == 0 || !inner.is_multiple_of(head_dim) {
             return Err(Error::file(
                 resampler.path(),
-                format!("has attentions of width {inner}, which is no multiple of the head width {head_dim}"),
+                format!("has attentions of width {inner}, which is not a multiple of the head width {head_dim}"),
                 "give the head width that these weights were trained with (--head-dim; 64 in the released ones)",
             ));
         }

@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     let dtype = match dtype.as_str() {
         "f32" => FloatDType::F32,
         "bf16" => FloatDType::BF16,
-        other => return Err(usage(&format!("{other} is no type"))),
+        other => return Err(usage(&format!("{other} is not a type"))),
     };
     let (base, device) = (Path::new(base), Device::flex());
     let case = Case { weights: Weights::open(Path::new(case), &device)? };

@@ -57,7 +57,7 @@ impl LoraSet {
         for module in file.modules() {
             let wrong = |problem: String| Error::input(format!("{}: {}", path.display(), module.name), problem, REMEDY);
             let name = names::diffusers_path(module.part, &module.path)?
-                .ok_or_else(|| wrong("is no module of an SDXL".into()))?;
+                .ok_or_else(|| wrong("is not a module of SDXL".into()))?;
             let matrix = |entry: &TensorEntry| -> Result<Matrix> {
                 let (bytes, shape) = (file.read(entry)?, entry.shape.clone());
                 let dtype = match entry.dtype {

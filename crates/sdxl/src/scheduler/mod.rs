@@ -189,7 +189,7 @@ impl NoiseSchedule {
         config.check_keys(&trained_keys())?;
         if config.rescale_betas_zero_snr && config.prediction_type == Prediction::Epsilon {
             let problem = "a schedule that ends in pure noise needs prediction_type v_prediction";
-            return Err(format!("rescale_betas_zero_snr: {problem}: its noise tells nothing of the image"));
+            return Err(format!("rescale_betas_zero_snr: {problem}: pure noise says nothing about the image"));
         }
         if !(2..=MOST_TIMESTEPS).contains(&count) {
             return Err(format!("num_train_timesteps: {count} is not within 2 and {MOST_TIMESTEPS}"));
@@ -215,7 +215,7 @@ impl NoiseSchedule {
             })
             .collect();
         if shares.first().is_none_or(|&share| share as f32 == 1.0) {
-            return Err(format!("beta_start: {start} adds no noise that f32 could tell"));
+            return Err(format!("beta_start: {start} adds less noise than f32 can represent"));
         }
         if config.rescale_betas_zero_snr {
             end_in_noise(&mut shares);

@@ -149,7 +149,7 @@ impl BaseSource {
                 None => Self::open_folder(path, variant),
                 Some(_) => Err(Error::file(
                     path,
-                    "is a folder with configs of its own, and others are given",
+                    "is a folder with its own configs, but others are given",
                     "leave `base.config` out: it is for single-file checkpoints",
                 )),
             };
@@ -165,7 +165,7 @@ impl BaseSource {
         if variant.is_some() {
             return Err(Error::file(
                 path,
-                "is a single file, and a variant is asked for",
+                "is a single file, but a variant is given",
                 "leave the variant out: it chooses among the files of a pipeline folder",
             ));
         }
@@ -179,7 +179,7 @@ impl BaseSource {
         if !path.join("unet").is_dir() {
             return Err(Error::file(
                 path,
-                "is no SDXL pipeline in diffusers layout: it has no folder `unet`",
+                "is not an SDXL pipeline in diffusers layout: it has no folder `unet`",
                 "give a folder with unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2 and scheduler, or a \
                  single .safetensors file",
             ));
@@ -359,7 +359,7 @@ fn check_kind(file: &SafetensorsFile) -> Result<()> {
     let Some(part) = Part::ALL.iter().find(|part| !has(part.prefix())) else { return Ok(()) };
     match OTHER_KINDS.iter().find(|(beginning, _)| has(beginning)) {
         Some((_, kind)) => is(kind),
-        None => is(&format!("no whole SDXL checkpoint: it has no keys {}* ({})", part.prefix(), part.folder())),
+        None => is(&format!("not a complete SDXL checkpoint: it has no keys {}* ({})", part.prefix(), part.folder())),
     }
 }
 
@@ -392,5 +392,5 @@ fn tell_passed_over(file: &SafetensorsFile) {
         shown.push(format!("and {} more", counts.len() - PASSED_SHOWN));
     }
     let (path, total) = (file.path().display(), counts.values().sum::<usize>());
-    tracing::info!("{path}: {total} tensors that nothing needs are passed over: {}", shown.join(", "));
+    tracing::info!("{path}: {total} unused tensors are skipped: {}", shown.join(", "));
 }

@@ -170,7 +170,7 @@ fn pad_token(folder: &Path) -> Result<String> {
         let Some(token) = token else { continue };
         return token.as_str().or(token["content"].as_str()).map(String::from).ok_or_else(|| {
             let place = format!("{}: pad_token", path.display());
-            Error::input(place, format!("{token} is no token"), "give the token as a string")
+            Error::input(place, format!("{token} is not a token"), "give the token as a string")
         });
     }
     Ok(END.into())

@@ -103,18 +103,18 @@ impl SafetensorsFile {
 
         let mut header = vec![0; header_length as usize];
         file.read_exact_at(&mut header, LENGTH_BYTES).map_err(read)?;
-        let header: Metadata = serde_json::from_slice(&header)
-            .map_err(|problem| damaged(format!("has a header that does not hold: {problem}")))?;
+        let header: Metadata =
+            serde_json::from_slice(&header).map_err(|problem| damaged(format!("has an invalid header: {problem}")))?;
         if let Some((name, info)) = header.tensors().into_iter().find(|(_, info)| !can_be(&info.shape)) {
             let axes = &info.shape[..info.shape.len().min(SHOWN_AXES)];
             let count = info.shape.len();
-            return Err(damaged(format!("has a header that does not hold: {name} of {count} axes, {axes:?}...")));
+            return Err(damaged(format!("has an invalid header: {name} of {count} axes, {axes:?}...")));
         }
         let data_start = LENGTH_BYTES + header_length;
         let expected = data_start.checked_add(header.data_len() as u64);
         if expected != Some(length) {
             return Err(damaged(format!(
-                "has {} bytes of tensors, its header tells of {}",
+                "has {} bytes of tensors, its header describes {}",
                 length - data_start,
                 header.data_len()
             )));
@@ -126,7 +126,7 @@ impl SafetensorsFile {
         {
             return Err(Error::file(
                 path,
-                format!("holds 8-bit floats (fp8) with scales of their own ({scale}), which are not read"),
+                format!("holds 8-bit floats (fp8) with separate scales ({scale}), which are not supported"),
                 "give the same model in bf16, f16 or f32, or in fp8 without scales",
             ));
         }
@@ -180,9 +180,9 @@ impl SafetensorsFile {
     }
 
     fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.tensors.get(name).ok_or_else(|| {
-            Error::Fault(format!("{} was asked for a tensor that it does not hold: {name}", self.path.display()))
-        })
+        self.tensors
+            .get(name)
+            .ok_or_else(|| Error::Fault(format!("{} does not hold the requested tensor: {name}", self.path.display())))
     }
 
     /// Returns all bytes before the tensors, for a file with other values: the header length and the header without

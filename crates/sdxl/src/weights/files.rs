@@ -111,14 +111,18 @@ impl ShardIndex {
     /// Input: the path is not writable; Disk: the disk is full or failing.
     pub fn write(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)
-            .map_err(|problem| Error::Fault(format!("{}: cannot be put as JSON: {problem}", path.display())))?;
+            .map_err(|problem| Error::Fault(format!("{}: cannot be written as JSON: {problem}", path.display())))?;
         write_whole(path, text.as_bytes())
     }
 }
 
 fn of_shards(path: &Path) -> Result<BTreeMap<String, Place>> {
     let index: ReadIndex = parse_json(&read_text(path)?).map_err(|problem| {
-        Error::file(path, format!("is no index of shards: {problem}"), "fetch the file again from where the model came")
+        Error::file(
+            path,
+            format!("is not an index of shards: {problem}"),
+            "fetch the file again from the model's source",
+        )
     })?;
     let mut shards = BTreeMap::new();
     for name in index.weight_map.values() {
@@ -126,7 +130,7 @@ fn of_shards(path: &Path) -> Result<BTreeMap<String, Place>> {
             continue;
         }
         if !is_plain(name) || name.contains('/') {
-            let problem = format!("names the shard `{name}`, which is no plain file name");
+            let problem = format!("names the shard `{name}`, which is not a plain file name");
             return Err(Error::file(path, problem, "use an index whose shards lie beside it"));
         }
         let shard = path.with_file_name(name);

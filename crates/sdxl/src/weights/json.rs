@@ -18,9 +18,9 @@ const BARE: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 /// # Errors
 /// Same as [`Error::read`]; Input: the file is not a regular file, exceeds 64 MiB, or is not UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
-    let remedy = "fetch the file again from where the model came";
+    let remedy = "fetch the file again from the model's source";
     let bytes = read_regular(path, LARGEST).map_err(|source| Error::read(path, source))?;
-    String::from_utf8(bytes).map_err(|problem| Error::file(path, format!("is no text in UTF-8: {problem}"), remedy))
+    String::from_utf8(bytes).map_err(|problem| Error::file(path, format!("is not UTF-8 text: {problem}"), remedy))
 }
 
 /// Parses JSON that another tool may have written: skips a byte-order mark and turns `NaN`, `Infinity` and `-Infinity`

@@ -227,7 +227,7 @@ impl Weights {
             format!("{count} tensors do not fit the model:\n    {}", problems.join("\n    ")),
             match mistyped {
                 true => {
-                    "give the weights in bf16, f16 or f32: other types are mostly quantised, and need what made them"
+                    "give the weights in bf16, f16 or f32: other types are mostly quantised and need their own tool"
                 }
                 false => "use weights of the architecture that config.json describes",
             },
@@ -259,7 +259,7 @@ impl Weights {
             Some(changes) => place.read(FloatDType::F32, false).map(|values| {
                 let changed = update::changed(values?, changes, first_row, transpose).convert_dtype(self.dtype.into());
                 let finite = changed.iter::<f32>().all(f32::is_finite);
-                finite.then_some(changed).ok_or_else(|| "its changes lead to values that are not finite".into())
+                finite.then_some(changed).ok_or_else(|| "its updates lead to values that are not finite".into())
             }),
         };
         match values {

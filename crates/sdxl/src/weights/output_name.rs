@@ -19,7 +19,7 @@ const OTHERS: [&str; 15] =
 pub fn check_name(path: &Path) -> Result<()> {
     let ending = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     if OTHERS.contains(&ending.as_str()) {
-        let problem = format!("ends in .{ending}, and a safetensors file is what is written");
+        let problem = format!("ends in .{ending}, but the output is a safetensors file");
         return Err(Error::file(path, problem, format!("end the name in .{ENDING}")));
     }
     if ending != ENDING {

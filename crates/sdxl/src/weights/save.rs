@@ -146,7 +146,7 @@ fn header(path: &Path, mut metadata: BTreeMap<String, String>, entries: &[Tensor
     for entry in entries {
         let start = end;
         end = entry.bytes().and_then(|bytes| start.checked_add(bytes)).ok_or_else(|| {
-            Error::Fault(format!("{}: {} of {:?} fits no file", path.display(), entry.name, entry.shape))
+            Error::Fault(format!("{}: {} of {:?} does not fit into a file", path.display(), entry.name, entry.shape))
         })?;
         let info = TensorInfo { dtype: entry.dtype, shape: entry.shape.clone(), data_offsets: (start, end) };
         if tensors.insert(entry.name.as_str(), info).is_some() {

@@ -72,7 +72,7 @@ pub(crate) fn number(dtype: Dtype, bytes: &[u8]) -> Result<f32, String> {
     };
     match values.as_slice() {
         [number] if number.is_finite() => Ok(*number),
-        [number] => Err(format!("is {number}, no finite number")),
+        [number] => Err(format!("is {number}, not a finite number")),
         values => Err(format!("holds {} numbers, one is needed", values.len())),
     }
 }

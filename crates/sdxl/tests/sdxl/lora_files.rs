@@ -140,7 +140,7 @@ fn what_is_wrong_with_a_file_is_named() {
         (refusal(&with(format!("{Q}.lora_down.weight"), &[0, 48])), "shape [0, 48]"),
         (refusal(&with(format!("{Q}.alpha"), &[2])), "alpha: holds 2 numbers, one is needed"),
         (refusal(&with(format!("{Q}.diff"), &[48, 48])), "a full difference of weights"),
-        (refusal(&with("base_model.model.text_model.a.lora_A.weight".into(), &[2, 8])), "nothing tells of which"),
+        (refusal(&with("base_model.model.text_model.a.lora_A.weight".into(), &[2, 8])), "belongs to a text encoder"),
     ];
     for (message, part) in cases {
         assert!(message.contains(part), "{part}: {message}");

@@ -185,7 +185,7 @@ fn what_is_no_lora_of_an_sdxl_is_named() {
         assert_eq!(error.exit_code(), 2, "{error}");
         error.to_string()
     };
-    assert!(refusal(&lora(&[("core.to_q", 1, 1.0)])).contains("lora_unet_core_to_q: is no module of an SDXL"));
+    assert!(refusal(&lora(&[("core.to_q", 1, 1.0)])).contains("lora_unet_core_to_q: is not a module of SDXL"));
     let mut broken = lora(&[("conv_in", 2, 1.0)]);
     let key = (Part::Unet, "conv_in".to_owned());
     broken.modules.get_mut(&key).unwrap().up = matrix(&numbers(12, 1), [4, 3]);

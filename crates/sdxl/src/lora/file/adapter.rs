@@ -56,7 +56,7 @@ impl Adapter {
         let values: Map<String, Value> = parse_json(&read_text(&config)?)
             .map_err(|problem| Error::file(&config, problem, "save the adapter again with PEFT"))?;
         if values.get("use_dora") == Some(&Value::Bool(true)) {
-            return Err(Error::file(&config, "tells of a DoRA, which is not supported", "give a plain LoRA"));
+            return Err(Error::file(&config, "describes a DoRA, which is not supported", "give a plain LoRA"));
         }
         let part = Part::Unet.folder();
         Ok(Self(values.into_iter().map(|(key, value)| (format!("{part}.{key}"), value)).collect()))
@@ -83,7 +83,7 @@ impl Adapter {
         let Some(told) = own.or_else(|| get("lora_alpha")).filter(|told| !told.is_null()) else { return Ok(rank) };
         let alpha = told.as_f64().map(|alpha| alpha as f32).filter(|alpha| alpha.is_finite());
         let alpha =
-            alpha.ok_or_else(|| format!("{path}: its alpha in {ADAPTER_METADATA} is {told}, no finite number"))?;
+            alpha.ok_or_else(|| format!("{path}: its alpha in {ADAPTER_METADATA} is {told}, not a finite number"))?;
         let rooted = get("use_rslora") == Some(&Value::Bool(true));
         Ok(alpha * if rooted { rank.sqrt() } else { 1.0 })
     }

@@ -228,8 +228,8 @@ pub(super) fn module(name: &str) -> Result<(Part, String), &'static str> {
     let (part, path) = match part_of(name) {
         Some(found) => found,
         None if OF_UNET.contains(&first) => (Part::Unet, bare),
-        None if OF_TEXT.contains(&first) => return Err("is a text encoder's, and nothing tells of which of the two"),
-        None => return Err("no module of an SDXL"),
+        None if OF_TEXT.contains(&first) => return Err("belongs to a text encoder, but does not say which one"),
+        None => return Err("is not a module of SDXL"),
     };
     let (parent, last) = path.rsplit_once('.').unwrap_or(("", path));
     let of_processor = OF_PROCESSORS.into_iter().find(|(old, ..)| *old == last);
@@ -296,7 +296,7 @@ mod tests {
         assert_eq!(parse("lora_unet_a.weight"), Key::Unknown);
         assert_eq!(parse("lora_unet_a.lora_down"), Key::Unknown);
         assert_eq!(parse("bundle_emb.anna.string_to_param.*"), Key::Embedding("anna"));
-        assert_eq!(module("vae.decoder"), Err("no module of an SDXL"));
+        assert_eq!(module("vae.decoder"), Err("is not a module of SDXL"));
         assert!(module("base_model.model.text_model.encoder.layers.0.fc1").is_err_and(|told| told.contains("which")));
     }
 

@@ -144,7 +144,7 @@ impl LoraFile {
         if !embeddings.is_empty() {
             let shown: Vec<_> = embeddings.iter().take(PROBLEMS_SHOWN).map(String::as_str).collect();
             let (path, count, names) = (path.display(), embeddings.len(), shown.join(", "));
-            tracing::warn!("{path}: {count} embeddings that are bundled with the LoRA are passed over: {names}");
+            tracing::warn!("{path}: {count} embeddings bundled with the LoRA are skipped: {names}");
         }
         Ok(Self { file, modules })
     }

@@ -89,7 +89,7 @@ fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Re
             } else if let Some(changes) = changed.get(&path).filter(|changes| !changes.is_empty()) {
                 merge_file(&SafetensorsFile::open(&path)?, &merged, changes)?;
             } else if parts.contains(&from) && holds_weights(&name) && !in_use.contains(&path) {
-                tracing::info!("{} is left out: the LoRAs are not in it", path.display());
+                tracing::info!("{} is not copied: the LoRAs are not merged into it", path.display());
             } else {
                 take_over(&path, &merged)?;
             }
