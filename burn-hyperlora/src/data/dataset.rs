@@ -271,7 +271,7 @@ impl Dataset {
         Err(Error::input(
             place,
             format!(
-                "{shared} photos of split `{judged}` are also in split `{learnt}`, which is the training split (data.split)"
+                "{shared} photos of split `{judged}` are also in split `{learnt}`, the training split (data.split)"
             ),
             "name splits without common photos",
         ))

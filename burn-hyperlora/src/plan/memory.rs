@@ -10,7 +10,8 @@ pub(super) const F32: u64 = 4;
 
 /// Memory of one GPU in bytes.
 ///
-/// The first fields are permanent. The last ones belong to three moments of a pass, of which only the largest counts.
+/// Weights, optimiser state, window and workspace are permanent. `encoding`, `unet_pass` and `hypernetwork_backward` are
+/// phases of a pass, of which only the largest counts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
     /// The UNet's weights, in `base.dtype`.
@@ -26,20 +27,20 @@ pub struct Memory {
     /// Gradients summed over the accumulation window, in f32: the buckets of the all-reduce. 0 on one GPU with a single
     /// pass per step.
     pub window: u64,
-    /// Moment of encoding: the autoencoder's feature maps.
+    /// Encoding phase: the autoencoder's feature maps.
     pub encoding: u64,
-    /// Moment of the UNet pass: its activations, the LoRA with its gradients, and the hypernetwork's graph.
+    /// UNet phase: its activations, the LoRA with its gradients, and the hypernetwork's graph.
     pub unet_pass: u64,
     /// Activations of the UNet, a part of `unet_pass`.
     pub unet_activations: u64,
-    /// Moment of the hypernetwork's backward pass: its graph, the LoRA's gradients, and the pass's gradients.
+    /// Backward phase of the hypernetwork: its graph, the LoRA's gradients, and the pass's gradients.
     pub hypernetwork_backward: u64,
     /// Assumed memory of context, kernels and rounding.
     pub workspace: u64,
 }
 
 impl Memory {
-    /// Returns the largest of the three moments.
+    /// Returns the memory of the largest of the three phases.
     pub fn largest_moment(&self) -> u64 {
         self.encoding.max(self.unet_pass).max(self.hypernetwork_backward)
     }

@@ -14,7 +14,7 @@ impl UNet2DConditionModel {
     /// `lora` and the results are on the plain device: the loss `[1]`, d loss / d `lora`, and the prediction. With
     /// `recompute`, only layer inputs are kept and the backward pass recomputes each layer, so that one layer's
     /// intermediate results are in memory at a time. Without it, everything is kept. Neither mode differentiates layers
-    /// before the first LoRA or the frozen weights.
+    /// before the first LoRA, nor with respect to the frozen weights.
     ///
     /// # Panics
     /// If `lora` was made for another UNet or batch size, or `loss` does not depend on the prediction, which only a
