@@ -1,22 +1,22 @@
-//! Training objectives: a number that the LoRAs of a batch shall make small.
+//! Training objectives: a loss for the LoRAs of a batch.
 
 use burn::tensor::Tensor;
 use hyperlora_core::{Error, Result};
 
 use crate::conditioning::Conditions;
 
-/// Compares the UNet's prediction with its conditions. Implement it to train with a loss of your own.
+/// Loss of the UNet's prediction given its conditions. Implement it to train with a custom loss.
 pub trait Objective: Sync {
-    /// The loss of a batch, `[1]`.
+    /// Computes the loss of a batch, `[1]`.
     ///
-    /// `prediction` is what the UNet returns, `[B, 4, h, w]`. `conditions.input` and `conditions.target` stand on the same
-    /// autodiff device; `conditions.portraits` stay on the plain device. Batches of one optimiser step are averaged, so the
-    /// loss is a mean over the batch. Called from several threads at once on a CPU.
+    /// `prediction` is the UNet's output, `[B, 4, h, w]`. `conditions.input` and `conditions.target` are on the same
+    /// autodiff device; `conditions.portraits` stay on the plain device. The losses of an optimiser step's batches are
+    /// averaged, so the loss must be a mean over the batch. On a CPU, several threads call this at the same time.
     fn loss(&self, prediction: Tensor<4>, conditions: &Conditions) -> Tensor<1>;
 }
 
-/// The objective of HyperLoRA (section 3.3) and of SDXL: the mean squared error of the prediction (DDPM, arXiv 2006.11239,
-/// equation 14).
+/// Denoising loss of HyperLoRA (section 3.3) and SDXL: the mean squared error of the prediction (DDPM, arXiv
+/// 2006.11239, equation 14).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Denoising;
 
@@ -26,15 +26,15 @@ impl Objective for Denoising {
     }
 }
 
-/// Mean over the batch and all elements, as one number `[1]`; `prediction` and `target` are `[B, C, h, w]`.
+/// Mean squared error over the batch and all elements, `[1]`; `prediction` and `target` are `[B, C, h, w]`.
 pub fn mean_squared_error(prediction: Tensor<4>, target: Tensor<4>) -> Tensor<1> {
     (prediction - target).square().mean()
 }
 
-/// The same per sample, read to the host: one number for each of `[B, C, h, w]`.
+/// Mean squared error of each sample of `[B, C, h, w]`, on the host.
 ///
 /// # Errors
-/// Fault when the device cannot give its data back.
+/// Fault: the device fails to return its data.
 pub fn per_sample(prediction: Tensor<4>, target: Tensor<4>) -> Result<Vec<f32>> {
     let squares = (prediction - target).square().flatten::<2>(1, 3); // [B, C*h*w]
     let data = squares

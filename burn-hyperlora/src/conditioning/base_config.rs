@@ -1,4 +1,4 @@
-//! `base:` of an experiment: where the frozen models are.
+//! Locations of the frozen models: `base:` of an experiment.
 
 use std::path::{Path, PathBuf};
 
@@ -9,38 +9,39 @@ use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::source::BaseSource;
 use serde::{Deserialize, Serialize};
 
-/// Where the frozen models are: `base:` of an experiment.
+/// Locations of the frozen models: `base:` of an experiment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BaseConfig {
     /// An SDXL pipeline folder in diffusers layout, or a single-file checkpoint in Stability naming (.safetensors).
     pub path: ConfigPath,
-    /// The files that are preferred in a pipeline folder, such as `fp16`.
+    /// Preferred variant of the files in a pipeline folder, such as `fp16`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
-    /// A pipeline folder, with or without weights, whose configs and tokenizers describe a single-file checkpoint; those of
-    /// SDXL-Base-1.0 where left out.
+    /// Pipeline folder, with or without weights, whose configs and tokenizers describe a single-file checkpoint;
+    /// defaults to those of SDXL-Base-1.0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ConfigPath>,
-    /// What the UNet is kept and computed in.
+    /// Float type of the UNet's weights and computation.
     #[serde(default)]
     pub dtype: UnetDtype,
-    /// Folder of the CLIP image encoder; the pipeline's `image_encoder` where left out.
+    /// Folder of the CLIP image encoder; defaults to the pipeline's `image_encoder`.
     #[serde(default)]
     pub image_encoder: Option<ConfigPath>,
-    /// Folder of its preprocessing; the pipeline's `feature_extractor`, or the image encoder's own folder, where left out.
+    /// Folder of the image encoder's preprocessing; defaults to the pipeline's `feature_extractor`, else to the image
+    /// encoder's own folder.
     #[serde(default)]
     pub feature_extractor: Option<ConfigPath>,
 }
 
-/// The float type of the UNet. All other parts are f32: the autoencoder overflows in f16, and the encoders are small.
+/// Float type of the UNet. All other components are f32: the autoencoder overflows in f16, and the encoders are small.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum UnetDtype {
-    /// 32 bits.
+    /// 32-bit float.
     #[default]
     F32,
-    /// 16 bits with the range of f32.
+    /// 16-bit float with the range of f32.
     Bf16,
 }
 
@@ -54,7 +55,7 @@ impl From<UnetDtype> for FloatDType {
 }
 
 impl BaseConfig {
-    /// The base at `path`, with all defaults.
+    /// Creates the config of the base at `path`, with all defaults.
     pub fn new(path: ConfigPath) -> Self {
         Self {
             path,
@@ -66,19 +67,19 @@ impl BaseConfig {
         }
     }
 
-    /// Opens the base; paths of the YAML are relative to `yaml_folder`.
+    /// Opens the base; relative paths are resolved against `yaml_folder`.
     ///
     /// # Errors
-    /// As [`BaseSource::open`], and for a path that cannot be resolved.
+    /// Same as [`BaseSource::open`], and for a path that cannot be resolved.
     pub fn source(&self, yaml_folder: &Path) -> Result<BaseSource> {
         let config = self.config.as_ref().map(|path| path.resolve(yaml_folder)).transpose()?;
         BaseSource::open(&self.path.resolve(yaml_folder)?, self.variant.as_deref(), config.as_deref())
     }
 
-    /// The folder of the CLIP image encoder.
+    /// Locates the folder of the CLIP image encoder.
     ///
     /// # Errors
-    /// Input for a single-file base beside which no image encoder is named, and where a path cannot be resolved.
+    /// Input: a single-file base names no image encoder, or a path cannot be resolved.
     pub fn image_encoder_folder(&self, yaml_folder: &Path) -> Result<PathBuf> {
         if let Some(path) = &self.image_encoder {
             return path.resolve(yaml_folder);
@@ -97,10 +98,10 @@ impl BaseConfig {
         }
     }
 
-    /// The folder of the image encoder's preprocessing.
+    /// Locates the folder of the image encoder's preprocessing.
     ///
     /// # Errors
-    /// As [`image_encoder_folder`](Self::image_encoder_folder).
+    /// Same as [`image_encoder_folder`](Self::image_encoder_folder).
     pub fn feature_extractor_folder(&self, yaml_folder: &Path) -> Result<PathBuf> {
         if let Some(path) = &self.feature_extractor {
             return path.resolve(yaml_folder);
@@ -108,12 +109,12 @@ impl BaseConfig {
         let in_pipeline = self.pipeline_folder(yaml_folder)?.map(|folder| folder.join("feature_extractor"));
         match in_pipeline {
             Some(folder) if folder.is_dir() => Ok(folder),
-            // CLIP's own folders hold their preprocessing beside the weights.
+            // CLIP's own folders hold the preprocessing beside the weights.
             _ => self.image_encoder_folder(yaml_folder),
         }
     }
 
-    /// The pipeline folder that parts beside the weights are taken from, where there is one.
+    /// Pipeline folder for components other than the weights, if any.
     fn pipeline_folder(&self, yaml_folder: &Path) -> Result<Option<PathBuf>> {
         let path = self.path.resolve(yaml_folder)?;
         match &self.config {

@@ -1,4 +1,4 @@
-//! The frozen base model, and a batch turned into what the UNet and the hypernetwork are conditioned on.
+//! Frozen base model, and encoding of a batch to the conditions of the UNet and the hypernetwork.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -22,39 +22,40 @@ mod base_config;
 
 pub use base_config::{BaseConfig, UnetDtype};
 
-/// Prompts whose states are kept: with templates for captions a run meets few, with real captions nearly none twice.
+/// Number of cached prompt states. A run meets few prompts with caption templates, and hardly any prompt twice with
+/// real captions.
 const PROMPT_CACHE: usize = 256;
 
-/// The frozen models, on one plain device.
+/// Frozen models on one plain device.
 pub struct Base {
-    /// The denoiser that LoRAs act on.
+    /// Denoiser that the LoRAs act on.
     pub unet: UNet2DConditionModel,
-    /// Images to latents and back.
+    /// Autoencoder: images to latents and back.
     pub vae: AutoencoderKl,
-    /// How noise is added.
+    /// Noise schedule of training.
     pub schedule: NoiseSchedule,
-    /// Prompts to states.
+    /// Text encoders: prompts to states.
     pub text: TextEncoders,
     vision: Option<Vision>,
     prompts: Mutex<HashMap<String, Prompt>>,
-    /// Samples whose captions were longer than the text encoders take.
+    /// Number of samples whose captions exceeded the text encoders' limit.
     cut_captions: AtomicU64,
     device: Device,
 }
 
-/// A prompt as the text encoders have it.
+/// A prompt encoded by the text encoders.
 #[derive(Clone)]
 struct Prompt {
     states: PromptStates,
-    /// Tokens at its end that are left out.
+    /// Number of tokens cut off at its end.
     surplus: usize,
 }
 
-/// What condition images go through.
+/// Image encoder and preprocessing of condition images.
 pub struct Vision {
-    /// To states.
+    /// Image encoder.
     pub encoder: ClipVisionModel,
-    /// To the encoder's input.
+    /// Preprocessing of the encoder's input.
     pub processor: ImageProcessor,
 }
 
@@ -62,7 +63,7 @@ impl Vision {
     /// Loads the image encoder and its preprocessing.
     ///
     /// # Errors
-    /// Input for a missing, corrupt or unfitting model.
+    /// Input: a model is missing, corrupt or unsuitable.
     pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
         let preprocessing = config.feature_extractor_folder(yaml_folder)?;
         let this = Self {
@@ -81,18 +82,18 @@ impl Vision {
     }
 }
 
-/// What a batch is for the UNet and the hypernetwork; plain tensors, one entry per sample.
+/// Conditions of a batch for the UNet and the hypernetwork; plain tensors, one entry per sample.
 pub struct Conditions {
-    /// Noisy latents, timesteps, prompt, size: the UNet's input.
+    /// UNet input: noisy latents, timesteps, prompt, size.
     pub input: UnetInput,
-    /// What the UNet shall predict, `[B, C, h, w]`.
+    /// Prediction target of the UNet, `[B, C, h, w]`.
     pub target: Tensor<4>,
-    /// What the LoRAs are made from.
+    /// Conditions of the hypernetwork.
     pub portraits: Portraits,
 }
 
 impl Conditions {
-    /// Moves input and target to the autodiff device, without a graph; portraits stay where they are.
+    /// Moves input and target to the autodiff device, without a graph. The portraits stay on the plain device.
     #[must_use]
     pub fn autodiff(&self) -> Self {
         let UnetInput { latents, timesteps, prompt_embeds, pooled, time_ids } = self.input.clone();
@@ -110,30 +111,30 @@ impl Conditions {
     }
 }
 
-/// What the hypernetwork is given of a batch.
+/// Conditions of the hypernetwork for a batch.
 #[derive(Debug, Clone)]
 pub struct Portraits {
-    /// Of the reference photos; `None` where no ID-LoRA is made.
+    /// Conditions from the reference photos; `None` without an ID-LoRA.
     pub id: Option<IdPortraits>,
-    /// The image encoder's states of the crops with the face blurred, `[B, T, D]`.
+    /// Image encoder states of the crops with blurred faces, `[B, T, D]`.
     pub base_states: Tensor<3>,
-    /// 1 where the ID-LoRA acts, else 0: `[B]`.
+    /// 1 if the ID-LoRA is on, else 0: `[B]`.
     pub id_weight: Tensor<1>,
-    /// 1 where the Base-LoRA acts, else 0: `[B]`.
+    /// 1 if the Base-LoRA is on, else 0: `[B]`.
     pub base_weight: Tensor<1>,
 }
 
-/// Who the people are.
+/// ID conditions.
 #[derive(Debug, Clone)]
 pub struct IdPortraits {
-    /// The image encoder's states of the masked faces, `[B, T, D]`.
+    /// Image encoder states of the masked faces, `[B, T, D]`.
     pub states: Tensor<3>,
-    /// L2-normalised ID embeddings, `[B, 512]`.
+    /// ID embeddings, L2-normalised, `[B, 512]`.
     pub embedding: Tensor<2>,
 }
 
 impl Portraits {
-    /// The same on the autodiff device.
+    /// Moves all tensors to the autodiff device.
     #[must_use]
     pub fn autodiff(self) -> Self {
         Self {
@@ -149,29 +150,29 @@ impl Portraits {
 }
 
 impl Base {
-    /// Loads everything onto `device`.
+    /// Loads all models onto `device`.
     ///
     /// # Errors
-    /// Input for a missing, corrupt or unfitting model.
+    /// Input: a model is missing, corrupt or unsuitable.
     pub fn load(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
         let source = config.source(yaml_folder)?;
-        // Before the UNet, whose gigabytes would be read in vain.
+        // Loads the image encoder before the UNet, so that its errors do not cost reading gigabytes.
         let vision = Vision::load(config, yaml_folder, device)?;
         Ok(Self { vision: Some(vision), ..Self::from_source(&source, config.dtype, device)? })
     }
 
-    /// Loads what drawing needs: all but the image encoder.
+    /// Loads the components for generating pictures: all except the image encoder.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// Same as [`load`](Self::load).
     pub fn load_for_drawing(config: &BaseConfig, yaml_folder: &Path, device: &Device) -> Result<Self> {
         Self::from_source(&config.source(yaml_folder)?, config.dtype, device)
     }
 
-    /// [`load_for_drawing`](Self::load_for_drawing) from an opened base; `dtype` is the UNet's.
+    /// Loads like [`load_for_drawing`](Self::load_for_drawing) from an opened base; `dtype` is the UNet's.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// Same as [`load`](Self::load).
     pub fn from_source(source: &BaseSource, dtype: UnetDtype, device: &Device) -> Result<Self> {
         let unet = source.config(Part::Unet)?;
         let weights = source.weights(Part::Unet, device)?.with_dtype(dtype.into());
@@ -189,15 +190,15 @@ impl Base {
         Ok(base)
     }
 
-    /// What condition images go through.
+    /// Image encoder and preprocessing.
     ///
     /// # Errors
-    /// Fault where the base was loaded for drawing only.
+    /// Fault: the base was loaded for generating pictures only.
     pub fn vision(&self) -> Result<&Vision> {
         self.vision.as_ref().ok_or_else(|| Error::Fault("the base was loaded without an image encoder".into()))
     }
 
-    /// Checks that the models of a base go together.
+    /// Checks that the models of a base fit each other.
     fn check_parts(&self, unet_config: &Path) -> Result<()> {
         let unet = self.unet.config();
         let (context, pooled) = self.text.widths();
@@ -227,26 +228,26 @@ impl Base {
         Ok(())
     }
 
-    /// The plain device that the models are on.
+    /// Plain device of the models.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// Side in pixels of the images that the UNet was made for.
+    /// Image side in pixels that the UNet was trained with.
     pub fn image_size(&self) -> usize {
         self.unet.config().sample_size * self.vae.config().factor()
     }
 
-    /// Latent channels and side of an image of `image_size` pixels.
+    /// Latent channels, height and width of an image of `image_size` pixels.
     pub fn latent_shape(&self, image_size: usize) -> [usize; 3] {
         let side = image_size / self.vae.config().factor();
         [self.vae.config().latent_channels, side, side]
     }
 
-    /// What the models ask of a sample.
+    /// Sample sizes and preprocessing that the models require.
     ///
     /// # Errors
-    /// As [`vision`](Self::vision).
+    /// Same as [`vision`](Self::vision).
     pub fn sample_shape(&self, image_size: usize, with_id: bool) -> Result<SampleShape> {
         let processor = self.vision()?.processor.clone();
         let transform: ImageTransform = Arc::new(move |image| processor.pixel_values(image));
@@ -258,7 +259,8 @@ impl Base {
         })
     }
 
-    /// Checks that images of `image_size` go through autoencoder and UNet, and that ID conditions of `clip_dim` come out.
+    /// Checks that the autoencoder and UNet accept images of `image_size`, and that ID conditions have the width
+    /// `clip_dim`.
     ///
     /// # Errors
     /// Input, naming the key of the experiment; `place` names its file.
@@ -268,7 +270,9 @@ impl Base {
         if image_size == 0 || !image_size.is_multiple_of(step) {
             return Err(Error::input(
                 format!("{place}: data.image_size"),
-                format!("{image_size} is no multiple of {step}, by which autoencoder and UNet divide a side"),
+                format!(
+                    "{image_size} is not a multiple of {step}, the factor by which autoencoder and UNet reduce a side"
+                ),
                 format!("give {} or {}", (image_size / step).max(1) * step, (image_size / step + 1) * step),
             ));
         }
@@ -283,19 +287,19 @@ impl Base {
         Ok(())
     }
 
-    /// Encodes a batch, without any graph: `trigger` stands before the captions of samples whose ID-LoRA acts.
+    /// Encodes a batch, without a graph. `trigger` precedes the captions of samples whose ID-LoRA is on.
     ///
     /// # Errors
-    /// Fault when a caption cannot be tokenised.
+    /// Fault: a caption cannot be tokenised.
     pub fn encode(&self, samples: &[Sample], trigger: &str) -> Result<Conditions> {
         let (input, target) = self.noisy(samples, trigger)?;
         Ok(Conditions { input, target, portraits: self.portraits(samples)? })
     }
 
-    /// What the UNet is given of a batch, and what it shall predict, `[B, C, h, w]`.
+    /// Computes the UNet's input for a batch, and its prediction target `[B, C, h, w]`.
     ///
     /// # Errors
-    /// Fault when a caption cannot be tokenised.
+    /// Fault: a caption cannot be tokenised.
     pub fn noisy(&self, samples: &[Sample], trigger: &str) -> Result<(UnetInput, Tensor<4>)> {
         let prompts = self.prompts_of(samples, trigger)?;
         for (sample, Prompt { surplus, .. }) in samples.iter().zip(&prompts).filter(|(_, prompt)| prompt.surplus > 0) {
@@ -328,10 +332,10 @@ impl Base {
         Ok((input, target))
     }
 
-    /// What the hypernetwork is given of a batch.
+    /// Computes the conditions of the hypernetwork for a batch.
     ///
     /// # Errors
-    /// As [`vision`](Self::vision).
+    /// Same as [`vision`](Self::vision).
     pub fn portraits(&self, samples: &[Sample]) -> Result<Portraits> {
         let (count, device) = (samples.len(), &self.device);
         let vision = self.vision()?;
@@ -351,17 +355,17 @@ impl Base {
         })
     }
 
-    /// The samples' noise, `[B, C, h, w]`.
+    /// Noise of the samples, `[B, C, h, w]`.
     pub fn noise(&self, samples: &[Sample]) -> Tensor<4> {
         let side = samples.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
         let [channels, height, width] = self.latent_shape(side);
         stack(samples, |sample| &sample.noise, [samples.len(), channels, height, width], &self.device)
     }
 
-    /// The states of the samples' captions; `trigger` stands before those of samples whose ID-LoRA acts.
+    /// Encodes the samples' captions. `trigger` precedes those of samples whose ID-LoRA is on.
     ///
     /// # Errors
-    /// Fault when a caption cannot be tokenised.
+    /// Fault: a caption cannot be tokenised.
     pub fn prompts(&self, samples: &[Sample], trigger: &str) -> Result<PromptStates> {
         Ok(side_by_side(self.prompts_of(samples, trigger)?))
     }
@@ -374,14 +378,14 @@ impl Base {
         samples.iter().map(prompt).collect()
     }
 
-    /// Samples that were [encoded](Self::encode) so far with captions whose end was left out.
+    /// Number of [encoded](Self::encode) samples so far whose captions were cut off.
     pub fn cut_captions(&self) -> u64 {
         self.cut_captions.load(Ordering::Relaxed)
     }
 
-    /// The states of one prompt. Each is encoded by itself, so that its bits never depend on its neighbours in a batch.
+    /// Encodes one prompt by itself, so that its bits do not depend on its neighbours in a batch.
     fn prompt(&self, prompt: &str) -> Result<Prompt> {
-        // Whole entries come and go: a thread that died left nothing half done.
+        // A thread that panicked cannot leave the map inconsistent, because entries are inserted and removed whole.
         let mut prompts = self.prompts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = prompts.get(prompt) {
             return Ok(known.clone());
@@ -395,14 +399,14 @@ impl Base {
     }
 }
 
-/// The states of a batch, one row for each prompt.
+/// Concatenates prompt states, one row per prompt.
 fn side_by_side(prompts: Vec<Prompt>) -> PromptStates {
     let parts = |Prompt { states, .. }: Prompt| (states.prompt_embeds, states.pooled);
     let (prompt_embeds, pooled): (Vec<_>, Vec<_>) = prompts.into_iter().map(parts).unzip();
     PromptStates { prompt_embeds: Tensor::cat(prompt_embeds, 0), pooled: Tensor::cat(pooled, 0) }
 }
 
-/// One tensor of the samples' flat parts, in their order.
+/// Stacks a flat field of the samples into one tensor, in sample order.
 fn stack<const D: usize>(
     samples: &[Sample],
     of: fn(&Sample) -> &[f32],
@@ -413,7 +417,7 @@ fn stack<const D: usize>(
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
-/// One number per sample, `[B]`.
+/// Stacks one number per sample, `[B]`.
 fn per_sample(samples: &[Sample], of: fn(&Sample) -> f32, device: &Device) -> Tensor<1> {
     let values: Vec<f32> = samples.iter().map(of).collect();
     Tensor::from_data(TensorData::new(values, [samples.len()]), device)

@@ -1,4 +1,4 @@
-//! Samples that go through the models together, and which draws they are.
+//! Batches of samples, and the mapping from draws to samples.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,52 +16,52 @@ use crate::data::scenario::Scenarios;
 /// Samples of one forward pass, on the host.
 #[derive(Debug, Clone)]
 pub struct Batch {
-    /// At least one.
+    /// Samples, at least one.
     pub samples: Vec<Sample>,
-    /// The draw that comes once every rank has learned from its batch of this number: the position in the data.
+    /// Data position: the next draw after every rank has trained on its batch of this number.
     pub next_draw: u64,
 }
 
-/// Which sample each draw of a stage is: a function of (seed, stage, draw) alone.
+/// Maps each draw of a stage to a sample: a function of (seed, stage, draw) alone.
 pub struct Draws {
     plan: Arc<DrawPlan>,
     walk: Walk,
 }
 
-/// The targets of a stage and what is drawn for each.
+/// Targets of a stage, with everything that is drawn for them.
 pub struct DrawPlan {
     seed: u64,
     stage: u64,
     scenarios: Scenarios,
     pairs: Pairs,
-    /// The pairs of every row group.
+    /// Index ranges of the pairs, per row group.
     groups: Vec<Range<usize>>,
 }
 
-/// What makes the draws of a stage.
+/// Inputs that determine a stage's draws.
 #[derive(Debug, Clone, Copy)]
 pub struct DrawConfig<'a> {
-    /// The run's seed.
+    /// Seed of the run.
     pub seed: u64,
-    /// The stage's number.
+    /// Number of the stage.
     pub stage: u64,
-    /// The split of the targets and of their reference photos.
+    /// Split of the targets and of their reference photos.
     pub split: &'a str,
-    /// Which photo stands for the person.
+    /// Choice of the reference photo.
     pub reference: Reference,
-    /// How often each scenario comes.
+    /// Weights of the scenarios.
     pub scenarios: Scenarios,
-    /// See [`crate::data::DataConfig::streams`].
+    /// Canonical streams, see [`crate::data::DataConfig::streams`].
     pub streams: usize,
-    /// See [`crate::data::DataConfig::shuffle_window`].
+    /// Shuffle window, see [`crate::data::DataConfig::shuffle_window`].
     pub shuffle_window: usize,
 }
 
 impl Draws {
-    /// The draws of a stage over `dataset`.
+    /// Creates the draws of a stage over `dataset`.
     ///
     /// # Errors
-    /// Input where the split has no usable target.
+    /// Input: the split has no usable target.
     pub fn new(dataset: &Dataset, config: &DrawConfig<'_>) -> Result<Self> {
         let pairs = dataset.pairs(config.split, config.split, config.reference)?;
         let groups: Vec<u32> = pairs.as_slice().iter().map(|pair| dataset.group(pair.target)).collect();
@@ -70,17 +70,17 @@ impl Draws {
         Ok(Self { plan: Arc::new(plan), walk: Walk::new(OrderConfig { seed, stage, streams, window }, groups) })
     }
 
-    /// Targets in an epoch.
+    /// Number of targets in an epoch.
     pub fn epoch_len(&self) -> usize {
         self.plan.pairs.as_slice().len()
     }
 
-    /// Targets that no reference photo was found for.
+    /// Number of targets without a reference photo.
     pub fn left_out(&self) -> usize {
         self.plan.pairs.left_out
     }
 
-    /// The sample of draw `draw`.
+    /// Returns the sample request of draw `draw`.
     pub fn request(&mut self, draw: u64) -> Request {
         let DrawPlan { seed, stage, scenarios, ref pairs, .. } = *self.plan;
         let pair = &pairs.as_slice()[self.walk.sample(draw)];
@@ -93,22 +93,23 @@ impl Draws {
         }
     }
 
-    /// What the draws are made from, for threads that work on them.
+    /// Returns the plan of the draws, shared with loader threads.
     pub fn plan(&self) -> Arc<DrawPlan> {
         Arc::clone(&self.plan)
     }
 }
 
-/// Stand-ins that are looked at before giving up.
+/// Number of replacements tried before giving up.
 const ATTEMPTS: usize = 1000;
 
 impl DrawPlan {
-    /// The request itself where its photos can be read. In the place of an unreadable reference comes another photo of the
-    /// person; in the place of a target one of another row group, the same group for a whole row group in an epoch. All of it
-    /// follows from the draw and from what is damaged, so that every world size fills a place alike.
+    /// Returns the request if its photos are readable, otherwise replaces the unreadable ones. Another photo of the
+    /// person replaces a reference. A photo of another row group replaces a target; within an epoch, one group replaces
+    /// the whole damaged group. The replacement depends on the draw and the damage only, so that it is the same for
+    /// every world size.
     ///
     /// # Errors
-    /// As [`Dataset::is_readable`]; Input when nothing readable is found.
+    /// Same as [`Dataset::is_readable`]; Input: nothing readable is found.
     pub fn readable(&self, dataset: &Dataset, request: Request) -> Result<Request> {
         let pairs = self.pairs.as_slice();
         let own = pairs.partition_point(|pair| pair.target < request.target);
@@ -127,10 +128,10 @@ impl DrawPlan {
                 return Ok(Request { target: pairs[stand_in].target, reference, ..request });
             }
         }
-        Err(Error::file(dataset.path(), "no readable photo is left to learn from", "prepare the data again"))
+        Err(Error::file(dataset.path(), "no readable photo is left to train on", "prepare the data again"))
     }
 
-    /// The first readable reference of a pair whose target is readable.
+    /// Returns the first readable reference of a pair whose target is readable.
     fn usable_reference(&self, dataset: &Dataset, pair: usize, draw: u64) -> Result<Option<usize>> {
         let pair = &self.pairs.as_slice()[pair];
         if !dataset.is_readable(pair.target)? {
@@ -146,7 +147,7 @@ impl DrawPlan {
     }
 }
 
-/// Where each run of equal numbers lies.
+/// Index range of each run of equal numbers.
 fn spans(groups: &[u32]) -> Vec<Range<usize>> {
     let mut end = 0;
     let span = |run: &[u32]| {

@@ -1,4 +1,4 @@
-//! Row groups in memory: the most recently used ones, each read by one thread at a time.
+//! Row group cache: keeps the most recently used groups, each read by one thread at a time.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use data_prep::shard::FaceRecord;
 use hyperlora_core::Result;
 
-/// The faces of a row group.
+/// Faces of a row group.
 pub(super) type Records = Arc<Vec<FaceRecord>>;
 
-/// Row groups up to a limit of bytes; the one that came last always stays.
+/// Row group cache with a limit in bytes. The most recent group always stays.
 pub(super) struct Cache {
     kept: Mutex<Kept>,
-    /// Row groups that a thread reads at this moment.
+    /// Row groups that a thread is reading.
     reading: Mutex<HashMap<u32, Arc<Mutex<()>>>>,
 }
 
@@ -21,7 +21,7 @@ impl Cache {
         Self { kept: Mutex::new(Kept { limit, ..Kept::default() }), reading: Mutex::default() }
     }
 
-    /// The row group, from memory or from `read`; while one thread reads it, others wait for the same one.
+    /// Returns the row group from memory or from `read`. Threads that want the same group wait for one read.
     pub(super) fn get_or_read(
         &self,
         group: u32,
@@ -44,7 +44,7 @@ impl Cache {
     }
 }
 
-/// A panic elsewhere cannot leave the cache half changed in a way that matters: whatever it holds was read whole.
+/// A panic in another thread cannot corrupt the cache, because it holds only groups that were read completely.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -89,7 +89,7 @@ impl Kept {
     }
 }
 
-/// All that a record holds.
+/// Size of a record in bytes, including its heap data.
 fn bytes_of(record: &FaceRecord) -> usize {
     let FaceRecord { key, image, landmarks, id_embedding, caption, sha256, identity, split, .. } = record;
     let texts = [Some(key), Some(caption), Some(sha256), identity.as_ref(), split.as_ref()];
@@ -153,7 +153,7 @@ mod tests {
         };
         let two = Cache::new(2 * (1000 + size_of::<FaceRecord>()));
         assert_eq!([1, 2, 1, 3, 1, 2].map(|number| read(&two, number)), [true, true, false, true, false, true]);
-        // Whatever they hold counts, not pictures alone.
+        // All fields count, not only pictures.
         let caption = |number: u32, cache: &Cache| {
             let mut missed = false;
             let records = cache.get_or_read(number, || {

@@ -1,4 +1,4 @@
-//! The random square around a face, and what the UNet is told about it.
+//! Random square crop around a face, and the size condition of the UNet.
 
 use hyperlora_core::random::unit;
 use image::RgbImage;
@@ -7,31 +7,31 @@ use rand_core::RngCore;
 
 use crate::data::{CropConfig, SizeConditioning};
 
-/// A square of a photo, in its pixels.
+/// A square of a photo, in pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Square {
     /// Left edge.
     pub x: u32,
-    /// Upper edge.
+    /// Top edge.
     pub y: u32,
     /// Side, at least 1.
     pub side: u32,
 }
 
 impl Square {
-    /// The square in the middle of those that [`draw`](Self::draw) may draw.
+    /// Returns the middle one of the squares that [`draw`](Self::draw) may draw.
     pub fn middle(photo: (u32, u32), face_box: [f32; 4], config: &CropConfig) -> Self {
         Self::at(photo, face_box, config, [0.5; 3])
     }
 
-    /// Draws a square that holds `face_box` (x0, y0, x1, y1) in a photo of `width` x `height`: the side uniformly on a
-    /// logarithmic scale, then the place uniformly. A face larger than the photo's shorter side gets the largest square,
-    /// as near to its centre as the photo allows.
+    /// Draws a square that contains `face_box` (x0, y0, x1, y1) in a photo of `width` x `height`: the side
+    /// log-uniformly, then the position uniformly. A face larger than the photo's shorter side gets the largest square,
+    /// as close to its centre as possible.
     pub fn draw(photo: (u32, u32), face_box: [f32; 4], config: &CropConfig, generator: &mut impl RngCore) -> Self {
         Self::at(photo, face_box, config, [(); 3].map(|()| unit(generator) as f32))
     }
 
-    /// The square for three numbers in [0, 1): its size, and its place across and down.
+    /// Returns the square for three numbers in [0, 1): its size, and its horizontal and vertical position.
     fn at(
         (width, height): (u32, u32),
         face_box: [f32; 4],
@@ -48,24 +48,25 @@ impl Square {
         Self { x: place(across, side, width, x0, x1), y: place(down, side, height, y0, y1), side }
     }
 
-    /// The square of `photo`, resized to `size` x `size`.
+    /// Crops `photo` to the square and resizes it to `size` x `size`.
     pub fn cut(self, photo: &RgbImage, size: u32) -> RgbImage {
         let view = imageops::crop_imm(photo, self.x, self.y, self.side, self.side).to_image();
         if self.side == size { view } else { imageops::resize(&view, size, size, FilterType::CatmullRom) }
     }
 
-    /// Points of the photo in the square's own pixels.
+    /// Converts points of the photo to the square's own pixels.
     pub fn points(self, points: &[[f32; 2]]) -> Vec<[f32; 2]> {
         points.iter().map(|[x, y]| [x - self.x as f32, y - self.y as f32]).collect()
     }
 
-    /// The square that shows the same in a photo of `width` mirrored left to right.
+    /// Returns the square with the same content in a photo of `width` mirrored horizontally.
     #[must_use]
     pub fn mirrored(self, width: u32) -> Self {
         Self { x: width - self.x - self.side, ..self }
     }
 
-    /// Original height and width, crop top and left, target height and width: the order of diffusers' `add_time_ids`.
+    /// Time ids in the order of diffusers' `add_time_ids`: original height and width, crop top and left, target height
+    /// and width.
     pub fn time_ids(self, (width, height): (u32, u32), size: u32, conditioning: SizeConditioning) -> [f32; 6] {
         let target = size as f32;
         match conditioning {
@@ -79,7 +80,7 @@ impl Square {
     }
 }
 
-/// Offset of a span of `side` within `extent` that holds `from..to`, by a number in [0, 1).
+/// Offset of a span of `side` within `extent` that contains `from..to`, chosen by a number in [0, 1).
 fn place(drawn: f32, side: u32, extent: u32, from: f32, to: f32) -> u32 {
     let room = extent - side.min(extent);
     let lowest = (to.ceil() - side as f32).max(0.0);

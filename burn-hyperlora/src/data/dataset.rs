@@ -1,4 +1,4 @@
-//! The rows of a shard folder: who is in which photo, and the photos themselves through a bounded cache.
+//! Rows of a shard folder: the person in each photo, and the photos through a bounded cache.
 
 use std::collections::HashMap;
 use std::ops::Deref;
@@ -14,7 +14,7 @@ use crate::data::cache::{Cache, Records};
 use crate::data::pairs::{Pair, Pairs};
 use crate::data::quarantine::{BadRowGroup, Quarantine};
 
-/// The split name that takes every row.
+/// Split name that selects every row.
 pub const ALL_SPLITS: &str = "all";
 
 /// An opened shard folder.
@@ -24,7 +24,7 @@ pub struct Dataset {
     rows: Vec<Row>,
     identities: Names,
     splits: Names,
-    /// Rows of every labelled person, by the number of the name.
+    /// Rows of every labelled person, indexed by the number of the name.
     photos: Vec<Vec<u32>>,
     cache: Cache,
     quarantine: Option<Quarantine>,
@@ -40,7 +40,7 @@ struct Row {
     split: Option<u32>,
 }
 
-/// Names and their numbers: a large set repeats few of them.
+/// Interned names: a large set repeats few of them.
 #[derive(Default)]
 struct Names {
     names: Vec<String>,
@@ -59,7 +59,7 @@ impl Names {
     }
 }
 
-/// One record, held together with the row group that it came with.
+/// One record, which keeps its row group alive.
 pub struct RecordHandle {
     group: Records,
     place: usize,
@@ -74,10 +74,10 @@ impl Deref for RecordHandle {
 }
 
 impl Dataset {
-    /// The rows of `shards`; up to `cache_mib` MiB of them are kept in memory.
+    /// Opens the rows of `shards`, with a cache of `cache_mib` MiB.
     ///
     /// # Errors
-    /// Input for a missing or damaged index.
+    /// Input: the index is missing or damaged.
     pub fn open(shards: ShardFolder, cache_mib: usize) -> Result<Self> {
         let mut rows: Vec<Row> = Vec::new();
         let (mut identities, mut splits) = (Names::default(), Names::default());
@@ -100,16 +100,17 @@ impl Dataset {
         Ok(Self { path, shards, rows, identities, splits, photos, cache, quarantine: None, groups_read })
     }
 
-    /// The same rows, where damaged row groups are not an error but are left out as `quarantine` allows.
+    /// Returns the same dataset with a quarantine: damaged row groups are left out within its budget instead of being
+    /// an error.
     #[must_use]
     pub fn with_quarantine(self, quarantine: Quarantine) -> Self {
         Self { quarantine: Some(quarantine), ..self }
     }
 
-    /// The row's record, from memory or from its row group, whose checksum is compared.
+    /// Reads a row's record from the cache or from its row group, whose checksum is verified.
     ///
     /// # Errors
-    /// Input for a damaged row group, Disk for a failing disk.
+    /// Input: the row group is damaged; Disk: the disk fails.
     pub fn record(&self, row: usize) -> Result<RecordHandle> {
         let Row { group, place, .. } = &self.rows[row];
         match self.records(*group)? {
@@ -118,23 +119,23 @@ impl Dataset {
         }
     }
 
-    /// Whether a row's record can be read: false once its row group is in quarantine, where there is one.
+    /// Returns true if a row's record is readable, and false if its row group is in the quarantine.
     ///
     /// # Errors
-    /// As [`record`](Self::record) without a quarantine; Input once the quarantine holds more than it may.
+    /// Same as [`record`](Self::record) without a quarantine; Input: the quarantine exceeds its budget.
     pub fn is_readable(&self, row: usize) -> Result<bool> {
         Ok(self.records(self.rows[row].group)?.is_some())
     }
 
-    /// Whether the records of all these rows can be read.
+    /// Returns true if the records of all these rows are readable.
     ///
     /// # Errors
-    /// As [`is_readable`](Self::is_readable).
+    /// Same as [`is_readable`](Self::is_readable).
     pub fn are_readable(&self, rows: &[usize]) -> Result<bool> {
         rows.iter().try_fold(true, |all, &row| Ok(all && self.is_readable(row)?))
     }
 
-    /// The faces of a row group; `None` for one that is left out.
+    /// Reads the faces of a row group; `None` if it is left out.
     fn records(&self, group: u32) -> Result<Option<Records>> {
         if self.quarantine.as_ref().is_some_and(|quarantine| quarantine.holds(group)) {
             return Ok(None);
@@ -150,7 +151,7 @@ impl Dataset {
         })
     }
 
-    /// A row that the index, from which the pairs were made, has under another name or in another split.
+    /// Finds a row whose person or split differs from the index, from which the pairs were made.
     fn mislabelled(&self, group: &RowGroup, records: &[FaceRecord]) -> Option<Damage> {
         let mut rows = records.iter().enumerate();
         let (row, record) = rows.find(|(row, record)| {
@@ -185,45 +186,45 @@ impl Dataset {
         )
     }
 
-    /// Row groups that were read so far, repeated ones counted again.
+    /// Number of row groups read so far, counting repeated reads.
     pub fn groups_read(&self) -> u64 {
         self.groups_read.load(Ordering::Relaxed)
     }
 
-    /// Row groups that are left out.
+    /// Number of row groups that are left out.
     pub fn quarantined(&self) -> usize {
         self.quarantine.as_ref().map_or(0, Quarantine::len)
     }
 
-    /// The folder.
+    /// Path of the shard folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Checksum of the manifest, which holds those of all that is read.
+    /// Checksum of the manifest, which contains the checksums of all data.
     pub fn checksum(&self) -> &str {
         self.shards.checksum()
     }
 
-    /// The row group of a row.
+    /// Row group of a row.
     pub fn group(&self, row: usize) -> u32 {
         self.rows[row].group
     }
 
-    /// The name of the person in a row's photo, where the set knows it.
+    /// Name of the person in a row's photo, if labelled.
     pub fn identity(&self, row: usize) -> Option<&str> {
         self.rows[row].identity.map(|person| self.identities.names[person as usize].as_str())
     }
 
-    /// Rows of a split in their order on the disk.
+    /// Rows of a split, in disk order.
     pub fn split(&self, split: &str) -> Vec<usize> {
         (0..self.rows.len()).filter(|&row| self.is_in(row, split)).collect()
     }
 
-    /// The targets of `split`, each with the photos of `references` that may stand for its person.
+    /// Pairs the targets of `split` with their possible reference photos from the split `references`.
     ///
     /// # Errors
-    /// Input when not one target is left.
+    /// Input: no target is left.
     pub fn pairs(&self, split: &str, references: &str, reference: Reference) -> Result<Pairs> {
         let targets = self.split(split);
         let of_split = targets.len();
@@ -258,10 +259,10 @@ impl Dataset {
         Ok(Pairs { left_out: of_split - pairs.len(), pairs })
     }
 
-    /// Checks that no photo of `judged`, the split that `place` names, is also in `learnt`, the split to learn from.
+    /// Checks that no photo is both in `judged`, the split that `place` names, and in `learnt`, the training split.
     ///
     /// # Errors
-    /// Input when one is, as with `all` to learn from a set that has the other split too.
+    /// Input: a photo is in both, for example when training on `all` of a set that has the other split too.
     pub fn check_apart(&self, learnt: &str, judged: &str, place: &str) -> Result<()> {
         let shared = (0..self.rows.len()).filter(|&row| self.is_in(row, learnt) && self.is_in(row, judged)).count();
         if shared == 0 {
@@ -270,7 +271,7 @@ impl Dataset {
         Err(Error::input(
             place,
             format!(
-                "{shared} photos of split `{judged}` are also in split `{learnt}`, which is learnt from (data.split)"
+                "{shared} photos of split `{judged}` are also in split `{learnt}`, the training split (data.split)"
             ),
             "name splits without common photos",
         ))

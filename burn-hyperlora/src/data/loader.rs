@@ -1,4 +1,4 @@
-//! Samples made ahead of the training step, on threads of their own, within a bound of bytes.
+//! Data loader: prepares samples ahead of the training step on its own threads, within a memory limit.
 
 use std::collections::VecDeque;
 use std::ops::{ControlFlow, Range};
@@ -15,10 +15,10 @@ use crate::data::batch::{Batch, Draws};
 use crate::data::rank::Rank;
 use crate::data::sample::{Request, Sample, SampleMaker};
 
-/// Between two looks at whether the run is to stop.
+/// Interval between stop checks.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Names the signal by which the run was asked to stop, once it was.
+/// Returns the name of the stop signal once the run has received one.
 pub type Stop<'a> = &'a dyn Fn() -> Option<&'static str>;
 
 /// Delivers the batches of a range of draws in order.
@@ -26,15 +26,15 @@ pub struct Loader {
     pool: ThreadPool,
     maker: Arc<SampleMaker>,
     source: Draws,
-    /// This rank's draws that nobody works on yet.
+    /// Draws of this rank that no thread has started.
     draws: Box<dyn Iterator<Item = u64> + Send>,
     end: u64,
     config: LoaderConfig,
-    /// What is being made, in order.
+    /// Samples in preparation, in order.
     ahead: VecDeque<Pending>,
-    /// The largest sample that was delivered.
+    /// Size in bytes of the largest delivered sample.
     largest: usize,
-    /// Raised once nobody listens any more.
+    /// Set once nobody waits for samples any more.
     stopped: Arc<AtomicBool>,
 }
 
@@ -43,24 +43,24 @@ struct Pending {
     sample: Receiver<Result<Sample>>,
 }
 
-/// How batches are made ahead.
+/// Loader settings.
 #[derive(Debug, Clone, Copy)]
 pub struct LoaderConfig {
-    /// Samples in a batch of this rank; the last one may hold fewer.
+    /// Batch size of this rank; the last batch may be smaller.
     pub batch_size: usize,
-    /// Threads that make samples.
+    /// Number of threads that prepare samples.
     pub workers: usize,
-    /// Bytes of samples that may be in the making or wait ready; one batch always may.
+    /// Memory limit in bytes of samples in preparation or ready; one batch is always allowed.
     pub prefetch_bytes: usize,
-    /// Which of the draws are delivered.
+    /// Rank whose draws are delivered.
     pub rank: Rank,
 }
 
 impl Loader {
-    /// Starts to make the batches of this rank's part of `draws`.
+    /// Starts preparing the batches of this rank's share of `draws`.
     ///
     /// # Errors
-    /// Fault when the system gives no threads.
+    /// Fault: the system provides no threads.
     pub fn start(maker: SampleMaker, source: Draws, draws: Range<u64>, config: LoaderConfig) -> Result<Self> {
         let pool = data_threads(config.workers)?;
         let end = draws.end;
@@ -79,20 +79,20 @@ impl Loader {
         Ok(loader)
     }
 
-    /// The next batch; `None` after the last.
+    /// Returns the next batch; `None` after the last.
     ///
     /// # Errors
-    /// What kept the first failing sample from being made, see [`crate::data::batch::DrawPlan::readable`] and [`SampleMaker::make`].
+    /// Error of the first failing sample, see [`crate::data::batch::DrawPlan::readable`] and [`SampleMaker::make`].
     pub fn next_batch(&mut self) -> Result<Option<Batch>> {
         let batch = self.next_batch_unless(&|| None)?;
         Ok(batch.continue_value().flatten())
     }
 
-    /// As [`next_batch`](Self::next_batch), unless the run is to stop before the batch is there: a data thread may be stuck in a
-    /// read for ever.
+    /// Returns the next batch like [`next_batch`](Self::next_batch), unless the run is asked to stop first: a data
+    /// thread may be stuck in a read forever.
     ///
     /// # Errors
-    /// As there.
+    /// Same as [`next_batch`](Self::next_batch).
     pub fn next_batch_unless(&mut self, stop: Stop<'_>) -> Result<ControlFlow<&'static str, Option<Batch>>> {
         let mut samples = Vec::with_capacity(self.config.batch_size);
         let mut next_draw = self.end;
@@ -112,8 +112,7 @@ impl Loader {
         Ok(ControlFlow::Continue((!samples.is_empty()).then_some(Batch { samples, next_draw })))
     }
 
-    /// Sets the threads to work on as many samples as there is room for. Until a first sample tells how large they are,
-    /// that is one batch.
+    /// Starts as many samples as fit the memory limit: one batch, until the first sample shows the size.
     fn fill(&mut self) {
         let room = self.config.prefetch_bytes.checked_div(self.largest).unwrap_or(0);
         while self.ahead.len() < room.max(self.config.batch_size).max(1)
@@ -124,7 +123,7 @@ impl Loader {
             let (sender, receiver) = sync_channel(1);
             self.pool.spawn_fifo(move || {
                 if !stopped.load(Ordering::Relaxed) {
-                    // Nobody may listen any more: then the sample is not missed.
+                    // The receiver may be gone; then the sample is not needed.
                     let _ = sender.send(plan.readable(&maker.dataset, request).and_then(|request| maker.make(request)));
                 }
             });
@@ -139,18 +138,18 @@ impl Drop for Loader {
     }
 }
 
-/// Threads that read and prepare data, whose end nobody waits for.
+/// Creates threads that read and prepare data. Nobody waits for their end.
 fn data_threads(number: usize) -> Result<ThreadPool> {
     ThreadPoolBuilder::new()
         .num_threads(number)
         .thread_name(|index| format!("data-{index}"))
-        // The sample's receiver notices; without a handler the process would abort.
+        // The sample's receiver notices a panic; without a handler the process would abort.
         .panic_handler(|_| {})
         .build()
         .map_err(|error| Error::Fault(format!("cannot start the data threads: {error}")))
 }
 
-/// Waits for what a data thread makes.
+/// Waits for the result of a data thread.
 fn wait<T>(made: &Receiver<Result<T>>, stop: Stop<'_>) -> Result<ControlFlow<&'static str, T>> {
     loop {
         match made.recv_timeout(LOOK) {
@@ -167,25 +166,25 @@ fn wait<T>(made: &Receiver<Result<T>>, stop: Stop<'_>) -> Result<ControlFlow<&'s
     }
 }
 
-/// Reads data apart from the thread that trains, which goes on where a read is stuck and the run is to stop. The threads are
-/// none of those that tensors are computed on: what is stuck does not keep a checkpoint from being written.
+/// Reads data on separate threads, so that the training thread can react to a stop request while a read is stuck. They
+/// are not the threads that compute tensors, so a stuck read does not keep a checkpoint from being written.
 pub struct Aside {
     pool: ThreadPool,
 }
 
 impl Aside {
-    /// As many threads as compute.
+    /// Starts as many threads as compute threads.
     ///
     /// # Errors
-    /// Fault when the system gives no threads.
+    /// Fault: the system provides no threads.
     pub fn start() -> Result<Self> {
         Ok(Self { pool: data_threads(rayon::current_num_threads())? })
     }
 
-    /// Runs `work`, unless the run is to stop before.
+    /// Runs `work`, unless the run is asked to stop first.
     ///
     /// # Errors
-    /// Those of `work`; Fault where it panics.
+    /// Errors of `work`; Fault: it panics.
     pub fn read<T: Send + 'static>(
         &self,
         stop: Stop<'_>,
@@ -193,17 +192,18 @@ impl Aside {
     ) -> Result<ControlFlow<&'static str, T>> {
         let (sender, made) = sync_channel(1);
         self.pool.spawn(move || {
-            // Nobody may listen any more: then it is not missed.
+            // The receiver may be gone; then the result is not needed.
             let _ = sender.send(work());
         });
         wait(&made, stop)
     }
 }
 
-/// Makes samples on the current thread pool, in the order of the requests; the first failing one decides the error.
+/// Prepares samples on the current thread pool, in the order of the requests. The first failing one determines the
+/// error.
 ///
 /// # Errors
-/// See [`SampleMaker::make`].
+/// Same as [`SampleMaker::make`].
 pub fn make_all(maker: &SampleMaker, requests: Vec<Request>) -> Result<Vec<Sample>> {
     let made: Vec<Result<Sample>> = requests.into_par_iter().map(|request| maker.make(request)).collect();
     made.into_iter().collect()
@@ -222,7 +222,7 @@ mod tests {
         assert_eq!(aside.read(&|| Some("SIGTERM"), || Ok(7)).unwrap(), ControlFlow::Continue(7));
         assert!(aside.read::<()>(&|| None, || Err(Error::Fault("unreadable".into()))).is_err());
 
-        // As many as there are threads, and more: none ever ends.
+        // More reads than there are threads, and none ever ends.
         let (hold, held) = channel::<()>();
         let held = Arc::new(std::sync::Mutex::new(held));
         for _ in 0..2 * rayon::current_num_threads() {

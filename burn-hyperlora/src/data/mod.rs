@@ -1,8 +1,8 @@
-//! Parquet shards -> batches: which sample comes when, and everything that is drawn for it.
+//! Data pipeline from Parquet shards to batches: the sample order, and all random draws per sample.
 //!
-//! The order of the samples is a function of (seed, stage, epoch), the randomness of a sample one of (seed, stage, draw
-//! index): neither knows the batch size or the number of processes, so that two batches of one equal one batch of two, on
-//! one rank or on two, and a single counter tells where a stage stands.
+//! The sample order is a function of (seed, stage, epoch), and a sample's randomness one of (seed, stage, draw index).
+//! Neither depends on the batch size or the number of processes. Two batches of one therefore equal one batch of two,
+//! on one rank or on two, and a single counter is enough to resume a stage.
 
 pub mod batch;
 mod cache;
@@ -25,48 +25,50 @@ use hyperlora_core::config::{ConfigPath, is_url};
 use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// Where the samples come from and how they become tensors: `data:` of an experiment.
+/// Data source and preprocessing: `data:` of an experiment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Folder that `data-prep build` wrote, or its URL: `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `https://HOST/PATH`.
+    /// Folder written by `data-prep build`, or its URL: `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`,
+    /// `https://HOST/PATH`.
     pub shards: ConfigPath,
-    /// How shards behind a URL are read.
+    /// Settings for shards behind a URL.
     #[serde(default)]
     pub remote: RemoteShards,
-    /// The split to learn from: rows with this label; unlabelled sets use `all`.
+    /// Split to train on: rows with this label; unlabelled sets use `all`.
     #[serde(default = "default_split")]
     pub split: String,
     /// Side of the target images in pixels.
     pub image_size: usize,
-    /// The random crop around the face.
+    /// Random crop around the face.
     #[serde(default)]
     pub crop: CropConfig,
-    /// Mirrors half of the targets; the reference photo stays as it is.
+    /// Mirrors half of the targets; the reference photo stays unchanged.
     #[serde(default)]
     pub flip: bool,
-    /// What the UNet is told about size and crop.
+    /// Size and crop that the UNet is conditioned on.
     #[serde(default)]
     pub size_conditioning: SizeConditioning,
-    /// How faces are cut out and blurred for the conditions.
+    /// Masking and blurring of faces for the conditions.
     #[serde(default)]
     pub mask: MaskConfig,
-    /// Canonical streams: the parts of an epoch that are read side by side. The number of processes divides it.
+    /// Number of canonical streams: the parts of an epoch that are read in parallel. It must be a multiple of the world
+    /// size.
     #[serde(default = "default_streams")]
     pub streams: usize,
-    /// Row groups of a stream whose rows are shuffled among each other.
+    /// Number of a stream's row groups whose rows are shuffled together.
     #[serde(default = "default_shuffle_window")]
     pub shuffle_window: usize,
-    /// Rows kept in memory, their photos encoded, in MiB.
+    /// Memory in MiB for cached rows, with encoded photos.
     #[serde(default = "default_cache_mib")]
     pub cache_mib: usize,
-    /// Damaged row groups that a run leaves out before it stops.
+    /// Number of damaged row groups that a run may leave out.
     #[serde(default = "default_bad_row_groups")]
     pub bad_row_groups: usize,
-    /// Threads that decode, crop and mask ahead of the training step.
+    /// Number of threads that decode, crop and mask ahead of the training step.
     #[serde(default = "default_workers")]
     pub workers: usize,
-    /// Samples in the making or ready ahead of the step, in MiB; one micro-batch always may.
+    /// Memory in MiB for samples in preparation or ready; one micro-batch is always allowed.
     #[serde(default = "default_prefetch_mib")]
     pub prefetch_mib: usize,
 }
@@ -99,15 +101,15 @@ fn default_prefetch_mib() -> usize {
     512
 }
 
-/// How shards behind a URL are read: `data.remote`. No part of what binds a checkpoint.
+/// Settings for shards behind a URL: `data.remote`. A resumed run may change them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RemoteShards {
-    /// Folder that keeps what was read, shared by the processes of a machine.
+    /// Cache folder, shared by the processes of a machine.
     pub cache: ConfigPath,
-    /// Its size in GiB; what was not used for longest makes room.
+    /// Cache size in GiB; the least recently used files are evicted.
     pub cache_gib: usize,
-    /// Seconds after which a read that still fails ends the run. Below the time that ranks wait for each other, so that
+    /// Seconds after which a failing read ends the run. Keep it below the time that ranks wait for each other, so that
     /// the message names the cause.
     pub deadline_seconds: usize,
 }
@@ -119,13 +121,13 @@ impl Default for RemoteShards {
     }
 }
 
-/// The random square around a face; it always holds the whole face where the photo is large enough.
+/// Random square crop around a face. It contains the whole face if the photo is large enough.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CropConfig {
-    /// Smallest side, in longer sides of the face box.
+    /// Smallest side, in units of the face box's longer side.
     pub smallest: f32,
-    /// Largest side, in longer sides of the face box; the photo's shorter side bounds it too.
+    /// Largest side, in units of the face box's longer side; also limited by the photo's shorter side.
     pub largest: f32,
 }
 
@@ -139,33 +141,33 @@ impl Default for CropConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SizeConditioning {
-    /// The photo's size, and where the crop lies in the photo resized so that the crop has the target size.
+    /// Photo size, and the crop's offset in the photo resized so that the crop has the target size.
     #[default]
     Crop,
     /// The crop counts as the whole photo: target size, offset (0, 0), target size.
     Whole,
 }
 
-/// Which photo the hypernetwork sees of the person in the target photo.
+/// Choice of the reference photo: the photo of the target's person that the hypernetwork sees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reference {
-    /// The target photo itself: for sets without identities.
+    /// The target photo itself, for sets without identities.
     #[default]
     #[serde(rename = "self")]
     Target,
-    /// Another photo of the person, never the target. Targets without a second photo are left out, and counted.
+    /// Another photo of the person, never the target. Targets without a second photo are left out and counted.
     SameIdentity,
 }
 
-/// Largest memory in MiB: 16 TiB.
+/// Upper limit of memory settings in MiB: 16 TiB.
 const LARGEST_MIB: usize = 1 << 24;
 
-/// Largest value of a size in pixels or a count: a mistyped one shall not exhaust the memory.
+/// Upper limit of sizes in pixels and of counts, so that a mistyped one does not exhaust the memory.
 const LARGEST: usize = 8192;
 
 impl DataConfig {
-    /// Checks what does not need the shards.
+    /// Checks all settings that do not need the shards.
     ///
     /// # Errors
     /// Input, naming the key.
@@ -202,10 +204,10 @@ impl DataConfig {
         Ok(())
     }
 
-    /// Opens the shards; relative paths start at `yaml_folder`.
+    /// Opens the shards; relative paths are resolved against `yaml_folder`.
     ///
     /// # Errors
-    /// As [`ShardFolder::open`] and [`ShardFolder::open_remote`].
+    /// Same as [`ShardFolder::open`] and [`ShardFolder::open_remote`].
     pub fn open_shards(&self, yaml_folder: &Path) -> Result<ShardFolder> {
         let place = self.shards.resolve(yaml_folder)?;
         let Some(url) = place.to_str().filter(|place| is_url(place)) else { return ShardFolder::open(&place) };

@@ -1,30 +1,30 @@
-//! In which order an epoch goes through its samples: canonical streams, dealt like cards.
+//! Sample order of an epoch: canonical streams, interleaved.
 
 use hyperlora_core::random::{Purpose, for_sample, permutation};
 
-/// How the samples of an epoch are put in order.
+/// Settings of the sample order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OrderConfig {
-    /// The run's seed.
+    /// Seed of the run.
     pub seed: u64,
-    /// The stage's number.
+    /// Number of the stage.
     pub stage: u64,
-    /// Canonical streams, see [`epoch_order`].
+    /// Number of canonical streams, see [`epoch_order`].
     pub streams: usize,
-    /// Row groups of a stream whose samples are shuffled among each other.
+    /// Number of a stream's row groups whose samples are shuffled together.
     pub window: usize,
 }
 
-/// The order of one epoch over samples that lie in row groups: a function of (seed, stage, epoch) alone.
+/// Returns the order of one epoch over samples in row groups: a function of (seed, stage, epoch) alone.
 ///
-/// `groups` names the row group of every sample, neighbours together. The row groups in random order, the samples of each
-/// shuffled, are cut into `streams` pieces whose lengths differ by one sample at most; in each piece the samples of
-/// `window` groups at a time are shuffled among each other. Place `p` of the epoch is the next sample of stream
-/// `p % streams`. So a world size that divides the number of streams can deal the places in turn: a rank gets whole
-/// streams, and reads the row groups of those alone.
+/// `groups` holds the row group of every sample, with equal ones adjacent. Row groups are put in random order, and the
+/// samples of each are shuffled. The result is cut into `streams` pieces whose lengths differ by one sample at most,
+/// and in each piece the samples of `window` groups at a time are shuffled together. Position `p` of the epoch is the
+/// next sample of stream `p % streams`. A world size that divides the number of streams can therefore deal positions in
+/// turn: each rank gets whole streams and reads only their row groups.
 ///
-/// A cut may run through a row group, which then belongs to the two streams beside it. Every other stream runs backwards,
-/// so that both come to it at the same time.
+/// A cut may split a row group, which then belongs to both adjacent streams. Every other stream runs backward, so that
+/// both reach that group at the same time.
 pub fn epoch_order(config: &OrderConfig, epoch: u64, groups: &[u32]) -> Vec<u32> {
     let mut generator = for_sample(config.seed, config.stage, epoch, Purpose::Order);
     let mut start = 0;
@@ -45,7 +45,7 @@ pub fn epoch_order(config: &OrderConfig, epoch: u64, groups: &[u32]) -> Vec<u32>
     let mut streams: Vec<&mut [u32]> = Vec::with_capacity(count);
     let mut rest = samples.as_mut_slice();
     for stream in 0..count {
-        // The first streams take the remainder: they are the ones that the last round comes to.
+        // The first streams take the remainder, because the last round reaches only them.
         let (piece, others) = rest.split_at_mut(groups.len() / count + usize::from(stream < groups.len() % count));
         if stream % 2 == 1 {
             piece.reverse();
@@ -73,7 +73,7 @@ fn shuffle_windows(generator: &mut impl rand_core::RngCore, stream: &mut [u32], 
     }
 }
 
-/// Walks through epochs by draw index; the order of the current epoch is kept.
+/// Walks through epochs by draw index, keeping the order of the current epoch.
 #[derive(Debug)]
 pub struct Walk {
     config: OrderConfig,
@@ -83,12 +83,12 @@ pub struct Walk {
 }
 
 impl Walk {
-    /// Over the samples of `groups`, at least one; see [`epoch_order`].
+    /// Creates a walk over the samples of `groups`, at least one; see [`epoch_order`].
     pub fn new(config: OrderConfig, groups: Vec<u32>) -> Self {
         Self { config, groups, epoch: None, order: Vec::new() }
     }
 
-    /// The sample of draw `draw`; batches run across epoch ends.
+    /// Returns the sample of draw `draw`. Batches may cross epoch ends.
     pub fn sample(&mut self, draw: u64) -> usize {
         let len = self.groups.len().max(1) as u64;
         let epoch = draw / len;
@@ -130,7 +130,7 @@ mod tests {
             let changes = order.windows(2).filter(|pair| GROUPS[pair[0] as usize] != GROUPS[pair[1] as usize]).count();
             assert_eq!(changes, 3, "{order:?}");
         }
-        // Both windows hold two groups of four, mixed.
+        // Each window holds two groups of four, mixed.
         let groups: Vec<u32> = (0..16).map(|sample| sample / 4).collect();
         let mixed = |order: &[u32]| order[..8].chunk_by(|&a, &b| groups[a as usize] == groups[b as usize]).count() > 2;
         assert!((0..20).any(|epoch| mixed(&epoch_order(&config(1, 2), epoch, &groups))));

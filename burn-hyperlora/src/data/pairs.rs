@@ -1,55 +1,56 @@
-//! Which photos stand for whom: targets and their possible references.
+//! Targets and their possible reference photos.
 
 use std::sync::Arc;
 
 use hyperlora_core::random::below;
 use rand_core::RngCore;
 
-/// Targets and the photos that may stand for their people.
+/// Targets with the possible reference photos of their people.
 #[derive(Debug)]
 pub struct Pairs {
     pub(super) pairs: Vec<Pair>,
-    /// Targets without any reference photo.
+    /// Number of targets without a reference photo.
     pub left_out: usize,
 }
 
-/// One target.
+/// One target with its possible references.
 #[derive(Debug)]
 pub struct Pair {
-    /// Its row.
+    /// Row of the target.
     pub target: usize,
-    /// Rows of the person that may be a reference, in order: one list for all the targets of a person.
+    /// Rows of possible reference photos, ascending; one list is shared by all targets of a person.
     photos: Arc<[u32]>,
-    /// Where the target itself stands in that list.
+    /// Index of the target in that list.
     own_place: Option<usize>,
 }
 
 impl Pairs {
-    /// All targets in their order on the disk, at least one.
+    /// All pairs in disk order, at least one.
     pub fn as_slice(&self) -> &[Pair] {
         &self.pairs
     }
 }
 
 impl Pair {
-    /// A target whose reference is any other of `photos`, rows in ascending order; its own where there is none.
+    /// Creates a pair whose reference is any other of `photos`, rows in ascending order, or the target if there is
+    /// none.
     pub(super) fn new(target: usize, photos: Arc<[u32]>) -> Self {
         let own_place = photos.binary_search(&(target as u32)).ok();
         Self { target, photos, own_place }
     }
 
-    /// Number of photos that may be its reference.
+    /// Number of possible reference photos.
     pub fn references(&self) -> usize {
         self.photos.len() - usize::from(self.own_place.is_some())
     }
 
-    /// Draws the reference photo; the target where there is no other.
+    /// Draws the reference photo, or returns the target if there is no other.
     pub fn reference(&self, generator: &mut impl RngCore) -> usize {
         self.nth(below(generator, self.references() as u64) as usize)
     }
 
-    /// All photos that may be the reference: the one that [`reference`](Self::reference) draws, then those that take its
-    /// place where it cannot be read.
+    /// Iterates over all possible references: first the one that [`reference`](Self::reference) draws, then its
+    /// replacements if it is unreadable.
     pub fn references_from(&self, generator: &mut impl RngCore) -> impl Iterator<Item = usize> + '_ {
         let drawn = below(generator, self.references() as u64) as usize;
         let count = self.references().max(1);

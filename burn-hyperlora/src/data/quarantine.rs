@@ -1,4 +1,4 @@
-//! Row groups that cannot be used any more: written down, left out, and counted against a budget.
+//! Quarantine: the list of damaged row groups that a run leaves out, limited by a budget.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -11,22 +11,22 @@ use hyperlora_core::paths::{read_limited, read_regular};
 use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// Name of the file in a run folder.
+/// File name of the quarantine in a run folder.
 pub const QUARANTINE_FILE: &str = "quarantine.jsonl";
 
-/// Largest such file: a line names the photos of a row group.
+/// Size limit of the file in bytes; each line lists the photos of a row group.
 const LARGEST: u64 = 256 << 20;
 
-/// One row group that is left out: a line of [`QUARANTINE_FILE`].
+/// One damaged row group: a line of [`QUARANTINE_FILE`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BadRowGroup {
     /// Checksum of the shard folder's manifest.
     pub shards: String,
     /// Number of the row group in the folder, from 0.
     pub group: u32,
-    /// The shard it lies in.
+    /// Shard that holds the row group.
     pub file: String,
-    /// Its number in that shard, from 0.
+    /// Number of the row group in that shard, from 0.
     pub row_group: usize,
     /// Number of its first photo in the folder, from 0.
     pub first_row: usize,
@@ -34,11 +34,11 @@ pub struct BadRowGroup {
     pub rows: usize,
     /// Keys of its photos.
     pub ids: Vec<String>,
-    /// What is wrong with it.
+    /// Kind of damage.
     pub reason: String,
 }
 
-/// The row groups that a run leaves out. All ranks of a run share one file.
+/// Row groups that a run leaves out. All ranks of a run share one file.
 #[derive(Debug)]
 pub struct Quarantine {
     file: PathBuf,
@@ -47,10 +47,10 @@ pub struct Quarantine {
 }
 
 impl Quarantine {
-    /// What `run` has left out so far of the shards with this checksum; up to `budget` row groups may be.
+    /// Opens the quarantine of `run` for the shards with this checksum. It may hold up to `budget` row groups.
     ///
     /// # Errors
-    /// Input where more are; Input or Disk for a file that cannot be read.
+    /// Input: the quarantine exceeds the budget; Input or Disk: the file cannot be read.
     pub fn open(run: &Path, budget: usize, shards: &str) -> Result<Self> {
         let file = run.join(QUARANTINE_FILE);
         let text = read(&file)?;
@@ -60,7 +60,7 @@ impl Quarantine {
         Ok(Self { file, budget, known: Mutex::new(known) })
     }
 
-    /// Whether a row group is left out.
+    /// Returns true if a row group is left out.
     pub fn holds(&self, group: u32) -> bool {
         self.known().contains_key(&group)
     }
@@ -70,15 +70,15 @@ impl Quarantine {
         self.known().len()
     }
 
-    /// Whether every row group is still in use.
+    /// Returns true if no row group is left out.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Leaves a row group out from now on and writes it down, unless another rank did so first.
+    /// Leaves a row group out from now on and records it, unless another rank already has.
     ///
     /// # Errors
-    /// Input once there are more than the budget allows; Input or Disk for a file that cannot be written.
+    /// Input: the quarantine exceeds the budget; Input or Disk: the file cannot be written.
     pub fn add(&self, bad: BadRowGroup) -> Result<()> {
         let mut known = self.known();
         if known.contains_key(&bad.group) {
@@ -91,10 +91,10 @@ impl Quarantine {
         within_budget(&self.file, self.budget, &known, &last)
     }
 
-    /// Appends a line under a lock; tells what all ranks have written down.
+    /// Appends a line under a lock, and returns the entries of all ranks.
     fn write_down(&self, bad: &BadRowGroup) -> std::io::Result<Vec<BadRowGroup>> {
         let mut file = append(&self.file)?;
-        // A file system without locks may let a row group be written down twice: it is counted once all the same.
+        // Without file locks, a row group may be recorded twice, but it is counted once.
         let _ = File::lock(&file);
         let text = lossy(read_limited(file.try_clone()?, LARGEST)?);
         let mut of_all: Vec<BadRowGroup> = entries(&text, &bad.shards).collect();
@@ -114,17 +114,17 @@ impl Quarantine {
     }
 }
 
-/// Row groups that `run` has left out of the shards with this checksum; of whatever shards where it is not known.
+/// Counts the row groups that `run` has left out of the shards with this checksum, or of any shards if it is `None`.
 ///
 /// # Errors
-/// Input or Disk for a file that cannot be read.
+/// Input or Disk: the file cannot be read.
 pub fn count(run: &Path, shards: Option<&str>) -> Result<usize> {
     let text = read(&run.join(QUARANTINE_FILE))?;
     let counted = lines(&text).filter(|bad| shards.is_none_or(|shards| bad.shards == shards));
     Ok(counted.map(|bad| (bad.shards, bad.group)).collect::<BTreeSet<_>>().len())
 }
 
-/// The file's text, of which a missing one has none.
+/// Reads the file; a missing one is empty.
 fn read(file: &Path) -> Result<String> {
     match read_regular(file, LARGEST) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
@@ -132,13 +132,13 @@ fn read(file: &Path) -> Result<String> {
     }
 }
 
-/// A dying process may have cut a letter in two: its line is passed over, not the file.
+/// A dying process may have cut a UTF-8 character in two. Only that line is skipped, not the file.
 fn lossy(text: Vec<u8>) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// Checks that no more row groups are left out than may be: for a run that goes on as for one at work. `last` is what is
-/// wrong with one of them.
+/// Checks the number of left-out row groups against the budget, both on resume and during a run. `last` is the damage
+/// of one of them.
 fn within_budget(file: &Path, budget: usize, known: &BTreeMap<u32, BadRowGroup>, last: &str) -> Result<()> {
     if known.len() <= budget {
         return Ok(());
@@ -147,17 +147,17 @@ fn within_budget(file: &Path, budget: usize, known: &BTreeMap<u32, BadRowGroup>,
     let (count, files) = (files.len(), files.join(", "));
     Err(Error::file(
         file,
-        format!("{count} row groups are damaged: {files}; data.bad_row_groups allows {budget}; such as: {last}"),
+        format!("{count} row groups are damaged: {files}; data.bad_row_groups allows {budget}; for example: {last}"),
         "restore these files, or prepare the data again, and remove the lines from quarantine.jsonl; or allow more",
     ))
 }
 
-/// The entries. A line that a dying process left half-written tells nothing: the row group is found again.
+/// Parses the entries. Half-written lines of a dying process are skipped: the row group will be found again.
 fn lines(text: &str) -> impl Iterator<Item = BadRowGroup> {
     text.lines().filter_map(|line| serde_json::from_str(line).ok())
 }
 
-/// The entries about these shards.
+/// Parses the entries of these shards.
 fn entries(text: &str, shards: &str) -> impl Iterator<Item = BadRowGroup> {
     lines(text).filter(move |bad| bad.shards == shards)
 }
@@ -183,7 +183,7 @@ mod tests {
         assert!(open().holds(8) && !open().holds(9));
         assert!(Quarantine::open(run.path(), 2, "other shards").unwrap().is_empty());
         let too_many = one.add(bad(9)).unwrap_err();
-        // The next start meets the same lines.
+        // A restart reads the same lines.
         for error in [too_many, Quarantine::open(run.path(), 2, "abc").unwrap_err()] {
             let error = error.to_string();
             assert!(error.contains("3 row groups are damaged") && error.contains("allows 2"), "{error}");

@@ -1,11 +1,11 @@
-//! Which of a run's draws a process serves.
+//! Assignment of a run's draws to ranks.
 
 use std::ops::Range;
 
 use hyperlora_core::{Error, Result};
 
-/// One of the processes that share a run's data. Draw `d` belongs to rank `d % world_size`: every global batch is dealt
-/// evenly, and within an epoch a rank gets whole streams, because the world size divides their number
+/// A rank, as seen by the data. Draw `d` belongs to rank `d % world_size`: every global batch is split evenly, and
+/// within an epoch a rank gets whole streams, because the world size divides their number
 /// ([`crate::data::order::epoch_order`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rank {
@@ -14,13 +14,13 @@ pub struct Rank {
 }
 
 impl Rank {
-    /// The only process of a run.
+    /// The only rank of a run.
     pub const ALONE: Self = Self { rank: 0, world_size: 1 };
 
-    /// Number `rank` of `world_size` processes, counted from 0.
+    /// Creates rank `rank` of `world_size`, counted from 0.
     ///
     /// # Errors
-    /// Fault for a number that is not below the world size.
+    /// Fault: the number is not below the world size.
     pub fn new(rank: usize, world_size: usize) -> Result<Self> {
         if rank >= world_size {
             return Err(Error::Fault(format!("rank {rank} in a world of {world_size}")));
@@ -28,19 +28,19 @@ impl Rank {
         Ok(Self { rank: rank as u64, world_size: world_size as u64 })
     }
 
-    /// Its draws in a range.
+    /// Iterates over this rank's draws in a range.
     pub fn draws(self, draws: Range<u64>) -> impl Iterator<Item = u64> {
         let Self { rank, world_size } = self;
         let first = draws.start + (rank + world_size - draws.start % world_size) % world_size;
         (first..draws.end).step_by(world_size as usize)
     }
 
-    /// The draw that comes next once every rank has served as many draws as this one with `draw`.
+    /// Returns the next draw after every rank has served as many draws as this one has with `draw`.
     pub fn after(self, draw: u64) -> u64 {
         draw - draw % self.world_size + self.world_size
     }
 
-    /// Checks that the world size deals streams and batches evenly; `place` names the file.
+    /// Checks that the world size divides streams and batches evenly; `place` names the file.
     ///
     /// # Errors
     /// Input, naming the key and the world sizes that fit.
@@ -56,7 +56,7 @@ impl Rank {
         if uneven(streams, ranks) {
             return Err(Error::input(
                 format!("{place}: data.streams"),
-                format!("{streams} streams cannot be dealt to {ranks} processes"),
+                format!("{streams} streams cannot be split evenly among {ranks} processes"),
                 format!("{}, or begin a new run with a multiple of {ranks} streams", fitting()),
             ));
         }

@@ -1,4 +1,4 @@
-//! One sample: a face record turned into target pixels, condition images and everything drawn for it.
+//! Converts a face record to a sample: target pixels, condition images and all random draws.
 
 use std::io::Cursor;
 use std::sync::Arc;
@@ -14,53 +14,53 @@ use crate::data::dataset::Dataset;
 use crate::data::scenario::Scenario;
 use crate::data::{CropConfig, DataConfig, SizeConditioning};
 
-/// Turns a condition image into the image encoder's input, flat `[3, S, S]`; called from the loader's threads.
+/// Converts a condition image to the image encoder's input, flat `[3, S, S]`; called from loader threads.
 pub type ImageTransform = Arc<dyn Fn(&RgbImage) -> Vec<f32> + Send + Sync>;
 
-/// What a sample is made of; a pure function of it and the shards.
+/// Definition of a sample, which is a pure function of this request and the shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
     /// Row of the target photo.
     pub target: usize,
-    /// Row of the photo that the ID condition comes from.
+    /// Row of the reference photo, the source of the ID condition.
     pub reference: usize,
-    /// Which parts act.
+    /// Trigger words and LoRAs that are on.
     pub scenario: Scenario,
-    /// The stage, the epoch or the evaluation that counts the draws.
+    /// Stage, epoch or evaluation that numbers the draws.
     pub stage: u64,
-    /// The draw that crop, noise and timestep belong to.
+    /// Draw that determines crop, noise and timestep.
     pub draw: u64,
 }
 
 /// A sample on the host.
 #[derive(Debug, Clone)]
 pub struct Sample {
-    /// Where it came from and how it was drawn.
+    /// Request that the sample was made from.
     pub request: Request,
     /// Key of the target photo in its source.
     pub key: String,
-    /// `[3, H, W]` in [-1, 1], flat.
+    /// Target image, flat `[3, H, W]` in [-1, 1].
     pub pixels: Vec<f32>,
-    /// Original height and width, crop top and left, target height and width.
+    /// Time ids: original height and width, crop top and left, target height and width.
     pub time_ids: [f32; 6],
-    /// The target's caption, without trigger words.
+    /// Caption of the target, without trigger words.
     pub caption: String,
-    /// The image encoder's input of the reference photo's masked face, `[3, S, S]` flat; empty where no ID-LoRA is made.
+    /// Image encoder input of the reference photo's masked face, flat `[3, S, S]`; empty without an ID-LoRA.
     pub id_pixels: Vec<f32>,
-    /// The image encoder's input of the target with its face blurred, `[3, S, S]` flat.
+    /// Image encoder input of the target with a blurred face, flat `[3, S, S]`.
     pub base_pixels: Vec<f32>,
     /// ID embedding of the reference photo, L2-normalised.
     pub id_embedding: Vec<f32>,
-    /// Standard normal, of the latents' size: the draw from the autoencoder's posterior.
+    /// Standard normal noise of the latents' size, for sampling the autoencoder's posterior.
     pub posterior_noise: Vec<f32>,
-    /// Standard normal, of the latents' size: what the UNet has to find.
+    /// Standard normal noise of the latents' size, which the UNet has to predict.
     pub noise: Vec<f32>,
-    /// In `0..timesteps`.
+    /// Timestep in `0..timesteps`.
     pub timestep: u32,
 }
 
 impl Sample {
-    /// Memory that it takes.
+    /// Size of the sample in bytes.
     pub(crate) fn bytes(&self) -> usize {
         let numbers =
             [&self.pixels, &self.id_pixels, &self.base_pixels, &self.id_embedding, &self.posterior_noise, &self.noise];
@@ -72,7 +72,7 @@ impl Sample {
 /// Makes samples; shared by the loader's threads.
 #[derive(Clone)]
 pub struct SampleMaker {
-    /// Where the photos come from.
+    /// Source of the photos.
     pub dataset: Arc<Dataset>,
     image_size: u32,
     crop: CropConfig,
@@ -83,21 +83,21 @@ pub struct SampleMaker {
     shape: SampleShape,
 }
 
-/// What the models ask of a sample.
+/// Sample sizes and preprocessing that the models require.
 #[derive(Clone)]
 pub struct SampleShape {
-    /// Numbers in one sample's latents.
+    /// Number of elements in one sample's latents.
     pub latent_len: usize,
-    /// Timesteps of the noise schedule.
+    /// Number of timesteps of the noise schedule.
     pub timesteps: u32,
-    /// The image encoder's preprocessing.
+    /// Preprocessing of the image encoder.
     pub transform: ImageTransform,
-    /// Whether ID conditions are wanted.
+    /// Samples include ID conditions.
     pub with_id: bool,
 }
 
 impl SampleMaker {
-    /// A maker for the models described by `shape`; all randomness hangs on `seed`.
+    /// Creates a maker for the models described by `shape`. All randomness derives from `seed`.
     pub fn new(dataset: Arc<Dataset>, config: &DataConfig, seed: u64, shape: SampleShape) -> Self {
         Self {
             dataset,
@@ -111,22 +111,22 @@ impl SampleMaker {
         }
     }
 
-    /// The same maker, with or without ID conditions.
+    /// Returns the same maker, with or without ID conditions.
     #[must_use]
     pub fn with_id(mut self, with_id: bool) -> Self {
         self.shape.with_id = with_id;
         self
     }
 
-    /// The seed that all randomness hangs on.
+    /// Seed of all randomness.
     pub fn seed(&self) -> u64 {
         self.seed
     }
 
-    /// Decodes, crops, masks and draws.
+    /// Makes a sample: decodes, crops, masks and draws.
     ///
     /// # Errors
-    /// Input, naming the shard folder and the record, for a record that does not hold what its columns say.
+    /// Input, naming the shard folder and the record: the record contradicts its columns.
     pub fn make(&self, request: Request) -> Result<Sample> {
         let Request { target, reference, stage, draw, .. } = request;
         let record = self.dataset.record(target)?;
@@ -138,7 +138,7 @@ impl SampleMaker {
         let view = square.cut(&photo, square.side);
         let base = mask::base_image(&view, &square.points(&record.landmarks), &self.mask);
         let face = square.cut(&photo, self.image_size);
-        // As if the photo itself were mirrored: so the crop's corner is told (diffusers' SDXL training script).
+        // The crop corner is reported as if the whole photo were mirrored, as in diffusers' SDXL training script.
         let told = if flipped { square.mirrored(photo.width()) } else { square };
         let turn = |image: RgbImage| if flipped { imageops::flip_horizontal(&image) } else { image };
 
@@ -161,7 +161,7 @@ impl SampleMaker {
         })
     }
 
-    /// The masked face and the ID embedding of a row: the photo as it is, without crop or flip.
+    /// Makes the masked face and ID embedding of a row from the unchanged photo, without crop or flip.
     fn id_condition(&self, row: usize) -> Result<(Vec<f32>, Vec<f32>)> {
         let record = self.dataset.record(row)?;
         let photo = self.decode(&record)?;
@@ -199,7 +199,7 @@ impl SampleMaker {
     }
 }
 
-/// `[3, H, W]` in [-1, 1], flat.
+/// Converts an image to flat `[3, H, W]` in [-1, 1].
 fn to_signed_planes(image: &RgbImage) -> Vec<f32> {
     (0..3).flat_map(|channel| image.pixels().map(move |pixel| f32::from(pixel[channel]) / 127.5 - 1.0)).collect()
 }

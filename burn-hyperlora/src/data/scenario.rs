@@ -1,10 +1,10 @@
-//! Which parts act on a sample: trigger words, ID-LoRA, Base-LoRA.
+//! Scenario of a sample: the combination of trigger words, ID-LoRA and Base-LoRA.
 
 use hyperlora_core::random::{Purpose, for_sample, weighted};
 use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// One situation of the training.
+/// Combination of trigger words and LoRAs that a sample is trained with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scenario {
@@ -12,30 +12,30 @@ pub enum Scenario {
     Full,
     /// Trigger words and ID-LoRA.
     IdOnly,
-    /// Base-LoRA alone, without trigger words.
+    /// Base-LoRA only, without trigger words.
     BaseOnly,
 }
 
 impl Scenario {
-    /// Every scenario, in the order of [`Scenarios::weights`].
+    /// All scenarios, in the order of [`Scenarios::weights`].
     pub const ALL: [Self; 3] = [Self::Full, Self::IdOnly, Self::BaseOnly];
 
-    /// Whether the trigger words stand before the caption: whenever the ID-LoRA is on.
+    /// Returns true if the trigger words precede the caption, that is, if the ID-LoRA is on.
     pub fn trigger(self) -> bool {
         self.id_lora()
     }
 
-    /// Whether the ID-LoRA acts.
+    /// Returns true if the ID-LoRA is on.
     pub fn id_lora(self) -> bool {
         self != Self::BaseOnly
     }
 
-    /// Whether the Base-LoRA acts.
+    /// Returns true if the Base-LoRA is on.
     pub fn base_lora(self) -> bool {
         self != Self::IdOnly
     }
 
-    /// Its name in the YAML and in the curves.
+    /// Name of the scenario in YAML and curves.
     pub fn name(self) -> &'static str {
         match self {
             Self::Full => "full",
@@ -45,39 +45,39 @@ impl Scenario {
     }
 }
 
-/// How often each scenario is drawn; the weights need not sum to one. The paper gives 0.9 / 0.05 / 0.05 and does not say
-/// which is which: the defaults are this project's reading.
+/// Weights of the scenarios, which need not sum to one. The paper gives 0.9 / 0.05 / 0.05 without naming the scenarios;
+/// the defaults are this project's interpretation.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenarios {
-    /// Of [`Scenario::Full`].
+    /// Weight of [`Scenario::Full`].
     #[serde(default)]
     pub full: f64,
-    /// Of [`Scenario::IdOnly`].
+    /// Weight of [`Scenario::IdOnly`].
     #[serde(default)]
     pub id_only: f64,
-    /// Of [`Scenario::BaseOnly`].
+    /// Weight of [`Scenario::BaseOnly`].
     #[serde(default)]
     pub base_only: f64,
 }
 
 impl Scenarios {
-    /// Of the ID stages.
+    /// Defaults of the ID stages.
     pub const ID: Self = Self { full: 0.9, id_only: 0.05, base_only: 0.05 };
-    /// Of the Base stage: there is no ID-LoRA yet.
+    /// Defaults of the Base stage, which has no ID-LoRA yet.
     pub const BASE: Self = Self { full: 0.0, id_only: 0.0, base_only: 1.0 };
 
-    /// In the order of [`Scenario::ALL`].
+    /// Weights in the order of [`Scenario::ALL`].
     pub fn weights(self) -> [f64; 3] {
         [self.full, self.id_only, self.base_only]
     }
 
-    /// The scenario of one draw.
+    /// Draws the scenario of one draw.
     pub fn draw(self, seed: u64, stage: u64, draw: u64) -> Scenario {
         Scenario::ALL[weighted(&mut for_sample(seed, stage, draw, Purpose::Scenario), &self.weights())]
     }
 
-    /// Whether the scenario can be drawn.
+    /// Returns true if the scenario can be drawn.
     pub fn has(self, scenario: Scenario) -> bool {
         self.weights()[scenario as usize] > 0.0
     }
@@ -85,7 +85,7 @@ impl Scenarios {
     /// Checks the weights; `place` names the block.
     ///
     /// # Errors
-    /// Input for a negative or infinite weight, or none above zero.
+    /// Input: a weight is negative or infinite, or none is above zero.
     pub fn validate(self, place: &str) -> Result<()> {
         let weights = self.weights();
         let sane = weights.iter().all(|weight| weight.is_finite() && *weight >= 0.0);

@@ -1,8 +1,8 @@
-//! The identity gap: how much better the UNet finds the noise in a photo given a LoRA of the right person.
+//! Identity gap: how much better the right person's LoRA denoises a photo than somebody else's.
 //!
-//! For every judged photo the denoising loss is measured three times with equal noise and timesteps: given the LoRA of
-//! another photo of the same person, given that of a photo of somebody else, and given none. Losses are averaged over the
-//! draws of a photo first, so that the statistics are over photos.
+//! The denoising loss of every judged photo is measured three times with equal noise and timesteps: with the LoRA of
+//! another photo of the same person, with that of a photo of somebody else, and without a LoRA. Losses are averaged
+//! over a photo's draws first, so that the statistics are over photos.
 
 use std::path::Path;
 
@@ -25,14 +25,14 @@ use crate::run::saved::{self, SavedState, WEIGHTS};
 use crate::train::forward::{denoising_loss, make_lora};
 use crate::train::open_dataset;
 
-/// Counts the draws of this evaluation: no training stage has this number.
+/// Stage number of this evaluation's draws; no training stage has it.
 const DRAWS: u64 = 2 << 32;
 
-/// Judges the latest checkpoint of `run` and writes the result into its `summary.json`. A set whose split the shards do
-/// not hold is reported with n = 0.
+/// Measures the identity gap of the latest checkpoint of `run` and writes it to its `summary.json`. A set whose split
+/// is missing in the shards is reported with n = 0.
 ///
 /// # Errors
-/// Input for a run without checkpoint, or shards without identities.
+/// Input: the run has no checkpoint, or the shards have no identities.
 pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     let experiment = Experiment::of_run(run)?;
     let checkpoint = saved::latest(run)?.ok_or_else(|| {
@@ -44,7 +44,7 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     let sites = base.unet.attention_sites();
     let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), &experiment.hyper_lora, sites, device)?;
     if !hyper_lora.has_learnt_id() {
-        return Err(Error::file(checkpoint.path(), "has learnt no ID-LoRA so far", "train on to an ID stage"));
+        return Err(Error::file(checkpoint.path(), "has learnt no ID-LoRA so far", "continue training to an ID stage"));
     }
     let dataset = open_dataset(&experiment.data, experiment.folder(), run)?;
     let shape = base.sample_shape(experiment.data.image_size, true)?;
@@ -74,7 +74,7 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     Ok(gap)
 }
 
-/// What a judgement needs.
+/// Inputs of a measurement.
 struct Judge<'a> {
     base: &'a Base,
     hyper_lora: &'a HyperLora,
@@ -85,13 +85,13 @@ struct Judge<'a> {
     batch: usize,
 }
 
-/// One judged photo: the same crop with the reference photo of the person, and with that of somebody else.
+/// One judged photo: the same crop with a reference photo of the same person, and with one of somebody else.
 struct Case {
     same: Sample,
     different: Sample,
 }
 
-/// Mean loss of each photo.
+/// Mean losses of each photo.
 struct Losses {
     same: Vec<f64>,
     different: Vec<f64>,
@@ -133,7 +133,7 @@ impl Judge<'_> {
         Ok(statistics)
     }
 
-    /// Draws both reference photos of a target; `None` where one of the three lies in a row group that the run left out.
+    /// Draws both reference photos of a target; `None` if one of the three is in a quarantined row group.
     fn case(&self, index: u64, pair: &Pair, references: &[usize]) -> Result<Option<Case>> {
         let dataset = &self.maker.dataset;
         let mut generator = for_sample(self.maker.seed(), DRAWS, index, Purpose::Reference);
@@ -161,7 +161,8 @@ impl Judge<'_> {
         Ok(Some(Case { same, different }))
     }
 
-    /// Mean loss of each case given the LoRA of the same person, of somebody else, and none.
+    /// Computes the mean loss of each case with the LoRA of the same person, with that of somebody else, and without a
+    /// LoRA.
     fn losses(&self, cases: &[Case]) -> Result<Losses> {
         let noisy: Vec<Sample> = cases.iter().flat_map(|case| self.noisy(&case.same)).collect();
         let (input, target) = self.base.noisy(&noisy, self.trigger)?;
@@ -173,13 +174,14 @@ impl Judge<'_> {
         };
         let same = given(|case| &case.same)?;
         let different = given(|case| &case.different)?;
-        // No LoRA, hence no trigger words.
+        // Without a LoRA there are no trigger words.
         let (input, target) = self.base.noisy(&noisy, "")?;
         let none = self.per_photo(denoising_loss(self.base, &input, target, None)?);
         Ok(Losses { same, different, none })
     }
 
-    /// The sample with each draw's noise, and with timesteps from each of as many equal parts of the schedule.
+    /// Iterates over copies of the sample, each with its draw's noise and a timestep from one of as many equal parts of
+    /// the schedule.
     fn noisy<'s>(&'s self, sample: &'s Sample) -> impl Iterator<Item = Sample> + 's {
         let timesteps = self.base.schedule.config().num_train_timesteps as f64;
         (0..self.draws).map(move |part| {
@@ -196,7 +198,7 @@ impl Judge<'_> {
     }
 }
 
-/// `[P, a, b]` to `[P * times, a, b]`, every entry `times` times in a row.
+/// Repeats every entry `times` times in a row: `[P, a, b]` to `[P * times, a, b]`.
 fn repeat_each(tensor: Tensor<3>, times: usize) -> Tensor<3> {
     let [photos, rows, columns] = tensor.dims();
     tensor.unsqueeze_dim::<4>(1).expand([photos, times, rows, columns]).reshape([photos * times, rows, columns])
@@ -205,7 +207,7 @@ fn repeat_each(tensor: Tensor<3>, times: usize) -> Tensor<3> {
 fn one_person(dataset: &Dataset) -> Error {
     Error::file(
         dataset.path(),
-        "shows a single person among the reference photos: there is nobody else to compare with",
+        "shows a single person among the reference photos: there is no other person to compare with",
         "prepare photos of at least two people, with identity labels",
     )
 }

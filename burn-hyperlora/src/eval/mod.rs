@@ -1,4 +1,4 @@
-//! Does it learn? Figures that a trained hypernetwork is judged by.
+//! Evaluation of a trained hypernetwork.
 
 pub mod identity_gap;
 pub mod paired;

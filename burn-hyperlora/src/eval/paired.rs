@@ -2,8 +2,8 @@
 
 use crate::metrics::GapStatistics;
 
-/// Of the differences `right[i] - left[i]`: their mean, and its t-statistic (the mean in units of its standard error)
-/// where there is a spread to judge by.
+/// Computes the mean of the differences `right[i] - left[i]` and its t-statistic (the mean in units of its standard
+/// error), which is `None` without variance.
 pub fn paired_gap(left: &[f64], right: &[f64]) -> GapStatistics {
     let differences: Vec<f64> = left.iter().zip(right).map(|(left, right)| right - left).collect();
     let n = differences.len();
@@ -14,7 +14,7 @@ pub fn paired_gap(left: &[f64], right: &[f64]) -> GapStatistics {
     GapStatistics { mean, t, n, ..GapStatistics::default() }
 }
 
-/// Arithmetic mean; 0 of nothing.
+/// Arithmetic mean; 0 for an empty slice.
 pub fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
 }

@@ -1,4 +1,4 @@
-//! A hypernetwork for ByteDance's released ComfyUI nodes.
+//! Exports a hypernetwork for ByteDance's released ComfyUI nodes.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use hyperlora_core::{Error, Result};
 
 use crate::hypernet::{HyperLoraConfig, ResamplerConfig, convert};
 
-/// What the nodes' inputs allow: a key of `hyper_lora`, its smallest and largest value, and the step between values.
+/// Limits of the nodes' inputs: a key of `hyper_lora`, its minimum and maximum, and the step between values.
 const LIMITS: [(&str, [usize; 3]); 8] = [
     ("resampler.dim", [64, 2048, 32]),
     ("resampler.head_dim", [32, usize::MAX, 32]),
@@ -19,21 +19,21 @@ const LIMITS: [(&str, [usize; 3]); 8] = [
     ("id_rank", [2, 32, 2]),
 ];
 
-/// Width of CLIP ViT-L/14's states and of antelopev2's embedding: the nodes bring these two models.
+/// Width of CLIP ViT-L/14's states and of antelopev2's embedding, the two models that the nodes use.
 const ENCODERS: [(&str, usize); 2] = [("clip_dim", 1024), ("id_embedding_dim", 512)];
 
-/// Writes the released folder `source`, of the sizes `config`, as a folder `target` that the nodes load, with or without
-/// its Base-LoRA.
+/// Writes the released folder `source`, with the sizes `config`, as a folder `target` that the nodes load, with or
+/// without its Base-LoRA.
 ///
 /// # Errors
-/// Input, naming key, value and limit, for sizes that the nodes do not load; those of [`convert`].
+/// Input, naming key, value and limit: the nodes do not load these sizes; errors of [`convert`].
 pub fn export(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: FloatDType, base: bool) -> Result<()> {
     let config_place = source.display().to_string();
     check(config, &config_place, base)?;
     convert(source, config, target, dtype, base)
 }
 
-/// What to set in the nodes, as lines.
+/// Settings for the nodes, as lines of text.
 pub fn node_settings(config: &HyperLoraConfig, base: bool) -> String {
     let ResamplerConfig { dim, depth, heads, head_dim, ff_mult } = config.resampler;
     format!(
@@ -46,7 +46,7 @@ pub fn node_settings(config: &HyperLoraConfig, base: bool) -> String {
     )
 }
 
-/// Checks the sizes against what the nodes load.
+/// Checks the sizes against the nodes' limits.
 fn check(config: &HyperLoraConfig, place: &str, base: bool) -> Result<()> {
     let ResamplerConfig { dim, depth, heads, head_dim, ff_mult } = config.resampler;
     let values = [dim, head_dim, heads, depth, ff_mult, config.id_tokens, config.basis, config.id_rank];

@@ -1,4 +1,4 @@
-//! LoRA files in the formats that other tools read.
+//! Writes LoRA files in the formats of other tools.
 
 pub mod comfyui;
 
@@ -12,20 +12,20 @@ use hyperlora_sdxl::lora::{AttentionSite, LoraModule, LoraPair, LoraSet, LoraWei
 use hyperlora_sdxl::source::Part;
 use safetensors::Dtype;
 
-/// The paths of an attention module's linears, in the order of [`AttentionLora::pairs`].
+/// Paths of an attention module's linears, in the order of [`AttentionLora::pairs`].
 ///
 /// [`AttentionLora::pairs`]: hyperlora_sdxl::lora::AttentionLora::pairs
 const LINEARS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 
-/// Writes the LoRA of one sample as `layout` has it.
+/// Writes the LoRA of one sample in `layout`.
 ///
-/// Loaders apply `alpha / rank * up @ down`. Scale and weights are in `up` already, so alpha is the rank: that holds for
-/// ID and Base together too, whose ranks add up. `dtype` is f16, bf16 or f32; `notes` goes into the file's metadata. The
-/// same input gives the same bytes, and the file appears whole or not at all.
+/// Loaders apply `alpha / rank * up @ down`. `up` already includes scale and weights, so alpha is the rank, also for ID
+/// and Base together, whose ranks add up. `dtype` is f16, bf16 or f32; `notes` go into the file's metadata. The same
+/// input gives the same bytes, and the file appears atomically.
 ///
 /// # Errors
-/// Input for a place that cannot be written to, Disk for a full or failing disk, Fault for a LoRA of several samples, of
-/// other modules than `sites`, or with values that are not finite in `dtype`.
+/// Input: the path is not writable; Disk: the disk is full or failing; Fault: the LoRA has several samples, other
+/// modules than `sites`, or values that are not finite in `dtype`.
 pub fn save_lora(
     path: &Path,
     sites: &[AttentionSite],
@@ -53,7 +53,7 @@ pub fn save_lora(
     set.save(path, layout)
 }
 
-/// `[1, m, n]` as a matrix `[n, m]` of `dtype`.
+/// Transposes `[1, m, n]` to a matrix `[n, m]` of `dtype`.
 fn transposed(tensor: Tensor<3>, dtype: FloatDType) -> std::result::Result<Matrix, String> {
     let [batch, rows, columns] = tensor.dims();
     if batch != 1 {

@@ -1,4 +1,4 @@
-//! A person from a file of ready features: what other programs computed with CLIP and a face recogniser.
+//! Reads a person from a file of features that other programs computed with CLIP and a face recognition model.
 
 use std::path::Path;
 
@@ -13,19 +13,19 @@ const CLIP_STATES: &str = "clip_hidden_states";
 const ID_EMBEDDING: &str = "id_embedding";
 const BASE_STATES: &str = "base_clip_hidden_states";
 
-/// How far from 1 an embedding's length may be that counts as normalised: what half precision leaves.
+/// Tolerance of a normalised embedding's length, due to half precision.
 const LENGTH_TOLERANCE: f32 = 5e-3;
 
-/// The shortest embedding that still has a direction.
+/// Minimum length of an embedding with a meaningful direction.
 const SHORTEST: f32 = 1e-6;
 
 /// Reads a safetensors file with `clip_hidden_states` [N, T, clip_dim] (penultimate states of the masked faces),
-/// `id_embedding` [N, E], and, for a Base-LoRA, `base_clip_hidden_states` [M, T, clip_dim]; the last two may be missing.
-/// ID embeddings are brought to length 1, which is what a hypernetwork is trained with; a warning says so.
+/// `id_embedding` [N, E] and, for a Base-LoRA, `base_clip_hidden_states` [M, T, clip_dim]. The last two are optional.
+/// ID embeddings are normalised to length 1, as in training, with a warning.
 ///
 /// # Errors
-/// Input, naming the file and what does not fit, for other shapes than those of `config`, values that are not finite,
-/// tensors of other names, and an embedding of length 0.
+/// Input, naming the file and the mismatch: shapes do not fit `config`, values are not finite, tensors have other
+/// names, or an embedding has length 0.
 pub fn read(path: &Path, config: &HyperLoraConfig, device: &Device) -> Result<Person> {
     let file = Weights::open(path, device)?;
     let count = |name: &str, axis: usize| file.shapes().get(name).and_then(|shape| shape.get(axis)).copied();
@@ -49,7 +49,7 @@ pub fn read(path: &Path, config: &HyperLoraConfig, device: &Device) -> Result<Pe
     Ok(Person { clip_states, id_embedding, base_states })
 }
 
-/// `[N, E]` with rows of length 1.
+/// Normalises the rows of `[N, E]` to length 1.
 fn normalised(path: &Path, embedding: Tensor<2>) -> Result<Tensor<2>> {
     let lengths = embedding.clone().square().sum_dim(1).sqrt(); // [N, 1]
     let data = lengths.to_data();
@@ -57,12 +57,12 @@ fn normalised(path: &Path, embedding: Tensor<2>) -> Result<Tensor<2>> {
     if let Some(row) = lengths_of_rows.iter().position(|length| !(SHORTEST..f32::MAX).contains(length)) {
         return Err(Error::input(
             format!("{}: {ID_EMBEDDING}", path.display()),
-            format!("row {row} has the length {}: it shows no direction", lengths_of_rows[row]),
+            format!("row {row} has the length {}: it has no direction", lengths_of_rows[row]),
             "give the embeddings of faces",
         ));
     }
     if let Some(length) = lengths_of_rows.iter().find(|length| (*length - 1.0).abs() > LENGTH_TOLERANCE) {
-        tracing::warn!("{}: {ID_EMBEDDING} has the length {length}; it is brought to 1", path.display());
+        tracing::warn!("{}: {ID_EMBEDDING} has the length {length}; it is normalised to 1", path.display());
     }
     Ok(embedding / lengths)
 }

@@ -1,4 +1,4 @@
-//! What is known of a person to LoRA weights: a trained hypernetwork, of a run or of a released folder.
+//! Generates LoRA weights of a person with a trained hypernetwork, from a run or a released folder.
 
 pub mod features;
 pub mod photos;
@@ -14,21 +14,21 @@ use crate::hypernet::{HyperLora, HyperLoraConfig, Stage, read_sites};
 use crate::run::saved::{SavedState, Source};
 use crate::train::config::DEFAULT_TRIGGER;
 
-/// Width of an attention head in the released weights; their files do not tell it.
+/// Width of an attention head in the released weights, whose files do not contain it.
 const RELEASED_HEAD_DIM: usize = 64;
 
-/// What a hypernetwork is given of one person, from one or several images, which it averages.
+/// Conditions of one person from one or several images, which the hypernetwork averages.
 #[derive(Debug, Clone)]
 pub struct Person {
-    /// The image encoder's states of the masked faces, `[N, T, clip_dim]`.
+    /// Image encoder states of the masked faces, `[N, T, clip_dim]`.
     pub clip_states: Tensor<3>,
-    /// The faces' ID embeddings, of length 1: `[N, id_embedding_dim]`.
+    /// ID embeddings of the faces, of length 1: `[N, id_embedding_dim]`.
     pub id_embedding: Option<Tensor<2>>,
-    /// The image encoder's states of the pictures with the face blurred away, `[M, T, clip_dim]`; needed for a Base-LoRA.
+    /// Image encoder states of the pictures with blurred faces, `[M, T, clip_dim]`; required for a Base-LoRA.
     pub base_states: Option<Tensor<3>>,
 }
 
-/// A trained hypernetwork, ready to write LoRAs.
+/// A trained hypernetwork that generates LoRAs.
 pub struct Generator {
     weights: PathBuf,
     experiment: Option<Experiment>,
@@ -40,11 +40,12 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// Opens a checkpoint folder, the latest checkpoint of a run folder, or a folder of the released layout. The files
-    /// of the last do not tell the width of an attention head: it is `head_dim`, 64 where left out.
+    /// Opens a checkpoint folder, the latest checkpoint of a run folder, or a folder in the released layout. Files in
+    /// the released layout do not contain the width of an attention head: it is `head_dim`, 64 by default.
     ///
     /// # Errors
-    /// Input for a folder that is none of these, damaged or unfit files, and a head width for a run, which knows its own.
+    /// Input: the folder is none of these, files are damaged or unsuitable, or a head width is given for a run, which
+    /// has its own.
     pub fn open(folder: &Path, head_dim: Option<usize>, device: &Device) -> Result<Self> {
         let source = Source::find(folder)?;
         let weights = source.weights();
@@ -58,7 +59,7 @@ impl Generator {
         Ok(Self { weights, experiment, config, hyper_lora, taught, sites, device: device.clone() })
     }
 
-    /// The settings of the run; `None` for a folder of the released layout.
+    /// Settings of the run; `None` for a folder in the released layout.
     pub fn experiment(&self) -> Option<&Experiment> {
         self.experiment.as_ref()
     }
@@ -68,47 +69,47 @@ impl Generator {
         &self.config
     }
 
-    /// What stands before a prompt where the ID-LoRA acts.
+    /// Trigger words that precede a prompt if the ID-LoRA is on.
     pub fn trigger(&self) -> &str {
         self.experiment.as_ref().map_or(DEFAULT_TRIGGER, |experiment| &experiment.train.trigger)
     }
 
-    /// Where the LoRAs apply, in the order of the hypernetwork.
+    /// Attention modules that the LoRAs update, in the hypernetwork's order.
     pub fn sites(&self) -> &[AttentionSite] {
         &self.sites
     }
 
-    /// Puts the LoRAs into the order of a UNet with the attention modules `sites`.
+    /// Reorders the LoRAs for a UNet with the attention modules `sites`.
     ///
     /// # Errors
-    /// Input where the hypernetwork is for other attention modules.
+    /// Input: the hypernetwork is for other attention modules.
     pub fn order_for(&mut self, sites: &[AttentionSite]) -> Result<()> {
         self.hyper_lora.order_for(&self.weights, sites)?;
         self.sites = sites.to_vec();
         Ok(())
     }
 
-    /// Whether there is a Base-LoRA to go with the ID-LoRA.
+    /// Returns true if the hypernetwork has a Base-LoRA.
     pub fn has_base(&self) -> bool {
         self.hyper_lora.has_base()
     }
 
-    /// Whether the ID-LoRA depends on the ID embedding: not before stage 3.
+    /// Returns true if the ID-LoRA depends on the ID embedding, that is, from stage 3 on.
     pub fn reads_id_embedding(&self) -> bool {
         self.taught == Stage::IdEmbed
     }
 
-    /// The LoRA of a person: ID and Base, each with its weight; `base_weight` 0 leaves the Base-LoRA out.
+    /// Generates a person's LoRA from ID-LoRA and Base-LoRA, each with its weight. A `base_weight` of 0 leaves out the
+    /// Base-LoRA.
     ///
     /// # Errors
-    /// Input when a LoRA is asked of a hypernetwork that has none or has not learnt it, or what it is made from is not
-    /// known of the person.
+    /// Input: the hypernetwork lacks a requested LoRA or has not learned it, or the person lacks its conditions.
     pub fn lora(&self, person: &Person, id_weight: f32, base_weight: f32) -> Result<LoraWeights> {
         if id_weight != 0.0 && !self.hyper_lora.has_learnt_id() {
             return Err(Error::file(
                 &self.weights,
                 "has learnt no ID-LoRA so far: it would be zero for everybody",
-                "train on to an ID stage, or give the ID-LoRA the weight 0",
+                "continue training to an ID stage, or give the ID-LoRA the weight 0",
             ));
         }
         let weight = |weight: f32| Tensor::<1>::from_floats([weight], &self.device);
@@ -136,27 +137,27 @@ impl Generator {
     fn base_lora(&self, person: &Person) -> Result<LoraWeights> {
         let states = person.base_states.clone().ok_or_else(|| {
             let remedy = "give the states of the pictures with the face blurred away as `base_clip_hidden_states`";
-            Error::input("Base-LoRA", "nothing is given to make it from", remedy)
+            Error::input("Base-LoRA", "its input is missing", remedy)
         })?;
         let [images, ..] = states.dims();
         self.hyper_lora.base_lora_of(self.hyper_lora.base_coefficients(states, images)?)
     }
 }
 
-/// The sizes of a hypernetwork on disk, and the settings of its run where there is one.
+/// Sizes of a hypernetwork on disk, and the settings of its run if it has one.
 pub struct Sizes {
     /// Sizes of the hypernetwork.
     pub config: HyperLoraConfig,
-    /// The run's settings.
+    /// Settings of the run.
     pub experiment: Option<Experiment>,
 }
 
 impl Sizes {
-    /// Reads them from the run's settings, or from the files of a released folder with heads `head_dim` wide (64 where
-    /// left out).
+    /// Reads the sizes from the run's settings, or from the files of a released folder with the head width `head_dim`
+    /// (64 by default).
     ///
     /// # Errors
-    /// Input for settings or files that do not hold, and a head width for a run, which knows its own.
+    /// Input: settings or files are invalid, or a head width is given for a run, which has its own.
     pub fn of(source: &Source, head_dim: Option<usize>) -> Result<Self> {
         match (source, head_dim) {
             (Source::Run { run, .. }, None) => {

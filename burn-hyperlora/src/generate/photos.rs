@@ -1,4 +1,4 @@
-//! A person from photos: face models and CLIP.
+//! Reads a person from photos with face models and CLIP.
 
 use std::path::{Path, PathBuf};
 
@@ -19,28 +19,29 @@ use crate::generate::{Generator, Person};
 
 /// One photo of one person.
 pub struct Portrait {
-    /// The photo as it is.
+    /// Original photo.
     pub photo: RgbImage,
-    /// The face, x0 y0 x1 y1 in pixels.
+    /// Face box, x0 y0 x1 y1 in pixels.
     pub face_box: [f32; 4],
-    /// 68 or 106 points in pixels.
+    /// Landmarks, 68 or 106 points in pixels.
     pub landmarks: Vec<[f32; 2]>,
-    /// L2-normalised, 512 numbers.
+    /// ID embedding, L2-normalised, 512 numbers.
     pub id_embedding: Vec<f32>,
 }
 
-/// Which models look at photos, where the user says so; the run's own else.
+/// Models for photos chosen by the user; the run's own by default.
 #[derive(Debug, Clone, Default)]
 pub struct PhotoModels {
     /// Folder of the CLIP image encoder.
     pub image_encoder: Option<PathBuf>,
-    /// Folder of its preprocessing; where left out, that of the image encoder or `feature_extractor` beside it.
+    /// Folder of the image encoder's preprocessing; defaults to the image encoder's folder or `feature_extractor`
+    /// beside it.
     pub feature_extractor: Option<PathBuf>,
     /// Folder of the face models' ONNX files.
     pub faces: Option<PathBuf>,
 }
 
-/// The models that look at photos; the rest of a base model is not loaded.
+/// Models that analyse photos. The rest of a base model is not loaded.
 pub struct PhotoReader {
     analyser: FaceAnalyser,
     image_encoder: ClipVisionModel,
@@ -52,10 +53,11 @@ pub struct PhotoReader {
 }
 
 impl PhotoReader {
-    /// Opens what `models` names, else the models that the generator's run was trained with.
+    /// Opens the models that `models` names, else those that the generator's run was trained with.
     ///
     /// # Errors
-    /// Input for a model that nothing names, is missing or broken, or is not the one that the hypernetwork was made for.
+    /// Input: a model is not named, is missing or broken, or differs from the one that the hypernetwork was trained
+    /// with.
     pub fn open(generator: &Generator, models: &PhotoModels) -> Result<Self> {
         let experiment = generator.experiment();
         let (faces, faces_from) = face_models(models, experiment)?;
@@ -81,21 +83,21 @@ impl PhotoReader {
         })
     }
 
-    /// Finds and measures the one face of a photo, by the rules of data preparation: the photo is whole, on white where it
-    /// is transparent, and turned where the face is not upright.
+    /// Detects and measures the single face of a photo with the rules of data preparation: the whole photo is used, on
+    /// white if transparent, and rotated if the face is not upright.
     ///
     /// # Errors
-    /// Input for a file that is no photo, or shows no face or several.
+    /// Input: the file is not a photo, or shows no face or several.
     pub fn portrait(&mut self, path: &Path) -> Result<Portrait> {
         const REMEDY: &str = "give a whole PNG, JPEG, WebP, BMP or PGM file, or save the photo smaller";
         let limits = DecodeConfig::default();
         let bytes = read_regular(path, limits.max_bytes).map_err(|source| Error::read(path, source))?;
         let photo = limits
             .decode(&bytes)
-            .map_err(|problem| Error::file(path, format!("is no photo that can be decoded: {problem}"), REMEDY))?;
+            .map_err(|problem| Error::file(path, format!("cannot be decoded as a photo: {problem}"), REMEDY))?;
         let Upright { photo, faces, turned } = self.analyser.detect_upright(photo.pixels)?;
         if turned {
-            tracing::info!("{}: turned, so that the face is upright", path.display());
+            tracing::info!("{}: rotated so that the face is upright", path.display());
         }
         let [face]: [Detection; 1] = faces.try_into().map_err(|found: Vec<Detection>| {
             Error::file(
@@ -114,7 +116,7 @@ impl PhotoReader {
         Ok(Portrait { photo, face_box: face.face_box, landmarks: description.landmarks, id_embedding })
     }
 
-    /// What the hypernetwork is given of the person in these photos; `with_base` what a Base-LoRA is made from, too.
+    /// Encodes the photos to a person's conditions; `with_base` adds those of the Base-LoRA.
     pub fn person(&self, portraits: &[Portrait], with_base: bool) -> Person {
         let faces = portraits.iter().map(|portrait| mask::id_image(&portrait.photo, &portrait.landmarks, &self.mask));
         let values: Vec<f32> = portraits.iter().flat_map(|portrait| portrait.id_embedding.iter().copied()).collect();
@@ -131,26 +133,26 @@ impl PhotoReader {
         }
     }
 
-    /// The part of a photo that training would look at.
+    /// Returns the part of a photo that training would use on average.
     pub fn square(&self, portrait: &Portrait) -> Square {
         Square::middle(portrait.photo.dimensions(), portrait.face_box, &self.crop)
     }
 
-    /// The image encoder's states, `[N, T, D]`.
+    /// Image encoder states, `[N, T, D]`.
     fn states(&self, pictures: impl Iterator<Item = RgbImage>) -> Tensor<3> {
         let pictures: Vec<RgbImage> = pictures.collect();
         self.image_encoder.penultimate(self.image_processor.process(&pictures, &self.device))
     }
 }
 
-/// The face models, and the folder that their paths start at.
+/// Returns the face models, and the folder that their paths are relative to.
 fn face_models(models: &PhotoModels, experiment: Option<&Experiment>) -> Result<(FaceConfig, PathBuf)> {
     if let Some(folder) = &models.faces {
         let faces = FaceConfig { models: ConfigPath::new(folder), ..FaceConfig::default() };
         return Ok((faces, PathBuf::from(".")));
     }
     let Some(experiment) = experiment else {
-        let problem = "is missing: the ID embedding must be that of the model which the weights were trained with";
+        let problem = "is missing: the ID embedding must be that of the model that the weights were trained with";
         let remedy =
             "give the folder of the face models (antelopev2 for the released weights), or --features to `generate`";
         return Err(Error::input("--faces", problem, remedy));
@@ -169,13 +171,13 @@ fn image_encoder(models: &PhotoModels, experiment: Option<&Experiment>) -> Resul
         (None, Some(experiment)) => experiment.base.image_encoder_folder(experiment.folder()),
         (None, None) => Err(Error::input(
             "--image-encoder",
-            "is missing: a HyperLoRA folder does not say where its CLIP lies",
+            "is missing: a HyperLoRA folder does not name its CLIP model",
             "give the folder of CLIP ViT-L/14 in transformers layout, or --features to `generate`",
         )),
     }
 }
 
-/// The preprocessing that goes with an image encoder.
+/// Locates the preprocessing that belongs to an image encoder.
 fn feature_extractor(models: &PhotoModels, experiment: Option<&Experiment>, encoder: &Path) -> Result<PathBuf> {
     match (&models.feature_extractor, &models.image_encoder, experiment) {
         (Some(folder), ..) => Ok(folder.clone()),

@@ -1,4 +1,4 @@
-//! The LoRA space: every down and every up matrix is a linear mix of K learned matrices.
+//! LoRA bases: every down and up matrix is a linear combination of K learned matrices.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -7,16 +7,16 @@ use hyperlora_sdxl::lora::{AttentionLora, AttentionSite, LoraPair};
 use super::config::HyperLoraConfig;
 use super::init::Init;
 
-/// Which of the two LoRAs.
+/// Kind of LoRA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
-    /// The person.
+    /// ID-LoRA: the person.
     Id,
-    /// Everything else in the picture.
+    /// Base-LoRA: everything else in the picture.
     Base,
 }
 
-/// The bases of one attention module's four linears.
+/// Bases of one attention module's four linears.
 #[derive(Module, Debug)]
 pub(super) struct AttentionBases {
     to_q: LinearBases,
@@ -38,13 +38,14 @@ impl AttentionBases {
         }
     }
 
-    /// Whether an up basis of the ID-LoRA has left its zeros.
+    /// Returns true if an up basis of the ID-LoRA is no longer zero.
     pub(super) fn has_learnt_id(&self) -> bool {
         let linears = [&self.to_q, &self.to_k, &self.to_v, &self.to_out];
         linears.iter().any(|linear| linear.id_up_basis.val().into_data().iter::<f32>().any(|value| value != 0.0))
     }
 
-    /// The LoRA of the coefficients `[B, 8, K]`, in the order q.down q.up k.down k.up v.down v.up out.down out.up.
+    /// Combines the bases by coefficients `[B, 8, K]`, in the order q.down q.up k.down k.up v.down v.up out.down
+    /// out.up.
     pub(super) fn mix(&self, part: Part, coefficients: Tensor<3>, scale: f64) -> Option<AttentionLora> {
         let [batch, _, basis] = coefficients.dims();
         let token = |index| coefficients.clone().narrow(1, index, 1).reshape([batch, basis]); // [B, K]
@@ -58,7 +59,7 @@ impl AttentionBases {
     }
 }
 
-/// The bases of one linear: down `[K, in, r]`, up `[K, r, out]`.
+/// Bases of one linear: down `[K, in, r]`, up `[K, r, out]`.
 #[derive(Module, Debug)]
 struct LinearBases {
     id_down_basis: Param<Tensor<3>>,
@@ -70,8 +71,8 @@ struct LinearBases {
 impl LinearBases {
     fn new(init: &Init, config: &HyperLoraConfig, input: usize, output: usize) -> Self {
         let (basis, base_rank) = (config.basis, config.base_rank);
-        // As a LoRA starts: down keeps the variance of its input (the coefficients have length 1), up is zero, so that
-        // the UNet begins unchanged. Both zero would give no gradient.
+        // Usual LoRA initialisation: down keeps the variance of its input (the coefficients have length 1); up is zero,
+        // so that the UNet starts unchanged. If both were zero, there would be no gradient.
         let std = (input as f64).sqrt().recip();
         let down = |name, rank| init.normal(name, [basis, input, rank], std);
         let up = |rank| init.zeros([basis, rank, output]);
@@ -83,18 +84,18 @@ impl LinearBases {
         }
     }
 
-    /// `None` when this linear has no bases of that part.
+    /// Combines the bases of `part`; `None` if this linear has none.
     fn mix(&self, part: Part, down: Tensor<2>, up: Tensor<2>, scale: f64) -> Option<LoraPair> {
         let (down_basis, up_basis) = match part {
             Part::Id => (&self.id_down_basis, &self.id_up_basis),
             Part::Base => (self.base_down_basis.as_ref()?, self.base_up_basis.as_ref()?),
         };
-        // The scale on the coefficients instead of the matrix: K numbers, not r * out.
+        // Scaling the coefficients costs K numbers, scaling the matrix r * out.
         Some(LoraPair { down: mix(down, down_basis), up: mix(up * scale, up_basis) })
     }
 }
 
-/// `sum_k a_k M_k` for each sample: `[B, K] x [K, m, n]` to `[B, m, n]`.
+/// Computes `sum_k a_k M_k` for each sample: `[B, K] x [K, m, n]` to `[B, m, n]`.
 fn mix(coefficients: Tensor<2>, basis: &Param<Tensor<3>>) -> Tensor<3> {
     let [batch, _] = coefficients.dims();
     let [count, rows, columns] = basis.dims();

@@ -1,25 +1,25 @@
-//! Sizes of the hypernetwork.
+//! Hypernetwork sizes.
 
 use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// Sizes of a [`HyperLora`](super::HyperLora); the defaults are those of the released weights, with a Base-LoRA.
+/// Sizes of a [`HyperLora`](super::HyperLora). The defaults are those of the released weights, plus a Base-LoRA.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HyperLoraConfig {
-    /// Rank of the ID-LoRA.
+    /// LoRA rank of the ID-LoRA.
     pub id_rank: usize,
-    /// Rank of the Base-LoRA; the paper takes half the ID-LoRA's. 0: no Base-LoRA.
+    /// LoRA rank of the Base-LoRA; half the ID-LoRA's in the paper. 0: no Base-LoRA.
     pub base_rank: usize,
-    /// K: how many matrices span the space of each LoRA matrix.
+    /// K: number of matrices that span the space of each LoRA matrix.
     pub basis: usize,
-    /// Tokens that the ID embedding becomes.
+    /// Number of tokens made from the ID embedding.
     pub id_tokens: usize,
-    /// Width of the face recogniser's embedding.
+    /// Width of the embedder's ID embedding.
     pub id_embedding_dim: usize,
-    /// Width of the CLIP vision encoder's hidden states.
+    /// Width of the CLIP image encoder's hidden states.
     pub clip_dim: usize,
-    /// Sizes of the resampler; the Base-LoRA's own one has the same.
+    /// Sizes of the resampler, also used by the Base-LoRA's own one.
     pub resampler: ResamplerConfig,
 }
 
@@ -31,11 +31,11 @@ pub struct ResamplerConfig {
     pub dim: usize,
     /// Number of layers.
     pub depth: usize,
-    /// Attention heads.
+    /// Number of attention heads.
     pub heads: usize,
     /// Width of one head.
     pub head_dim: usize,
-    /// Width of the feed-forward's middle, in units of `dim`.
+    /// Inner width of the feed-forward layers, in units of `dim`.
     pub ff_mult: usize,
 }
 
@@ -59,14 +59,14 @@ impl Default for ResamplerConfig {
     }
 }
 
-/// Largest size: a mistyped one shall not exhaust the memory.
+/// Upper limit of sizes, so that a mistyped one does not exhaust the memory.
 const LARGEST: usize = 1 << 16;
 
 impl HyperLoraConfig {
-    /// Checks that every size is one that a hypernetwork can have; `place` names the config in the error.
+    /// Checks that all sizes are possible; `place` names the config in the error.
     ///
     /// # Errors
-    /// Input, naming the key, for a size of 0 (`base_rank` alone may be 0) or above 65536.
+    /// Input, naming the key: a size is 0 (only `base_rank` may be 0) or above 65536.
     pub fn validate(&self, place: &str) -> Result<()> {
         let ResamplerConfig { dim, depth, heads, head_dim, ff_mult } = self.resampler;
         let sizes = [

@@ -1,4 +1,4 @@
-//! Which parameters train in which stage.
+//! Parameter groups and the stages in which they train.
 
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -11,47 +11,47 @@ use serde::{Deserialize, Serialize};
 use super::hyper_lora::HyperLora;
 use super::parameters::ParameterMapper;
 
-/// The three stages of training, in their order.
+/// Training stages, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// 1: the Base-LoRA, on crops with the face blurred away.
+    /// 1: the Base-LoRA, on crops with blurred faces.
     Base,
-    /// 2: the ID-LoRA from CLIP states alone.
+    /// 2: the ID-LoRA from CLIP states only.
     IdClip,
-    /// 3: the ID-LoRA with the ID embedding as well.
+    /// 3: the ID-LoRA from CLIP states and the ID embedding.
     IdEmbed,
 }
 
-/// Parameters that train or rest together. Every parameter belongs to exactly one group.
+/// Parameters that train or stay frozen together. Every parameter belongs to exactly one group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ParameterGroup {
-    /// `latents`: the queries of the ID resampler.
+    /// `latents`: queries of the ID resampler.
     Latents,
-    /// `attn1`: their self-attention.
+    /// `attn1`: self-attention of the latents.
     Attn1,
-    /// `attn2`: the attention to the ID tokens, with its norms.
+    /// `attn2`: attention to the ID tokens, with its norms.
     Attn2,
-    /// `attn3`: the attention to the CLIP states, with its norms.
+    /// `attn3`: attention to the CLIP states, with its norms.
     Attn3,
-    /// `proj_in`: ID tokens to the resampler's width.
+    /// `proj_in`: projection of ID tokens to the resampler's width.
     ProjIn,
-    /// `proj_in_2`: CLIP states to the resampler's width.
+    /// `proj_in_2`: projection of CLIP states to the resampler's width.
     ProjIn2,
-    /// `proj_out`: latents to coefficients.
+    /// `proj_out`: projection of latents to coefficients.
     ProjOut,
-    /// `ff`: the feed-forward parts.
+    /// `ff`: feed-forward layers.
     Ff,
-    /// `norms`: the norms before self-attention and feed-forward.
+    /// `norms`: norms before self-attention and feed-forward.
     Norms,
-    /// `id_projector`: ID embedding to tokens.
+    /// `id_projector`: projection of the ID embedding to tokens.
     IdProjector,
-    /// `id_bases`: the ID-LoRA's bases.
+    /// `id_bases`: bases of the ID-LoRA.
     IdBases,
-    /// `base_resampler`: all of the Base-LoRA's resampler.
+    /// `base_resampler`: resampler of the Base-LoRA.
     BaseResampler,
-    /// `base_bases`: the Base-LoRA's bases.
+    /// `base_bases`: bases of the Base-LoRA.
     BaseBases,
 }
 
@@ -73,7 +73,7 @@ impl ParameterGroup {
         Self::BaseBases,
     ];
 
-    /// The name that stands in a YAML.
+    /// Name of the group in YAML.
     pub fn name(self) -> &'static str {
         match self {
             Self::Latents => "latents",
@@ -92,10 +92,10 @@ impl ParameterGroup {
         }
     }
 
-    /// What trains in a stage unless the YAML says otherwise.
+    /// Groups that train in a stage by default.
     ///
-    /// The authors tell what each stage is for, not the lists: stage 3 trains what reads the ID embedding and keeps the
-    /// rest, the CLIP attention above all.
+    /// The authors describe each stage's purpose but do not list its parameters: stage 3 trains the modules that read
+    /// the ID embedding and freezes the rest, above all the CLIP attention.
     pub fn defaults(stage: Stage) -> &'static [Self] {
         match stage {
             Stage::Base => &[Self::BaseResampler, Self::BaseBases],
@@ -113,7 +113,8 @@ impl ParameterGroup {
         }
     }
 
-    /// Whether its parameters have a part in the loss of `stage`; `base_lora` tells whether the Base-LoRA is ever on there.
+    /// Returns true if the group's parameters affect the loss of `stage`; `base_lora` is true if the Base-LoRA is ever
+    /// on there.
     pub fn is_used(self, stage: Stage, base_lora: bool) -> bool {
         match self {
             Self::BaseResampler | Self::BaseBases => base_lora,
@@ -122,7 +123,7 @@ impl ParameterGroup {
         }
     }
 
-    /// The group of a parameter, by the name of [`HyperLora::parameter_names`]; `None` for a name of something else.
+    /// Returns the group of a parameter by its name in [`HyperLora::parameter_names`], or `None` for any other name.
     pub fn of(parameter: &str) -> Option<Self> {
         let (file, key) = parameter.split_once('.')?;
         let parts: Vec<&str> = key.split('.').collect();
@@ -178,14 +179,14 @@ impl From<ParameterGroup> for String {
 }
 
 impl HyperLora {
-    /// The names of the parameters in `groups`, in the order of [`parameter_names`](Self::parameter_names).
+    /// Lists the names of the parameters in `groups`, in the order of [`parameter_names`](Self::parameter_names).
     pub fn names_in(&self, groups: &[ParameterGroup]) -> Vec<String> {
         let mut names = self.parameter_names();
         names.retain(|name| ParameterGroup::of(name).is_some_and(|group| groups.contains(&group)));
         names
     }
 
-    /// Lets the parameters in `groups` take gradients, and only these.
+    /// Enables gradients for the parameters in `groups` only.
     #[must_use]
     pub fn trainable(self, groups: &[ParameterGroup]) -> Self {
         struct Mark(BTreeSet<String>);

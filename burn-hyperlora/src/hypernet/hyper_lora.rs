@@ -1,4 +1,4 @@
-//! The hypernetwork as a whole.
+//! The complete hypernetwork.
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
@@ -12,33 +12,33 @@ use super::init::Init;
 use super::parameters::ParameterMapper;
 use super::resampler::{Resampler, ResamplerPorts};
 
-/// Query tokens of one attention module: down and up of `to_q`, `to_k`, `to_v`, `to_out`.
+/// Query tokens per attention module: down and up of `to_q`, `to_k`, `to_v`, `to_out`.
 pub const TOKENS_PER_SITE: usize = 8;
 
-/// `alpha / rank` of the generated LoRAs: alpha is half the rank for both parts.
+/// `alpha / rank` of the generated LoRAs: alpha is half the rank for ID-LoRA and Base-LoRA.
 pub const LORA_SCALE: f64 = 0.5;
 
-/// Turns what is known of a portrait into the weights of an ID-LoRA and a Base-LoRA (arXiv 2503.16944).
+/// Hypernetwork: maps conditions of a portrait to the weights of an ID-LoRA and a Base-LoRA (arXiv 2503.16944).
 ///
-/// Works on a plain device and on an autodiff device alike.
+/// Runs on plain and on autodiff devices.
 #[derive(Module, Debug)]
 pub struct HyperLora {
     pub(super) resampler: Resampler,
     pub(super) id_projector: IdProjector,
     pub(super) base_resampler: Option<Resampler>,
     pub(super) hyper_lora_modules: Vec<AttentionBases>,
-    /// The attention modules in the hypernetwork's own order, which is that of its tokens and files.
+    /// Attention modules in the order of the hypernetwork's tokens and files.
     #[module(skip)]
     pub(super) sites: Vec<AttentionSite>,
-    /// For each attention module of the UNet, its place in `sites`.
+    /// Index in `sites` of each attention module of the UNet.
     #[module(skip)]
     pub(super) unet_order: Vec<usize>,
 }
 
 impl HyperLora {
-    /// A new hypernetwork for the attention modules `sites`, given in the UNet's order.
+    /// Creates a hypernetwork for the attention modules `sites`, given in the UNet's order.
     ///
-    /// The values are a function of `seed` alone, whatever the device.
+    /// The values depend on `seed` only, not on the device.
     pub fn new(config: &HyperLoraConfig, sites: &[AttentionSite], seed: u64, device: &Device) -> Self {
         let init = Init::new(seed, device);
         let ports = |second_condition| ResamplerPorts {
@@ -66,7 +66,8 @@ impl HyperLora {
         }
     }
 
-    /// The ID-LoRA of one portrait per sample; without ID embeddings (stage 2) all that reads them is off.
+    /// Generates the ID-LoRA of one portrait per sample. Without ID embeddings (stage 2), the layers that read them are
+    /// off.
     ///
     /// # Shapes
     /// `clip_states: [B, T, clip_dim]` of the masked face, `id_embedding: [B, id_embedding_dim]` of length 1.
@@ -74,19 +75,20 @@ impl HyperLora {
         self.id_lora_of(self.id_coefficients(clip_states, id_embedding, 1))
     }
 
-    /// The Base-LoRA of one portrait per sample: `clip_states: [B, T, clip_dim]` of the crop with the face blurred away.
+    /// Generates the Base-LoRA of one portrait per sample. `clip_states: [B, T, clip_dim]` are of the crop with a
+    /// blurred face.
     ///
     /// # Errors
-    /// Input when this hypernetwork has no Base-LoRA.
+    /// Input: this hypernetwork has no Base-LoRA.
     pub fn base_lora(&self, clip_states: Tensor<3>) -> Result<LoraWeights> {
         self.base_lora_of(self.base_coefficients(clip_states, 1)?)
     }
 
-    /// The coefficients `[B, Q, K]` of the ID-LoRA, of length 1 over K.
+    /// Computes the ID-LoRA's coefficients `[B, Q, K]`, of length 1 over K.
     ///
     /// # Shapes
-    /// As [`id_lora`](Self::id_lora), with `B * images_per_sample` in place of `B`; the images of a sample follow each
-    /// other, and their resampler outputs are averaged.
+    /// Same as [`id_lora`](Self::id_lora), with `B * images_per_sample` instead of `B`. The images of a sample are
+    /// consecutive, and their resampler outputs are averaged.
     pub fn id_coefficients(
         &self,
         clip_states: Tensor<3>,
@@ -97,46 +99,47 @@ impl HyperLora {
         coefficients(self.resampler.forward(id_tokens, Some(clip_states)), images_per_sample)
     }
 
-    /// The coefficients `[B, Q, K]` of the Base-LoRA, from `B * images_per_sample` images.
+    /// Computes the Base-LoRA's coefficients `[B, Q, K]` from `B * images_per_sample` images.
     ///
     /// # Errors
-    /// Input when this hypernetwork has no Base-LoRA.
+    /// Input: this hypernetwork has no Base-LoRA.
     pub fn base_coefficients(&self, clip_states: Tensor<3>, images_per_sample: usize) -> Result<Tensor<3>> {
         let resampler = self.base_resampler.as_ref().ok_or_else(no_base)?;
         Ok(coefficients(resampler.forward(Some(clip_states), None), images_per_sample))
     }
 
-    /// Whether any training has shaped the ID-LoRA: until then it is zero, whoever the person is.
+    /// Returns true if the ID-LoRA has been trained. An untrained one is zero for every person.
     pub fn has_learnt_id(&self) -> bool {
         self.hyper_lora_modules.iter().any(AttentionBases::has_learnt_id)
     }
 
-    /// The ID-LoRA that coefficients `[B, Q, K]` stand for, in the UNet's order.
+    /// Generates the ID-LoRA from coefficients `[B, Q, K]`, in the UNet's order.
     pub fn id_lora_of(&self, coefficients: Tensor<3>) -> LoraWeights {
         let modules = self.mix(Part::Id, &coefficients).flatten().collect();
         LoraWeights { modules }
     }
 
-    /// The Base-LoRA that coefficients `[B, Q, K]` stand for, in the UNet's order.
+    /// Generates the Base-LoRA from coefficients `[B, Q, K]`, in the UNet's order.
     ///
     /// # Errors
-    /// Input when this hypernetwork has no Base-LoRA.
+    /// Input: this hypernetwork has no Base-LoRA.
     pub fn base_lora_of(&self, coefficients: Tensor<3>) -> Result<LoraWeights> {
         let modules = self.mix(Part::Base, &coefficients).collect::<Option<_>>().ok_or_else(no_base)?;
         Ok(LoraWeights { modules })
     }
 
-    /// Whether there is a Base-LoRA.
+    /// Returns true if the hypernetwork has a Base-LoRA.
     pub fn has_base(&self) -> bool {
         self.base_resampler.is_some()
     }
 
-    /// The attention modules that the LoRA weights are for, in the UNet's order.
+    /// Attention modules of the LoRA weights, in the UNet's order.
     pub fn sites(&self) -> Vec<AttentionSite> {
         self.unet_order.iter().map(|&i| self.sites[i].clone()).collect()
     }
 
-    /// Makes ready for stage 3: what reads the ID embedding starts silent, so that the function is what stage 2 left.
+    /// Prepares stage 3: the layers that read the ID embedding start at zero, so that the outputs of stage 2 are
+    /// unchanged.
     #[must_use]
     pub fn start_id_embedding_stage(self) -> Self {
         struct Silence;
@@ -145,7 +148,7 @@ impl HyperLora {
                 if !(name.starts_with("resampler.") && name.ends_with(".attn2.to_out.0.weight")) {
                     return parameter;
                 }
-                // A new leaf: zeros computed from the old values would carry their history.
+                // A new leaf is required: zeros computed from the old values would carry their history.
                 let require_grad = parameter.is_require_grad();
                 let zeros = Tensor::zeros(parameter.dims(), &parameter.device());
                 parameter.map(|_| zeros.set_require_grad(require_grad))
@@ -155,8 +158,8 @@ impl HyperLora {
     }
 
     fn mix<'a>(&'a self, part: Part, coefficients: &'a Tensor<3>) -> impl Iterator<Item = Option<AttentionLora>> + 'a {
-        // Per module first, per matrix inside it: backward then pads each small gradient to 8 tokens, and only one per
-        // module to all Q.
+        // Slicing per module first and per matrix inside pads small gradients to 8 tokens in the backward pass, and
+        // only one gradient per module to all Q.
         self.unet_order.iter().map(move |&i| {
             let tokens = coefficients.clone().narrow(1, i * TOKENS_PER_SITE, TOKENS_PER_SITE); // [B, 8, K]
             self.hyper_lora_modules[i].mix(part, tokens, LORA_SCALE)
@@ -164,7 +167,7 @@ impl HyperLora {
     }
 }
 
-/// Mean over the images of a sample, then length 1 over K: `[B * n, Q, K]` to `[B, Q, K]`.
+/// Averages over a sample's images, then normalises to length 1 over K: `[B * n, Q, K]` to `[B, Q, K]`.
 fn coefficients(tokens: Tensor<3>, images_per_sample: usize) -> Tensor<3> {
     let [images, queries, basis] = tokens.dims();
     let samples = images / images_per_sample;

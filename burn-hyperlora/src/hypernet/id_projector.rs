@@ -1,4 +1,4 @@
-//! One face embedding to a few tokens.
+//! ID projector: maps a face embedding to a few tokens.
 
 use burn::module::Module;
 use burn::nn::{LayerNorm, Linear};
@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 
 use super::init::Init;
 
-/// `Linear -> reshape to tokens -> LayerNorm`: the ID embedding as a short sequence that the resampler attends to.
+/// `Linear -> reshape to tokens -> LayerNorm`: turns the ID embedding into a short sequence for the resampler.
 #[derive(Module, Debug)]
 pub(super) struct IdProjector {
     linear: Linear,
@@ -19,7 +19,7 @@ impl IdProjector {
         Self { linear: init.linear("0", embedding, tokens * width, true), norm: init.layer_norm(width), tokens }
     }
 
-    /// `[B, embedding]` to `[B, tokens, width]`.
+    /// Maps `[B, embedding]` to `[B, tokens, width]`.
     pub(super) fn forward(&self, id_embedding: Tensor<2>) -> Tensor<3> {
         let [batch, _] = id_embedding.dims();
         let tokens = self.linear.forward(id_embedding); // [B, tokens * width]

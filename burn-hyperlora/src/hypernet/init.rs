@@ -1,4 +1,4 @@
-//! First values of the parameters: a function of one seed and of the parameter's name, on every device.
+//! Parameter initialisation from a seed and the parameter's name, identical on every device.
 
 use burn::module::{Param, ParamId};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear};
@@ -7,10 +7,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// Makes the parameters below one name prefix.
+/// Initialises the parameters below one name prefix.
 ///
-/// Each parameter draws from its own stream, so that adding one leaves the others as they were. Values are made when
-/// they are first read: a module that is loaded from files right away never draws any.
+/// Each parameter draws from its own stream, so that adding one leaves the others unchanged. Values are drawn on first
+/// access, so that a module loaded from files never draws any.
 #[derive(Clone)]
 pub(super) struct Init {
     seed: u64,
@@ -23,12 +23,12 @@ impl Init {
         Self { seed, prefix: String::new(), device: device.clone() }
     }
 
-    /// The same for what lies below `name`.
+    /// Returns the initialiser of everything below `name`.
     pub(super) fn at(&self, name: impl std::fmt::Display) -> Self {
         Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
     }
 
-    /// Normal values of mean 0.
+    /// Draws normal values with mean 0.
     pub(super) fn normal<const D: usize>(&self, name: &str, shape: [usize; D], std: f64) -> Param<Tensor<D>> {
         let (seed, stream) = (self.seed, fnv1a(&format!("{}{name}", self.prefix)));
         self.lazy(shape, move || {
@@ -39,13 +39,13 @@ impl Init {
         })
     }
 
-    /// Zeros.
+    /// Returns zeros.
     pub(super) fn zeros<const D: usize>(&self, shape: [usize; D]) -> Param<Tensor<D>> {
         self.lazy(shape, move || vec![0.0; shape.iter().product()])
     }
 
-    /// A linear layer with weights of std `1 / sqrt(in)`, which keeps the variance of normalised inputs at any width
-    /// (a fixed 0.02 would mute a narrow resampler), and a bias of zero.
+    /// Creates a linear layer with zero bias and weights of std `1 / sqrt(in)`, which keeps the variance of normalised
+    /// inputs at any width. A fixed std of 0.02 would mute a narrow resampler.
     pub(super) fn linear(&self, name: &str, input: usize, output: usize, bias: bool) -> Linear {
         let below = self.at(name);
         Linear {
@@ -54,7 +54,7 @@ impl Init {
         }
     }
 
-    /// A layer norm that starts as plain normalisation.
+    /// Creates a layer norm with identity scale and zero shift.
     pub(super) fn layer_norm(&self, width: usize) -> LayerNorm {
         LayerNormConfig::new(width).init(&self.device)
     }
@@ -71,7 +71,7 @@ impl Init {
     }
 }
 
-/// FNV-1a, 64 bit: spreads parameter names over the generator's streams.
+/// FNV-1a hash, 64 bit. Distributes parameter names over the generator's streams.
 fn fnv1a(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -1,4 +1,4 @@
-//! The hypernetwork: conditions to LoRA weights (arXiv 2503.16944).
+//! Hypernetwork: maps conditions to LoRA weights (arXiv 2503.16944).
 //!
 //! ```text
 //! ID embedding -> id_projector --x--> +-----------+

@@ -1,11 +1,11 @@
-//! The parameters by name: the names of the released files, which checkpoints and optimisers use as well.
+//! Parameters by name. Released files, checkpoints and optimisers share these names.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 
 use super::hyper_lora::HyperLora;
 
-/// Module paths that read differently in the files. A name is `{file}.{key in that file}`.
+/// Module path fragments that differ in the files. A name is `{file}.{key in that file}`.
 const RENAMED: [(&str, &str); 7] = [
     (".gamma", ".weight"),
     (".beta", ".bias"),
@@ -16,31 +16,31 @@ const RENAMED: [(&str, &str); 7] = [
     ("id_projector.norm.", "id_projector.2."),
 ];
 
-/// Sees every parameter once, in a fixed order.
+/// Visits every parameter once, in a fixed order.
 pub trait ParameterVisitor {
-    /// One parameter. Linear weights are `[in, out]` here; the files hold them as `[out, in]`.
+    /// Visits one parameter. Linear weights are `[in, out]` here but `[out, in]` in the files.
     fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>);
 }
 
 /// Replaces parameters, in the order of [`ParameterVisitor`].
 pub trait ParameterMapper {
-    /// The parameter to put in the place of `parameter`, of the same shape.
+    /// Returns the replacement of `parameter`, with the same shape.
     fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>>;
 }
 
 impl HyperLora {
-    /// Shows every parameter to `visitor`.
+    /// Passes every parameter to `visitor`.
     pub fn visit_parameters(&self, visitor: &mut impl ParameterVisitor) {
         self.visit(&mut Named { path: Path::default(), inner: visitor });
     }
 
-    /// Passes every parameter through `mapper`.
+    /// Maps every parameter with `mapper`.
     #[must_use]
     pub fn map_parameters(self, mapper: &mut impl ParameterMapper) -> Self {
         self.map(&mut Named { path: Path::default(), inner: mapper })
     }
 
-    /// The names of all parameters.
+    /// Lists the names of all parameters.
     pub fn parameter_names(&self) -> Vec<String> {
         struct Names(Vec<String>);
         impl ParameterVisitor for Names {
@@ -54,7 +54,7 @@ impl HyperLora {
     }
 }
 
-/// Tracks where in the module tree a walk stands.
+/// Current path of a walk through the module tree.
 #[derive(Default)]
 struct Path(Vec<String>);
 

@@ -1,4 +1,4 @@
-//! Conditions to a fixed number of tokens: learned queries that attend to one or two sequences (a perceiver).
+//! Resampler (perceiver): learned queries attend to one or two condition sequences and yield a fixed number of tokens.
 
 use burn::module::{Module, Param};
 use burn::nn::{LayerNorm, Linear};
@@ -10,19 +10,19 @@ use burn::tensor::ops::AttentionModuleOptions;
 use super::config::ResamplerConfig;
 use super::init::Init;
 
-/// What a resampler is sized by, besides its own config.
+/// Sizes of a resampler besides its own config.
 pub(super) struct ResamplerPorts {
-    /// Width of the conditions' tokens.
+    /// Width of the condition tokens.
     pub(super) input: usize,
-    /// Whether it has the attention to a second condition.
+    /// The resampler attends to a second condition.
     pub(super) second_condition: bool,
-    /// Number of tokens that it makes.
+    /// Number of output tokens.
     pub(super) queries: usize,
-    /// Width of these tokens.
+    /// Width of the output tokens.
     pub(super) output: usize,
 }
 
-/// Learned latents that gather what the conditions hold, layer by layer.
+/// Learned latents that gather information from the conditions, layer by layer.
 #[derive(Module, Debug)]
 pub(super) struct Resampler {
     latents: Param<Tensor<3>>, // [1, Q, dim]
@@ -36,7 +36,7 @@ impl Resampler {
     pub(super) fn new(init: &Init, config: &ResamplerConfig, ports: &ResamplerPorts) -> Self {
         let dim = config.dim;
         Self {
-            // Unit length per query; the layers normalise before they read it.
+            // Unit length per query; the layers normalise before reading it.
             latents: init.normal("latents", [1, ports.queries, dim], (dim as f64).sqrt().recip()),
             proj_in: init.linear("proj_in", ports.input, dim, true),
             proj_in_2: ports.second_condition.then(|| init.linear("proj_in_2", ports.input, dim, true)),
@@ -47,28 +47,28 @@ impl Resampler {
         }
     }
 
-    /// The tokens made of the conditions `x` and `y`; one that is `None` is switched off with all that reads it.
+    /// Resamples the conditions `x` and `y`. `None` switches a condition off with all layers that read it.
     ///
     /// A resampler without a second condition ignores `y`.
     ///
     /// # Shapes
     /// `x: [B, Nx, input]`, `y: [B, Ny, input]` to `[B, Q, output]`.
     pub(super) fn forward(&self, x: Option<Tensor<3>>, y: Option<Tensor<3>>) -> Tensor<3> {
-        // 1. Conditions to the latents' width.
+        // 1. Project the conditions to the latents' width.
         let x = x.map(|x| self.proj_in.forward(x)); // [B, Nx, dim]
         let y = self.proj_in_2.as_ref().zip(y).map(|(proj, y)| proj.forward(y)); // [B, Ny, dim]
         let batch = [&x, &y].into_iter().flatten().map(|condition| condition.dims()[0]).next().unwrap_or(1);
 
-        // 2. The same queries for every sample, filled layer by layer.
+        // 2. Update the same queries for every sample, layer by layer.
         let latents = self.latents.val().repeat_dim(0, batch); // [B, Q, dim]
         let latents = self.layers.iter().fold(latents, |latents, layer| layer.forward(latents, x.as_ref(), y.as_ref()));
 
-        // 3. To coefficients.
+        // 3. Project to coefficients.
         self.proj_out.forward(latents)
     }
 }
 
-/// `latents += attn1(latents); += attn2(x); += attn3(y); += ff`, each behind its own norms.
+/// `latents += attn1(latents); += attn2(x); += attn3(y); += ff`, each after its own norms.
 #[derive(Module, Debug)]
 struct ResamplerLayer {
     norm_attn1: LayerNorm,
@@ -145,7 +145,7 @@ impl Attention {
         }
     }
 
-    /// `queries: [B, Q, dim]`, `context: [B, N, dim]` to `[B, Q, dim]`.
+    /// Maps `queries: [B, Q, dim]` and `context: [B, N, dim]` to `[B, Q, dim]`.
     fn forward(&self, queries: Tensor<3>, context: Tensor<3>) -> Tensor<3> {
         let [batch, count, _] = queries.dims();
         let q = self.split_heads(self.to_q.forward(queries)); // [B, H, Q, head]
@@ -156,7 +156,7 @@ impl Attention {
         self.to_out.forward(mixed.swap_dims(1, 2).reshape([batch, count, inner]))
     }
 
-    /// `[B, N, H * head]` to `[B, H, N, head]`.
+    /// Maps `[B, N, H * head]` to `[B, H, N, head]`.
     fn split_heads(&self, tokens: Tensor<3>) -> Tensor<4> {
         let [batch, count, inner] = tokens.dims();
         tokens.reshape([batch, count, self.heads, inner / self.heads]).swap_dims(1, 2)

@@ -1,15 +1,15 @@
-//! What to turn where a training does not fit: each knob alone, with what it would leave.
+//! Advice on settings to change if a training does not fit: each one alone, with the resulting peak.
 
 use burn::tensor::FloatDType;
 
 use crate::plan::Setup;
 use crate::plan::report::gib;
 
-/// K is tried in steps of the released nodes' own grid.
+/// Step between tried values of K, from the grid of the released nodes.
 const BASIS_STEP: usize = 32;
 
 impl Setup {
-    /// The peak of the fullest stage.
+    /// Peak of the stage that needs the most memory.
     fn peak(&self) -> u64 {
         self.stages().iter().map(|stage| stage.memory.peak()).max().unwrap_or(0)
     }
@@ -20,20 +20,20 @@ impl Setup {
         changed
     }
 
-    /// The same samples per step from passes of one sample each.
+    /// Returns a setup with passes of one sample and the same number of samples per step.
     fn with_single_samples(&self) -> Self {
         self.with(|setup| setup.train.micro_batch = 1)
     }
 }
 
-/// One line per knob that helps; the last ones tell what would fit.
+/// Returns one line per setting that helps; the last lines give values that fit.
 pub(super) fn advice(setup: &Setup) -> Vec<String> {
     let (now, room) = (setup.peak(), setup.cluster.memory);
     let mut lines = Vec::new();
     let mut knob = |name: String, peak: u64| {
         if peak < now {
             let verdict = if peak <= room { "fits" } else { "not enough alone" };
-            lines.push(format!("{name}: {} GiB in place of {} GiB, {verdict}", gib(peak), gib(now)));
+            lines.push(format!("{name}: {} GiB instead of {} GiB, {verdict}", gib(peak), gib(now)));
         }
     };
     let bf16 = |setup: &mut Setup| setup.architecture.unet_dtype = FloatDType::BF16;

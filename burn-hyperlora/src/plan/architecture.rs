@@ -1,4 +1,4 @@
-//! The frozen models by their configs: those on disk, or SDXL-Base-1.0 where the base is not there yet.
+//! Configs of the frozen models: those on disk, or SDXL-Base-1.0's if the base is missing.
 
 use std::path::Path;
 
@@ -13,28 +13,28 @@ use hyperlora_sdxl::weights::ConfigText;
 
 use crate::conditioning::BaseConfig;
 
-/// The sizes of the frozen models.
+/// Configs of the frozen models.
 #[derive(Debug, Clone)]
 pub struct Architecture {
     /// The denoiser.
     pub unet: UNet2DConditionConfig,
-    /// The float type that its weights are kept in.
+    /// Float type of the UNet's weights.
     pub unet_dtype: FloatDType,
-    /// Images to latents.
+    /// Autoencoder: images to latents.
     pub vae: AutoencoderKlConfig,
     /// Both text encoders.
     pub text: [ClipTextConfig; 2],
-    /// Condition images to states.
+    /// Image encoder: condition images to states.
     pub vision: ClipVisionConfig,
-    /// What was assumed because it is not on disk, for the reader.
+    /// Assumptions about models that are not on disk, for the reader.
     pub assumed: Vec<String>,
 }
 
 impl Architecture {
-    /// Reads the configs that `base` names; nothing else is opened.
+    /// Reads the configs that `base` names, and nothing else.
     ///
     /// # Errors
-    /// Input for a config that is broken or of another architecture.
+    /// Input: a config is broken or of another architecture.
     pub fn read(base: &BaseConfig, yaml_folder: &Path) -> Result<Self> {
         let path = base.path.resolve(yaml_folder)?;
         let mut assumed = Vec::new();
@@ -74,7 +74,7 @@ impl Architecture {
         })
     }
 
-    /// Side of the latents of an image.
+    /// Side of an image's latents.
     pub fn latent_side(&self, image_size: usize) -> usize {
         image_size / self.vae.factor()
     }

@@ -1,4 +1,4 @@
-//! What the frozen encoders cost: autoencoder, text encoders, image encoder.
+//! Cost of the frozen encoders: autoencoder, text encoders, image encoder.
 
 use hyperlora_sdxl::models::clip_encoder::ClipEncoderConfig;
 use hyperlora_sdxl::models::clip_text::ClipTextConfig;
@@ -6,12 +6,12 @@ use hyperlora_sdxl::models::clip_vision::ClipVisionConfig;
 use hyperlora_sdxl::models::vae::AutoencoderKlConfig;
 use hyperlora_sdxl::tokenizer::PROMPT_TOKENS;
 
-/// A frozen encoder.
+/// Cost of a frozen encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Encoder {
-    /// Parameters that are kept in memory.
+    /// Number of parameters in memory.
     pub(super) held: u64,
-    /// Parameters of the file that nothing here reads: what comes after the penultimate layer.
+    /// Number of parameters in the file that are not read: those after the penultimate layer.
     pub(super) left_out: u64,
     /// Operations per image or prompt.
     pub(super) flops: u128,
@@ -25,20 +25,20 @@ fn narrow(count: u128) -> u64 {
     u64::try_from(count).unwrap_or(u64::MAX)
 }
 
-/// Parameters of one layer of a CLIP transformer.
+/// Number of parameters of one CLIP transformer layer.
 fn clip_layer(config: &ClipEncoderConfig) -> u128 {
     let (width, inner) = (wide(config.hidden_size), wide(config.intermediate_size));
     let (norms, attention) = (2 * 2 * width, 4 * (width * width + width));
     norms + attention + width * inner + inner + inner * width + width
 }
 
-/// Operations of one layer on `tokens`; a causal mask hides scores, it does not save them.
+/// Operations of one layer on `tokens`. A causal mask hides scores but does not save their computation.
 fn clip_layer_flops(config: &ClipEncoderConfig, tokens: u128) -> u128 {
     let (width, inner) = (wide(config.hidden_size), wide(config.intermediate_size));
     2 * tokens * (4 * width * width + 2 * width * inner) + 4 * tokens * tokens * width
 }
 
-/// A text encoder on one prompt; `projected` tells of the second one, whose pooled output needs every layer.
+/// Cost of a text encoder on one prompt. `projected` marks the second one, whose pooled output needs every layer.
 pub(super) fn text(config: &ClipTextConfig, projected: bool) -> Encoder {
     let (width, layers) = (wide(config.encoder.hidden_size), wide(config.encoder.num_hidden_layers));
     let embeddings = (wide(config.vocab_size) + wide(config.max_position_embeddings)) * width;
@@ -55,7 +55,7 @@ pub(super) fn text(config: &ClipTextConfig, projected: bool) -> Encoder {
     }
 }
 
-/// The image encoder on one condition image.
+/// Cost of the image encoder on one condition image.
 pub(super) fn vision(config: &ClipVisionConfig) -> Encoder {
     let (width, layers) = (wide(config.encoder.hidden_size), wide(config.encoder.num_hidden_layers));
     let tokens = wide(config.tokens());
@@ -69,7 +69,7 @@ pub(super) fn vision(config: &ClipVisionConfig) -> Encoder {
     }
 }
 
-/// The autoencoder on one image of `side` pixels: the whole of it is kept, the encoder runs.
+/// Cost of the autoencoder on one image of `side` pixels. All of it is in memory, but only the encoder runs.
 pub(super) fn autoencoder(config: &AutoencoderKlConfig, side: usize) -> Encoder {
     let encoder = encoder_layers(config);
     let decoder = decoder_layers(config);
@@ -83,12 +83,12 @@ pub(super) fn autoencoder(config: &AutoencoderKlConfig, side: usize) -> Encoder 
     Encoder { held: narrow(held), left_out: 0, flops }
 }
 
-/// Elements of the largest feature map that the encoder makes of an image of `side` pixels.
+/// Number of elements of the encoder's largest feature map for an image of `side` pixels.
 pub(super) fn largest_map(config: &AutoencoderKlConfig, side: usize) -> u128 {
     encoder_layers(config).iter().map(|layer| layer.pixels(side) * layer.widest()).max().unwrap_or(0)
 }
 
-/// A layer of the autoencoder; `level` tells how often the sides of its output are halved.
+/// Layer of the autoencoder. `level` is the number of times its output's sides are halved.
 struct Layer {
     kind: Kind,
     level: usize,
@@ -99,7 +99,7 @@ enum Kind {
         input: usize,
         output: usize,
     },
-    /// Two norms, two convolutions, a shortcut where the widths differ.
+    /// Two norms, two convolutions, and a shortcut if the widths differ.
     Resnet {
         input: usize,
         output: usize,
@@ -156,7 +156,7 @@ impl Layer {
     }
 }
 
-/// diffusers `UNetMidBlock2D`.
+/// Layers of diffusers' `UNetMidBlock2D`.
 fn middle(config: &AutoencoderKlConfig, width: usize, level: usize) -> Vec<Layer> {
     let resnet = || Layer { kind: Kind::Resnet { input: width, output: width }, level };
     let attention = config.mid_block_add_attention.then_some(Layer { kind: Kind::Attention { width }, level });

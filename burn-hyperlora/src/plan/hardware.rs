@@ -1,29 +1,29 @@
-//! What there is to buy: GPUs and what connects them, as data.
+//! Hardware data: GPUs and their links.
 
 use std::str::FromStr;
 
 use serde::Serialize;
 
-/// A kind of GPU. Peaks are those of dense matrix products on tensor cores with f32 sums, without sparsity.
+/// GPU model. Peaks are for dense matrix products on tensor cores with f32 accumulation, without sparsity.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Gpu {
-    /// Its name on the command line.
+    /// Name on the command line.
     pub name: &'static str,
-    /// Memory in MiB, as `nvidia-smi` tells it.
+    /// Memory in MiB, as reported by `nvidia-smi`.
     pub memory_mib: u64,
     /// Peak in bf16, TFLOP/s.
     pub bf16_tflops: f64,
-    /// Peak in TF32, TFLOP/s: what products of f32 matrices run in.
+    /// Peak in TF32, TFLOP/s, which f32 matrix products run in.
     pub tf32_tflops: f64,
-    /// The share of the peak that a whole training step is assumed to reach: an assumption, not a measurement.
+    /// Share of the peak that a whole training step is assumed to reach; not a measurement.
     pub utilisation: f64,
-    /// What connects it to its neighbours in one machine.
+    /// Link to the other GPUs in one machine.
     pub link: &'static str,
-    /// Where the figures stand.
+    /// Source of the figures.
     pub source: &'static str,
 }
 
-/// The GPUs that `--gpu` knows.
+/// GPUs known to `--gpu`.
 pub const GPUS: [Gpu; 9] = [
     Gpu {
         name: "a100-40g",
@@ -119,16 +119,16 @@ impl FromStr for Gpu {
     }
 }
 
-/// What a GPU, or a machine's port, sends in one direction.
+/// Bandwidth of a GPU or of a machine's port, in one direction.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Link {
-    /// As it was asked for.
+    /// Name as requested.
     pub name: String,
-    /// Bytes per second.
+    /// Bandwidth in bytes per second.
     pub bytes_per_second: f64,
 }
 
-/// Links by name: GB/s in one direction, of a GPU or of a port. A port of 200 Gb/s carries 25 GB/s.
+/// Links by name: GB/s in one direction, per GPU or port. A port of 200 Gb/s carries 25 GB/s.
 pub const LINKS: [(&str, f64); 12] = [
     ("nvlink3", 300.0),
     ("nvlink4", 450.0),
@@ -144,48 +144,48 @@ pub const LINKS: [(&str, f64); 12] = [
     ("ethernet-100g", 12.5),
 ];
 
-/// What a port to other machines is where nothing else is said.
+/// Default port to other machines.
 pub const BETWEEN_MACHINES: &str = "infiniband-hdr";
 
-/// GPUs in one machine.
+/// Number of GPUs in one machine.
 pub const PER_MACHINE: u64 = 8;
 
-/// Ports of a machine to the others where nothing else is said: one per GPU.
+/// Default number of a machine's ports to other machines: one per GPU.
 pub const PORTS: u64 = PER_MACHINE;
 
-/// What a GPU passes on around the rings through several machines. NCCL lays a ring through every port, each with its part of
-/// the bytes: together they are as wide as all ports of a machine, but no wider than the GPUs' own link.
+/// Bandwidth per GPU of rings through several machines. NCCL runs a ring through every port, each with its share of the
+/// bytes: together they have the bandwidth of all ports of a machine, but at most that of the GPUs' own link.
 ///
 /// # Errors
-/// What was expected, for a GPU with an unknown link.
+/// The expected names, for a GPU with an unknown link.
 pub fn between_machines(gpu: &Gpu, port: &Link, ports: u64) -> Result<Link, String> {
     let own: Link = gpu.link.parse()?;
     let all_ports = ports as f64 * port.bytes_per_second;
     Ok(Link { name: format!("{ports} x {}", port.name), bytes_per_second: all_ports.min(own.bytes_per_second) })
 }
 
-/// Seconds that a message of a ring takes from one GPU to the next, whatever its length.
+/// Latency in seconds of a ring message from one GPU to the next, whatever its length.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Hops {
-    /// Within a machine.
+    /// Latency within a machine.
     pub inside: f64,
-    /// From machine to machine.
+    /// Latency between machines.
     pub between_machines: f64,
 }
 
 impl Hops {
-    /// What NCCL's tuner counts with (ring, simple protocol): over NVLink or PCIe, as `gpu` has it.
+    /// Returns the latencies of NCCL's tuner (ring, simple protocol), over NVLink or PCIe depending on `gpu`.
     pub fn of_nccl(gpu: &Gpu) -> Self {
         Self { inside: if gpu.link.starts_with("nvlink") { 3.4e-6 } else { 5.7e-6 }, between_machines: 14e-6 }
     }
 
-    /// Every hop in the same `seconds`, as a fit to measured collectives gives.
+    /// Sets every hop to the same `seconds`, as fitted to measured collectives.
     pub fn all(seconds: f64) -> Self {
         Self { inside: seconds, between_machines: seconds }
     }
 
-    /// Seconds that a bucket's reduce-scatter and all-gather over `gpus` take for their hops alone: 2 (n - 1) of them, of
-    /// which 2 (machines - 1) are from machine to machine.
+    /// Latency in seconds of a bucket's reduce-scatter and all-gather over `gpus`: 2 (n - 1) hops, of which
+    /// 2 (machines - 1) are between machines.
     pub fn seconds(self, gpus: u64) -> f64 {
         let between = gpus.div_ceil(PER_MACHINE).saturating_sub(1);
         let inside = gpus.saturating_sub(1).saturating_sub(between);
@@ -193,10 +193,10 @@ impl Hops {
     }
 }
 
-/// A time with its unit, in seconds: `7.1us`, `0.014ms`, `800ns`.
+/// Parses a time with its unit to seconds: `7.1us`, `0.014ms`, `800ns`.
 ///
 /// # Errors
-/// What was expected.
+/// The expected format.
 pub fn parse_time(text: &str) -> Result<f64, String> {
     let seconds = [("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3)]
         .into_iter()
@@ -215,7 +215,7 @@ impl FromStr for Link {
         if let Some((_, gigabytes)) = LINKS.iter().find(|(name, _)| *name == text) {
             return Ok(link(*gigabytes));
         }
-        // GB/s are bytes, Gb/s bits: their case tells them apart.
+        // GB/s are bytes, Gb/s bits; only the case differs.
         let speed = [("GB/s", 1.0), ("Gb/s", 0.125), ("MB/s", 1e-3)]
             .into_iter()
             .find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.trim_end().parse::<f64>().ok()? * factor));
@@ -229,17 +229,17 @@ impl FromStr for Link {
     }
 }
 
-/// A whole number of bytes with its unit: `24GiB`, `24564MiB`, `80GB`.
+/// Parses a memory size with its unit to whole bytes: `24GiB`, `24564MiB`, `80GB`.
 ///
 /// # Errors
-/// What was expected.
+/// The expected format.
 pub fn parse_memory(text: &str) -> Result<u64, String> {
     let units = [("GiB", (1_u64 << 30) as f64), ("MiB", (1_u64 << 20) as f64), ("GB", 1e9), ("MB", 1e6)];
     let bytes = units
         .into_iter()
         .find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.trim_end().parse::<f64>().ok()? * factor));
     match bytes {
-        // Below 2^53 every whole number of bytes is exact.
+        // Every whole number below 2^53 is exact in f64.
         Some(bytes) if (1.0..9e15).contains(&bytes) => Ok(bytes as u64),
         _ => Err("expected a size such as 24GiB or 24564MiB".into()),
     }

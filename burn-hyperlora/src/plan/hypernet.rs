@@ -1,4 +1,4 @@
-//! What the hypernetwork costs, from its config and the attention modules that it writes for.
+//! Cost of the hypernetwork, from its config and the attention modules that it generates LoRAs for.
 
 use hyperlora_sdxl::lora::AttentionSite;
 
@@ -8,12 +8,12 @@ fn wide(size: usize) -> u128 {
     size as u128
 }
 
-/// The sizes that all counts need.
+/// Sizes that all counts need.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sizes<'a> {
     pub(super) config: &'a HyperLoraConfig,
     pub(super) sites: &'a [AttentionSite],
-    /// Tokens of the image encoder's states.
+    /// Number of tokens of the image encoder's states.
     pub(super) image_tokens: usize,
 }
 
@@ -26,12 +26,12 @@ impl Sizes<'_> {
         wide(self.config.resampler.dim)
     }
 
-    /// Width of all heads together.
+    /// Total width of all heads.
     fn inner(&self) -> u128 {
         wide(self.config.resampler.heads) * wide(self.config.resampler.head_dim)
     }
 
-    /// Elements of one LoRA of rank 1: inputs and outputs of all linears.
+    /// Number of elements of one LoRA of rank 1: inputs and outputs of all linears.
     fn per_rank(&self) -> u128 {
         let of_site = |site: &AttentionSite| {
             let hidden = wide(site.hidden_size);
@@ -41,12 +41,12 @@ impl Sizes<'_> {
         self.sites.iter().map(of_site).sum()
     }
 
-    /// Elements of the LoRA of one sample, both parts where the stage makes both.
+    /// Number of elements of one sample's LoRA, with ID-LoRA and Base-LoRA if the stage makes both.
     pub(super) fn lora_elements(&self, stage: Stage) -> u128 {
         wide(self.rank(stage)) * self.per_rank()
     }
 
-    /// Rank of what acts in the UNet: parts act together by concatenated ranks.
+    /// LoRA rank in the UNet. ID-LoRA and Base-LoRA act together by concatenated ranks.
     pub(super) fn rank(&self, stage: Stage) -> usize {
         match stage {
             Stage::Base => self.config.base_rank,
@@ -54,7 +54,7 @@ impl Sizes<'_> {
         }
     }
 
-    /// Parameters of a group; 0 for those of a Base-LoRA that there is none of.
+    /// Number of parameters of a group; 0 for the Base-LoRA's groups without a Base-LoRA.
     pub(super) fn parameters(&self, group: ParameterGroup) -> u64 {
         let HyperLoraConfig { id_rank, base_rank, basis, id_tokens, id_embedding_dim, clip_dim, ref resampler } =
             *self.config;
@@ -77,7 +77,7 @@ impl Sizes<'_> {
             ParameterGroup::IdBases => basis * wide(id_rank) * self.per_rank(),
             ParameterGroup::BaseBases => basis * wide(base_rank) * self.per_rank(),
             ParameterGroup::BaseResampler if base_rank == 0 => 0,
-            // One condition: no second attention to a condition, no second projection.
+            // One condition: no attention to a second condition, no second projection.
             ParameterGroup::BaseResampler => {
                 let layer = 2 * attention + 4 * norm + feed_forward;
                 latents + linear(clip, dim) + depth * layer + linear(dim, basis)
@@ -86,17 +86,17 @@ impl Sizes<'_> {
         u64::try_from(count).unwrap_or(u64::MAX)
     }
 
-    /// Parameters of the whole hypernetwork.
+    /// Number of parameters of the whole hypernetwork.
     pub(super) fn all_parameters(&self) -> u64 {
         self.parameters_in(&ParameterGroup::ALL)
     }
 
-    /// Parameters of some groups, each counted once.
+    /// Number of parameters of some groups, each counted once.
     pub(super) fn parameters_in(&self, groups: &[ParameterGroup]) -> u64 {
         ParameterGroup::ALL.iter().filter(|group| groups.contains(group)).map(|group| self.parameters(*group)).sum()
     }
 
-    /// Operations of one sample: forward of what trains, and of the resting Base-LoRA besides.
+    /// Operations of one sample: forward pass of the trained part, and of the frozen Base-LoRA in the ID stages.
     pub(super) fn flops(&self, stage: Stage) -> HypernetFlops {
         let mix = |rank: usize| 2 * wide(self.config.basis) * wide(rank) * self.per_rank();
         let states = wide(self.image_tokens);
@@ -121,7 +121,7 @@ impl Sizes<'_> {
         }
     }
 
-    /// Forward of a resampler whose conditions have so many tokens.
+    /// Forward operations of a resampler; `contexts` are the token counts of its conditions.
     fn resampler_flops(&self, contexts: &[u128]) -> u128 {
         let (queries, dim, inner) = (self.queries(), self.dim(), self.inner());
         let attend = |tokens: u128| {
@@ -134,7 +134,7 @@ impl Sizes<'_> {
         inward + wide(self.config.resampler.depth) * layer + 2 * queries * dim * wide(self.config.basis)
     }
 
-    /// Elements that the graph of one sample's hypernetwork keeps for its backward pass.
+    /// Number of elements that the graph of one sample's hypernetwork keeps for its backward pass.
     pub(super) fn graph_elements(&self, stage: Stage) -> u128 {
         let (queries, dim, inner) = (self.queries(), self.dim(), self.inner());
         let heads = wide(self.config.resampler.heads);
@@ -142,8 +142,8 @@ impl Sizes<'_> {
             Stage::Base | Stage::IdClip => vec![wide(self.image_tokens)],
             Stage::IdEmbed => vec![wide(self.config.id_tokens), wide(self.image_tokens)],
         };
-        // Input and output of the norm, queries, keys, values, scores before and after the softmax, what the heads
-        // gathered, the sum.
+        // Input and output of the norm, queries, keys, values, scores before and after the softmax, output of the
+        // heads, sum.
         let attend = |tokens: u128| {
             2 * queries * dim
                 + queries * inner
@@ -158,17 +158,17 @@ impl Sizes<'_> {
     }
 }
 
-/// Operations of the hypernetwork for one sample, forward.
+/// Forward operations of the hypernetwork for one sample.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct HypernetFlops {
-    /// Of the part that trains: its backward pass costs twice as much again.
+    /// Operations of the trained part; its backward pass costs twice as much again.
     pub(super) trained: u128,
-    /// Of the Base-LoRA in the ID stages.
+    /// Operations of the frozen Base-LoRA in the ID stages.
     pub(super) resting: u128,
 }
 
 impl HypernetFlops {
-    /// Forward and backward.
+    /// Operations of forward and backward pass.
     pub(super) fn total(&self) -> u128 {
         3 * self.trained + self.resting
     }

@@ -1,7 +1,7 @@
-//! What a training costs, from its configs alone: parameters, memory, traffic, operations, days.
+//! Cost of a training, from its configs alone: parameters, memory, traffic, operations, days.
 //!
-//! docs/design/planning.md states every formula. Counts of parameters, bytes and operations are exact; memory and time rest on
-//! the assumptions that stand beside them.
+//! docs/design/planning.md states every formula. Counts of parameters, bytes and operations are exact; memory and time
+//! depend on the assumptions listed with them.
 
 mod advice;
 pub mod architecture;
@@ -29,96 +29,96 @@ use crate::train::config::TrainConfig;
 pub use crate::plan::memory::Memory;
 pub use crate::plan::stage::{Flops, StagePlan};
 
-/// What the training would run on.
+/// Hardware of the training.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Cluster {
-    /// The kind of all GPUs.
+    /// Model of all GPUs.
     pub gpu: Gpu,
-    /// How many.
+    /// Number of GPUs.
     pub gpus: u64,
-    /// Memory of each in bytes.
+    /// Memory of each GPU in bytes.
     pub memory: u64,
-    /// What each passes on around the rings through all of them.
+    /// Bandwidth per GPU of rings through all of them.
     pub link: Link,
-    /// What a message takes from one to the next besides.
+    /// Latency of a message between neighbouring GPUs.
     pub hops: Hops,
-    /// The share of the peak that a step is assumed to reach, above 0, at most 1.
+    /// Share of the peak that a step is assumed to reach, above 0, at most 1.
     pub utilisation: f64,
 }
 
-/// All that a plan is made from.
+/// Inputs of a plan.
 #[derive(Debug, Clone)]
 pub struct Setup {
-    /// The YAML, for messages.
+    /// Path of the YAML, for messages.
     pub place: String,
-    /// The frozen models.
+    /// Configs of the frozen models.
     pub architecture: Architecture,
-    /// The hypernetwork.
+    /// Sizes of the hypernetwork.
     pub hyper_lora: HyperLoraConfig,
-    /// Batches and stages.
+    /// Settings of batches and stages.
     pub train: TrainConfig,
     /// Side of the target images in pixels.
     pub image_size: usize,
-    /// Images of an epoch, where known.
+    /// Number of images in an epoch, if known.
     pub images: Option<u64>,
-    /// The machines.
+    /// Hardware.
     pub cluster: Cluster,
 }
 
-/// A part of the model and its size.
+/// Size of a component or parameter group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Part {
-    /// Its name: that of a folder of the base, or of a parameter group.
+    /// Folder name of the component, or name of the parameter group.
     pub name: &'static str,
-    /// Parameters that are kept in memory.
+    /// Number of parameters in memory.
     pub parameters: u64,
-    /// Parameters of its file that nothing here reads.
+    /// Number of parameters in its file that are not read.
     pub left_out: u64,
 }
 
-/// The costs of a training.
+/// Cost of a training.
 #[derive(Debug, Clone, Serialize)]
 pub struct Plan {
-    /// The YAML.
+    /// Path of the YAML.
     pub experiment: String,
-    /// What was assumed because it is not on disk.
+    /// Assumptions about models that are not on disk.
     pub assumed: Vec<String>,
-    /// The machines.
+    /// Hardware.
     pub cluster: Cluster,
     /// Side of the target images in pixels.
     pub image_size: usize,
     /// Float type of the UNet's weights.
     pub unet_dtype: &'static str,
-    /// Whether the UNet's layers run again in the backward pass.
+    /// The backward pass recomputes the UNet's layers.
     pub recompute: bool,
-    /// K, matrices per basis.
+    /// K, the number of matrices per basis.
     pub basis: usize,
-    /// Samples per pass and GPU.
+    /// Number of samples per pass and GPU (micro-batch).
     pub micro_batch: u64,
-    /// Samples per optimiser step.
+    /// Number of samples per optimiser step (global batch).
     pub global_batch: u64,
-    /// Passes per GPU and step.
+    /// Number of passes per GPU and optimiser step.
     pub accumulation: u64,
-    /// Images of an epoch, where known.
+    /// Number of images in an epoch, if known.
     pub images: Option<u64>,
-    /// Attention modules that LoRAs are written for.
+    /// Number of attention modules that LoRAs are generated for.
     pub attention_modules: usize,
-    /// The frozen models.
+    /// Sizes of the frozen models.
     pub frozen: Vec<Part>,
-    /// The hypernetwork, by parameter group.
+    /// Sizes of the hypernetwork's parameter groups.
     pub trainable: Vec<Part>,
-    /// One entry per stage.
+    /// Plans of the stages.
     pub stages: Vec<StagePlan>,
-    /// Days of all stages together.
+    /// Duration of all stages in days.
     pub days: f64,
-    /// Whether every stage fits into the GPUs' memory.
+    /// All stages fit into the GPUs' memory.
     pub fits: bool,
-    /// What to turn where one does not fit.
+    /// Advice on settings to change if a stage does not fit.
     pub advice: Vec<String>,
 }
 
-/// What each stage of an experiment computes per image, and in what time at the peak of `gpu`; nothing for an experiment whose
-/// configs tell too little.
+/// Operations per image of each stage of an experiment, and their time at the peak of `gpu`. Empty if the experiment's
+/// configs are insufficient.
 pub fn work(experiment: &Experiment, gpu: Option<Gpu>) -> Vec<StageWork> {
     let peak = gpu.unwrap_or(hardware::GPUS[0]);
     let link = Link { name: "none".into(), bytes_per_second: 1.0 };
@@ -133,15 +133,14 @@ pub fn work(experiment: &Experiment, gpu: Option<Gpu>) -> Vec<StageWork> {
     }
 }
 
-/// The largest image side that a plan is made for.
+/// Upper limit of the image side in a plan.
 const LARGEST_IMAGE: usize = 1 << 14;
 
 impl Setup {
     /// Reads the configs that an experiment names.
     ///
     /// # Errors
-    /// Input for a broken config, for an image size that the models cannot take, and for a global batch that the GPUs
-    /// cannot share.
+    /// Input: a config is broken, the models cannot process the image size, or the GPUs cannot share the global batch.
     pub fn read(experiment: &Experiment, cluster: Cluster, images: Option<u64>) -> Result<Self> {
         let setup = Self {
             place: experiment.place(),
@@ -162,7 +161,7 @@ impl Setup {
         if *image_size == 0 || !image_size.is_multiple_of(step) || *image_size > LARGEST_IMAGE {
             return Err(Error::input(
                 format!("{place}: data.image_size"),
-                format!("{image_size} is no multiple of {step} up to {LARGEST_IMAGE}"),
+                format!("{image_size} is not a multiple of {step} up to {LARGEST_IMAGE}"),
                 format!("give {}", (image_size / step).clamp(1, LARGEST_IMAGE / step) * step),
             ));
         }
@@ -181,7 +180,7 @@ impl Setup {
         Ok(())
     }
 
-    /// Passes per GPU and step; [`check`](Self::check) saw that there is no remainder.
+    /// Number of passes per GPU and step. [`check`](Self::check) ensures that there is no remainder.
     fn accumulation(&self) -> u64 {
         self.train.global_batch as u64 / (self.train.micro_batch as u64 * self.cluster.gpus)
     }
@@ -219,7 +218,7 @@ impl Setup {
         ParameterGroup::ALL.into_iter().map(part).filter(|part| part.parameters > 0).collect()
     }
 
-    /// Makes the plan.
+    /// Computes the plan.
     pub fn plan(&self) -> Plan {
         let stages = self.stages();
         let fits = stages.iter().all(|stage| stage.fits);

@@ -1,4 +1,4 @@
-//! A plan as text: aligned tables of a screen or two.
+//! Plan as text: aligned tables on a screen or two.
 
 use std::fmt::{self, Display, Formatter};
 
@@ -7,12 +7,12 @@ use hyperlora_core::text::name;
 use crate::plan::hardware::PER_MACHINE;
 use crate::plan::{Memory, Part, Plan, StagePlan};
 
-/// Bytes in GiB.
+/// Formats bytes in GiB.
 pub(super) fn gib(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / (1_u64 << 30) as f64)
 }
 
-/// A number as people write it: 2.568 B, 83.65 M.
+/// Formats a count: 2.568 B, 83.65 M.
 fn count(number: u64) -> String {
     let number = number as f64;
     match number {
@@ -23,7 +23,7 @@ fn count(number: u64) -> String {
     }
 }
 
-/// Bytes as files are measured.
+/// Formats bytes in decimal units, as for files.
 fn bytes(number: f64) -> String {
     match number {
         1e9.. => format!("{:.2} GB", number / 1e9),
@@ -39,10 +39,10 @@ fn tera(flops: f64) -> String {
     }
 }
 
-/// A row's name, and what its cells say of each stage.
+/// Name of a row, and its cell for each stage.
 type Row<T, V> = (&'static str, fn(&T) -> V);
 
-/// Rows of cells: the first column to the left, the others to the right.
+/// Table of cells: the first column is left-aligned, the others right-aligned.
 struct Table {
     rows: Vec<Vec<String>>,
 }
@@ -52,7 +52,7 @@ impl Table {
         Self { rows: vec![head.map(String::from).to_vec()] }
     }
 
-    /// A first column beside one column per stage.
+    /// Creates a table with a name column and one column per stage.
     fn of_stages(title: &str, stages: &[StagePlan]) -> Self {
         let names = stages.iter().map(|stage| stage.name.to_owned());
         Self { rows: vec![std::iter::once(title.to_owned()).chain(names).collect()] }

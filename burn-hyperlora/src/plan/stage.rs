@@ -1,4 +1,4 @@
-//! The costs of one stage.
+//! Cost of one stage.
 
 use burn::tensor::FloatDType;
 use hyperlora_sdxl::memory::activation_bytes;
@@ -10,83 +10,83 @@ use crate::plan::{Setup, encoders, unet};
 use crate::train::StageWork;
 use crate::train::config::StageEntry;
 
-/// One stage of a training.
+/// Plan of one stage.
 #[derive(Debug, Clone, Serialize)]
 pub struct StagePlan {
-    /// Its name in the YAML.
+    /// Name of the stage in YAML.
     pub name: &'static str,
-    /// Optimiser steps.
+    /// Number of optimiser steps.
     pub steps: u64,
-    /// Parameters that train.
+    /// Number of trained parameters.
     pub trainable: u64,
     /// Memory of one GPU.
     pub memory: Memory,
-    /// Whether it fits into a GPU.
+    /// The stage fits into the memory of a GPU.
     pub fits: bool,
-    /// Bytes of the gradients: what is all-reduced per optimiser step.
+    /// Size of the gradients in bytes, which are all-reduced in every optimiser step.
     pub gradient_bytes: u64,
-    /// Bytes that each GPU sends for it in a ring: `(n - 1) / n` times the gradients, as `train.wire` has them, and the
-    /// parameters in f32.
+    /// Bytes that each GPU sends for the all-reduce in a ring: `(n - 1) / n` times the gradients in the type of
+    /// `train.wire`, plus the parameters in f32.
     pub sent_bytes: f64,
-    /// Seconds of it, hops and bytes, not overlapped with computing.
+    /// Seconds of the all-reduce, latency and bandwidth, without overlap with computation.
     pub all_reduce_seconds: f64,
     /// Operations per image.
     pub flops: Flops,
-    /// Seconds of an optimiser step.
+    /// Seconds per optimiser step.
     pub step_seconds: f64,
-    /// Images per second, of all GPUs.
+    /// Images per second on all GPUs.
     pub images_per_second: f64,
-    /// Days.
+    /// Duration in days.
     pub days: f64,
-    /// Samples that the stage draws.
+    /// Number of samples that the stage draws.
     pub samples: u64,
-    /// How often it sees every image, where their number is known.
+    /// Number of passes over all images, if their number is known.
     pub epochs: Option<f64>,
-    /// Bytes of one of its checkpoints, headers not counted.
+    /// Size of a checkpoint in bytes, without headers.
     pub checkpoint_bytes: u64,
-    /// Bytes that its checkpoints take while one more than it keeps is written.
+    /// Peak disk usage of the stage's checkpoints in bytes, including one that is being written.
     pub disk_bytes: u64,
 }
 
 /// Floating-point operations per image; a multiplication and an addition count as two.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Flops {
-    /// The UNet's forward pass with its LoRA.
+    /// UNet forward pass with its LoRA.
     pub unet_forward: f64,
-    /// The second one, layer by layer, in the backward pass.
+    /// Second UNet forward pass, layer by layer, in the backward pass.
     pub unet_recompute: f64,
-    /// Gradients with respect to activations and LoRA, attention apart.
+    /// Gradients with respect to activations and LoRA, except attention.
     pub unet_backward: f64,
-    /// Gradients of the UNet's attention, which are computed in f32.
+    /// Gradients of the UNet's attention, computed in f32.
     pub unet_attention_backward: f64,
-    /// The autoencoder's encoder.
+    /// Encoder of the autoencoder.
     pub vae_encoder: f64,
     /// Both text encoders.
     pub text_encoders: f64,
-    /// The image encoder, on one or two condition images.
+    /// Image encoder, on one or two condition images.
     pub image_encoder: f64,
-    /// The hypernetwork, forward and backward.
+    /// Hypernetwork, forward and backward.
     pub hypernetwork: f64,
 }
 
 impl Flops {
-    /// What runs in the UNet's float type.
+    /// Operations in the UNet's float type.
     pub fn unet(&self) -> f64 {
         self.unet_forward + self.unet_recompute + self.unet_backward
     }
 
-    /// What an ideal step needs: nothing twice.
+    /// Operations of an ideal step, without recomputation.
     fn of_the_model(self) -> Self {
         Self { unet_recompute: 0.0, ..self }
     }
 
-    /// What runs in f32.
+    /// Operations in f32.
     pub fn in_f32(&self) -> f64 {
         self.unet_attention_backward + self.vae_encoder + self.text_encoders + self.image_encoder + self.hypernetwork
     }
 }
 
-/// Its name in the YAML.
+/// Name of a float type in YAML.
 pub(super) fn dtype_name(dtype: FloatDType) -> &'static str {
     match dtype {
         FloatDType::BF16 => "bf16",
@@ -94,7 +94,7 @@ pub(super) fn dtype_name(dtype: FloatDType) -> &'static str {
     }
 }
 
-/// Bytes of an element.
+/// Size of an element in bytes.
 fn dtype_bytes(dtype: FloatDType) -> u64 {
     match dtype {
         FloatDType::BF16 => 2,
@@ -109,7 +109,7 @@ impl Setup {
         self.train.stages.iter().map(|entry| self.stage(entry)).collect()
     }
 
-    /// The model's operations per image, stage by stage; their time at the GPU's peak where it `is_known`.
+    /// Operations per image of each stage, and their time at the GPU's peak if it `is_known`.
     pub(super) fn work(&self, is_known: bool) -> Vec<StageWork> {
         let of = |entry: &StageEntry| {
             let flops = self.flops(entry).of_the_model();
@@ -165,7 +165,7 @@ impl Setup {
         }
     }
 
-    /// Operations divided by what the GPU is assumed to reach in each float type.
+    /// Time in seconds: operations divided by the assumed throughput of the GPU in each float type.
     fn seconds_per_image(&self, flops: &Flops) -> f64 {
         let reached = |tflops: f64| tflops * 1e12 * self.cluster.utilisation;
         let unet = match self.architecture.unet_dtype {
@@ -182,7 +182,7 @@ impl Setup {
         let kind = entry.kind();
         let unet = unet::training(&architecture.unet, self.latents(), sizes.rank(kind), self.train.recompute);
         let [first, second] = &architecture.text;
-        // The Base stage looks at the crop with the face blurred; the ID stages at the masked face as well.
+        // The Base stage uses the crop with a blurred face; the ID stages also use the masked face.
         let condition_images = if kind == crate::hypernet::Stage::Base { 1.0 } else { 2.0 };
         Flops {
             unet_forward: unet.forward as f64,
@@ -214,10 +214,10 @@ impl Setup {
             self.architecture.unet_dtype,
             self.train.recompute,
         );
-        // The LoRA as it was made, and its gradients.
+        // The generated LoRA and its gradients.
         let lora = bytes(2 * micro_batch * sizes.lora_elements(kind));
         let graph = bytes(micro_batch * sizes.graph_elements(kind));
-        // Around the widest layer of the encoder: its input, the normalised and activated input, the output, the shortcut.
+        // Tensors around the encoder's widest layer: input, normalised and activated input, output, shortcut.
         let encoding = bytes(4 * micro_batch * encoders::largest_map(&self.architecture.vae, self.image_size));
         Memory {
             unet: count(unet) * dtype_bytes(self.architecture.unet_dtype),

@@ -1,4 +1,5 @@
-//! The counts against torch's (`ci/parity/plan_flops.py`) and against the real modules.
+//! Compares the counts with torch's (`ci/parity/plan_flops.py`) and with the real modules.
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -24,7 +25,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// What torch counted: `counted("sdxl", "vae 1024", "forward")`.
+/// Looks up torch's count: `counted("sdxl", "vae 1024", "forward")`.
 fn counted(base: &str, part: &str, what: &str) -> u128 {
     let text = std::fs::read_to_string(root().join("crates/testing/fixtures/plan/flops.json")).unwrap();
     let found: Value = serde_json::from_str(&text).unwrap();
@@ -103,7 +104,7 @@ fn operations_of_the_hypernetwork_are_those_of_torch() {
         let flops = sizes.flops(stage);
         assert_eq!(flops.trained, counted("hypernetwork", name, "forward"), "{name}");
         assert_eq!(flops.resting, if stage == Stage::Base { 0 } else { base }, "{name}");
-        // Twice the forward pass for the backward one, less what the inputs would have needed.
+        // The backward pass costs twice the forward pass, minus the gradients of the inputs.
         let backward = counted("hypernetwork", name, "backward") as f64 / flops.trained as f64;
         assert!((1.9..=2.0).contains(&backward), "{name}: {backward}");
     }
@@ -120,12 +121,12 @@ fn a_lora_costs_its_ranks_and_recomputation_what_follows_the_first_of_them() {
     let recomputed = unet::training(&config, size, 12, true);
     assert_eq!(kept.recompute, 0);
     assert_eq!((kept.forward, kept.backward), (recomputed.forward, recomputed.backward));
-    // down_blocks.0 and what stands around it lies before the first LoRA.
+    // down_blocks.0 and the layers around it precede the first LoRA.
     let share = recomputed.recompute as f64 / recomputed.forward as f64;
     assert!((0.95..1.0).contains(&share), "{share}");
 }
 
-/// Elements of the parameters of a real hypernetwork, by group.
+/// Counts the parameters of a real hypernetwork, by group.
 fn counted_by_group(hyper_lora: &HyperLora) -> BTreeMap<ParameterGroup, u64> {
     struct Count(BTreeMap<ParameterGroup, u64>);
     impl ParameterVisitor for Count {
@@ -161,16 +162,16 @@ fn the_quickstart_is_what_was_planned() {
     for (entry, stage) in setup.train.stages.iter().zip(&plan.stages) {
         let (gradient_bytes, file_bytes) = trained(hyper_lora.clone(), entry, &device);
         assert_eq!(stage.gradient_bytes, gradient_bytes, "{}", stage.name);
-        // Headers and state.json are not counted: at this size they weigh most.
+        // Headers and state.json are not counted; at this size their share is largest.
         let excess = file_bytes as f64 / stage.checkpoint_bytes as f64 - 1.0;
         assert!((0.0..0.01).contains(&excess), "{}: {excess}", stage.name);
     }
 }
 
-/// Bytes of a stage's gradients, and of the files of a checkpoint written after a step.
+/// Measures a stage's gradients and the files of a checkpoint written after a step, in bytes.
 fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, u64) {
     let mut hyper_lora = hyper_lora.trainable(&entry.config().groups);
-    // Gradients of a loss that reaches nothing: zeros for all that trains.
+    // A loss that depends on nothing gives zero gradients for all trained parameters.
     let mut nothing = Tensor::<1>::ones([1], device).require_grad().sum().backward();
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
     let gradient_bytes = gradients.iter().map(|(_, gradient)| 4 * gradient.shape().num_elements() as u64).sum();

@@ -1,24 +1,24 @@
-//! What the UNet costs, layer by layer, from its config alone.
+//! Cost of the UNet, layer by layer, from its config alone.
 //!
-//! The layers are those that the real module is built from; tests hold the counts to torch's.
+//! The layers are those that the real module is built from; tests compare the counts with torch's.
 
 use hyperlora_sdxl::lora::AttentionSite;
 use hyperlora_sdxl::models::unet::config::UNet2DConditionConfig;
 use hyperlora_sdxl::models::unet::layout::{LayerKind, LayerPlan, Op, layout};
 use hyperlora_sdxl::tokenizer::PROMPT_TOKENS;
 
-/// Floating-point operations of one image, a multiplication and an addition counting as two.
+/// Floating-point operations of one image; a multiplication and an addition count as two.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Flops {
     /// Convolutions and linears whose input depends on the latents.
     linear: u128,
-    /// The two products of attention: queries with keys, scores with values.
+    /// The two attention products: queries with keys, scores with values.
     attention: u128,
-    /// Linears of the prompt and the timestep: no gradient is asked of their inputs.
+    /// Linears of the prompt and the timestep, whose inputs need no gradient.
     conditions: u128,
-    /// The low-rank updates.
+    /// Low-rank updates.
     lora: u128,
-    /// Their gradients: twice the forward pass, but none with respect to the prompt.
+    /// Gradients of the low-rank updates: twice the forward pass, but none with respect to the prompt.
     lora_backward: u128,
 }
 
@@ -27,18 +27,17 @@ impl Flops {
         self.linear + self.attention + self.conditions + self.lora
     }
 
-    /// Gradients with respect to the activations and the LoRA, attention apart: a frozen linear multiplies
-    /// once more.
+    /// Gradients with respect to activations and LoRA, except attention. A frozen linear costs one more product.
     fn linear_backward(&self) -> u128 {
         self.linear + self.lora_backward
     }
 
-    /// Gradients of attention: a product of two activations multiplies twice more.
+    /// Gradients of attention. A product of two activations costs two more products.
     fn attention_backward(&self) -> u128 {
         2 * self.attention
     }
 
-    /// All gradients, as autodiff computes them.
+    /// All gradients, as computed by autodiff.
     #[cfg(test)]
     pub(super) fn backward(&self) -> u128 {
         self.linear_backward() + self.attention_backward()
@@ -55,19 +54,19 @@ impl Flops {
     }
 }
 
-/// The UNet of a training step, per image.
+/// UNet operations of a training step, per image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct UnetFlops {
     pub(super) forward: u128,
-    /// The second forward pass of every layer from the first with a LoRA on; 0 where activations are kept.
+    /// Second forward pass of every layer from the first one with a LoRA; 0 without recomputation.
     pub(super) recompute: u128,
     /// Gradients of linears, convolutions and LoRA.
     pub(super) backward: u128,
-    /// Gradients of attention, which are computed in f32; with recomputation the scores are computed once more.
+    /// Gradients of attention, computed in f32. Recomputation computes the scores once more.
     pub(super) attention_backward: u128,
 }
 
-/// The layers in the order of execution.
+/// Layers in execution order.
 fn layers(config: &UNet2DConditionConfig) -> impl Iterator<Item = LayerPlan> {
     layout(config).into_iter().filter_map(|op| match op {
         Op::Layer(layer) => Some(layer),
@@ -75,7 +74,7 @@ fn layers(config: &UNet2DConditionConfig) -> impl Iterator<Item = LayerPlan> {
     })
 }
 
-/// The sizes of the attention modules in the order of execution; their paths are not told.
+/// Sizes of the attention modules in execution order; their paths are empty.
 pub(super) fn sites(config: &UNet2DConditionConfig) -> Vec<AttentionSite> {
     let site =
         |hidden_size, cross_attention_dim| AttentionSite { path: String::new(), hidden_size, cross_attention_dim };
@@ -86,7 +85,7 @@ pub(super) fn sites(config: &UNet2DConditionConfig) -> Vec<AttentionSite> {
     layers(config).flat_map(of_layer).collect()
 }
 
-/// Parameters of the whole UNet.
+/// Number of parameters of the whole UNet.
 pub(super) fn parameters(config: &UNet2DConditionConfig) -> u64 {
     let time = config.time_embed_dim();
     let linear = |input: usize, output: usize| wide(input) * wide(output) + wide(output);
@@ -109,7 +108,7 @@ pub(super) fn parameters(config: &UNet2DConditionConfig) -> u64 {
             let norms = 3 * 2 * w;
             let self_attention = 4 * w * w + w;
             let cross_attention = 2 * w * w + 2 * c * w + w;
-            // GEGLU: values and gates of 4 w each, then back.
+            // GEGLU: values and gates of 4 w each, then the output projection.
             norms + self_attention + cross_attention + linear(width, 8 * width) + linear(4 * width, width)
         }
         LayerKind::TokensOut { width } => linear(width, width),
@@ -120,14 +119,14 @@ pub(super) fn parameters(config: &UNet2DConditionConfig) -> u64 {
     layers(config).map(of_layer).chain(embeddings).map(|count| count as u64).sum()
 }
 
-/// Parameters, and products of them, without overflow.
+/// Widens a size, so that products of parameters do not overflow.
 fn wide(size: usize) -> u128 {
     size as u128
 }
 
-/// A layer's operations for latents of `height` x `width`; `rank` is that of the LoRA, 0 for none.
+/// Operations of a layer for latents of `height` x `width`; `rank` is the LoRA rank, 0 without a LoRA.
 fn flops(layer: &LayerPlan, config: &UNet2DConditionConfig, latents: [usize; 2], rank: usize) -> Flops {
-    // The level is that of the input.
+    // `layer.level` is the level of the input; operations count at the output.
     let level = match layer.kind {
         LayerKind::Conv { stride: 2, .. } => layer.level + 1,
         LayerKind::Upsample { .. } => layer.level - 1,
@@ -158,7 +157,7 @@ fn flops(layer: &LayerPlan, config: &UNet2DConditionConfig, latents: [usize; 2],
             let pair = |rows, input| matmul(rows, input, rank) + matmul(rows, rank, width);
             let lora = 6 * pair(pixels, width) + 2 * pair(prompt, context);
             Flops {
-                // Six square linears, and the feed-forward: twice to 4 w, once back.
+                // Six square linears, and the feed-forward: two projections to 4 w, one back.
                 linear: 6 * square + 12 * square,
                 attention: 4 * pixels * pixels * wide(width) + 4 * pixels * prompt * wide(width),
                 conditions: 2 * matmul(prompt, context, width),
@@ -169,7 +168,7 @@ fn flops(layer: &LayerPlan, config: &UNet2DConditionConfig, latents: [usize; 2],
     }
 }
 
-/// The operations of one forward pass, the embeddings of timestep, sizes and pooled prompt included.
+/// Operations of one forward pass, including the embeddings of timestep, sizes and pooled prompt.
 pub(super) fn forward(config: &UNet2DConditionConfig, latents: [usize; 2], rank: usize) -> Flops {
     let time = config.time_embed_dim();
     let embedding = |input: usize| 2 * wide(time) * (wide(input) + wide(time));
@@ -178,7 +177,7 @@ pub(super) fn forward(config: &UNet2DConditionConfig, latents: [usize; 2], rank:
     layers(config).map(|layer| flops(&layer, config, latents, rank)).fold(start, Flops::plus)
 }
 
-/// Forward and backward of one image. The reverse pass ends at the first layer that a LoRA touches.
+/// Operations of one image, forward and backward. The backward pass ends at the first layer with a LoRA.
 pub(super) fn training(config: &UNet2DConditionConfig, latents: [usize; 2], rank: usize, recompute: bool) -> UnetFlops {
     let touched = layers(config)
         .skip_while(|layer| !matches!(layer.kind, LayerKind::Transformer { .. }))

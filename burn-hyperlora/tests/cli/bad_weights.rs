@@ -28,7 +28,7 @@ fn a_damaged_shard_of_the_unet_is_named_and_nothing_is_drawn() {
     let lying: Damage = |shard| edit_bytes(shard, b"\"data_offsets\":[0,", b"\"data_offsets\":[8,");
     let cases: [(Damage, &str); 3] = [
         (truncate, "bytes of tensors"),
-        (lying, "header that does not hold"),
+        (lying, "invalid header"),
         (|shard| fs::write(shard, "<!DOCTYPE html>").unwrap(), "web page"),
     ];
     for (damage, problem) in cases {

@@ -231,7 +231,7 @@ fn a_lora_is_made_of_photos_of_one_face() {
     let (text, blank) = (world.path("text.png"), world.path("blank.png"));
     fs::write(&text, "This is a text.").unwrap();
     RgbImage::new(96, 96).save(&blank).unwrap();
-    run(generate(&[&photo, &text], &[])).refused(2, &["text.png", "no photo that can be decoded"]);
+    run(generate(&[&photo, &text], &[])).refused(2, &["text.png", "cannot be decoded as a photo"]);
     run(generate(&[&blank], &[])).refused(2, &["blank.png", "shows 0 faces"]);
     run(generate(&[&world.path("none.png")], &[])).refused(2, &["none.png", "cannot be read"]);
     assert!(fs::read(&output).unwrap() == id_only);

@@ -1,4 +1,4 @@
-//! Checkpoints are whole or absent, notice every damage, and outlive kills and full disks.
+//! Checkpoints are whole or absent, detect any damage, and survive kills and full disks.
 
 use std::path::Path;
 use std::{fs, io};
@@ -17,7 +17,7 @@ fn state(step: u64) -> State {
     State { step, stage: "base".into() }
 }
 
-/// What every test's checkpoint of a step holds.
+/// Writes the contents of every test's checkpoint of a step.
 fn fill(step: u64) -> impl FnOnce(&mut Part<'_>) -> Result<()> {
     move |part| {
         add(part, "hyper_lora/resampler.safetensors", &[7; 3_000])?;
@@ -82,7 +82,7 @@ fn every_damage_is_named_with_its_remedy() {
             assert!(verified.is_err(), "{file} {what} goes unnoticed");
             let error = verified.unwrap_err();
             let message = error.to_string();
-            // A bit flipped in the list of checksums shows as another file that does not match it.
+            // A bit flipped in the list of checksums is reported as another file that does not match it.
             let named = file == "checksums.json" || message.contains(file);
             assert!(named && message.contains("step-00000005"), "{file} {what}: {message}");
             assert!(message.contains("delete the folder"), "{file} {what}: {message}");
@@ -101,7 +101,7 @@ fn leftovers_of_killed_runs_are_cleared_and_a_replaced_one_comes_back() {
     store.write(2, fill(2)).unwrap();
     fs::create_dir(root.join(".step-00000003.hyperlora.partial")).unwrap();
     fs::write(root.join(".step-00000003.hyperlora.partial/optimizer.safetensors"), "half").unwrap();
-    // Killed between the two renames of a replacement.
+    // State after a kill between the two renames of a replacement.
     fs::rename(root.join("step-00000002"), root.join(".step-00000002.hyperlora.old")).unwrap();
     fs::create_dir(root.join(".step-00000001.hyperlora.old")).unwrap();
     fs::write(root.join("notes.txt"), "the user's own").unwrap();
@@ -112,7 +112,7 @@ fn leftovers_of_killed_runs_are_cleared_and_a_replaced_one_comes_back() {
     store.latest().unwrap().unwrap().verify().unwrap();
     assert_eq!(names(root), ["notes.txt", "step-00000001", "step-00000002"]);
 
-    // A folder that is named like a leftover and holds something else is somebody's.
+    // A folder named like a leftover but with other contents belongs to the user.
     fs::create_dir(root.join(".step-00000001.hyperlora.old")).unwrap();
     fs::write(root.join(".step-00000001.hyperlora.old/thesis.tex"), "years of work").unwrap();
     assert_eq!(steps(&CheckpointStore::open(root).unwrap()), [1, 2]);
@@ -145,7 +145,7 @@ fn a_full_disk_is_a_disk_error() {
     let folder = tempfile::tempdir().unwrap();
     let store = CheckpointStore::open(folder.path()).unwrap();
     store.write(1, fill(1)).unwrap();
-    // Every write to /dev/full ends in ENOSPC, whoever runs the test.
+    // Every write to /dev/full fails with ENOSPC, even for root.
     let failed = store.write(2, full_disk);
     let error = failed.unwrap_err();
     assert_eq!(error.exit_code(), 1);
@@ -175,7 +175,7 @@ fn what_cannot_be_removed_does_not_end_a_run() {
     for step in 1..=3 {
         store.write(step, fill(step)).unwrap();
     }
-    // Nobody, whatever his rights, removes a file as a folder, or puts a folder in the place of a file.
+    // Not even root can remove a file as a folder, or replace a file by a folder.
     for hidden in [".step-00000001.hyperlora.partial", ".step-00000003.hyperlora.old"] {
         fs::write(root.join(hidden), "in the way").unwrap();
     }
@@ -194,7 +194,7 @@ fn what_cannot_be_removed_does_not_end_a_run() {
 fn the_first_of_every_span_stays_for_good() {
     let folder = tempfile::tempdir().unwrap();
     let store = CheckpointStore::open(folder.path()).unwrap();
-    // Stages end where they end: steps are not all multiples of the interval.
+    // Stages may end at any step, so steps are not all multiples of the interval.
     let mut left = Vec::new();
     for step in [0, 30, 60, 90, 115, 145, 175, 205, 235, 265, 295, 325] {
         store.write(step, fill(step)).unwrap();

@@ -1,4 +1,4 @@
-//! Checkpoints that several ranks write in the background: there once all parts are, and never before.
+//! Checkpoints that several ranks write in the background: present once all parts are written, never before.
 
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -11,7 +11,7 @@ use burn_hyperlora::checkpoint::{Checkpoint, CheckpointStore, CheckpointWriter, 
 use hyperlora_core::{Error, Result};
 use hyperlora_ranks::{Collective, Pending};
 
-/// Ranks that are threads of the test. They exchange notes; tensors they have none.
+/// Ranks that are threads of the test. They exchange notes but no tensors.
 struct Threads {
     rank: usize,
     notes: Arc<Mutex<Vec<Vec<u8>>>>,
@@ -70,12 +70,12 @@ impl Collective for Threads {
     }
 }
 
-/// Runs `work` as each of `ranks` ranks, each with its writer into `root`; what they gave, by rank.
+/// Runs `work` on each of `ranks` ranks, each with its own writer to `root`, and returns the results by rank.
 fn together<R: Send>(ranks: usize, root: &Path, work: impl Fn(&Threads, &mut CheckpointWriter) -> R + Sync) -> Vec<R> {
     each_into(&vec![root; ranks], Duration::from_secs(60), work)
 }
 
-/// [`together`], with a folder for each rank and a deadline for the disk.
+/// Runs `work` like [`together`], with a folder for each rank and a disk deadline.
 fn each_into<R: Send>(
     roots: &[&Path],
     deadline: Duration,
@@ -98,7 +98,7 @@ fn each_into<R: Send>(
     })
 }
 
-/// Writes this rank's file, and the state on rank 0.
+/// Writes this rank's file, and the state on the main rank.
 fn part(rank: usize) -> impl FnOnce(&mut Part<'_>) -> Result<()> + Send + 'static {
     move |part| {
         let write = |path: &Path| fs::write(path, vec![rank as u8; 1_000]).map_err(|source| Error::write(path, source));
@@ -111,7 +111,7 @@ fn list(root: &Path) -> Vec<u64> {
     CheckpointStore::at(root).list().unwrap().iter().map(|checkpoint| checkpoint.step).collect()
 }
 
-/// Lets a written part wait until it is told to go on.
+/// Delays a part until it is released.
 fn held(rank: usize) -> (Sender<()>, impl FnOnce(&mut Part<'_>) -> Result<()> + Send + 'static) {
     let (go, wait): (Sender<()>, Receiver<()>) = channel();
     let held = move |to: &mut Part<'_>| {
@@ -132,7 +132,7 @@ fn a_checkpoint_is_there_once_the_last_rank_has_written_and_no_step_waits_for_it
         } else {
             writer.begin(world, 7, || Ok(part(world.rank())), || Ok(())).unwrap();
         }
-        // Ten steps go by while rank 2 writes.
+        // Ten steps pass while rank 2 writes.
         for _ in 0..10 {
             assert_eq!(writer.advance(world).unwrap(), None);
             assert!(list(root).is_empty());
@@ -158,7 +158,7 @@ fn the_next_one_waits_for_the_last_and_steps_alone_bring_it_home() {
     let root = folder.path();
     together(2, root, |world, writer| {
         for step in 1..=3 {
-            // What stands there when the copy is made: the one before is whole, and only one is on its way.
+            // When the copy is made, the previous checkpoint is complete: only one is written at a time.
             let copy = || {
                 assert_eq!(list(root), (1..step).collect::<Vec<_>>());
                 Ok(part(world.rank()))
@@ -294,7 +294,7 @@ fn all_ranks_give_up_a_disk_that_hangs_with_the_same_words() {
         };
         if world.rank() == 1 {
             writer.begin(world, 4, || Ok(hung), || Ok(())).unwrap();
-            // This rank's clock begins when that of rank 0 is over the deadline.
+            // This rank's deadline starts after the main rank's has expired.
             thread::sleep(Duration::from_millis(300));
         } else {
             writer.begin(world, 4, || Ok(part(0)), || Ok(())).unwrap();

@@ -1,4 +1,4 @@
-//! The hypernetwork of `crates/testing/fixtures/hypernet`, which `ci/parity/hyper_fixtures.py` made.
+//! Hypernetwork of `crates/testing/fixtures/hypernet`, made by `ci/parity/hyper_fixtures.py`.
 
 use std::path::PathBuf;
 

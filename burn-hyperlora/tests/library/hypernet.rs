@@ -1,4 +1,4 @@
-//! The hypernetwork against `ci/parity/hyper_reference.py`; `ci/parity/hyper_fixtures.py` made the numbers.
+//! Hypernetwork parity with `ci/parity/hyper_reference.py`; `ci/parity/hyper_fixtures.py` made the numbers.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +18,7 @@ fn model(device: &Device) -> HyperLora {
     HyperLora::load(&fixtures(), &config(), &sites(), device).unwrap()
 }
 
-/// What the reference was given and what it gave, by name.
+/// Inputs and outputs of the reference, by name.
 struct Expected(Weights);
 
 impl Expected {
@@ -45,7 +45,7 @@ impl Expected {
     }
 }
 
-/// Norm of the difference over the norm of what is expected.
+/// Relative error: norm of the difference over the norm of the expected tensor.
 fn relative_error<const D: usize>(got: Tensor<D>, expected: Tensor<D>) -> f32 {
     assert_eq!(got.dims(), expected.dims());
     let norm = |t: Tensor<D>| t.square().sum().sqrt().into_scalar::<f32>();
@@ -54,7 +54,7 @@ fn relative_error<const D: usize>(got: Tensor<D>, expected: Tensor<D>) -> f32 {
     norm(got - expected) / size
 }
 
-/// Values of one case: coefficients, and every tensor of the LoRA.
+/// Checks the coefficients and every LoRA tensor of one case.
 fn check_forward(expected: &Expected, case: &str, coefficients: &Tensor<3>, lora: &LoraWeights) {
     let error = relative_error(coefficients.clone(), expected.get(&format!("{case}.coefficients")));
     assert!(error <= TOLERANCE, "{case}.coefficients: relative error {error:e}");
@@ -66,7 +66,7 @@ fn check_forward(expected: &Expected, case: &str, coefficients: &Tensor<3>, lora
     assert_eq!(lora.tensors().count(), sites().len() * 8);
 }
 
-/// Gradients of the probe-weighted sum of the LoRA with respect to every parameter of the hypernetwork.
+/// Checks the gradients of the probe-weighted sum of the LoRA with respect to every parameter of the hypernetwork.
 fn check_gradients(expected: &Expected, case: &str, model: &HyperLora, lora: &LoraWeights) {
     struct Compare<'a> {
         gradients: burn::tensor::Gradients,
@@ -147,7 +147,7 @@ fn values(tensor: &Tensor<3>) -> Vec<f32> {
     tensor.to_data().iter::<f32>().collect()
 }
 
-/// The three stages hand over to each other without a jump.
+/// Stages follow each other without a jump.
 #[test]
 fn stage_3_begins_with_the_function_of_stage_2() {
     let expected = Expected::open();
@@ -159,7 +159,7 @@ fn stage_3_begins_with_the_function_of_stage_2() {
     assert_eq!(values(&stage_3), values(&stage_2));
 }
 
-/// Where stage 3 starts, a first gradient must reach what stage 3 trains.
+/// The first gradient of stage 3 must reach the parameters that it trains.
 #[test]
 fn stage_3_can_learn_from_where_it_starts() {
     struct Trained {
@@ -237,14 +237,14 @@ fn the_seed_alone_sets_the_first_values() {
     let other = of(8, &Device::flex());
     let drawn = ["resampler.latents", "id_projector.0.weight", "hyper_lora_modules.2.to_k.base_down_basis"];
     assert!(drawn.into_iter().all(|name| other[name] != first[name]));
-    // Every parameter draws for itself: equal shapes do not mean equal values.
+    // Every parameter draws from its own stream, so equal shapes have different values.
     let (q, v) = ("resampler.layers.0.attn1.to_q.weight", "resampler.layers.0.attn1.to_v.weight");
     assert!(first[q].len() == first[v].len() && first[q] != first[v]);
     let std = |values: &[f32]| (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt();
     assert!((std(&first[q]) * 14f32.sqrt() - 1.0).abs() < 0.2, "weights of std 1 / sqrt(in)");
 }
 
-/// A UNet is unchanged at first, and the down side carries a signal, without which up would get no gradient.
+/// A new LoRA leaves the UNet unchanged, but its down side is nonzero, otherwise up would get no gradient.
 #[test]
 fn a_new_lora_has_no_effect_yet_but_can_learn() {
     let clip = Expected::open().clip();

@@ -1,4 +1,4 @@
-//! Files of the hypernetwork: the released folder both ways, and LoRA files for other tools.
+//! Hypernetwork files: reading and writing the released layout, and LoRA files for other tools.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,7 +16,7 @@ use crate::hyper_fixture::{config, fixtures, sites};
 
 const FILES: [&str; 4] = ["hyper_lora_modules", "resampler", "id_projector", "base_resampler"];
 
-/// Every tensor of a safetensors file, by its raw bytes.
+/// Reads every tensor of a safetensors file as raw bytes.
 fn tensors(path: &Path) -> BTreeMap<String, Vec<u8>> {
     let bytes = fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -122,7 +122,7 @@ fn a_converted_folder_keeps_every_bit_that_its_type_can_hold() {
     convert(&fixtures(), "same", FloatDType::F32, true);
     assert_eq!(all(&at("same")), all(&fixtures()));
     assert_eq!(json(&at("same")).trim(), json(&fixtures()).trim());
-    // f16 and bf16 cost the precision that they have not, once; every half type fits into f32.
+    // Conversion to f16 or bf16 loses precision once; every value of either type is exact in f32.
     for (dtype, name) in [(FloatDType::F16, "f16"), (FloatDType::BF16, "bf16")] {
         convert(&fixtures(), name, dtype, true);
         convert(&at(name), "again", dtype, true);
@@ -180,7 +180,7 @@ fn a_folder_that_does_not_fit_is_not_converted() {
     convert(resampler(1e5).path(), &config(), &target, FloatDType::BF16, true).unwrap();
 }
 
-/// A copy of the fixture with another `hyper_lora_modules.json`.
+/// Copies the fixture with another `hyper_lora_modules.json`.
 fn with_modules(json: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for stem in FILES {
@@ -256,7 +256,7 @@ fn a_folder_that_does_not_fit_is_one_clear_error() {
     assert!(load(incomplete.path(), &config(), &sites()).contains("resampler.safetensors"));
 }
 
-/// `alpha / rank * up @ down` of one linear of a kohya file, `[out, in]`.
+/// Computes `alpha / rank * up @ down` of one linear of a kohya file, `[out, in]`.
 fn effect(file: &Weights, name: &str, rank: usize, input: usize, output: usize) -> Tensor<2> {
     let alpha = tensors(file.path())[&format!("{name}.alpha")].as_slice().try_into().map(f32::from_le_bytes).unwrap();
     let file = file.at("");

@@ -1,9 +1,9 @@
-//! Imports run one way: a module uses only what stands above it in `lib.rs`.
+//! Imports run one way: a module uses only modules listed above it in `lib.rs`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Top-level modules in the order in which they may be used: the order of `lib.rs`.
+/// Top-level modules in the order of `lib.rs`, in which they may be used.
 fn order(lib: &str) -> Vec<&str> {
     lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect()
 }
@@ -19,7 +19,7 @@ fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The top-level module named by each `crate::` path of a source text.
+/// Iterates over the top-level module of each `crate::` path in a source text.
 fn used(source: &str) -> impl Iterator<Item = &str> {
     source
         .lines()
@@ -28,7 +28,7 @@ fn used(source: &str) -> impl Iterator<Item = &str> {
         .map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default())
 }
 
-/// `file uses later` for every import against the order.
+/// Lists `file uses later` for every import against the order.
 fn upward_imports(src: &Path) -> Vec<String> {
     let lib = fs::read_to_string(src.join("lib.rs")).unwrap();
     let order = order(&lib);

@@ -1,4 +1,4 @@
-//! The parts of the library, each by itself.
+//! Tests of the library's modules, each by itself.
 #![expect(clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod checkpoint;

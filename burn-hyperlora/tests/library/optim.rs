@@ -1,4 +1,5 @@
-//! AdamW, clipping and schedule against `torch.optim` (fixture: `ci/parity/optim_fixtures.py`), and its restored state.
+//! AdamW, clipping and learning rate schedule against `torch.optim` (fixture: `ci/parity/optim_fixtures.py`), and
+//! restored state.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -14,7 +15,7 @@ use safetensors::SafeTensors;
 
 const STEPS: usize = 20;
 
-/// The fixture's tensors, flat.
+/// Reads the fixture's tensors, flat.
 fn fixture() -> BTreeMap<String, Vec<f32>> {
     let path = hyperlora_testing::fixture("adamw.safetensors");
     let bytes = std::fs::read(path).unwrap();
@@ -43,7 +44,7 @@ fn linear(fixture: &BTreeMap<String, Vec<f32>>) -> Linear {
     linear
 }
 
-/// Row `step` of a recorded tensor.
+/// Returns row `step` of a recorded tensor.
 fn row<'a>(fixture: &'a BTreeMap<String, Vec<f32>>, name: &str, step: usize) -> &'a [f32] {
     let all = &fixture[name];
     let width = all.len() / STEPS;
@@ -72,7 +73,7 @@ fn moments(optimizer: &Optimizer) -> BTreeMap<String, TensorData> {
     pieces.into_iter().map(|(name, moment)| (name, moment.into_data())).collect()
 }
 
-/// Takes up a state whose moments are all in memory.
+/// Restores a state whose moments are all in memory.
 fn restore(
     optimizer: &mut Optimizer,
     module: &Linear,
@@ -101,7 +102,7 @@ fn values(linear: &Linear) -> [Vec<f32>; 2] {
     ]
 }
 
-/// Steps `range` of the fixture's run.
+/// Runs steps `range` of the fixture's run.
 fn run(
     fixture: &BTreeMap<String, Vec<f32>>,
     mut linear: Linear,
@@ -220,7 +221,7 @@ fn clipping_scales_the_whole_vector_and_bad_numbers_show_in_the_norm() {
     };
     let (before, full) = norm_after(2.0, None);
     assert!((before - (12.0_f64 * 9.0 + 4.0 * 4.0).sqrt()).abs() < 1e-5);
-    // A limit above the norm changes nothing; below it, the first moments shrink by the same factor everywhere.
+    // A limit above the norm changes nothing; below it, all first moments shrink by the same factor.
     assert_eq!(norm_after(2.0, Some(before * 1.01)).1, full);
     for (clipped, full) in norm_after(2.0, Some(before / 10.0)).1.iter().zip(&full) {
         assert!((clipped * 10.0 - full).abs() < 1e-6 && *full != 0.0, "{clipped} {full}");
@@ -228,7 +229,7 @@ fn clipping_scales_the_whole_vector_and_bad_numbers_show_in_the_norm() {
     assert!([f32::NAN, f32::INFINITY].into_iter().all(|bad| !norm_after(bad, None).0.is_finite()));
 }
 
-/// The first moments after one step: a fixed fraction of the gradients that came through.
+/// Returns the first moments after one step: a fixed fraction of the clipped gradients.
 fn optimizer_step(linear: &Linear, gradients: ReducedGradients) -> Vec<f32> {
     let mut optimizer = optimizer(linear);
     optimizer.step(&mut linear.clone(), gradients, 0.0, &WorldOfOne::new()).unwrap();
@@ -236,7 +237,7 @@ fn optimizer_step(linear: &Linear, gradients: ReducedGradients) -> Vec<f32> {
     first.flat_map(|(_, moment)| moment.try_to_vec::<f32>().unwrap()).collect()
 }
 
-/// Rank 1 of two that got the same gradients, and added them up in another order: rank 0 found another norm.
+/// Rank 1 of two with the same gradients. They were summed in another order, so the main rank found another norm.
 struct SecondOfTwo {
     square_of_the_first: f64,
 }
@@ -291,7 +292,8 @@ fn all_ranks_clip_by_the_same_norm() {
         optimizer.accumulate(gradients).unwrap();
         optimizer.reduce(&world).unwrap().norm
     };
-    // Each has all gradients: the first's word counts. Each has half of them, eight numbers: the halves add up.
+    // With all gradients on each rank, the main rank's norm counts. With half of them (eight numbers) on each, the
+    // halves add up.
     assert_eq!(norm(false), 20.0);
     assert_eq!(norm(true), (400.0_f64 + 8.0 * 9.0).sqrt());
 }

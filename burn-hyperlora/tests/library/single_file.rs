@@ -1,5 +1,5 @@
-//! A single-file checkpoint in Stability naming is the same base as the pipeline folder it was made from, and what is no
-//! such checkpoint is one clear error.
+//! A single-file checkpoint in Stability naming equals the pipeline folder that it was made from, and any other file is
+//! one clear error.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -35,7 +35,7 @@ fn load(path: &Path, config: Option<&Path>) -> hyperlora_core::Result<Base> {
     Base::load_for_drawing(&config, Path::new(""), &device())
 }
 
-/// What UNet, text encoders and autoencoder make of the same input.
+/// Computes the outputs of UNet, text encoders and autoencoder for the same input.
 fn outputs(base: &Base) -> Vec<TensorData> {
     let numbers = |count: usize| (0..count).map(|index| (index as f32 * 0.7).sin()).collect::<Vec<_>>();
     let latents = Tensor::<4>::from_data(TensorData::new(numbers(4 * 64), [1, 4, 8, 8]), &device());
@@ -102,7 +102,7 @@ fn what_nothing_needs_is_passed_over() {
     let single = load(&path, Some(&quickstart_base())).unwrap();
     assert!(outputs(&load(&quickstart_base(), None).unwrap()) == outputs(&single));
 
-    // Names that only look like those.
+    // Names that only resemble the unused keys.
     for key in [
         "first_stage_model.losses.weight",
         "conditioner.embedders.1.model.attn_masks",
@@ -195,8 +195,8 @@ fn broken_files_are_refused() {
         (b"\x80\x02ccollections".to_vec(), "a Python pickle"),
         (b"PK\x03\x04archive/data.pkl".to_vec(), "a PyTorch pickle"),
         (b"<!DOCTYPE html><html>Sign in".to_vec(), "a web page"),
-        (bytes[..bytes.len() - 5].to_vec(), "its header tells of"),
-        (lying("\"data_offsets\":[0,", "\"data_offsets\":[4,"), "header that does not hold"),
+        (bytes[..bytes.len() - 5].to_vec(), "its header describes"),
+        (lying("\"data_offsets\":[0,", "\"data_offsets\":[4,"), "invalid header"),
         (bytes[..6].to_vec(), "ends after 6 bytes"),
     ] {
         fs::write(&path, content).unwrap();
@@ -216,7 +216,7 @@ fn options_that_do_not_go_with_the_layout_are_refused() {
     };
     assert!(problem(&path, Some("fp16"), None).contains("is a single file"));
     assert!(problem(&folder, Some("fp16"), None).contains("no weights of the variant fp16"));
-    assert!(problem(&folder, None, Some(&folder)).contains("configs of its own"));
+    assert!(problem(&folder, None, Some(&folder)).contains("its own configs"));
     assert!(problem(path.parent().unwrap(), None, None).contains("no folder `unet`"));
     let config = BaseConfig::new(ConfigPath::new(&path));
     let message = config.image_encoder_folder(Path::new("")).unwrap_err().to_string();
@@ -271,7 +271,7 @@ fn loras_are_merged_into_a_single_file() {
     let message = merge(&source(), &updates, &path).unwrap_err().to_string();
     assert!(message.contains("is the input"), "{message}");
 
-    // A hash of the tensors that were is no hash of those that are; all else that is told stays.
+    // Hashes of the old tensors are dropped; all other metadata stays.
     let notes = [("modelspec.hash_sha256", "0x00"), ("modelspec.title", "a base"), ("sshs_model_hash", "00")];
     let notes = notes.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
     save_with_metadata(&path, notes, stability()).unwrap();

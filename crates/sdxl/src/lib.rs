@@ -1,4 +1,4 @@
-//! Stable Diffusion XL on Burn, in the names of diffusers: models, schedulers, weights on disk, and LoRAs.
+//! Stable Diffusion XL on Burn, with diffusers names: models, schedulers, weights on disk, and LoRAs.
 //!
 //! Start with [`source::BaseSource`], which opens a base model from a diffusers folder or a single file, and
 //! [`models::unet::UNet2DConditionModel`], which takes a LoRA per sample.

@@ -1,9 +1,9 @@
-//! How much memory the UNet's activations take in a training pass, from its config alone.
+//! Memory of the UNet's activations in a training pass, from its config alone.
 //!
-//! What is counted is the peak between the start of the forward pass and the last LoRA gradient, weights and LoRA not included.
-//! The factors below count tensors of a layer's own size; they were read off an allocator on the CPU backend at several sizes of a
-//! narrow SDXL and hold there within [`TOLERANCE`]; docs/design/numerics.md compares them with the full width. What GPU backends
-//! keep was not measured.
+//! The estimate is the peak between the start of the forward pass and the last LoRA gradient, without weights and LoRA.
+//! The factors below count tensors of a layer's own size. They were measured with an allocator on the CPU backend at
+//! several sizes of a narrow SDXL and hold there within [`TOLERANCE`]; docs/design/numerics.md compares them with the
+//! full width. GPU backends were not measured.
 
 use burn::tensor::FloatDType;
 
@@ -11,43 +11,44 @@ use crate::models::attention::QUERY_CHUNK;
 use crate::models::unet::config::UNet2DConditionConfig;
 use crate::models::unet::layout::{LayerKind, LayerPlan, Op, layout};
 
-/// How far the formula may be from a measured peak on a narrow SDXL, relative: at small sizes the peak moves with what the CPU
-/// backend's threads happen to hold at once.
+/// Relative error limit of the formula against a measured peak on a narrow SDXL. At small sizes the peak varies with
+/// what the CPU backend's threads hold at the same time.
 pub const TOLERANCE: f64 = 0.25;
 
-/// Tokens of a prompt.
+/// Tokens per prompt.
 const PROMPT_TOKENS: u64 = 77;
 
-/// Bytes of f32: of scores, of norms inside, and of what the CPU backend computes in.
+/// Bytes of an f32: type of scores, of norms inside, and of the CPU backend's arithmetic.
 const F32: u64 = 4;
 
-/// Pixels that the CPU backend unfolds at a time for a convolution: two threads' tiles of 512.
+/// Pixels that the CPU backend unfolds at a time for a convolution: two threads with tiles of 512.
 const UNFOLDED_PIXELS: u64 = 1024;
 
-/// Matrices of `queries x keys` that an attention has at its peak: probabilities and their gradient, and one that is being made.
+/// Matrices of `queries x keys` at the peak of an attention: probabilities, their gradient, and one under construction.
 const SCORES: u64 = 3;
 
-/// How many tensors of its own size a layer has alive: backwards, and (`kept`) between forward and backward.
+/// Number of tensors of its own size that a layer holds: in its backward pass, and (`kept`) between forward and
+/// backward.
 struct Factors {
     /// Bytes of one number.
     bytes: u64,
-    /// Of all channels in and out.
+    /// Tensors of all input and output channels.
     resnet: u64,
     resnet_kept: u64,
-    /// Of the tokens, while the feed-forward is differentiated.
+    /// Tensors of the tokens' size while the feed-forward is differentiated.
     feed_forward: u64,
-    /// Of the tokens, while scores are.
+    /// Tensors of the tokens' size while the scores are differentiated.
     attention: u64,
     transformer_kept: u64,
-    /// Of the input.
+    /// Tensors of the input's size.
     projection: u64,
     projection_kept: u64,
-    /// Of the output.
+    /// Tensors of the output's size.
     upsample: u64,
-    /// Of the input.
+    /// Tensors of the input's size.
     out: u64,
     out_kept: u64,
-    /// Copies in f32 of a convolution's weights.
+    /// Copies of a convolution's weights in f32.
     kernels: u64,
 }
 
@@ -66,7 +67,7 @@ const IN_F32: Factors = Factors {
     kernels: 1,
 };
 
-/// More tensors of half the size: norms are f32 inside, and both types are there where one becomes the other.
+/// Factors in bf16: more tensors, of half the size. Norms are f32 inside, and at each conversion both types exist.
 const IN_BF16: Factors = Factors {
     bytes: 2,
     resnet: 8,
@@ -82,10 +83,11 @@ const IN_BF16: Factors = Factors {
     kernels: 2,
 };
 
-/// Peak bytes of activations for a micro-batch of latents of `latents` height and width, with a LoRA on every attention.
+/// Estimates the peak activation memory in bytes for a micro-batch of latents of `latents` height and width, with a
+/// LoRA on every attention.
 ///
-/// With `recompute`, the inputs of all layers from the first transformer layer on are kept; the reverse pass adds the
-/// gradients of skips that wait for their layer, and what the layer at hand needs:
+/// With `recompute`, the inputs of all layers from the first transformer layer on are kept. The backward pass adds the
+/// gradients of skips that wait for their layer, and the memory that the current layer needs:
 ///
 /// ```text
 /// peak                  = max over layers (inputs kept up to it + waiting gradients + its work)
@@ -95,8 +97,8 @@ const IN_BF16: Factors = Factors {
 /// unfolded              = 9 c_in min(pixels, 1024) + 9 c_in c_out, always f32
 /// ```
 ///
-/// Without it everything is kept: `5 (c_in + c_out) pixels` of a resnet, `24 x + 3 scores` and the prompt's
-/// keys and values of a transformer layer, whose scores are those of all queries and both attentions at once. In bf16 the
+/// Without `recompute`, everything is kept: `5 (c_in + c_out) pixels` of a resnet; `24 x + 3 scores` and the prompt's
+/// keys and values of a transformer layer, with the scores of all queries and both attentions at once. In bf16 the
 /// factors are 8, 58 and 20; 6 and 32; and `9 c_in c_out` counts twice.
 pub fn activation_bytes(
     config: &UNet2DConditionConfig,
@@ -148,12 +150,12 @@ impl Sizes {
         peak
     }
 
-    /// Of the whole micro-batch.
+    /// Pixels of the whole micro-batch.
     fn pixels(&self, level: usize) -> u64 {
         self.batch * self.latents.map(|side| side.div_ceil(1 << level) as u64).iter().product::<u64>()
     }
 
-    /// Bytes of a layer's input.
+    /// Size of a layer's input in bytes.
     fn input(&self, layer: &LayerPlan) -> u64 {
         let channels = match layer.kind {
             LayerKind::Conv { channels: [input, _], .. }
@@ -167,7 +169,7 @@ impl Sizes {
         self.factors.bytes * self.pixels(layer.level) * channels as u64
     }
 
-    /// Bytes alive while a layer is differentiated by itself.
+    /// Bytes in use while a layer is differentiated by itself.
     fn work(&self, layer: &LayerPlan) -> u64 {
         let Factors { bytes, .. } = self.factors;
         let (input, pixels) = (self.input(layer), self.pixels(layer.level));
@@ -212,8 +214,8 @@ impl Sizes {
         }
     }
 
-    /// What the CPU backend unfolds for a 3x3 convolution, and its copies of the weights: in the order that a product wants, and
-    /// of bf16 in f32 before.
+    /// Bytes that the CPU backend unfolds for a 3x3 convolution, plus its copies of the weights: one in the order for a
+    /// matrix product and, for bf16, one in f32 before that.
     fn unfolded(&self, [input, output]: [usize; 2], pixels: u64) -> u64 {
         F32 * 9 * input as u64 * (pixels.min(UNFOLDED_PIXELS) + self.factors.kernels * output as u64)
     }

@@ -1,4 +1,4 @@
-//! Drawing pictures with the base and a LoRA (diffusers `StableDiffusionXLPipeline`).
+//! Generates pictures with the base and a LoRA (diffusers `StableDiffusionXLPipeline`).
 
 use std::io::Cursor;
 use std::path::Path;
@@ -19,47 +19,47 @@ use crate::models::vae::AutoencoderKl;
 use crate::scheduler::{NoiseSampler, NoiseSchedule, SamplerKind};
 use crate::text::PromptStates;
 
-/// Endings of pictures' names, and what is written under them; WebP without loss.
+/// Picture file extensions and their formats; WebP is lossless.
 const FORMATS: [(&str, ImageFormat); 4] =
     [("png", ImageFormat::Png), ("jpg", ImageFormat::Jpeg), ("jpeg", ImageFormat::Jpeg), ("webp", ImageFormat::WebP)];
 
-/// Of 100: what the eye does not tell from the original.
+/// JPEG quality out of 100, visually lossless.
 const JPEG_QUALITY: u8 = 95;
 
-/// How pictures are drawn.
+/// Sampling settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SampleConfig {
-    /// Steps from noise to picture.
+    /// Number of steps from noise to picture.
     pub steps: usize,
-    /// What makes them; the base's own sampler where left out.
+    /// Sampler; defaults to the base's own.
     pub sampler: Option<SamplerKind>,
-    /// Classifier-free guidance; 1 and below draw without the negative prompt.
+    /// Classifier-free guidance scale. At 1 and below, the negative prompt is unused.
     pub guidance: f64,
     /// Height of a picture in pixels, a multiple of the autoencoder's factor.
     pub height: usize,
     /// Width of a picture in pixels, a multiple of the autoencoder's factor.
     pub width: usize,
-    /// Of the initial noise.
+    /// Seed of the initial noise.
     pub seed: u64,
-    /// Which training photo the UNet shall think of.
+    /// Photo size and crop that SDXL is conditioned on.
     pub photo: PhotoSize,
 }
 
-/// What SDXL is told of the photo that a picture could have been cut from (arXiv 2307.01952, section 2.2), in pixels.
+/// Photo size and crop that SDXL is conditioned on (arXiv 2307.01952, section 2.2), in pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PhotoSize {
-    /// Height and width before scaling; the picture's own where left out.
+    /// Height and width before scaling; defaults to the picture's own.
     pub original: Option<[u32; 2]>,
-    /// Top and left of the cut.
+    /// Top and left of the crop.
     pub crop: [u32; 2],
-    /// Height and width to train for; the picture's own where left out.
+    /// Target height and width; defaults to the picture's own.
     pub target: Option<[u32; 2]>,
 }
 
 impl PhotoSize {
-    /// The six numbers that the UNet is given for a picture of this height and width.
+    /// Time ids of a picture of this height and width.
     fn time_ids(&self, height: usize, width: usize) -> [f32; 6] {
         let own = [height as u32, width as u32];
         let [original, target] = [self.original, self.target].map(|size| size.unwrap_or(own));
@@ -81,31 +81,31 @@ impl Default for SampleConfig {
     }
 }
 
-/// The parts of a base that draw.
+/// Components of a base that generate pictures.
 #[derive(Debug, Clone, Copy)]
 pub struct Sampler<'a> {
     /// The denoiser.
     pub unet: &'a UNet2DConditionModel,
-    /// Turns latents into pictures.
+    /// The autoencoder, which decodes latents to pictures.
     pub vae: &'a AutoencoderKl,
-    /// What the denoiser was trained on.
+    /// Noise schedule that the denoiser was trained with.
     pub schedule: &'a NoiseSchedule,
 }
 
-/// Drawn pictures, in the order of their prompts.
+/// Generated pictures, in prompt order.
 #[derive(Debug, Clone)]
 pub struct Drawing {
-    /// The final scaled latents, `[B, C, h, w]`.
+    /// Final scaled latents, `[B, C, h, w]`.
     pub latents: Tensor<4>,
-    /// The same, decoded.
+    /// Decoded latents.
     pub images: Vec<RgbImage>,
 }
 
 impl Sampler<'_> {
-    /// Standard normal noise `[count, C, h, w]`. Picture `i` gets the same noise whatever the count.
+    /// Generates standard normal noise `[count, C, h, w]`. Picture `i` gets the same noise for any count.
     ///
     /// # Errors
-    /// Input when the size is no multiple of the autoencoder's factor.
+    /// Input: the size is not a multiple of the autoencoder's factor.
     pub fn initial_latents(&self, config: &SampleConfig, count: usize, device: &Device) -> Result<Tensor<4>> {
         let shape = self.latent_shape(config, count)?;
         let per_picture = shape[1] * shape[2] * shape[3];
@@ -118,14 +118,14 @@ impl Sampler<'_> {
         Ok(Tensor::from_data(TensorData::new(values, shape), device))
     }
 
-    /// Draws one picture per row of `prompt`, starting from standard normal `initial` latents of the shape that
-    /// [`initial_latents`](Self::initial_latents) gives.
+    /// Generates one picture per row of `prompt` from standard normal `initial` latents with the shape of
+    /// [`initial_latents`](Self::initial_latents).
     ///
-    /// `lora` holds one update for all pictures or one for each; it is on for both prompts. `progress` hears of every
-    /// finished step.
+    /// `lora` holds one update for all pictures or one for each; it applies to both prompts. `progress` is called after
+    /// every step.
     ///
     /// # Errors
-    /// Input when the shapes of config, latents, prompts and LoRA do not agree, or the steps are too few or too many.
+    /// Input: shapes of config, latents, prompts and LoRA do not agree, or there are too few or too many steps.
     pub fn draw(
         &self,
         config: &SampleConfig,
@@ -148,7 +148,7 @@ impl Sampler<'_> {
         lora: Option<&LoraWeights>,
         mut progress: impl FnMut(usize),
     ) -> Result<Tensor<4>> {
-        // 1. What does not change from step to step: the negative prompt's half comes first.
+        // 1. Prepare what is constant over the steps, with the negative prompt's half first.
         let [count, ..] = initial.dims();
         self.check(config, &initial, [prompt, negative], lora)?;
         let device = initial.device();
@@ -160,7 +160,7 @@ impl Sampler<'_> {
         let time_ids = Tensor::<2>::from_data([config.photo.time_ids(config.height, config.width)], &device);
         let time_ids = time_ids.repeat_dim(0, halves * count);
         let lora = lora.map(|lora| for_batch(lora, count, halves));
-        // 2. Steps from noise to latents.
+        // 2. Step from noise to latents.
         let mut sampler = NoiseSampler::new(self.schedule, config.sampler, config.steps)?;
         let mut latents = initial * sampler.init_noise_sigma();
         for (step, timestep) in sampler.timesteps().to_vec().into_iter().enumerate() {
@@ -183,10 +183,10 @@ impl Sampler<'_> {
         Ok(latents)
     }
 
-    /// Decodes scaled latents `[B, C, h, w]` to pictures, one at a time to spare memory.
+    /// Decodes scaled latents `[B, C, h, w]` to pictures, one at a time to save memory.
     ///
     /// # Errors
-    /// Fault when the device does not give the pixels back.
+    /// Fault: the device fails to return the pixels.
     pub fn decode(&self, latents: Tensor<4>) -> Result<Vec<RgbImage>> {
         latents.split(1, 0).into_iter().map(|one| to_picture(self.vae.decode(one))).collect()
     }
@@ -195,7 +195,7 @@ impl Sampler<'_> {
         let factor = self.vae.config().factor();
         for (key, side) in [("height", config.height), ("width", config.width)] {
             if side == 0 || !side.is_multiple_of(factor) {
-                let problem = format!("{side} is no multiple of {factor}");
+                let problem = format!("{side} is not a multiple of {factor}");
                 return Err(Error::input(key, problem, "choose a size that the autoencoder's factor divides"));
             }
         }
@@ -213,7 +213,7 @@ impl Sampler<'_> {
         let expected = self.latent_shape(config, count)?;
         if initial.dims() != expected || count == 0 {
             let problem = format!("shape {:?}, expected {expected:?}", initial.dims());
-            return Err(Error::input("initial latents", problem, "make them for the height and width asked for"));
+            return Err(Error::input("initial latents", problem, "make them for the given height and width"));
         }
         if let Some(other) = prompts.map(|p| p.prompt_embeds.dims()[0]).into_iter().find(|&rows| rows != count) {
             let problem = format!("{other} prompts for {count} pictures");
@@ -228,7 +228,7 @@ impl Sampler<'_> {
     }
 }
 
-/// The LoRA of every row of a batch: of `count` pictures, `halves` times.
+/// Repeats the LoRA for each row of a batch: `count` pictures, `halves` times.
 fn for_batch(lora: &LoraWeights, count: usize, halves: usize) -> LoraWeights {
     lora.clone().map(|tensor| {
         let times = if tensor.dims()[0] == count { halves } else { halves * count };
@@ -236,7 +236,7 @@ fn for_batch(lora: &LoraWeights, count: usize, halves: usize) -> LoraWeights {
     })
 }
 
-/// Pictures of one size in rows and columns; short rows end in black.
+/// Arranges pictures of equal size in rows and columns; short rows end in black.
 pub fn tile<Row: AsRef<[RgbImage]>>(rows: &[Row]) -> RgbImage {
     let (width, height) = rows.first().and_then(|row| row.as_ref().first()).map_or((1, 1), RgbImage::dimensions);
     let columns = rows.iter().map(|row| row.as_ref().len()).max().unwrap_or(0) as u32;
@@ -249,10 +249,10 @@ pub fn tile<Row: AsRef<[RgbImage]>>(rows: &[Row]) -> RgbImage {
     grid
 }
 
-/// The format that the name of a picture's file asks for: PNG where it asks for none.
+/// Picture format of a file name; PNG without an extension.
 ///
 /// # Errors
-/// Input for the ending of any other format.
+/// Input: the extension belongs to another format.
 pub fn picture_format(path: &Path) -> Result<ImageFormat> {
     let Some(ending) = path.extension() else { return Ok(ImageFormat::Png) };
     let ending = ending.to_string_lossy().to_lowercase();
@@ -262,18 +262,17 @@ pub fn picture_format(path: &Path) -> Result<ImageFormat> {
             let known = FORMATS.map(|(known, _)| format!(".{known}")).join(", ");
             Err(Error::file(
                 path,
-                format!("no picture is written as .{ending}"),
+                format!("pictures cannot be written as .{ending}"),
                 format!("end the name in one of {known}"),
             ))
         }
     }
 }
 
-/// Writes a picture in a format that [`picture_format`] told, whole or not at all.
+/// Writes a picture atomically, in a format from [`picture_format`].
 ///
 /// # Errors
-/// Input for a place that cannot be written to and for a picture that is too large for the format, Disk for a full or
-/// failing disk.
+/// Input: the path is not writable, or the picture is too large for the format; Disk: the disk is full or failing.
 pub fn write_picture(path: &Path, picture: &RgbImage, format: ImageFormat) -> Result<()> {
     let mut file = Cursor::new(Vec::new());
     let encoded = match format {
@@ -284,7 +283,7 @@ pub fn write_picture(path: &Path, picture: &RgbImage, format: ImageFormat) -> Re
     write_whole(path, file.get_ref())
 }
 
-/// An RGB picture of `image`, `[1, 3, H, W]` in -1..1; what lies outside is clamped.
+/// Converts `image`, `[1, 3, H, W]` in -1..1, to an RGB picture; values outside are clamped.
 fn to_picture(image: Tensor<4>) -> Result<RgbImage> {
     let [_, _, height, width] = image.dims();
     let levels = ((image / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).permute([0, 2, 3, 1]);

@@ -1,4 +1,4 @@
-//! Both text encoders and their tokenizers as one: prompts to what the UNet is conditioned on.
+//! Both SDXL text encoders with their tokenizers: prompts to UNet conditions.
 
 use std::path::Path;
 
@@ -12,18 +12,18 @@ use crate::tokenizer::{ClipTokenizer, PROMPT_TOKENS, TEXT_TOKENS};
 /// Encoded prompts.
 #[derive(Debug, Clone)]
 pub struct PromptStates {
-    /// `[B, 77, C1 + C2]`: the penultimate states of both encoders side by side.
+    /// Prompt embeddings, `[B, 77, C1 + C2]`: penultimate states of both encoders, concatenated.
     pub prompt_embeds: Tensor<3>,
-    /// `[B, P]`: the pooled output of the second encoder.
+    /// Pooled output of the second encoder, `[B, P]`.
     pub pooled: Tensor<2>,
 }
 
-/// The text side of an SDXL base.
+/// Tokenizers and text encoders of an SDXL base.
 #[derive(Debug)]
 pub struct TextEncoders {
     tokenizers: [ClipTokenizer; 2],
     encoders: [ClipTextModel; 2],
-    /// Whether zeros stand for the empty negative prompt, instead of its states.
+    /// Zeros, not the empty prompt's states, replace an empty negative prompt.
     zeros_for_empty: bool,
 }
 
@@ -31,15 +31,15 @@ impl TextEncoders {
     /// Loads `tokenizer`, `tokenizer_2`, `text_encoder` and `text_encoder_2` of a base in diffusers layout.
     ///
     /// # Errors
-    /// Input when one of them is missing, broken or not supported, or when they do not fit each other.
+    /// Input: one of them is missing, broken or not supported, or they do not fit each other.
     pub fn load(base: &Path, device: &Device) -> Result<Self> {
         Self::open(&BaseSource::folder(base, None), device)
     }
 
-    /// Loads the text side of a base in either layout.
+    /// Loads the text encoders of a base in either layout.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// Same as [`load`](Self::load).
     pub fn open(base: &BaseSource, device: &Device) -> Result<Self> {
         const PARTS: [Part; 2] = [Part::TextEncoder, Part::TextEncoder2];
         let configs = [base.config(PARTS[0])?, base.config(PARTS[1])?];
@@ -83,11 +83,11 @@ impl TextEncoders {
         (context, self.encoders[1].config().projection_dim)
     }
 
-    /// What stands beside `prompt` where nothing is to be avoided: what the base was trained with in place of a prompt,
-    /// zeros or the states of the empty prompt (`force_zeros_for_empty_prompt` of its `model_index.json`).
+    /// Negative prompt when the user gives none. It is what the base was trained with for a missing prompt: zeros or
+    /// the states of the empty prompt (`force_zeros_for_empty_prompt` of its `model_index.json`).
     ///
     /// # Errors
-    /// As [`encode`](Self::encode).
+    /// Same as [`encode`](Self::encode).
     pub fn negative(&self, prompt: &PromptStates) -> Result<PromptStates> {
         let PromptStates { prompt_embeds, pooled } = prompt;
         if self.zeros_for_empty {
@@ -101,18 +101,18 @@ impl TextEncoders {
         })
     }
 
-    /// Tokens at the end of `prompt` that neither encoder is given.
+    /// Counts the tokens at the end of `prompt` that the encoders cut off.
     ///
     /// # Errors
-    /// As [`encode`](Self::encode).
+    /// Same as [`encode`](Self::encode).
     pub fn surplus(&self, prompt: &str) -> Result<usize> {
         surplus(&self.tokenizers, prompt)
     }
 
-    /// [`encode`](Self::encode) for one prompt of the user, with a warning where its end is left out; `name` tells which.
+    /// Encodes one prompt of the user like [`encode`](Self::encode), with a warning that names it if it is cut off.
     ///
     /// # Errors
-    /// As [`encode`](Self::encode).
+    /// Same as [`encode`](Self::encode).
     pub fn encode_and_warn(&self, name: &str, prompt: &str) -> Result<PromptStates> {
         let surplus = self.surplus(prompt)?;
         if surplus > 0 {
@@ -124,7 +124,7 @@ impl TextEncoders {
     /// Encodes prompts as the SDXL pipeline of diffusers does (clip skip 2).
     ///
     /// # Errors
-    /// Fault when a prompt cannot be tokenised, or when there is none.
+    /// Fault: a prompt cannot be tokenised, or there is none.
     pub fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<PromptStates> {
         let mut states = Vec::with_capacity(2);
         let mut pooled = None;
@@ -139,10 +139,10 @@ impl TextEncoders {
     }
 }
 
-/// Tokens of `prompt` beyond those that the encoders take.
+/// Counts the tokens of `prompt` beyond the encoders' limit.
 ///
 /// # Errors
-/// Fault when the prompt cannot be tokenised.
+/// Fault: the prompt cannot be tokenised.
 pub fn surplus(tokenizers: &[ClipTokenizer; 2], prompt: &str) -> Result<usize> {
     let counts = [tokenizers[0].count(prompt)?, tokenizers[1].count(prompt)?];
     Ok(counts.into_iter().max().unwrap_or(0).saturating_sub(TEXT_TOKENS))

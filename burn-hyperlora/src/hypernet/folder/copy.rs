@@ -1,4 +1,4 @@
-//! Files of a released folder in host memory, to be written later and elsewhere.
+//! Files of a released folder in host memory, so that they can be written later.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +17,7 @@ use crate::hypernet::parameters::ParameterVisitor;
 
 /// A file of the released folder, copied to host memory.
 pub struct FolderFile {
-    /// Its name in the folder.
+    /// Name of the file in the folder.
     pub name: String,
     content: Content,
 }
@@ -29,10 +29,10 @@ enum Content {
 }
 
 impl FolderFile {
-    /// Writes it as `path`, whole or not at all.
+    /// Writes the file to `path` atomically.
     ///
     /// # Errors
-    /// Input for a place that cannot be written to, Disk for a full or failing disk.
+    /// Input: the path is not writable; Disk: the disk is full or failing.
     pub fn write(self, path: &Path) -> Result<()> {
         match self.content {
             Content::Sites(sites) => write_sites(path, &sites),
@@ -43,12 +43,12 @@ impl FolderFile {
 }
 
 impl HyperLora {
-    /// Copies what part `part` of `parts`, counted from 0, writes of the released folder. A part alone writes the files of
-    /// [`save`](Self::save), byte for byte. Of several, each writes a shard of the bases, all of about the same size, and the
-    /// other files go round.
+    /// Copies the share of part `part` of `parts`, counted from 0, of the released folder. A single part equals the
+    /// files of [`save`](Self::save), byte for byte. Of several parts, each holds a shard of the bases, of about equal
+    /// size, and the other files are assigned in turn.
     ///
     /// # Errors
-    /// Fault when the device fails.
+    /// Fault: the device fails.
     pub fn copy_part(&self, dtype: FloatDType, part: usize, parts: usize) -> Result<Vec<FolderFile>> {
         let mut files = Vec::new();
         if part == 0 {
@@ -64,7 +64,7 @@ impl HyperLora {
         Ok(files)
     }
 
-    /// One shard of the bases; part 0 has the index as well.
+    /// Copies one shard of the bases; part 0 includes the index.
     fn copy_shard(&self, dtype: FloatDType, part: usize, parts: usize) -> Result<Vec<FolderFile>> {
         let mut sizes = Sizes(Vec::new());
         self.visit_parameters(&mut sizes);
@@ -99,7 +99,7 @@ impl HyperLora {
     }
 }
 
-/// Numbers of each tensor of the bases.
+/// Number of elements of each basis tensor.
 struct Sizes(Vec<(String, usize)>);
 
 impl ParameterVisitor for Sizes {
@@ -110,7 +110,7 @@ impl ParameterVisitor for Sizes {
     }
 }
 
-/// Copies parameters of one file.
+/// Copies the parameters of one file.
 struct Copier<'a> {
     stem: &'static str,
     dtype: FloatDType,

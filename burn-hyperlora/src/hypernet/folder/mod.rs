@@ -1,14 +1,15 @@
-//! The released folder: one JSON of attention modules and a safetensors file per part.
+//! Released layout: one JSON of attention modules and a safetensors file per part of the hypernetwork.
 //!
 //! ```text
 //! hyper_lora_modules.json          LoRA prefix -> {"hidden_size", "cross_attention_dim"}, in module order
 //! hyper_lora_modules.safetensors   {i}.{to_q|to_k|to_v|to_out}.{id|base}_{down|up}_basis
 //! resampler.safetensors            id_projector.safetensors
-//! base_resampler.safetensors       where there is a Base-LoRA
+//! base_resampler.safetensors       with a Base-LoRA only
 //! ```
 //!
-//! Ranks that write it together divide `hyper_lora_modules.safetensors`, by far the largest, into shards under an index, as
-//! diffusers divides weights. Such a folder is read like any other, and [`whole_files`] are what the released nodes read.
+//! Ranks that write a folder together split `hyper_lora_modules.safetensors`, by far the largest file, into shards with
+//! an index, as diffusers does with weights. Such a folder is read like any other, and [`whole_files`] are the files
+//! that the released nodes read.
 
 mod copy;
 mod modules;
@@ -31,7 +32,7 @@ const RESAMPLER: &str = "resampler";
 const ID_PROJECTOR: &str = "id_projector";
 const BASE_RESAMPLER: &str = "base_resampler";
 
-/// Whether a folder looks like one in the released layout.
+/// Returns true if a folder is in the released layout, judged by its JSON.
 pub fn is_released(folder: &Path) -> bool {
     folder.join(MODULES_JSON).is_file()
 }
@@ -45,7 +46,7 @@ fn file(folder: &Path, stem: &str) -> PathBuf {
     folder.join(format!("{stem}.safetensors"))
 }
 
-/// Where the tensors of a file are to be read: the file, or the index of its shards.
+/// Path to read a file's tensors from: the file, or the index of its shards.
 fn weights_of(folder: &Path, stem: &str) -> PathBuf {
     let index = folder.join(index_name(stem));
     if index.is_file() { index } else { file(folder, stem) }

@@ -1,4 +1,4 @@
-//! The folder's JSON: which attention modules, in which order.
+//! Attention modules of a folder and their order, in JSON.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -14,20 +14,20 @@ use serde_json::{Map, Value};
 
 use super::MODULES_JSON;
 
-/// Largest width of an attention module: a JSON that lies shall not exhaust the memory.
+/// Width limit of an attention module, so that a wrong JSON does not exhaust the memory.
 const LARGEST: usize = 1 << 16;
 
-/// What the JSON says of one attention module.
+/// JSON entry of one attention module.
 #[derive(Debug, Serialize, Deserialize)]
 struct SiteEntry {
     hidden_size: usize,
     cross_attention_dim: Option<usize>,
 }
 
-/// The attention modules that a released folder is for, in its order.
+/// Reads the attention modules of a released folder, in its order.
 ///
 /// # Errors
-/// Input for a missing or broken `hyper_lora_modules.json`.
+/// Input: `hyper_lora_modules.json` is missing or broken.
 pub fn read_sites(folder: &Path) -> Result<Vec<AttentionSite>> {
     let path = folder.join(MODULES_JSON);
     let wrong = |problem: String| Error::file(&path, problem, "give the file that belongs to these weights");
@@ -65,7 +65,7 @@ pub(super) fn write_sites(path: &Path, sites: &[AttentionSite]) -> Result<()> {
     write_whole(path, &serde_json::to_vec_pretty(&entries).map_err(fault)?)
 }
 
-/// For each attention module of the UNet, its place among the folder's.
+/// Index among the folder's attention modules of each module of the UNet.
 pub(super) fn unet_order(folder: &Path, own: &[AttentionSite], unet: &[AttentionSite]) -> Result<Vec<usize>> {
     let wrong = |problem: String| {
         let remedy = "use the base model (or one of its architecture) that this hypernetwork was trained on";
@@ -92,7 +92,7 @@ pub(super) fn unet_order(folder: &Path, own: &[AttentionSite], unet: &[Attention
     unet.iter().map(place).collect()
 }
 
-/// The diffusers path of an attention module by its LoRA prefix in diffusers or Stability naming.
+/// Diffusers path of an attention module, from its LoRA prefix in diffusers or Stability naming.
 fn unet_path(prefix: &str) -> Result<Option<String>> {
     let Some(name) = prefix.strip_prefix("lora_unet_") else { return Ok(None) };
     let path = diffusers_path(Part::Unet, name)?;

@@ -1,4 +1,4 @@
-//! A released folder to a hypernetwork.
+//! Loads a hypernetwork from a folder in the released layout.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,16 +16,16 @@ use crate::hypernet::hyper_lora::HyperLora;
 use crate::hypernet::parameters::ParameterMapper;
 
 impl HyperLora {
-    /// Reads a released folder for a UNet with the attention modules `sites`. Modules may be named in diffusers or in
-    /// Stability naming, and stand in any order; tensors become f32.
+    /// Loads a released folder for a UNet with the attention modules `sites`. Module names may be in diffusers or
+    /// Stability naming and in any order; tensors become f32.
     ///
     /// # Errors
-    /// Input, naming the file and what does not fit, for missing or broken files, modules of another UNet, and tensors
-    /// that do not fit `config`; Disk when reading fails.
+    /// Input, naming the file and the mismatch: files are missing or broken, modules belong to another UNet, or tensors
+    /// do not fit `config`; Disk: a read fails.
     pub fn load(folder: &Path, config: &HyperLoraConfig, sites: &[AttentionSite], device: &Device) -> Result<Self> {
         let own_sites = read_sites(folder)?;
         let unet_order = unet_order(folder, &own_sites, sites)?;
-        // No value of this seed is ever drawn: every parameter is replaced before it is read.
+        // The seed is irrelevant, because every parameter is replaced before its values are drawn.
         let blank = Self { unet_order, ..Self::new(config, &own_sites, 0, device) };
 
         let files = open_all(folder, blank.has_base(), device)?;
@@ -34,11 +34,11 @@ impl HyperLora {
         Ok(loaded)
     }
 
-    /// Puts the LoRAs into the order of a UNet with the attention modules `sites`; `folder` is named where they differ from
-    /// those that it was read for.
+    /// Reorders the LoRAs for a UNet with the attention modules `sites`. If the modules differ, the error names
+    /// `folder`.
     ///
     /// # Errors
-    /// Input where the hypernetwork is for other attention modules.
+    /// Input: the hypernetwork is for other attention modules.
     pub fn order_for(&mut self, folder: &Path, sites: &[AttentionSite]) -> Result<()> {
         self.unet_order = unet_order(folder, &self.sites, sites)?;
         Ok(())
@@ -46,13 +46,13 @@ impl HyperLora {
 }
 
 impl HyperLoraConfig {
-    /// The sizes of the hypernetwork in a released folder. The files do not tell the width of a head: it is given, 64 in
-    /// the released weights.
+    /// Reads the sizes of the hypernetwork in a released folder. The files do not contain the head width, so it is
+    /// given: 64 in the released weights.
     ///
     /// # Errors
-    /// Input for missing or broken files, and for tensors whose shapes are not those of a hypernetwork.
+    /// Input: files are missing or broken, or tensor shapes are not those of a hypernetwork.
     pub fn of_folder(folder: &Path, head_dim: usize) -> Result<Self> {
-        // Only headers are read: where tensors would go does not matter.
+        // Only headers are read, so the device does not matter.
         let device = Device::flex();
         let bases = Weights::open(&weights_of(folder, BASES), &device)?;
         let resampler = Weights::open(&weights_of(folder, RESAMPLER), &device)?;
@@ -63,7 +63,7 @@ impl HyperLoraConfig {
         if head_dim == 0 || !inner.is_multiple_of(head_dim) {
             return Err(Error::file(
                 resampler.path(),
-                format!("has attentions of width {inner}, which is no multiple of the head width {head_dim}"),
+                format!("has attentions of width {inner}, which is not a multiple of the head width {head_dim}"),
                 "give the head width that these weights were trained with (--head-dim; 64 in the released ones)",
             ));
         }
@@ -92,14 +92,14 @@ impl HyperLoraConfig {
     }
 }
 
-/// The files of a folder, by stem.
+/// Files of a folder, by stem.
 pub(super) type OpenFiles = BTreeMap<&'static str, Weights>;
 
 pub(super) fn open_all(folder: &Path, base: bool, device: &Device) -> Result<OpenFiles> {
     stems(base).map(|stem| Ok((stem, Weights::open(&weights_of(folder, stem), device)?))).collect()
 }
 
-/// Ends the loading of all files.
+/// Finishes loading all files and reports problems.
 pub(super) fn finish_all(files: OpenFiles) -> Result<()> {
     let remedy = "give `hyper_lora` the sizes of these weights, or weights of its sizes";
     files.into_values().try_for_each(Weights::finish).map_err(|error| error.with_remedy(remedy))
@@ -111,7 +111,7 @@ fn size(weights: &Weights, key: &str, axis: usize) -> Result<usize> {
     })
 }
 
-/// Puts what the files hold in the place of every parameter.
+/// Replaces every parameter with the tensor in the files.
 struct FromFiles<'a>(&'a OpenFiles);
 
 impl ParameterMapper for FromFiles<'_> {
@@ -121,7 +121,7 @@ impl ParameterMapper for FromFiles<'_> {
         };
         let shape: [usize; D] = parameter.lazy_shape().dims();
         let tensor = match key.strip_suffix(".weight") {
-            // The transpose is made once, here: a view would leave the layout, and with it the rounding, to chance.
+            // Transposing once here fixes the layout. With a view, the layout, and with it the rounding, could vary.
             Some(layer) if D == 2 => weights.at(layer).linear(shape[0], shape[1], false).weight.val().reshape(shape),
             _ => weights.at("").tensor(key, shape),
         };

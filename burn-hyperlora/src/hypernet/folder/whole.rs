@@ -1,4 +1,4 @@
-//! The files of a folder in one piece each, whether several ranks wrote it or one.
+//! Unsharded files of a folder, whether one rank or several wrote it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,17 +12,17 @@ use safetensors::Dtype;
 
 use super::{BASE_RESAMPLER, MODULES_JSON, file, stems, weights_of};
 
-/// A file of a released folder, to be written in one piece.
+/// A file of a released folder, to be written unsharded.
 #[derive(Debug)]
 pub struct WholeFile {
-    /// Its name in the folder.
+    /// Name of the file in the folder.
     pub name: String,
     folder: PathBuf,
-    /// Of a file in shards.
+    /// Stem, if the file is sharded.
     divided: Option<&'static str>,
 }
 
-/// The files of the released folder `folder`, as one process writes them.
+/// Lists the files of the released folder `folder`, as a single process would write them.
 pub fn whole_files(folder: &Path) -> impl Iterator<Item = WholeFile> {
     let of = |name: String, divided| WholeFile { name, folder: folder.into(), divided };
     let modules = of(MODULES_JSON.into(), None);
@@ -35,10 +35,10 @@ pub fn whole_files(folder: &Path) -> impl Iterator<Item = WholeFile> {
 }
 
 impl WholeFile {
-    /// Writes it as `path`, its tensors bit for bit. One tensor is in memory at a time.
+    /// Writes the file to `path` with its tensors unchanged. One tensor is in memory at a time.
     ///
     /// # Errors
-    /// Input for files that are missing or broken and a place that cannot be written to, Disk for a full or failing disk.
+    /// Input: files are missing or broken, or the path is not writable; Disk: the disk is full or failing.
     pub fn write(&self, path: &Path) -> Result<()> {
         let Some(stem) = self.divided else {
             return copy(&self.folder.join(&self.name), path);
@@ -50,11 +50,11 @@ impl WholeFile {
     }
 }
 
-/// The tensors of a file of the folder, or of its shards, as they are stored.
+/// Tensors of a file, or of its shards, as stored.
 pub(super) struct Stored(BTreeMap<String, (Arc<SafetensorsFile>, TensorEntry)>);
 
 impl Stored {
-    /// Reads headers only.
+    /// Opens the file by reading headers only.
     pub(super) fn open(folder: &Path, stem: &str) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for path in Weights::open(&weights_of(folder, stem), &Device::flex())?.files() {
@@ -76,12 +76,12 @@ impl Stored {
         self.of(name)?.0.read_raw(name)
     }
 
-    /// The file that a tensor lies in.
+    /// Path of the file that holds a tensor.
     pub(super) fn path_of(&self, name: &str) -> Result<&Path> {
         Ok(self.of(name)?.0.path())
     }
 
-    /// A tensor in the type of its file.
+    /// Reads a tensor in its stored float type.
     pub(super) fn floats(&self, name: &str) -> Result<TensorData> {
         let (file, entry) = self.of(name)?;
         let dtype = match entry.dtype {

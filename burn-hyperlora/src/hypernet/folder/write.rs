@@ -1,4 +1,4 @@
-//! A hypernetwork, or the folder of one, to a released folder.
+//! Writes a hypernetwork, or converts a folder, to the released layout.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,21 +19,21 @@ use crate::hypernet::hyper_lora::HyperLora;
 use crate::hypernet::parameters::ParameterVisitor;
 
 impl HyperLora {
-    /// Writes the folder `target`, whole or not at all, in the place of one that this program wrote.
+    /// Writes the folder `target` atomically. It may replace a folder that this program wrote.
     ///
     /// # Errors
-    /// Input for a place that cannot be written to, Disk for a full or failing disk, Fault when the device fails.
+    /// Input: the path is not writable; Disk: the disk is full or failing; Fault: the device fails.
     pub fn save(&self, target: &Path, dtype: FloatDType) -> Result<()> {
         let staged = StagedFolder::new(target, Ownership::Marked)?;
         self.save_files(staged.path(), dtype)?;
         staged.commit()
     }
 
-    /// Writes the files of [`save`](Self::save) into a folder that exists. Beside the hypernetwork itself, one tensor is
+    /// Writes the files of [`save`](Self::save) into an existing folder. Besides the hypernetwork itself, one tensor is
     /// in memory at a time.
     ///
     /// # Errors
-    /// As [`save`](Self::save).
+    /// Same as [`save`](Self::save).
     pub fn save_files(&self, folder: &Path, dtype: FloatDType) -> Result<()> {
         write_sites(&folder.join(MODULES_JSON), &self.sites)?;
         let mut parameters = Parameters { dtype, files: Files::new() };
@@ -42,16 +42,16 @@ impl HyperLora {
     }
 }
 
-/// Writes the released folder `source`, of the sizes `config`, as the folder `target` in `dtype`, with or without its
-/// Base-LoRA; whole or not at all. One tensor is in memory at a time. Values that `dtype` can hold keep their bits, and
-/// the modules their order; their names become those of diffusers.
+/// Converts the released folder `source`, with the sizes `config`, to the folder `target` in `dtype`, with or without
+/// its Base-LoRA; atomically. One tensor is in memory at a time. Values that `dtype` can represent keep their bits, and
+/// the modules keep their order; their names become those of diffusers.
 ///
 /// # Errors
-/// Input, naming the file and what does not fit, for missing or broken files, tensors that do not fit `config`, and
-/// values that are not finite, in the file or in `dtype`; Input for a folder that this program did not write; Input or Disk
-/// for a place or disk that cannot be written to.
+/// Input, naming the file and the mismatch: files are missing or broken, tensors do not fit `config`, or values are not
+/// finite, in the file or in `dtype`. Input: this program did not write the existing folder. Input or Disk: the path is
+/// not writable, or the disk is full or failing.
 pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: FloatDType, base: bool) -> Result<()> {
-    // 1. The place, and headers: nothing is read or written for files that do not fit.
+    // 1. Check the target and the headers, so that nothing is read or written for unsuitable files.
     apart(target, [source])?;
     let staged = StagedFolder::new(target, Ownership::Marked)?;
     let sites = read_sites(source)?;
@@ -61,7 +61,7 @@ pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: Fl
     blank.visit_parameters(&mut Shapes(files));
     finish_all(opened)?;
 
-    // 2. Tensor by tensor.
+    // 2. Convert tensor by tensor.
     write_sites(&staged.path().join(MODULES_JSON), &sites)?;
     for stem in stems(base && blank.has_base()) {
         convert_file(Stored::open(source, stem)?, &file(staged.path(), stem), dtype, |key| {
@@ -71,7 +71,7 @@ pub fn convert(source: &Path, config: &HyperLoraConfig, target: &Path, dtype: Fl
     staged.commit()
 }
 
-/// Writes the tensors of `source` that `wanted` names as `target`, in `dtype`.
+/// Writes the tensors of `source` whose keys `wanted` accepts to `target`, in `dtype`.
 fn convert_file(mut source: Stored, target: &Path, dtype: FloatDType, wanted: impl Fn(&str) -> bool) -> Result<()> {
     source.retain(wanted);
     let entries = source.entries().map(|entry| TensorEntry::new(&entry.name, dtype.into(), entry.shape.clone()));
@@ -88,18 +88,18 @@ fn convert_file(mut source: Stored, target: &Path, dtype: FloatDType, wanted: im
     })
 }
 
-/// Tensors to be written, by the file's stem and the key in it.
+/// Tensors to write, by file stem and key.
 type Files = BTreeMap<String, BTreeMap<String, FileTensor>>;
 
 /// One tensor of a file.
 struct FileTensor {
-    /// As the file lays it out.
+    /// Shape in the file's layout.
     shape: Vec<usize>,
-    /// Fetches it from its device, laid out so.
+    /// Copies the bytes from the device, in the file's layout.
     bytes: Box<dyn Fn() -> Result<Bytes>>,
 }
 
-/// Gathers the parameters of a hypernetwork; they stay on their device until they are written.
+/// Collects a hypernetwork's parameters. They stay on their device until they are written.
 struct Parameters {
     dtype: FloatDType,
     files: Files,
@@ -115,7 +115,7 @@ impl ParameterVisitor for Parameters {
     }
 }
 
-/// As the files lay it out, see [`file_shape`].
+/// Converts a tensor to the layout of the files, see [`file_shape`].
 pub(super) fn in_file_layout<const D: usize>(tensor: Tensor<D>, dtype: FloatDType) -> Tensor<D> {
     let tensor = tensor.cast(dtype);
     if D == 2 { tensor.swap_dims(0, 1) } else { tensor }
@@ -129,7 +129,7 @@ fn save_file(path: &Path, tensors: &BTreeMap<String, FileTensor>, dtype: FloatDT
     })
 }
 
-/// Asks the files for all tensors that are not of the shape that a hypernetwork's have, so that they are reported.
+/// Requests every tensor whose shape does not fit the hypernetwork, so that loading reports it.
 struct Shapes<'a>(BTreeMap<&'static str, (&'a Weights, BTreeMap<&'a str, &'a [usize]>)>);
 
 impl ParameterVisitor for Shapes<'_> {
@@ -144,7 +144,7 @@ impl ParameterVisitor for Shapes<'_> {
     }
 }
 
-/// The shape that the files give a parameter: linear weights, the only matrices, are `[out, in]` there.
+/// Shape of a parameter in the files, which store linear weights (the only matrices) as `[out, in]`.
 fn file_shape<const D: usize>(parameter: &Param<Tensor<D>>) -> [usize; D] {
     let mut shape = parameter.lazy_shape().dims();
     if D == 2 {

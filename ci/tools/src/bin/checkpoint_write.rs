@@ -1,5 +1,5 @@
-//! What a checkpoint costs a training: how long a step waits for it, and how fast it reaches the disk, beside plain `dd` of as
-//! many bytes with an fsync in the same folder.
+//! Measures a checkpoint's cost for training: how long a step waits for it, and how fast it is written, compared with
+//! plain `dd` of as many bytes with an fsync in the same folder.
 //!
 //! cargo run -p hyperlora-tools --bin checkpoint_write -- FOLDER SITES ROUNDS
 
@@ -67,7 +67,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// A hypernetwork of the paper's ranks for `sites` wide attentions, its ID-LoRA trained by one step.
+/// Creates a hypernetwork with the paper's ranks for `sites` wide attention modules, its ID-LoRA trained by one step.
 fn learner(sites: usize) -> Result<Learner, Box<dyn Error>> {
     let device = Device::flex().autodiff();
     let sites: Vec<AttentionSite> = (0..sites)
@@ -89,7 +89,7 @@ fn learner(sites: usize) -> Result<Learner, Box<dyn Error>> {
     Ok(Learner { hyper_lora, optimizer })
 }
 
-/// Seconds that `dd` takes for `bytes`.
+/// Measures the seconds that `dd` takes for `bytes`.
 fn dd(path: &Path, bytes: u64) -> Result<f64, Box<dyn Error>> {
     let clock = Instant::now();
     let target = format!("of={}", path.display());

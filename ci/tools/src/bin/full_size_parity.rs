@@ -1,10 +1,10 @@
-//! Computes one part of a base on inputs from a file: our side of `ci/parity/full_size.py`.
+//! Runs one component of a base on inputs from a file: our side of `ci/parity/full_size.py`.
 //!
 //!     cargo run -p hyperlora-tools --bin full_size_parity -- BASE PART CASE OUT f32|bf16
 //!
-//! BASE is a pipeline folder or a single file; PART is `unet`, `vae`, `text_encoder`, `text_encoder_2`, or, in a folder,
-//! `image_encoder`. CASE and OUT are safetensors files with the inputs and the results. The type is that of the UNet; the
-//! other parts compute in f32.
+//! BASE is a pipeline folder or a single file; PART is `unet`, `vae`, `text_encoder`, `text_encoder_2`, or, in a
+//! folder, `image_encoder`. CASE and OUT are safetensors files with the inputs and the results. The float type applies
+//! to the UNet; the other components compute in f32.
 
 use std::path::Path;
 use std::time::Instant;
@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     let dtype = match dtype.as_str() {
         "f32" => FloatDType::F32,
         "bf16" => FloatDType::BF16,
-        other => return Err(usage(&format!("{other} is no type"))),
+        other => return Err(usage(&format!("{other} is not a type"))),
     };
     let (base, device) = (Path::new(base), Device::flex());
     let case = Case { weights: Weights::open(Path::new(case), &device)? };
@@ -97,7 +97,7 @@ fn vision(base: &Path, case: &Case, start: Instant) -> Result<Results> {
     }))
 }
 
-/// Computes, and tells how long that and the loading since `start` took.
+/// Runs `compute` and prints its time, and the time of loading since `start`.
 fn timed(start: Instant, compute: impl FnOnce() -> Results) -> Results {
     let loaded = Instant::now();
     let results = compute();
@@ -110,7 +110,7 @@ fn named<const D: usize>(name: &str, tensor: Tensor<D>) -> (String, TensorData) 
     (name.into(), tensor.into_data())
 }
 
-/// The inputs, and what is expected beside them.
+/// Inputs and expected outputs.
 struct Case {
     weights: Weights,
 }

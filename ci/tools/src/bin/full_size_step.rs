@@ -1,9 +1,9 @@
-//! One training step of the whole ID-LoRA with a UNet of full size, on random conditions, its phases timed:
-//! `cargo run --release -p hyperlora-tools --bin full_size_step -- UNET K PIXELS`.
+//! Times the phases of one training step of the whole ID-LoRA with a UNet of full size, on random conditions: `cargo
+//! run --release -p hyperlora-tools --bin full_size_step -- UNET K PIXELS`.
 //!
-//! The calls are those of `burn_hyperlora::train::step` without the frozen encoders, whose results are random numbers here.
-//! UNET is a folder in diffusers layout (`ci/parity/random_sdxl.py` makes one), loaded as bf16 and recomputing; K is the number of
-//! bases per matrix (ranks 8 and 4).
+//! The calls are those of `burn_hyperlora::train::step` without the frozen encoders, whose outputs are replaced by
+//! random numbers. UNET is a folder in diffusers layout (`ci/parity/random_sdxl.py` makes one), loaded as bf16 with
+//! recomputation; K is the number of bases per matrix (ranks 8 and 4).
 
 use std::path::Path;
 use std::time::Instant;
@@ -22,7 +22,7 @@ use hyperlora_testing::ALLOCATOR;
 /// Pixels per side of a latent.
 const VAE_SCALE: usize = 8;
 
-/// States of CLIP ViT-L/14: 256 patches and the class token.
+/// Shape of CLIP ViT-L/14's states: 256 patches and the class token.
 const CLIP_STATES: [usize; 3] = [1, 257, 1024];
 
 fn main() -> Result<()> {

@@ -1,4 +1,4 @@
-//! Loads the UNet of a base and tells what that took: for measuring the memory that loading needs.
+//! Loads the UNet of a base and prints time and memory of loading.
 //!
 //!     cargo run -p hyperlora-tools --bin load_unet -- sdxl/ f32
 //!     cargo run -p hyperlora-tools --bin load_unet -- sdxl.safetensors bf16
@@ -19,7 +19,7 @@ fn main() -> Result<()> {
     let (dtype, bytes) = match dtype.as_str() {
         "f32" => (FloatDType::F32, 4),
         "bf16" => (FloatDType::BF16, 2),
-        other => return Err(Error::input("load_unet", format!("{other} is no type"), "give f32 or bf16")),
+        other => return Err(Error::input("load_unet", format!("{other} is not a type"), "give f32 or bf16")),
     };
     let start = Instant::now();
     let source = BaseSource::open(Path::new(path), None, None)?;
@@ -43,11 +43,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// An entry of this process's memory in Linux, in bytes.
+/// Reads an entry of this process's memory on Linux, in bytes.
 fn memory(key: &str) -> Result<u64> {
     let path = Path::new("/proc/self/status");
     let text = std::fs::read_to_string(path).map_err(|source| Error::read(path, source))?;
     let line = text.lines().find_map(|line| line.strip_prefix(key)).and_then(|line| line.split_whitespace().nth(1));
     let kib: Option<u64> = line.and_then(|number| number.parse().ok());
-    kib.map(|kib| kib * 1024).ok_or_else(|| Error::Fault(format!("{} tells no {key}", path.display())))
+    kib.map(|kib| kib * 1024).ok_or_else(|| Error::Fault(format!("{} has no {key}", path.display())))
 }

@@ -1,4 +1,4 @@
-//! What the UNet makes of random inputs with and without a LoRA file, for `ci/parity/check_lora.py` to compare with
+//! Runs the UNet on random inputs with and without a LoRA file, for `ci/parity/check_lora.py` to compare with
 //! diffusers: `cargo run -p hyperlora-tools --bin lora_forward -- BASE LORA.safetensors FORWARD.safetensors`.
 
 use std::ffi::OsString;

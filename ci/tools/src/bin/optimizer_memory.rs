@@ -1,5 +1,5 @@
-//! How much memory the optimiser's state takes on each of this many ranks (ZeRO stage 1), beside the formula of `hyperlora plan`:
-//! the buffers that are held, and how much the process grew by them. One JSON object from rank 0.
+//! Measures the memory of the optimiser state on each of this many ranks (ZeRO stage 1), compared with the formula of
+//! `hyperlora plan`: the buffers in use, and the growth of the process. The main rank prints one JSON object.
 //!
 //!     mpirun -n 4 target/release/optimizer_memory [SITES]
 //!
@@ -28,7 +28,7 @@ fn measure(world: &dyn Collective) -> Result<()> {
     let mut hyper_lora = hypernetwork(sites);
     let mut trainable = Trainable(0);
     hyper_lora.visit_parameters(&mut trainable);
-    // As of a loss that asks for nothing: zeros.
+    // A loss that depends on nothing gives zero gradients.
     let mut nothing = Tensor::<1>::ones([1], &Device::flex().autodiff()).require_grad().sum().backward();
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
     let mut optimizer = Optimizer::new(&OptimConfig::default(), &hyper_lora, Share::of(world, true, Wire::F32));
@@ -50,7 +50,7 @@ fn measure(world: &dyn Collective) -> Result<()> {
     Ok(())
 }
 
-/// A hypernetwork of the paper's ranks for some wide attentions, of which the bases of the ID-LoRA train.
+/// Creates a hypernetwork with the paper's ranks for some wide attention modules. The bases of its ID-LoRA train.
 fn hypernetwork(sites: usize) -> HyperLora {
     let site = |index| AttentionSite {
         path: format!("mid_block.attentions.0.transformer_blocks.{index}.attn1"),
@@ -62,7 +62,7 @@ fn hypernetwork(sites: usize) -> HyperLora {
     HyperLora::new(&config, &sites, 1, &Device::flex().autodiff()).trainable(&[ParameterGroup::IdBases])
 }
 
-/// Numbers that train.
+/// Number of trained parameters.
 struct Trainable(u64);
 
 impl ParameterVisitor for Trainable {

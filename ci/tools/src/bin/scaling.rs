@@ -1,8 +1,9 @@
-//! What a step is made of on this many ranks: computing, packing a bucket, the wire. One JSON object a line, from rank 0.
+//! Measures the parts of a step on this many ranks: computing, packing a bucket, transfer. The main rank prints one
+//! JSON object per line.
 //!
 //!     mpirun -n 4 target/release/scaling
 //!
-//! `ci/bench/scaling.sh` runs it on 1, 2 and 4 ranks and fits the alpha-beta model to what it tells.
+//! `ci/bench/scaling.sh` runs it on 1, 2 and 4 ranks and fits the alpha-beta model to the results.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -13,9 +14,9 @@ use hyperlora_ranks::{Collective, run_as_rank};
 use serde_json::json;
 
 const MINUTE: Duration = Duration::from_secs(60);
-/// Repetitions, of which the fastest counts: the others were disturbed.
+/// Number of repetitions. Only the fastest counts, because the others were disturbed.
 const TIMES: usize = 20;
-/// Pieces that a bucket is packed from: parameters of a hypernetwork are of very different sizes.
+/// Number of pieces that a bucket is packed from: a hypernetwork's parameters have very different sizes.
 const PIECES: usize = 12;
 
 fn main() -> ExitCode {
@@ -30,11 +31,11 @@ fn measure(world: &dyn Collective) -> Result<()> {
     })?;
     tell(world, &json!({"ranks": world.world_size(), "compute_seconds": computing}));
     for kibibytes in [4, 16, 64, 256, 1024, 4096, 16384] {
-        // A multiple of 12, so that pieces and the parts of 1, 2, 3 or 4 ranks are even.
+        // A multiple of 12 makes pieces and the shares of 1, 2, 3 or 4 ranks even.
         let numbers = (kibibytes * 256_usize).next_multiple_of(PIECES);
         let length = numbers / PIECES;
         let piece = Tensor::<1>::from_data(TensorData::new(vec![1.0_f32; length], [length]), &device);
-        // In kept memory again and again, as in training.
+        // The buffer is reused, as in training.
         let packing = fastest(world, Tensor::zeros([numbers], &device), |bucket| {
             let starts = (0..PIECES).map(|index| index * length);
             Ok(starts.fold(bucket, |bucket, start| bucket.slice_assign(start..start + length, piece.clone())))
@@ -57,7 +58,8 @@ fn measure(world: &dyn Collective) -> Result<()> {
     Ok(())
 }
 
-/// Seconds of `work` on the slowest rank, in the fastest of [`TIMES`] runs, each on what the one before it left.
+/// Returns the seconds of `work` on the slowest rank, in the fastest of [`TIMES`] runs. Each run continues from the
+/// state of the one before.
 fn fastest<T>(world: &dyn Collective, mut state: T, work: impl Fn(T) -> Result<T>) -> Result<f64> {
     let mut best = f64::INFINITY;
     for _ in 0..TIMES {

@@ -1,5 +1,5 @@
-//! Writes the event files of a short run that was killed after step 5 and went on from step 3, for
-//! `ci/parity/check_tensorboard.py` to read: `cargo run -p hyperlora-tools --bin tensorboard_sample -- RUN`.
+//! Writes the event files of a short run that was killed after step 5 and resumed from step 3, for
+//! `ci/parity/check_tensorboard.py`: `cargo run -p hyperlora-tools --bin tensorboard_sample -- RUN`.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ const TAGS: [&str; 7] = [
     "memory/resident_bytes",
 ];
 
-/// Steps `first..=last`, each value telling which session wrote it.
+/// Writes steps `first..=last`. Each value identifies the session that wrote it.
 fn session(folder: &Path, session: f64, first: u64, last: u64) -> Result<()> {
     let mut writer = MetricsWriter::create(folder, first)?;
     writer.text(first, "config", &format!("session: {session}\nprompt: \"fcsks fxhks fhyks, ü\""));

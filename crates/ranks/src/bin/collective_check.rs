@@ -19,7 +19,8 @@ use hyperlora_ranks::{Collective, agree, run_as_rank};
 const BUCKET: usize = 10 << 18;
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_writer(std::io::stderr).without_time().init();
+    let log = tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_writer(std::io::stderr);
+    log.without_time().with_target(false).with_ansi(false).init();
     run_as_rank(Duration::from_secs(option("--timeout").unwrap_or(60)), run)
 }
 

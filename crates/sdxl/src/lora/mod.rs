@@ -1,4 +1,4 @@
-//! LoRA: weights per sample for the UNet, LoRA files of every tool, and sums, reductions and merges of them.
+//! LoRA: per-sample weights for the UNet, LoRA files of all tools, and their sums, reductions and merges.
 
 pub mod file;
 pub mod ops;

@@ -1,4 +1,4 @@
-//! LoRAs as named matrices: what is written, converted from one layout to another, and combined.
+//! LoRAs as named matrices, for writing, converting and combining.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,54 +14,54 @@ const NOT_FINITE: &str = "holds values that are not finite";
 
 const REMEDY: &str = "give a plain LoRA for SDXL, in the format of sd-scripts or diffusers";
 
-/// The updates of a base's modules, by the path that diffusers gives each.
+/// Updates of a base's modules, by diffusers path.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LoraSet {
-    /// By part and path.
+    /// Updates by component and path.
     pub modules: BTreeMap<(Part, String), LoraModule>,
-    /// Notes of the file, such as who made it and the trigger words.
+    /// Metadata of the file, such as author and trigger words.
     pub notes: BTreeMap<String, String>,
 }
 
-/// One module's update: `alpha / rank * up @ down`.
+/// Update of one module: `alpha / rank * up @ down`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraModule {
-    /// `[r, in]`, or `[r, in, k, k]` of a convolution.
+    /// Down matrix, `[r, in]`, or `[r, in, k, k]` for a convolution.
     pub down: Matrix,
-    /// `[out, r]`, or `[out, r, 1, 1]`.
+    /// Up matrix, `[out, r]`, or `[out, r, 1, 1]` for a convolution.
     pub up: Matrix,
-    /// The scale times the rank.
+    /// Scale times rank.
     pub alpha: f32,
 }
 
-/// A tensor as a file holds it.
+/// A tensor in its stored type.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Matrix {
-    /// F32, F16 or BF16; what a file holds in F64 or fp8 becomes F32 or F16 as it is read.
+    /// F32, F16 or BF16. On reading, F64 becomes F32 and fp8 becomes F16.
     pub dtype: Dtype,
-    /// First axis first.
+    /// Axis lengths, first axis first.
     pub shape: Vec<usize>,
-    /// Little-endian.
+    /// Values, little-endian.
     pub bytes: Vec<u8>,
 }
 
 impl LoraSet {
-    /// Reads a file of any layout.
+    /// Reads a LoRA file of any layout.
     ///
     /// # Errors
-    /// Input, naming file and module, for a file that is no plain LoRA of an SDXL or holds values that are not finite;
-    /// Disk when reading fails.
+    /// Input, with file and module: the file is not a plain SDXL LoRA, or holds values that are not finite; Disk: a
+    /// read fails.
     pub fn open(path: &Path) -> Result<Self> {
         let file = LoraFile::open(path)?;
         let mut modules = BTreeMap::new();
         for module in file.modules() {
             let wrong = |problem: String| Error::input(format!("{}: {}", path.display(), module.name), problem, REMEDY);
             let name = names::diffusers_path(module.part, &module.path)?
-                .ok_or_else(|| wrong("is no module of an SDXL".into()))?;
+                .ok_or_else(|| wrong("is not a module of SDXL".into()))?;
             let matrix = |entry: &TensorEntry| -> Result<Matrix> {
                 let (bytes, shape) = (file.read(entry)?, entry.shape.clone());
                 let dtype = match entry.dtype {
-                    // Every value of fp8 is one of f16.
+                    // F16 represents every fp8 value exactly.
                     Dtype::F8_E4M3 | Dtype::F8_E5M2 => Dtype::F16,
                     Dtype::F64 => Dtype::F32,
                     dtype => return Ok(Matrix { dtype, shape, bytes }),
@@ -81,7 +81,7 @@ impl LoraSet {
         Ok(Self { modules, notes: notes_of(file.metadata()) })
     }
 
-    /// The widest type of the matrices of both, F16 at least.
+    /// Returns the widest matrix type of both LoRAs, F16 at least.
     pub fn wider(&self, other: &Self) -> Dtype {
         let modules = self.modules.values().chain(other.modules.values());
         let types = modules.flat_map(|module| [module.down.dtype, module.up.dtype]);
@@ -90,17 +90,17 @@ impl LoraSet {
 }
 
 impl LoraModule {
-    /// The number of columns of `up`.
+    /// LoRA rank: the number of columns of `up`.
     pub fn rank(&self) -> usize {
         self.down.shape.first().copied().unwrap_or_default()
     }
 
-    /// What `up @ down` is multiplied by.
+    /// Factor of `up @ down`.
     pub fn scale(&self) -> f32 {
         self.alpha / self.rank() as f32
     }
 
-    /// Says what does not fit.
+    /// Checks shapes and values. The error reports a mismatch.
     fn check(&self) -> std::result::Result<(), String> {
         let rank = self.rank();
         let (down, up) = (&self.down.shape, &self.up.shape);
@@ -121,12 +121,12 @@ impl LoraModule {
 }
 
 impl Matrix {
-    /// In f32.
+    /// Decodes the values to f32.
     pub(super) fn values(&self) -> std::result::Result<Vec<f32>, String> {
         values::decode(self.dtype, &self.bytes)
     }
 
-    /// From f32; the error tells of values that `dtype` cannot hold.
+    /// Encodes f32 values. The error reports values that `dtype` cannot hold.
     pub(super) fn of(values: &[f32], shape: Vec<usize>, dtype: Dtype) -> std::result::Result<Self, String> {
         Ok(Self { dtype, shape, bytes: values::encode(dtype, values)? })
     }

@@ -1,51 +1,51 @@
-//! LoRA weights of a batch: what the hypernetwork makes and the UNet takes.
+//! LoRA weights of a batch: made by the hypernetwork, applied by the UNet.
 
 use burn::tensor::Tensor;
 
 /// One low-rank update per sample: `y = W x + (x @ down) @ up`.
 ///
-/// Scale (alpha / rank) and the user's weight are already folded into `up` by whoever made the pair.
+/// `up` already includes the scale (alpha / rank) and the user's weight.
 #[derive(Debug, Clone)]
 pub struct LoraPair {
-    /// `[B, in, r]`
+    /// Down matrices, `[B, in, r]`.
     pub down: Tensor<3>,
-    /// `[B, r, out]`
+    /// Up matrices, `[B, r, out]`.
     pub up: Tensor<3>,
 }
 
-/// The four updated linears of one attention module.
+/// LoRA of one attention module: its four linears.
 #[derive(Debug, Clone)]
 pub struct AttentionLora {
-    /// Of `to_q`.
+    /// LoRA of the query projection, `to_q`.
     pub q: LoraPair,
-    /// Of `to_k`.
+    /// LoRA of the key projection, `to_k`.
     pub k: LoraPair,
-    /// Of `to_v`.
+    /// LoRA of the value projection, `to_v`.
     pub v: LoraPair,
-    /// Of `to_out.0`.
+    /// LoRA of the output projection, `to_out.0`.
     pub out: LoraPair,
 }
 
-/// The updates of every attention module of a UNet, in the UNet's own module order.
+/// LoRA of every attention module of a UNet, in the UNet's module order.
 #[derive(Debug, Clone)]
 pub struct LoraWeights {
-    /// One entry per attention module.
+    /// LoRA of each attention module.
     pub modules: Vec<AttentionLora>,
 }
 
-/// Where one LoRA applies: an attention module of the UNet, as the released `hyper_lora_modules.json` describes it.
+/// Attention module of the UNet that a LoRA updates, as described by the released `hyper_lora_modules.json`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttentionSite {
     /// Path in the UNet, diffusers naming: `down_blocks.1.attentions.0.transformer_blocks.0.attn1`.
     pub path: String,
     /// Width of the queries and of the output.
     pub hidden_size: usize,
-    /// Width of keys and values where they come from the prompt; `None` for self-attention.
+    /// Width of keys and values from the prompt; `None` for self-attention.
     pub cross_attention_dim: Option<usize>,
 }
 
 impl AttentionSite {
-    /// Its name in LoRA files: `lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1`.
+    /// Key prefix in LoRA files: `lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1`.
     pub fn lora_prefix(&self) -> String {
         format!("lora_unet_{}", self.path.replace('.', "_"))
     }
@@ -56,20 +56,20 @@ impl LoraPair {
         Self { down: f(self.down), up: f(self.up) }
     }
 
-    /// `x W_down W_up` for `x` of shape `[B, N, in]`; the result is `[B, N, out]`, computed in the type of `x`.
+    /// Computes `x W_down W_up` for `x` of shape `[B, N, in]`. The result is `[B, N, out]`, in the type of `x`.
     pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
         let dtype = x.dtype();
         x.matmul(self.down.clone().cast(dtype)).matmul(self.up.clone().cast(dtype))
     }
 
-    /// Both updates at once, exactly: ranks add up.
+    /// Sums both updates exactly by concatenating their ranks.
     fn concat(self, other: Self) -> Self {
         Self { down: Tensor::cat(vec![self.down, other.down], 2), up: Tensor::cat(vec![self.up, other.up], 1) }
     }
 }
 
 impl AttentionLora {
-    /// The four pairs in the order q, k, v, out.
+    /// The four pairs, in the order q, k, v, out.
     pub fn pairs(&self) -> [&LoraPair; 4] {
         [&self.q, &self.k, &self.v, &self.out]
     }
@@ -85,15 +85,15 @@ impl LoraWeights {
         Self { modules: self.modules.into_iter().map(|module| module.map(&mut f)).collect() }
     }
 
-    /// Every tensor, in the order of [`map`](Self::map).
+    /// Iterates over every tensor, in the order of [`map`](Self::map).
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor<3>> {
         self.modules.iter().flat_map(AttentionLora::pairs).flat_map(|pair| [&pair.down, &pair.up])
     }
 
-    /// Both LoRAs at once (ID and Base): their ranks are concatenated.
+    /// Sums both LoRAs (ID and Base) by concatenating their ranks.
     ///
     /// # Panics
-    /// When the two were made for different module lists, which only a programming error can cause.
+    /// If the two were made for different module lists, which only a programming error can cause.
     #[must_use]
     pub fn concat(self, other: Self) -> Self {
         assert_eq!(self.modules.len(), other.modules.len(), "LoRAs of different UNets");
@@ -111,7 +111,7 @@ impl LoraWeights {
         Self { modules }
     }
 
-    /// Weights each sample's update: `weights` is `[B]`, 0 switches a sample's LoRA off.
+    /// Scales each sample's update: `weights` is `[B]`, 0 switches a sample's LoRA off.
     #[must_use]
     pub fn weighted(self, weights: &Tensor<1>) -> Self {
         let factor = weights.clone().reshape([-1, 1, 1]);

@@ -1,4 +1,4 @@
-//! Attention with per-sample LoRA, and its core with a backward pass of its own.
+//! Attention with per-sample LoRA, and a custom backward pass for its core.
 
 use burn::nn::Linear;
 use burn::tensor::activation::softmax;
@@ -9,7 +9,7 @@ use burn::tensor::{FloatDType, Tensor};
 use crate::lora::{AttentionLora, LoraPair};
 use crate::weights::WeightsAt;
 
-/// Beyond this many queries attention runs in chunks of so many; the scores of one chunk are alive at a time.
+/// Chunk size of queries. Longer attention runs in chunks, and only one chunk's scores are in memory at a time.
 ///
 /// SDXL reaches it at 1024^2 pixels, whose 4096 tokens then take 160 MiB of scores per sample instead of 640.
 pub const QUERY_CHUNK: usize = 1024;
@@ -25,7 +25,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Takes `to_q`, `to_k`, `to_v` (no bias) and `to_out.0`; keys and values come from tokens of width `d_context`.
+    /// Loads `to_q`, `to_k`, `to_v` (no bias) and `to_out.0`. Keys and values come from tokens of width `d_context`.
     pub fn load(weights: &WeightsAt<'_>, width: usize, d_context: usize, heads: usize) -> Self {
         Self {
             to_q: weights.at("to_q").linear(width, width, false),
@@ -36,13 +36,13 @@ impl Attention {
         }
     }
 
-    /// `x` is `[B, N, width]`, `context` `[B, M, d_context]`; the result `[B, N, width]`.
+    /// Maps `x` `[B, N, width]` and `context` `[B, M, d_context]` to `[B, N, width]`.
     pub fn forward(&self, x: Tensor<3>, context: Tensor<3>, lora: Option<&AttentionLora>) -> Tensor<3> {
         let [q, k, v] = self.project(x, context, lora);
         self.output(attend(q, k, v), lora)
     }
 
-    /// Queries, keys and values, `[B, heads, N or M, head_width]`.
+    /// Projects to queries, keys and values, `[B, heads, N or M, head_width]`.
     pub(super) fn project(&self, x: Tensor<3>, context: Tensor<3>, lora: Option<&AttentionLora>) -> [Tensor<4>; 3] {
         let split = |x: Tensor<3>| {
             let [batch, tokens, width] = x.dims();
@@ -55,7 +55,7 @@ impl Attention {
         ]
     }
 
-    /// What the heads found, `[B, heads, N, head_width]`, put together to `[B, N, width]`.
+    /// Joins the heads' outputs, `[B, heads, N, head_width]`, and projects them to `[B, N, width]`.
     pub(super) fn output(&self, found: Tensor<4>, lora: Option<&AttentionLora>) -> Tensor<3> {
         let [batch, heads, tokens, head_width] = found.dims();
         let joined = found.swap_dims(1, 2).reshape([batch, tokens, heads * head_width]);
@@ -63,7 +63,7 @@ impl Attention {
     }
 }
 
-/// `W x + b` plus each sample's own low-rank update.
+/// Computes `W x + b` plus each sample's low-rank update.
 fn updated(linear: &Linear, lora: Option<&LoraPair>, x: Tensor<3>) -> Tensor<3> {
     match lora {
         Some(lora) => linear.forward(x.clone()) + lora.apply(x),
@@ -71,10 +71,10 @@ fn updated(linear: &Linear, lora: Option<&LoraPair>, x: Tensor<3>) -> Tensor<3> 
     }
 }
 
-/// `softmax(q k^T / sqrt(head_width)) v` for `[B, heads, N or M, head_width]`, in the type of `q`.
+/// Computes `softmax(q k^T / sqrt(head_width)) v` for `[B, heads, N or M, head_width]`, in the type of `q`.
 ///
-/// The scores are f32 always. On an autodiff device all of them are kept; on a plain one the backend's own attention
-/// runs, chunk by chunk.
+/// Scores are always f32. An autodiff device keeps all of them; a plain device runs the backend's own attention chunk
+/// by chunk.
 pub(super) fn attend(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
     if q.is_autodiff() {
         let dtype = q.dtype();
@@ -86,11 +86,12 @@ pub(super) fn attend(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
     joined(chunks(&q).map(|[start, len]| chunk(q.clone().narrow(2, start, len))))
 }
 
-/// The gradients of [`attend`] with respect to `q`, `k` and `v`, given what it `found` and the gradient of that.
+/// Computes the gradients of [`attend`] with respect to `q`, `k` and `v` from its output `found` and the output's
+/// gradient.
 ///
-/// On the plain device; one chunk's scores are alive at a time, in f32. With `P` the softmax and `dO` the gradient:
-/// `dV = P^T dO`, `dS = P * (dO V^T - rowsum(dO * O))`, `dQ = dS K`, `dK = dS^T Q` (FlashAttention, arXiv 2205.14135,
-/// appendix B.2).
+/// Runs on the plain device in f32 with one chunk's scores in memory at a time. With `P` the softmax and `dO` the
+/// gradient: `dV = P^T dO`, `dS = P * (dO V^T - rowsum(dO * O))`, `dQ = dS K`, `dK = dS^T Q` (FlashAttention, arXiv
+/// 2205.14135, appendix B.2).
 pub(super) fn attend_backward([q, k, v]: [Tensor<4>; 3], found: Tensor<4>, gradient: Tensor<4>) -> [Tensor<4>; 3] {
     let dtype = q.dtype();
     let [k, v] = [k, v].map(|x| x.cast(FloatDType::F32));
@@ -113,13 +114,13 @@ pub(super) fn attend_backward([q, k, v]: [Tensor<4>; 3], found: Tensor<4>, gradi
     [d_q, d_k.cast(dtype), d_v.cast(dtype)]
 }
 
-/// Over the square root of the head width.
+/// Divides by the square root of the head width.
 fn scaled(q: Tensor<4>) -> Tensor<4> {
     let [.., head_width] = q.dims();
     q.mul_scalar((head_width as f64).powf(-0.5))
 }
 
-/// Start and length of every chunk of queries.
+/// Start and length of every query chunk.
 fn chunks(q: &Tensor<4>) -> impl Iterator<Item = [usize; 2]> + use<> {
     let [_, _, tokens, _] = q.dims();
     (0..tokens).step_by(QUERY_CHUNK).map(move |start| [start, QUERY_CHUNK.min(tokens - start)])
@@ -142,13 +143,13 @@ mod tests {
         Tensor::from_data(TensorData::new(values, shape), &Device::flex())
     }
 
-    /// `|a - b| / |b|`, in the Euclidean norm.
+    /// Relative error `|a - b| / |b|` in the Euclidean norm.
     fn relative_error(a: Tensor<4>, b: Tensor<4>) -> f32 {
         let squares = |x: Tensor<4>| x.square().sum().into_scalar::<f32>();
         (squares(a - b.clone()) / squares(b)).sqrt()
     }
 
-    /// Autodiff keeps all scores; the chunks, the last of them short, must come to the same.
+    /// Autodiff keeps all scores; the chunks, including a short last one, must give the same result.
     #[test]
     fn chunks_of_queries_agree_with_autodiff_over_all_of_them() {
         let tokens = 2 * QUERY_CHUNK + 7;

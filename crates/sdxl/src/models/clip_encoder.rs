@@ -1,4 +1,4 @@
-//! The transformer that CLIP's text and image towers share (transformers `CLIPEncoder`; Radford et al., arXiv 2103.00020).
+//! Transformer shared by CLIP's text and image encoders (transformers `CLIPEncoder`; Radford et al., arXiv 2103.00020).
 
 use burn::nn::{LayerNorm, Linear};
 use burn::tensor::Tensor;
@@ -9,28 +9,28 @@ use serde::Deserialize;
 
 use crate::weights::WeightsAt;
 
-/// `hidden_act` of a CLIP config.
+/// Activation in the MLPs, `hidden_act` of a CLIP config.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// `x * sigmoid(1.702 x)`: OpenAI's CLIP.
     QuickGelu,
-    /// The exact GELU: OpenCLIP.
+    /// Exact GELU: OpenCLIP.
     Gelu,
 }
 
-/// Sizes of a CLIP transformer, as both towers' `config.json` name them.
+/// Sizes of a CLIP transformer, with the keys of both encoders' `config.json`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ClipEncoderConfig {
     /// Width of the hidden states.
     pub hidden_size: usize,
-    /// Width inside the MLPs.
+    /// Hidden width of the MLPs.
     pub intermediate_size: usize,
-    /// Layers.
+    /// Number of layers.
     pub num_hidden_layers: usize,
-    /// Heads; a divisor of the width.
+    /// Number of heads; a divisor of the width.
     pub num_attention_heads: usize,
-    /// Between the two linears of an MLP.
+    /// Activation between the two linears of an MLP.
     pub hidden_act: Activation,
     /// Epsilon of every layer norm.
     #[serde(default = "layer_norm_eps")]
@@ -41,14 +41,14 @@ fn layer_norm_eps() -> f64 {
     1e-5
 }
 
-/// The largest size that a config may ask for: more is a typing error, and products of two still fit memory sizes.
+/// Size limit of a config; larger sizes are typing errors, and products of two sizes still fit memory sizes.
 const LARGEST: usize = 1 << 16;
 
-/// The most layers that a config may ask for; CLIP's largest towers have 48.
+/// Layer count limit of a config; CLIP's largest encoders have 48.
 const MOST_LAYERS: usize = 256;
 
 impl ClipEncoderConfig {
-    /// What makes these sizes impossible: the key and the problem.
+    /// Returns the key and the problem of impossible sizes.
     pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
         let (width, heads, layers) = (self.hidden_size, self.num_attention_heads, self.num_hidden_layers);
         if width == 0 || heads == 0 || !width.is_multiple_of(heads) {
@@ -66,7 +66,7 @@ impl ClipEncoderConfig {
         if self.layer_norm_eps < 0.0 {
             return Some(("layer_norm_eps", format!("{} is negative", self.layer_norm_eps)));
         }
-        // One layer has no penultimate states that any layer has touched.
+        // With one layer, the penultimate states are the embeddings, untouched by any layer.
         (layers < 2).then(|| ("num_hidden_layers", format!("{layers} is too few: the penultimate layer is needed")))
     }
 }
@@ -78,12 +78,12 @@ pub(crate) struct ClipEncoder {
 }
 
 impl ClipEncoder {
-    /// The first `layers` of the encoder at `at`.
+    /// Loads the first `layers` of the encoder at `at`.
     pub(crate) fn new(at: &WeightsAt<'_>, config: &ClipEncoderConfig, layers: usize) -> Self {
         Self { layers: (0..layers).map(|i| ClipLayer::new(&at.at("layers").at(i), config)).collect() }
     }
 
-    /// Hidden states `[B, T, C]` after the last of these layers; `causal` hides later positions from earlier ones.
+    /// Computes hidden states `[B, T, C]`. `causal` hides later positions from earlier ones.
     pub(crate) fn forward(&self, x: Tensor<3>, causal: bool) -> Tensor<3> {
         self.layers.iter().fold(x, |x, layer| layer.forward(x, causal))
     }
@@ -123,7 +123,7 @@ impl ClipLayer {
 
     pub(crate) fn forward(&self, x: Tensor<3>, causal: bool) -> Tensor<3> {
         let [b, t, c] = x.dims();
-        // 1. Self-attention, heads side by side: [B, T, C] -> [B, heads, T, C / heads].
+        // 1. Self-attention, one batch per head: [B, T, C] -> [B, heads, T, C / heads].
         let normed = self.norm1.forward(x.clone());
         let [q, k, v] = [&self.q, &self.k, &self.v]
             .map(|linear| linear.forward(normed.clone()).reshape([b, t, self.heads, c / self.heads]).swap_dims(1, 2));

@@ -10,22 +10,22 @@ use serde::Deserialize;
 use crate::models::clip_encoder::{ClipEncoder, ClipEncoderConfig, ClipLayer};
 use crate::weights::{ConfigText, Weights};
 
-/// The architecture that ends in a projection of the pooled output.
+/// Architecture with a projection of the pooled output.
 const WITH_PROJECTION: &str = "CLIPTextModelWithProjection";
-/// Old configs carry this wrong id; transformers then takes the highest id of a prompt for its end.
+/// End-of-text id of old configs, which is wrong. Transformers then takes the highest id of a prompt as its end.
 const LEGACY_EOS_TOKEN_ID: i32 = 2;
 
-/// The `config.json` of a CLIP text encoder, as far as it changes what is computed. Other keys are ignored.
+/// The keys of a CLIP text encoder's `config.json` that affect the computation. Other keys are ignored.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ClipTextConfig {
     /// Sizes of the transformer.
     #[serde(flatten)]
     pub encoder: ClipEncoderConfig,
-    /// Tokens known.
+    /// Vocabulary size.
     pub vocab_size: usize,
-    /// Longest prompt, 77.
+    /// Maximum prompt length, 77.
     pub max_position_embeddings: usize,
-    /// Width of the projected pooled output, where there is one.
+    /// Width of the projected pooled output; unused without a projection.
     #[serde(default)]
     pub projection_dim: usize,
     #[serde(default = "legacy_eos_token_id")]
@@ -37,14 +37,14 @@ fn legacy_eos_token_id() -> i32 {
     LEGACY_EOS_TOKEN_ID
 }
 
-/// The largest count that a config may ask for: more is a typing error.
+/// Upper limit of counts in a config; larger ones are typing errors.
 const LARGEST: usize = 1 << 20;
 
 impl ClipTextConfig {
-    /// Reads and checks a config.
+    /// Parses and checks a config.
     ///
     /// # Errors
-    /// Input for broken JSON and sizes that cannot be.
+    /// Input: the JSON is broken, or sizes are impossible.
     pub fn parse(text: &ConfigText) -> Result<Self> {
         let config: Self = text.parse()?;
         match config.problem() {
@@ -70,19 +70,19 @@ impl ClipTextConfig {
             .or_else(|| self.encoder.problem())
     }
 
-    /// Whether the pooled output is projected.
+    /// Returns true if the pooled output is projected.
     fn projects(&self) -> bool {
         self.architectures.iter().any(|name| name == WITH_PROJECTION)
     }
 }
 
-/// What SDXL takes from a text encoder.
+/// Output of a text encoder for SDXL.
 #[derive(Debug, Clone)]
 pub struct TextStates {
-    /// `[B, T, C]`: the hidden states before the last layer (`hidden_states[-2]`, "clip skip 2").
+    /// Hidden states before the last layer, `[B, T, C]` (`hidden_states[-2]`, "clip skip 2").
     pub penultimate: Tensor<3>,
-    /// `[B, P]`: the last layer's state at the end of each prompt, normalised and projected; `None` without a
-    /// projection.
+    /// Pooled output, `[B, P]`: the last layer's state at the end of each prompt, normalised and projected; `None`
+    /// without a projection.
     pub pooled: Option<Tensor<2>>,
 }
 
@@ -93,12 +93,12 @@ pub struct ClipTextModel {
     token_embedding: Embedding,
     /// `[positions, C]`
     position_embedding: Tensor<2>,
-    /// All layers but the last.
+    /// All layers except the last.
     encoder: ClipEncoder,
     head: Option<PooledHead>,
 }
 
-/// What leads from the penultimate states to the pooled output.
+/// Modules between the penultimate states and the pooled output.
 #[derive(Debug)]
 struct PooledHead {
     last_layer: ClipLayer,
@@ -107,22 +107,22 @@ struct PooledHead {
 }
 
 impl ClipTextModel {
-    /// Loads a folder with `config.json` and the weights (`.../text_encoder`, `.../text_encoder_2`).
+    /// Loads a folder with `config.json` and weights (`.../text_encoder`, `.../text_encoder_2`).
     ///
     /// # Errors
-    /// Input when the config asks for what is not supported or the weights do not fit it.
+    /// Input: the config requires something unsupported, or the weights do not fit it.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
         let config = ClipTextConfig::parse(&ConfigText::read(&folder.join("config.json"))?)?;
         Self::new(config, Weights::open(folder, device)?)
     }
 
-    /// Takes the tensors of `weights`; those of layers that nothing asks for are not read.
+    /// Builds the encoder from `weights`. Tensors of unused layers are not read.
     ///
     /// # Errors
-    /// Input for weights that do not fit the config.
+    /// Input: the weights do not fit the config.
     pub fn new(config: ClipTextConfig, weights: Weights) -> Result<Self> {
         let root = weights.at("");
-        // Recent transformers save CLIPTextModel without the prefix that every published file carries.
+        // Recent transformers save CLIPTextModel without the prefix that all published files have.
         let bare = root.has("embeddings.token_embedding.weight");
         let text = if bare { root.clone() } else { root.at("text_model") };
         let ClipEncoderConfig { hidden_size, num_hidden_layers, layer_norm_eps, .. } = config.encoder;
@@ -137,7 +137,7 @@ impl ClipTextModel {
                 text_projection: root.at("text_projection").linear(hidden_size, config.projection_dim, false),
             })
         } else {
-            // Nothing asks for what comes after the penultimate layer.
+            // Without a projection, layers after the penultimate one are unused.
             last.ignore_all();
             text.at("final_layer_norm").ignore_all();
             None
@@ -154,17 +154,17 @@ impl ClipTextModel {
         Ok(model)
     }
 
-    /// What the folder's config says.
+    /// Config of the encoder.
     pub fn config(&self) -> &ClipTextConfig {
         &self.config
     }
 
-    /// Whether [`forward`](Self::forward) gives a pooled output.
+    /// Returns true if [`forward`](Self::forward) computes a pooled output.
     pub fn has_projection(&self) -> bool {
         self.head.is_some()
     }
 
-    /// Encodes prompts of equal length `T <= max_position_embeddings`; ids lie in `0..vocab_size`.
+    /// Encodes prompts of equal length `T <= max_position_embeddings`, with ids in `0..vocab_size`.
     pub fn forward(&self, prompts: &[Vec<i32>]) -> TextStates {
         // 1. Token and position embeddings: [B, T, C].
         let length = prompts.first().map_or(0, Vec::len);
@@ -172,9 +172,9 @@ impl ClipTextModel {
         let ids = TensorData::new(prompts.concat(), [prompts.len(), length]);
         let tokens = self.token_embedding.forward(Tensor::<2, Int>::from_data(ids, &device));
         let x = tokens + self.position_embedding.clone().narrow(0, 0, length).unsqueeze();
-        // 2. All layers but the last.
+        // 2. All layers except the last.
         let penultimate = self.encoder.forward(x, true);
-        // 3. The last layer's state where each prompt ends.
+        // 3. The last layer's state at the end of each prompt.
         let pooled = self.head.as_ref().map(|head| {
             let last = head.final_layer_norm.forward(head.last_layer.forward(penultimate.clone(), true));
             let ends = prompts.iter().enumerate().map(|(row, ids)| {
@@ -187,7 +187,7 @@ impl ClipTextModel {
     }
 }
 
-/// Where transformers finds the end of a prompt: the first `eos`, or 0 where there is none.
+/// Locates the end of a prompt as transformers does: the first `eos`, or 0 if there is none.
 fn end_position(ids: &[i32], eos: i32) -> usize {
     let eos = if eos == LEGACY_EOS_TOKEN_ID { ids.iter().copied().max().unwrap_or(eos) } else { eos };
     ids.iter().position(|&id| id == eos).unwrap_or(0)

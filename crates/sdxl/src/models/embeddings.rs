@@ -1,4 +1,4 @@
-//! Sinusoidal embeddings of timesteps and sizes, and the small network after them.
+//! Sinusoidal embeddings of timesteps and sizes, and the small network that follows.
 
 use burn::nn::Linear;
 use burn::tensor::activation::silu;
@@ -6,12 +6,12 @@ use burn::tensor::{Tensor, TensorData};
 
 use crate::weights::WeightsAt;
 
-/// The longest period of the sinusoids, in timesteps.
+/// Longest period of the sinusoids, in timesteps.
 const MAX_PERIOD: f32 = 10_000.0;
 
-/// Cosines, then sines of `values` at `width / 2` frequencies: `[N]` -> `[N, width]`.
+/// Computes cosines, then sines, of `values` at `width / 2` frequencies: `[N]` -> `[N, width]`.
 ///
-/// diffusers' `get_timestep_embedding` with `flip_sin_to_cos=True, downscale_freq_shift=0`; `width` is even.
+/// Matches diffusers' `get_timestep_embedding` with `flip_sin_to_cos=True, downscale_freq_shift=0`; `width` is even.
 pub fn sinusoids(values: Tensor<1>, width: usize) -> Tensor<2> {
     let half = width / 2;
     let frequencies: Vec<f32> = (0..half).map(|i| (-MAX_PERIOD.ln() * i as f32 / half as f32).exp()).collect();
@@ -28,7 +28,7 @@ pub struct TimestepEmbedding {
 }
 
 impl TimestepEmbedding {
-    /// Takes `linear_1` and `linear_2`.
+    /// Loads `linear_1` and `linear_2`.
     pub fn load(weights: &WeightsAt<'_>, d_input: usize, d_output: usize) -> Self {
         Self {
             linear_1: weights.at("linear_1").linear(d_input, d_output, true),
@@ -36,7 +36,7 @@ impl TimestepEmbedding {
         }
     }
 
-    /// `[B, d_input]` -> `[B, d_output]`.
+    /// Maps `[B, d_input]` to `[B, d_output]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         self.linear_2.forward(silu(self.linear_1.forward(x)))
     }

@@ -1,4 +1,4 @@
-//! Networks of SDXL, each in the names and layouts of its original in diffusers or transformers.
+//! SDXL networks, with the names and layouts of their diffusers or transformers originals.
 
 pub mod attention;
 pub mod clip_encoder;

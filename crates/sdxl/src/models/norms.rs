@@ -1,6 +1,7 @@
-//! Norms that compute in f32, whatever the type of their input.
+//! Norms that compute in f32 for any input type.
 //!
-//! Burn widens f16 alone: in bf16 the mean and the variance would keep 8 bits. PyTorch's kernels compute both in f32.
+//! Burn computes in f32 only for f16 inputs; in bf16, mean and variance would keep 8 bits. PyTorch's kernels compute
+//! both in f32.
 
 use burn::module::Param;
 use burn::nn;
@@ -15,26 +16,26 @@ pub struct GroupNorm(nn::GroupNorm);
 pub struct LayerNorm(nn::LayerNorm);
 
 impl GroupNorm {
-    /// With the parameters of `norm`.
+    /// Wraps `norm`, with its parameters in f32.
     pub fn new(norm: nn::GroupNorm) -> Self {
         Self(nn::GroupNorm { gamma: norm.gamma.map(widened), beta: norm.beta.map(widened), ..norm })
     }
 
-    /// `[B, C, H, W]`, in the type of `x`.
+    /// Normalises `[B, C, H, W]`; the result has the type of `x`.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         in_f32(x, |x| self.0.forward(x))
     }
 }
 
 impl LayerNorm {
-    /// With the parameters of `norm`.
+    /// Wraps `norm`, with its parameters in f32.
     pub fn new(mut norm: nn::LayerNorm) -> Self {
         norm.gamma = widened(norm.gamma);
         norm.beta = norm.beta.map(widened);
         Self(norm)
     }
 
-    /// `[B, N, C]`, in the type of `x`.
+    /// Normalises `[B, N, C]`; the result has the type of `x`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         in_f32(x, |x| self.0.forward(x))
     }

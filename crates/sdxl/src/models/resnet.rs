@@ -8,7 +8,7 @@ use burn::tensor::activation::silu;
 use crate::models::norms::GroupNorm;
 use crate::weights::WeightsAt;
 
-/// Two convolutions with a time shift between them, and a shortcut around (diffusers `ResnetBlock2D`).
+/// Residual block: two convolutions with a time shift between them, and a shortcut (diffusers `ResnetBlock2D`).
 #[derive(Debug)]
 pub struct ResnetBlock2D {
     norm1: GroupNorm,
@@ -19,12 +19,12 @@ pub struct ResnetBlock2D {
     conv_shortcut: Option<Conv2d>,
 }
 
-/// The sizes of a [`ResnetBlock2D`].
+/// Sizes of a [`ResnetBlock2D`].
 #[derive(Debug, Clone, Copy)]
 pub struct ResnetConfig {
-    /// Channels in.
+    /// Input channels.
     pub d_input: usize,
-    /// Channels out; where they differ from those coming in, a 1x1 convolution is the shortcut.
+    /// Output channels. If they differ from the input channels, the shortcut is a 1x1 convolution.
     pub d_output: usize,
     /// Width of the time embedding; `None` in the autoencoder.
     pub d_time: Option<usize>,
@@ -35,7 +35,7 @@ pub struct ResnetConfig {
 }
 
 impl ResnetBlock2D {
-    /// Takes `norm1`, `conv1`, `norm2`, `conv2`, and `time_emb_proj`, `conv_shortcut` where `config` asks for them.
+    /// Loads `norm1`, `conv1`, `norm2`, `conv2` and, if `config` requires them, `time_emb_proj` and `conv_shortcut`.
     pub fn load(weights: &WeightsAt<'_>, config: ResnetConfig) -> Self {
         let ResnetConfig { d_input, d_output, d_time, groups, epsilon } = config;
         Self {
@@ -49,7 +49,7 @@ impl ResnetBlock2D {
         }
     }
 
-    /// `x` is `[B, d_input, H, W]`, `time` the activated time embedding `[B, d_time]`; the result `[B, d_output, H, W]`.
+    /// Maps `x` `[B, d_input, H, W]` and the activated time embedding `time` `[B, d_time]` to `[B, d_output, H, W]`.
     pub fn forward(&self, x: Tensor<4>, time: Option<&Tensor<2>>) -> Tensor<4> {
         let mut h = self.conv1.forward(silu(self.norm1.forward(x.clone())));
         if let (Some(proj), Some(time)) = (&self.time_emb_proj, time) {
@@ -70,12 +70,12 @@ pub struct Upsample2D {
 }
 
 impl Upsample2D {
-    /// Takes `conv`.
+    /// Loads `conv`.
     pub fn load(weights: &WeightsAt<'_>, channels: usize) -> Self {
         Self { conv: weights.at("conv").conv2d([channels, channels], 3, 1, 1) }
     }
 
-    /// `[B, C, H, W]` -> `[B, C, size[0], size[1]]`, where each side is `2 n` or, to meet an odd size on the way down,
+    /// Maps `[B, C, H, W]` to `[B, C, size[0], size[1]]`. Each side is `2 n` or, to match an odd size of the down path,
     /// `2 n - 1`.
     pub fn forward(&self, x: Tensor<4>, size: [usize; 2]) -> Tensor<4> {
         let [batch, channels, height, width] = x.dims();

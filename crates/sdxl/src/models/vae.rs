@@ -1,6 +1,6 @@
-//! The image autoencoder (diffusers `AutoencoderKL`; Rombach et al., arXiv 2112.10752): photos to latents and back.
+//! Image autoencoder (diffusers `AutoencoderKL`; Rombach et al., arXiv 2112.10752): images to latents and back.
 //!
-//! It always computes in f32: SDXL's weights overflow in f16 and give black images there.
+//! It always computes in f32: SDXL's weights overflow in f16 and give black images.
 
 use std::path::Path;
 
@@ -15,12 +15,12 @@ use serde::Deserialize;
 use crate::models::resnet::{ResnetBlock2D, ResnetConfig, Upsample2D};
 use crate::weights::{ConfigText, Weights, WeightsAt};
 
-/// Of every group norm here; fixed in diffusers' blocks.
+/// Epsilon of all group norms; fixed in diffusers' blocks.
 const NORM_EPSILON: f64 = 1e-6;
-/// The range that diffusers clamps log-variances to.
+/// Clamp range of log-variances in diffusers.
 const LOGVAR_RANGE: (f32, f32) = (-30.0, 20.0);
 
-/// The `config.json` of an `AutoencoderKL`, as far as it changes what is computed. Other keys are ignored.
+/// The keys of an `AutoencoderKL`'s `config.json` that affect the computation. Other keys are ignored.
 #[derive(Debug, Clone, Deserialize)]
 pub struct AutoencoderKlConfig {
     /// Channels of the images, 3.
@@ -29,24 +29,24 @@ pub struct AutoencoderKlConfig {
     pub out_channels: usize,
     /// Channels of the latents.
     pub latent_channels: usize,
-    /// Width of each level, from the image inwards; every level but the last halves the size.
+    /// Width of each level, from the image inward; every level except the last halves the size.
     pub block_out_channels: Vec<usize>,
     /// Residual blocks per level of the encoder; the decoder has one more.
     pub layers_per_block: usize,
-    /// Groups of every norm.
+    /// Groups of every group norm.
     pub norm_num_groups: usize,
-    /// Latents are multiplied by this, so that their variance is about one.
+    /// Factor that scales latents to a variance of about one.
     pub scaling_factor: f64,
     act_fn: String,
     down_block_types: Vec<String>,
     up_block_types: Vec<String>,
-    /// Whether both halves have self-attention over the pixels at their coarsest level.
+    /// Encoder and decoder have self-attention over the pixels at their coarsest level.
     #[serde(default = "yes")]
     pub mid_block_add_attention: bool,
-    /// Whether a 1x1 convolution ends the encoder.
+    /// A 1x1 convolution ends the encoder.
     #[serde(default = "yes")]
     pub use_quant_conv: bool,
-    /// Whether a 1x1 convolution begins the decoder.
+    /// A 1x1 convolution begins the decoder.
     #[serde(default = "yes")]
     pub use_post_quant_conv: bool,
     #[serde(default)]
@@ -61,11 +61,11 @@ fn yes() -> bool {
     true
 }
 
-/// The widest layer and the most levels or layers that a config may ask for: more is a typing error.
+/// Limits of layer width, and of levels and layers, in a config; larger values are typing errors.
 const WIDTH_LIMIT: usize = 1 << 16;
 const DEPTH_LIMIT: usize = 16;
 
-/// Colours of a picture.
+/// Colour channels of a picture.
 const RGB: usize = 3;
 
 impl AutoencoderKlConfig {
@@ -74,10 +74,10 @@ impl AutoencoderKlConfig {
         1 << self.block_out_channels.len().saturating_sub(1)
     }
 
-    /// Reads and checks a config.
+    /// Parses and checks a config.
     ///
     /// # Errors
-    /// Input for broken JSON and for what is not supported.
+    /// Input: the JSON is broken, or a setting is not supported.
     pub fn parse(text: &ConfigText) -> Result<Self> {
         let config: Self = text.parse()?;
         config.validate(text.place())?;
@@ -134,7 +134,7 @@ impl AutoencoderKlConfig {
     }
 }
 
-/// `AutoencoderKL`, frozen.
+/// Frozen `AutoencoderKL`.
 #[derive(Debug)]
 pub struct AutoencoderKl {
     config: AutoencoderKlConfig,
@@ -145,19 +145,19 @@ pub struct AutoencoderKl {
 }
 
 impl AutoencoderKl {
-    /// Loads a folder with `config.json` and the weights (`.../vae`).
+    /// Loads a folder with `config.json` and weights (`.../vae`).
     ///
     /// # Errors
-    /// Input when the config asks for what is not supported or the weights do not fit it.
+    /// Input: the config requires something unsupported, or the weights do not fit it.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
         let config = AutoencoderKlConfig::parse(&ConfigText::read(&folder.join("config.json"))?)?;
         Self::new(config, Weights::open(folder, device)?)
     }
 
-    /// Takes all tensors of `weights`.
+    /// Builds the autoencoder from `weights`.
     ///
     /// # Errors
-    /// Input for weights that do not fit the config.
+    /// Input: the weights do not fit the config.
     pub fn new(config: AutoencoderKlConfig, weights: Weights) -> Result<Self> {
         let root = weights.at("");
         let latent = config.latent_channels;
@@ -174,13 +174,13 @@ impl AutoencoderKl {
         Ok(vae)
     }
 
-    /// What the folder's config says.
+    /// Config of the autoencoder.
     pub fn config(&self) -> &AutoencoderKlConfig {
         &self.config
     }
 
-    /// Mean and clamped log-variance of the unscaled latents, each `[B, latent, H / factor, W / factor]` (rounded down),
-    /// of `images` `[B, 3, H, W]` in -1..1.
+    /// Computes mean and clamped log-variance of the unscaled latents, each `[B, latent, H / factor, W / factor]`
+    /// (rounded down), from `images` `[B, 3, H, W]` in -1..1.
     pub fn encode_mean_logvar(&self, images: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let moments = self.encoder.forward(images);
         let moments = match &self.quant_conv {
@@ -193,13 +193,14 @@ impl AutoencoderKl {
         (mean, logvar)
     }
 
-    /// Latents scaled for the UNet, drawn with the given standard normal `noise` of their shape.
+    /// Encodes to latents scaled for the UNet, sampled with standard normal `noise` of their shape.
     pub fn encode(&self, images: Tensor<4>, noise: Tensor<4>) -> Tensor<4> {
         let (mean, logvar) = self.encode_mean_logvar(images);
         (mean + (logvar * 0.5).exp() * noise) * self.config.scaling_factor
     }
 
-    /// Images `[B, 3, h * factor, w * factor]`, about -1..1 (not clamped), of scaled latents `[B, latent, h, w]`.
+    /// Decodes scaled latents `[B, latent, h, w]` to images `[B, 3, h * factor, w * factor]`, about -1..1 (not
+    /// clamped).
     pub fn decode(&self, latents: Tensor<4>) -> Tensor<4> {
         let latents = latents / self.config.scaling_factor;
         let latents = match &self.post_quant_conv {
@@ -229,7 +230,7 @@ impl Encoder {
             channels = width;
             let down = (level + 1 < widths.len()).then(|| {
                 let mut conv = block.at("downsamplers.0.conv").conv2d([width; 2], 3, 2, 0);
-                // One row below and one column to the right, nothing above and left.
+                // Pads one row below and one column to the right, nothing above and left.
                 conv.padding = PaddingConfig2d::Explicit(0, 0, 1, 1);
                 conv
             });
@@ -296,7 +297,7 @@ impl Decoder {
     }
 }
 
-/// `count` residual blocks; the first goes from `channels[0]` to `channels[1]`.
+/// Loads `count` residual blocks; the first maps `channels[0]` to `channels[1]`.
 fn resnets(block: &WeightsAt<'_>, channels: [usize; 2], count: usize, groups: usize) -> Vec<ResnetBlock2D> {
     let [input, output] = channels;
     let make = |i| {
@@ -306,13 +307,14 @@ fn resnets(block: &WeightsAt<'_>, channels: [usize; 2], count: usize, groups: us
     (0..count).map(make).collect()
 }
 
-/// A residual block without a time embedding.
+/// Loads a residual block without a time embedding.
 fn resnet(at: &WeightsAt<'_>, channels: [usize; 2], groups: usize) -> ResnetBlock2D {
     let [d_input, d_output] = channels;
     ResnetBlock2D::load(at, ResnetConfig { d_input, d_output, d_time: None, groups, epsilon: NORM_EPSILON })
 }
 
-/// diffusers `UNetMidBlock2D`: a residual block, self-attention over all pixels with one head, a residual block.
+/// Middle block: a residual block, self-attention over all pixels with one head, a residual block (diffusers
+/// `UNetMidBlock2D`).
 #[derive(Debug)]
 struct MidBlock {
     first: ResnetBlock2D,
@@ -365,7 +367,7 @@ impl PixelAttention {
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [b, c, h, w] = x.dims();
-        // [B, C, H, W] -> [B, 1, H * W, C]: a single head
+        // [B, C, H, W] -> [B, 1, H * W, C]: one head.
         let pixels = self.group_norm.forward(x.clone()).reshape([b, 1, c, h * w]).swap_dims(2, 3);
         let [q, k, v] = [&self.to_q, &self.to_k, &self.to_v].map(|linear| linear.forward(pixels.clone()));
         let mixed = self.to_out.forward(attention(q, k, v, None, None, Default::default()));
@@ -373,7 +375,7 @@ impl PixelAttention {
     }
 }
 
-/// Norm, SiLU and the last convolution of either half.
+/// Norm, SiLU and last convolution of the encoder or decoder.
 #[derive(Debug)]
 struct OutputBlock {
     norm: GroupNorm,

@@ -1,5 +1,5 @@
-//! DDIM steps without noise (diffusers `DDIMScheduler` with `eta` 0 and `clip_sample` off; Song et al., arXiv 2010.02502,
-//! equation 12).
+//! DDIM steps without noise (diffusers `DDIMScheduler` with `eta` 0 and `clip_sample` off; Song et al., arXiv
+//! 2010.02502, equation 12).
 
 use burn::tensor::Tensor;
 use hyperlora_core::{Error, Result};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::scheduler::{NoiseSchedule, Prediction, TimestepSpacing, spacing};
 
-/// A run of steps from noise to an image, in the variance-preserving view: `x = sqrt(a) * image + sqrt(1 - a) * noise`.
+/// A sampling run from noise to an image, in variance-preserving form: `x = sqrt(a) * image + sqrt(1 - a) * noise`.
 #[derive(Debug, Clone)]
 pub struct DdimSampler {
     prediction: Prediction,
@@ -16,17 +16,17 @@ pub struct DdimSampler {
     shares: Vec<[f64; 2]>,
 }
 
-/// Keys of the config that mean something to this sampler, and the values that are supported.
+/// Config keys that affect this sampler, with the supported values.
 fn keys() -> [(&'static str, Vec<Value>); 2] {
     [("clip_sample", vec![json!(false)]), ("thresholding", vec![json!(false)])]
 }
 
 impl DdimSampler {
-    /// Lays `steps` over the schedule, as `DDIMScheduler.set_timesteps`.
+    /// Distributes `steps` over the schedule, as `DDIMScheduler.set_timesteps`.
     ///
     /// # Errors
-    /// Input unless `steps` is within 1 and the number of training timesteps, less where `steps_offset` leads beyond
-    /// them; and for keys that it does not support.
+    /// Input: `steps` is not within 1 and the number of training timesteps (fewer if `steps_offset` points beyond
+    /// them), or unsupported config keys.
     pub fn new(schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
         schedule.check_sampler("ddim", &keys())?;
         schedule.check_steps(steps)?;
@@ -49,12 +49,12 @@ impl DdimSampler {
         Ok(Self { prediction: config.prediction_type, timesteps, shares })
     }
 
-    /// The timestep that the UNet is told at each step, falling.
+    /// UNet timestep of each step, descending.
     pub fn timesteps(&self) -> &[f32] {
         &self.timesteps
     }
 
-    /// The latents after `step`, given the UNet's `output` for the latents before it.
+    /// Computes the latents after `step` from the UNet's `output` for the latents before it.
     pub fn step(&self, output: Tensor<4>, latents: Tensor<4>, step: usize) -> Tensor<4> {
         let [before, after] = self.shares[step];
         let (alpha, sigma) = (before.sqrt(), (1.0 - before).sqrt());

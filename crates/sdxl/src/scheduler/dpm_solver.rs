@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 
 use crate::scheduler::{FinalSigmas, NoiseSchedule, Prediction, TimestepSpacing, spacing};
 
-/// Runs of fewer steps end in a first-order one, where the config's `lower_order_final` says so.
+/// Step count below which a run ends in a first-order step, if the config sets `lower_order_final`.
 const FEW_STEPS: usize = 15;
 
-/// A run of steps from noise to an image, in the variance-preserving view: `x = alpha * image + sigma * noise`.
+/// A sampling run from noise to an image, in variance-preserving form: `x = alpha * image + sigma * noise`.
 #[derive(Debug, Clone)]
 pub struct DpmSolverSampler {
     prediction: Prediction,
@@ -18,11 +18,11 @@ pub struct DpmSolverSampler {
     /// `sigma / alpha` before each step and after the last.
     ratios: Vec<f64>,
     first_order_at_end: bool,
-    /// The image that the last step saw.
+    /// Predicted image of the last step.
     previous: Option<Tensor<4>>,
 }
 
-/// Keys of the config that mean something to this sampler, and the values that are supported.
+/// Config keys that affect this sampler, with the supported values.
 fn keys() -> [(&'static str, Vec<Value>); 9] {
     let off = || vec![json!(false)];
     [
@@ -34,16 +34,17 @@ fn keys() -> [(&'static str, Vec<Value>); 9] {
         ("algorithm_type", vec![json!("dpmsolver++")]),
         ("solver_order", vec![json!(2)]),
         ("solver_type", vec![json!("midpoint")]),
-        // As diffusers writes its default: nothing is clipped.
+        // Diffusers writes its default, no clipping, this way.
         ("lambda_min_clipped", vec![json!("-Infinity")]),
     ]
 }
 
 impl DpmSolverSampler {
-    /// Lays `steps` over the schedule, as `DPMSolverMultistepScheduler.set_timesteps` with `use_karras_sigmas: karras`.
+    /// Distributes `steps` over the schedule, as `DPMSolverMultistepScheduler.set_timesteps` with `use_karras_sigmas:
+    /// karras`.
     ///
     /// # Errors
-    /// Input for no steps, for so many that two would fall together, and for keys that it does not support.
+    /// Input: zero steps, so many that two would coincide, or unsupported config keys.
     pub fn new(schedule: &NoiseSchedule, steps: usize, karras: bool) -> Result<Self> {
         schedule.check_sampler("dpmpp-2m", &keys())?;
         schedule.check_steps(steps)?;
@@ -74,12 +75,12 @@ impl DpmSolverSampler {
         })
     }
 
-    /// The timestep that the UNet is told at each step, falling.
+    /// UNet timestep of each step, descending.
     pub fn timesteps(&self) -> &[f32] {
         &self.timesteps
     }
 
-    /// The latents after `step`, given the UNet's `output` for the latents before it. Steps are made in their order.
+    /// Computes the latents after `step` from the UNet's `output` for the latents before it. Steps must run in order.
     pub fn step(&mut self, output: Tensor<4>, latents: Tensor<4>, step: usize) -> Tensor<4> {
         let (ratio, next) = (self.ratios[step], self.ratios[step + 1]);
         let (alpha, sigma) = shares(ratio);
@@ -92,7 +93,7 @@ impl DpmSolverSampler {
         let last = step + 1 == self.timesteps.len();
         let image = match previous {
             Some(previous) if !(last && self.first_order_at_end) => {
-                // The image's slope over the logarithm of alpha / sigma, half a step ahead.
+                // Extrapolates the image by half a step, using its slope over ln(alpha / sigma).
                 let (h, h_before) = ((ratio / next).ln(), (self.ratios[step - 1] / ratio).ln());
                 image.clone() + (image - previous) * (h / h_before / 2.0)
             }
@@ -103,7 +104,7 @@ impl DpmSolverSampler {
     }
 }
 
-/// `alpha` and `sigma` of their ratio: their squares add up to one.
+/// Splits a ratio into `alpha` and `sigma` whose squares add up to one.
 fn shares(ratio: f64) -> (f64, f64) {
     let norm = ratio.hypot(1.0);
     (1.0 / norm, ratio / norm)

@@ -6,17 +6,17 @@ use serde_json::{Value, json};
 
 use crate::scheduler::{FinalSigmas, NoiseSchedule, Prediction, TimestepSpacing, spacing};
 
-/// A run of Euler steps from noise to an image, in the variance-exploding view: `x = image + sigma * noise`.
+/// A run of Euler steps from noise to an image, in variance-exploding form: `x = image + sigma * noise`.
 #[derive(Debug, Clone)]
 pub struct EulerSampler {
     prediction: Prediction,
     spacing: TimestepSpacing,
     timesteps: Vec<f32>,
-    /// One more than timesteps.
+    /// Noise levels, one more than timesteps.
     sigmas: Vec<f32>,
 }
 
-/// Keys of the config that mean something to this sampler, and the values that are supported.
+/// Config keys that affect this sampler, with the supported values.
 fn keys() -> [(&'static str, Vec<Value>); 5] {
     [
         ("interpolation_type", vec![json!("linear")]),
@@ -28,10 +28,10 @@ fn keys() -> [(&'static str, Vec<Value>); 5] {
 }
 
 impl EulerSampler {
-    /// Lays `steps` over the schedule, as `EulerDiscreteScheduler.set_timesteps`.
+    /// Distributes `steps` over the schedule, as `EulerDiscreteScheduler.set_timesteps`.
     ///
     /// # Errors
-    /// Input unless `steps` is within 1 and the number of training timesteps, and for keys that it does not support.
+    /// Input: `steps` is not within 1 and the number of training timesteps, or unsupported config keys.
     pub fn new(schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
         schedule.check_sampler("euler", &keys())?;
         schedule.check_steps(steps)?;
@@ -56,17 +56,17 @@ impl EulerSampler {
         })
     }
 
-    /// The timestep that the UNet is told at each step, falling.
+    /// UNet timestep of each step, descending.
     pub fn timesteps(&self) -> &[f32] {
         &self.timesteps
     }
 
-    /// The noise level before each step, and the one after the last.
+    /// Noise level before each step, and the one after the last.
     pub fn sigmas(&self) -> &[f32] {
         &self.sigmas
     }
 
-    /// What standard normal noise is multiplied by to start.
+    /// Factor of standard normal noise for the initial latents.
     pub fn init_noise_sigma(&self) -> f32 {
         let highest = self.sigmas[0];
         match self.spacing {
@@ -75,18 +75,18 @@ impl EulerSampler {
         }
     }
 
-    /// What the UNet sees of `latents` at `step`: their variance brought to about one.
+    /// Scales `latents` to the UNet's input at `step`, with a variance of about one.
     pub fn scale_model_input(&self, latents: Tensor<4>, step: usize) -> Tensor<4> {
         latents / self.sigmas[step].hypot(1.0)
     }
 
-    /// The latents after `step`, given the UNet's `output` for [`scale_model_input`](Self::scale_model_input).
+    /// Computes the latents after `step` from the UNet's `output` for [`scale_model_input`](Self::scale_model_input).
     pub fn step(&self, output: Tensor<4>, latents: Tensor<4>, step: usize) -> Tensor<4> {
         let (sigma, next) = (self.sigmas[step], self.sigmas[step + 1]);
         match self.prediction {
             Prediction::Epsilon => latents + output * (next - sigma),
-            // x + (x - image) / sigma * (next - sigma) with image = x / norm^2 - output * sigma / norm; what x is multiplied
-            // by is taken together, for it nearly cancels where sigma is large.
+            // x + (x - image) / sigma * (next - sigma) with image = x / norm^2 - output * sigma / norm. The factors of
+            // x are combined because they nearly cancel for large sigma.
             Prediction::VPrediction => {
                 let norm = sigma.hypot(1.0);
                 latents * ((1.0 + sigma * next) / (norm * norm)) + output * ((next - sigma) / norm)

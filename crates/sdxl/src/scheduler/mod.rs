@@ -1,5 +1,5 @@
-//! The noise schedule of training (diffusers `DDPMScheduler`; Ho et al., arXiv 2006.11239) and the samplers that go the
-//! way back: one file each.
+//! Noise schedule of training (diffusers `DDPMScheduler`; Ho et al., arXiv 2006.11239) and the samplers that reverse
+//! it, one file each.
 
 use std::path::Path;
 
@@ -21,14 +21,14 @@ pub use dpm_solver::DpmSolverSampler;
 pub use euler::EulerSampler;
 pub use sampler::{NoiseSampler, SamplerKind};
 
-/// Share of the image that samplers dividing by its root see at a last timestep without any: f16's smallest number, as in
+/// Image share at a last timestep of pure noise, for samplers that divide by its root: the smallest f16 number, as in
 /// diffusers.
 const SMALLEST_SHARE: f64 = 1.0 / (1 << 24) as f64;
 
-/// The most training timesteps that a config may ask for; all bases have 1000.
+/// Upper limit of training timesteps in a config; all bases have 1000.
 const MOST_TIMESTEPS: usize = 1 << 20;
 
-/// What the UNet predicts.
+/// Prediction target of the UNet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Prediction {
@@ -38,7 +38,7 @@ pub enum Prediction {
     VPrediction,
 }
 
-/// How sampling steps are laid over the training timesteps.
+/// Spacing of sampling steps over the training timesteps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TimestepSpacing {
@@ -46,78 +46,78 @@ pub enum TimestepSpacing {
     Leading,
     /// Multiples of `training steps / steps`, from the last timestep downwards.
     Trailing,
-    /// Evenly from the first to the last.
+    /// Evenly spaced from the first to the last.
     Linspace,
 }
 
-/// How the noise variance grows over the training timesteps.
+/// Growth of the noise variance over the training timesteps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BetaSchedule {
-    /// Evenly in beta.
+    /// Linear in beta.
     Linear,
-    /// Evenly in the square root of beta: Stable Diffusion.
+    /// Linear in the square root of beta: Stable Diffusion.
     ScaledLinear,
 }
 
-/// The noise level that sampling ends at.
+/// Noise level at which sampling ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinalSigmas {
-    /// None.
+    /// Zero.
     Zero,
-    /// That of the first training timestep.
+    /// Noise level of the first training timestep.
     SigmaMin,
 }
 
-/// The `scheduler_config.json` of a base, as far as it changes what is computed. Other keys are ignored.
+/// The keys of a base's `scheduler_config.json` that affect the computation. Other keys are ignored.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ScheduleConfig {
-    /// Training timesteps, 1000.
+    /// Number of training timesteps, 1000.
     pub num_train_timesteps: usize,
     /// Beta of the first timestep.
     pub beta_start: f64,
     /// Beta of the last timestep.
     pub beta_end: f64,
-    /// The way from the first to the last.
+    /// Interpolation between the two.
     pub beta_schedule: BetaSchedule,
-    /// What the UNet predicts.
+    /// Prediction target of the UNet.
     #[serde(default = "epsilon")]
     pub prediction_type: Prediction,
-    /// The spacing of sampling steps; each sampler's own in diffusers where left out.
+    /// Spacing of sampling steps; defaults to each sampler's own in diffusers.
     #[serde(default)]
     pub timestep_spacing: Option<TimestepSpacing>,
-    /// Added to the timesteps of leading spacing.
+    /// Offset of the timesteps in leading spacing.
     #[serde(default)]
     pub steps_offset: usize,
     /// Shifts the schedule so that the last timestep is pure noise (Lin et al., arXiv 2305.08891).
     #[serde(default)]
     pub rescale_betas_zero_snr: bool,
-    /// Lays the noise levels of Euler and DPM-Solver after Karras et al., arXiv 2206.00364, equation 5.
+    /// Spaces the noise levels of Euler and DPM-Solver after Karras et al., arXiv 2206.00364, equation 5.
     #[serde(default)]
     pub use_karras_sigmas: Option<bool>,
-    /// Where Euler and DPM-Solver end.
+    /// Final noise level of Euler and DPM-Solver.
     #[serde(default = "zero")]
     pub final_sigmas_type: FinalSigmas,
-    /// Whether DDIM ends at no noise, instead of at the first training timestep.
+    /// DDIM ends at zero noise instead of the first training timestep's.
     #[serde(default = "yes")]
     pub set_alpha_to_one: bool,
-    /// Whether DPM-Solver ends in a first-order step when there are fewer than 15.
+    /// DPM-Solver ends in a first-order step if there are fewer than 15 steps.
     #[serde(default = "yes")]
     pub lower_order_final: bool,
-    /// Whether DPM-Solver always ends in a first-order step.
+    /// DPM-Solver always ends in a first-order step.
     #[serde(default)]
     pub euler_at_final: bool,
-    /// Names the sampler that the base was published with.
+    /// Class name of the sampler that the base was published with.
     #[serde(default, rename = "_class_name")]
     pub class_name: Option<String>,
     #[serde(flatten)]
     others: Map<String, Value>,
 }
 
-/// Keys that change what is trained, each with the values that are supported. `null` and absence are supported too.
+/// Config keys that change training, with the supported values. `null` and absence are supported too.
 fn trained_keys() -> [(&'static str, Vec<Value>); 3] {
-    // A learned variance is a second output of the UNet; all others are a sampler's affair.
+    // A learned variance adds a second UNet output, which is unsupported. The fixed variances affect samplers only.
     let variances = ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"];
     [
         ("trained_betas", Vec::new()),
@@ -139,7 +139,7 @@ fn yes() -> bool {
 }
 
 impl ScheduleConfig {
-    /// Says which of `keys` has a value that is not among the supported ones.
+    /// Reports the first of `keys` with an unsupported value.
     fn check_keys(&self, keys: &[(&str, Vec<Value>)]) -> std::result::Result<(), String> {
         for (key, supported) in keys {
             let value = self.others.get(*key).filter(|value| !value.is_null() && !supported.contains(value));
@@ -152,11 +152,11 @@ impl ScheduleConfig {
     }
 }
 
-/// How much of an image is left at each training timestep.
+/// Noise schedule: the image's share at each training timestep.
 #[derive(Debug, Clone)]
 pub struct NoiseSchedule {
     config: ScheduleConfig,
-    /// The file that it comes from, for messages.
+    /// Config file, for error messages.
     place: String,
     alphas_cumprod: Vec<f32>,
 }
@@ -165,31 +165,31 @@ impl NoiseSchedule {
     /// Loads `scheduler_config.json` of a folder (`.../scheduler`).
     ///
     /// # Errors
-    /// Input for a missing or broken file and for a schedule that is not supported.
+    /// Input: the file is missing or broken, or the schedule is not supported.
     pub fn load(folder: &Path) -> Result<Self> {
         Self::parse(&ConfigText::read(&folder.join("scheduler_config.json"))?)
     }
 
-    /// Reads and checks a config.
+    /// Parses and checks a config.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// Same as [`load`](Self::load).
     pub fn parse(text: &ConfigText) -> Result<Self> {
         let schedule = Self::new(text.parse()?)
             .map_err(|problem| Error::file(text.place(), problem, "use the scheduler_config.json of an SDXL base"))?;
         Ok(Self { place: text.place().display().to_string(), ..schedule })
     }
 
-    /// Computes the schedule; an error tells the key that does not hold.
+    /// Computes the noise schedule.
     ///
     /// # Errors
-    /// The key and the problem, as a message.
+    /// A message with the unsupported key and the problem.
     pub fn new(config: ScheduleConfig) -> std::result::Result<Self, String> {
         let ScheduleConfig { num_train_timesteps: count, beta_start: start, beta_end: end, .. } = config;
         config.check_keys(&trained_keys())?;
         if config.rescale_betas_zero_snr && config.prediction_type == Prediction::Epsilon {
             let problem = "a schedule that ends in pure noise needs prediction_type v_prediction";
-            return Err(format!("rescale_betas_zero_snr: {problem}: its noise tells nothing of the image"));
+            return Err(format!("rescale_betas_zero_snr: {problem}: pure noise says nothing about the image"));
         }
         if !(2..=MOST_TIMESTEPS).contains(&count) {
             return Err(format!("num_train_timesteps: {count} is not within 2 and {MOST_TIMESTEPS}"));
@@ -215,7 +215,7 @@ impl NoiseSchedule {
             })
             .collect();
         if shares.first().is_none_or(|&share| share as f32 == 1.0) {
-            return Err(format!("beta_start: {start} adds no noise that f32 could tell"));
+            return Err(format!("beta_start: {start} adds less noise than f32 can represent"));
         }
         if config.rescale_betas_zero_snr {
             end_in_noise(&mut shares);
@@ -224,17 +224,17 @@ impl NoiseSchedule {
         Ok(Self { config, place, alphas_cumprod: shares.into_iter().map(|share| share as f32).collect() })
     }
 
-    /// What the schedule was made from.
+    /// Config of the schedule.
     pub fn config(&self) -> &ScheduleConfig {
         &self.config
     }
 
-    /// The share of the image's variance left at each training timestep; falls from about 1 to about 0.
+    /// Share of the image's variance at each training timestep; falls from about 1 to about 0.
     pub fn alphas_cumprod(&self) -> &[f32] {
         &self.alphas_cumprod
     }
 
-    /// The noise level of each training timestep where the image keeps its scale, rising: `sqrt((1 - a) / a)`.
+    /// Noise level at each training timestep for an unscaled image, ascending: `sqrt((1 - a) / a)`.
     fn sigmas(&self) -> Vec<f64> {
         let sigma = |&share: &f32| {
             let share = f64::from(share).max(SMALLEST_SHARE);
@@ -243,7 +243,7 @@ impl NoiseSchedule {
         self.alphas_cumprod.iter().map(sigma).collect()
     }
 
-    /// Checks a number of sampling steps.
+    /// Checks the number of sampling steps.
     fn check_steps(&self, steps: usize) -> Result<()> {
         let train = self.config.num_train_timesteps;
         if (1..=train).contains(&steps) {
@@ -252,7 +252,7 @@ impl NoiseSchedule {
         Err(Error::input("steps", format!("{steps} is not within 1 and {train}"), "20 to 30 are usual"))
     }
 
-    /// Checks the keys that `sampler` has a meaning for.
+    /// Checks the config keys that affect `sampler`.
     fn check_sampler(&self, sampler: &str, keys: &[(&str, Vec<Value>)]) -> Result<()> {
         self.config.check_keys(keys).map_err(|problem| {
             let remedy = "draw with another --sampler (train.samples.sampler), or change the key in the base's file";
@@ -260,13 +260,14 @@ impl NoiseSchedule {
         })
     }
 
-    /// `sqrt(a) latents + sqrt(1 - a) noise`, all `[B, C, h, w]`, with one timestep below `num_train_timesteps` per sample.
+    /// Computes `sqrt(a) latents + sqrt(1 - a) noise`, all `[B, C, h, w]`, with one timestep below
+    /// `num_train_timesteps` per sample.
     pub fn add_noise(&self, latents: Tensor<4>, noise: Tensor<4>, timesteps: &[usize]) -> Tensor<4> {
         let (image, rest) = self.shares(&latents, timesteps);
         latents * image + noise * rest
     }
 
-    /// What the UNet shall predict for [`add_noise`](Self::add_noise)'s result: the noise or the velocity.
+    /// Returns the UNet's prediction target for [`add_noise`](Self::add_noise): the noise or the velocity.
     pub fn target(&self, latents: Tensor<4>, noise: Tensor<4>, timesteps: &[usize]) -> Tensor<4> {
         match self.config.prediction_type {
             Prediction::Epsilon => noise,
@@ -277,7 +278,7 @@ impl NoiseSchedule {
         }
     }
 
-    /// `sqrt(a)` and `sqrt(1 - a)` of each sample, `[B, 1, 1, 1]`.
+    /// Returns `sqrt(a)` and `sqrt(1 - a)` of each sample, `[B, 1, 1, 1]`.
     fn shares(&self, like: &Tensor<4>, timesteps: &[usize]) -> (Tensor<4>, Tensor<4>) {
         let per_sample = |share: fn(f32) -> f32| {
             let values: Vec<f32> = timesteps.iter().map(|&t| share(self.alphas_cumprod[t])).collect();
@@ -288,7 +289,8 @@ impl NoiseSchedule {
     }
 }
 
-/// Shifts and scales the roots of `shares` so that the last is 0 and the first stays.
+/// Shifts and scales the roots of `shares` so that the last becomes 0 and the first stays (Lin et al., arXiv
+/// 2305.08891).
 fn end_in_noise(shares: &mut [f64]) {
     let root = |share: Option<&f64>| share.copied().unwrap_or_default().sqrt();
     let (first, last) = (root(shares.first()), root(shares.last()));

@@ -1,4 +1,4 @@
-//! The samplers as one, and the choice among them.
+//! Sampler choice, and one type for all samplers.
 
 use burn::tensor::Tensor;
 use clap::ValueEnum;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::scheduler::{DdimSampler, DpmSolverSampler, EulerSampler, NoiseSchedule, ScheduleConfig};
 
-/// Which sampler draws. What it leaves open, the base's `scheduler_config.json` says.
+/// Sampler kind. The base's `scheduler_config.json` sets its options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum SamplerKind {
@@ -26,7 +26,7 @@ pub enum SamplerKind {
 }
 
 impl SamplerKind {
-    /// The sampler that the base was published with, Euler where that one is not here.
+    /// Returns the sampler that the base was published with, or Euler if that one is not implemented.
     pub fn of_base(config: &ScheduleConfig) -> Self {
         match config.class_name.as_deref() {
             Some("DPMSolverMultistepScheduler") => Self::DpmPp2m,
@@ -36,7 +36,7 @@ impl SamplerKind {
     }
 }
 
-/// A run of steps from noise to an image.
+/// A sampling run from noise to an image.
 #[derive(Debug, Clone)]
 pub enum NoiseSampler {
     /// Euler.
@@ -48,10 +48,10 @@ pub enum NoiseSampler {
 }
 
 impl NoiseSampler {
-    /// Lays `steps` of `kind` over the schedule; of the base's own kind where none is given.
+    /// Distributes `steps` over the noise schedule. Without `kind`, uses the base's own sampler.
     ///
     /// # Errors
-    /// Input for no steps, and for more than the sampler can lay over the schedule.
+    /// Input: zero steps, or more than the sampler can distribute over the schedule.
     pub fn new(schedule: &NoiseSchedule, kind: Option<SamplerKind>, steps: usize) -> Result<Self> {
         let config = schedule.config();
         Ok(match kind.unwrap_or_else(|| SamplerKind::of_base(config)) {
@@ -65,7 +65,7 @@ impl NoiseSampler {
         })
     }
 
-    /// The timestep that the UNet is told at each step, falling.
+    /// UNet timestep of each step, descending.
     pub fn timesteps(&self) -> &[f32] {
         match self {
             Self::Euler(sampler) => sampler.timesteps(),
@@ -74,7 +74,7 @@ impl NoiseSampler {
         }
     }
 
-    /// What standard normal noise is multiplied by to start.
+    /// Factor of standard normal noise for the initial latents.
     pub fn init_noise_sigma(&self) -> f32 {
         match self {
             Self::Euler(sampler) => sampler.init_noise_sigma(),
@@ -82,7 +82,7 @@ impl NoiseSampler {
         }
     }
 
-    /// What the UNet sees of `latents`, `[B, C, h, w]`, at `step`: their variance is about one.
+    /// Scales `latents`, `[B, C, h, w]`, to the UNet's input at `step`, with a variance of about one.
     pub fn scale_model_input(&self, latents: Tensor<4>, step: usize) -> Tensor<4> {
         match self {
             Self::Euler(sampler) => sampler.scale_model_input(latents, step),
@@ -90,8 +90,8 @@ impl NoiseSampler {
         }
     }
 
-    /// The latents after `step`, given the UNet's `output` for [`scale_model_input`](Self::scale_model_input). Steps are
-    /// made in their order.
+    /// Computes the latents after `step` from the UNet's `output` for [`scale_model_input`](Self::scale_model_input).
+    /// Steps must run in order.
     pub fn step(&mut self, output: Tensor<4>, latents: Tensor<4>, step: usize) -> Tensor<4> {
         match self {
             Self::Euler(sampler) => sampler.step(output, latents, step),

@@ -1,13 +1,13 @@
-//! Where on the training timesteps a sampler makes its steps.
+//! Distribution of sampling steps over the training timesteps.
 
 use hyperlora_core::{Error, Result};
 
 use crate::scheduler::{NoiseSchedule, TimestepSpacing};
 
-/// The curvature of [`karras`], the paper's.
+/// Curvature of [`karras`], from the paper.
 const RHO: f64 = 7.0;
 
-/// `steps` timesteps, falling, for samplers that may stand between two training timesteps (diffusers
+/// Returns `steps` timesteps, descending, for samplers that allow timesteps between training timesteps (diffusers
 /// `EulerDiscreteScheduler`) and, rounded, for `DDIMScheduler`.
 pub(super) fn timesteps(schedule: &NoiseSchedule, spacing: TimestepSpacing, steps: usize) -> Vec<f64> {
     let (train, offset) = (schedule.config.num_train_timesteps, schedule.config.steps_offset);
@@ -21,10 +21,11 @@ pub(super) fn timesteps(schedule: &NoiseSchedule, spacing: TimestepSpacing, step
     (0..steps).map(timestep).collect()
 }
 
-/// The same for `DPMSolverMultistepScheduler`, which lays one step more and leaves out the last, at timestep 0.
+/// Returns the timesteps of `DPMSolverMultistepScheduler`, which distributes one more step and drops the last, at
+/// timestep 0.
 ///
 /// # Errors
-/// Input for so many steps that two would fall together.
+/// Input: so many steps that two would coincide.
 pub(super) fn solver_timesteps(schedule: &NoiseSchedule, spacing: TimestepSpacing, steps: usize) -> Result<Vec<f64>> {
     let (train, offset) = (schedule.config.num_train_timesteps, schedule.config.steps_offset);
     if spacing == TimestepSpacing::Trailing {
@@ -40,7 +41,7 @@ pub(super) fn solver_timesteps(schedule: &NoiseSchedule, spacing: TimestepSpacin
     Ok((0..steps).map(timestep).collect())
 }
 
-/// The value of `table`, given at 0, 1, 2, ..., at each of `places`: straight between two, constant beyond the ends.
+/// Interpolates `table`, given at 0, 1, 2, ..., linearly at `places`; constant beyond the ends.
 pub(super) fn interpolate(table: &[f64], places: &[f64]) -> Vec<f64> {
     let last = table.len() - 1;
     let value = |&place: &f64| {
@@ -52,14 +53,14 @@ pub(super) fn interpolate(table: &[f64], places: &[f64]) -> Vec<f64> {
     places.iter().map(value).collect()
 }
 
-/// `steps` noise levels from `highest` down to `lowest` (Karras et al., arXiv 2206.00364, equation 5).
+/// Returns `steps` noise levels from `highest` down to `lowest` (Karras et al., arXiv 2206.00364, equation 5).
 pub(super) fn karras(highest: f64, lowest: f64, steps: usize) -> Vec<f64> {
     let (from, to) = (highest.powf(1.0 / RHO), lowest.powf(1.0 / RHO));
     let level = |step: usize| (from + (to - from) * step as f64 / (steps - 1).max(1) as f64).powf(RHO);
     (0..steps).map(level).collect()
 }
 
-/// The place of each of `sigmas` in the rising `table`: straight between two in the logarithm.
+/// Locates each of `sigmas` in the ascending `table`, interpolating linearly in the logarithm.
 pub(super) fn places(table: &[f64], sigmas: &[f64]) -> Vec<f64> {
     let place = |sigma: &f64| {
         let below = table.partition_point(|level| level <= sigma).saturating_sub(1).min(table.len() - 2);

@@ -1,7 +1,7 @@
-//! The configs of SDXL-Base-1.0 and of CLIP ViT-L/14, as their published folders have them.
+//! Configs of SDXL-Base-1.0 and CLIP ViT-L/14, as published.
 //!
-//! For where there is no `config.json`: a single-file checkpoint holds none, and `plan` counts before anything is
-//! downloaded. Keys at the default of diffusers or transformers that the published files spell as `null` are left out.
+//! They replace a missing `config.json`: a single-file checkpoint holds none, and `plan` runs before anything is
+//! downloaded. Keys that the published files set to `null`, the default of diffusers or transformers, are omitted.
 
 /// `unet/config.json`.
 pub const UNET: &str = include_str!("configs/unet.json");

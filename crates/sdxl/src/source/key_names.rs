@@ -1,8 +1,8 @@
-//! The names of single-file checkpoints (Stability AI's `generative-models`) beside those of diffusers, both ways.
+//! Key names of single-file checkpoints (Stability AI's `generative-models`) mapped to diffusers names and back.
 //!
-//! A table is a list of pairs of key prefixes, laid out from the parts' configs: what follows a prefix is the same in
-//! both namings. The text projection is stored as its transpose, attention in the autoencoder as a convolution with a
-//! kernel of one pixel, and OpenCLIP's queries, keys and values are one stack of rows.
+//! A table is a list of key prefix pairs built from the component configs; the rest of a key is the same in both
+//! namings. Three layouts differ: single files store the text projection transposed, the autoencoder's attention as 1x1
+//! convolutions, and OpenCLIP's queries, keys and values as one stack of rows.
 
 use std::collections::HashMap;
 use std::sync::OnceLock;
@@ -15,7 +15,7 @@ use crate::models::vae::AutoencoderKlConfig;
 use crate::source::configs;
 use crate::weights::{ConfigText, Form};
 
-/// UNet: outside the blocks.
+/// UNet: modules outside the blocks.
 const UNET: [(&str, &str); 7] = [
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
@@ -26,7 +26,7 @@ const UNET: [(&str, &str); 7] = [
     ("conv_out", "out.2"),
 ];
 
-/// UNet: the middle; its resnets' parts are those of [`UNET_RESNET`].
+/// UNet: middle block. Its resnet parts are in [`UNET_RESNET`].
 const UNET_MIDDLE: [(&str, &str); 2] =
     [("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.2")];
 
@@ -40,10 +40,10 @@ const UNET_RESNET: [(&str, &str); 6] = [
     ("conv_shortcut", "skip_connection"),
 ];
 
-/// Autoencoder: beside its two halves.
+/// Autoencoder: modules outside the encoder and decoder.
 const VAE: [(&str, &str); 2] = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")];
 
-/// Autoencoder: either half, outside the levels.
+/// Autoencoder: modules of the encoder and the decoder outside their levels.
 const VAE_HALF: [(&str, &str); 4] = [
     ("conv_in", "conv_in"),
     ("conv_norm_out", "norm_out"),
@@ -51,17 +51,17 @@ const VAE_HALF: [(&str, &str); 4] = [
     ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
 ];
 
-/// Autoencoder: the linears of its attention.
+/// Autoencoder: attention linears.
 const VAE_ATTENTION: [(&str, &str); 4] = [("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")];
 
 /// Autoencoder: parts of a resnet.
 const VAE_RESNET: [(&str, &str); 5] =
     [("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"), ("conv_shortcut", "nin_shortcut")];
 
-/// First text encoder: as in transformers.
+/// First text encoder: single files use the names of transformers.
 const TEXT: [(&str, &str); 1] = [("text_model", "text_model")];
 
-/// Second text encoder: outside the layers.
+/// Second text encoder: modules outside the layers.
 const OPEN_CLIP: [(&str, &str); 3] = [
     ("text_model.embeddings.token_embedding", "token_embedding"),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
@@ -77,21 +77,21 @@ const OPEN_CLIP_LAYER: [(&str, &str); 5] = [
     ("self_attn.out_proj", "attn.out_proj"),
 ];
 
-/// Second text encoder: the thirds of a layer's fused projection, in the order of their rows.
+/// Second text encoder: thirds of a layer's fused projection, in row order.
 const OPEN_CLIP_FUSED: [&str; 3] = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
 
-/// A prefix in both namings.
+/// A key prefix in both namings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pair {
-    /// In diffusers.
+    /// Prefix in diffusers.
     pub diffusers: String,
-    /// In single files, after the part's own prefix such as `model.diffusion_model.`.
+    /// Prefix in single files, after the component's own prefix such as `model.diffusion_model.`.
     pub stability: String,
-    /// What is done to the single file's tensor to get that of diffusers.
+    /// Transform from the single file's tensor to the diffusers tensor.
     pub form: Form,
 }
 
-/// The names of one part of SDXL in both namings.
+/// Key names of one SDXL component in both namings.
 #[derive(Debug)]
 pub struct KeyTable {
     pairs: Vec<Pair>,
@@ -101,7 +101,7 @@ pub struct KeyTable {
 }
 
 impl KeyTable {
-    /// Of the UNet.
+    /// Key table of the UNet.
     pub fn unet(config: &UNet2DConditionConfig) -> Self {
         let mut pairs = Pairs::from_table(&UNET);
         for (diffusers, stability) in UNET_MIDDLE {
@@ -109,7 +109,7 @@ impl KeyTable {
         }
         pairs.add("mid_block.attentions.0", "middle_block.1");
         let blocks = config.block_out_channels.len();
-        // Blocks are counted through: each resnet with what follows it, and each step to a coarser resolution, is one.
+        // Single files number blocks consecutively: each resnet with its attention is one, and each downsampler is one.
         let mut input = 1;
         for block in 0..blocks {
             for layer in 0..config.layers_per_block.get(block) {
@@ -140,11 +140,11 @@ impl KeyTable {
         pairs.table('.')
     }
 
-    /// Of the UNet of SDXL-Base-1.0, for names whose dots are underscores: what LoRA files and hypernetworks go by where no
-    /// base is at hand.
+    /// Key table of the SDXL-Base-1.0 UNet with underscores for dots. LoRA files and hypernetworks use it when no base
+    /// is available.
     ///
     /// # Errors
-    /// Fault when the built-in config does not parse.
+    /// Fault: the built-in config does not parse.
     pub fn of_sdxl() -> Result<&'static Self> {
         static TABLE: OnceLock<KeyTable> = OnceLock::new();
         if let Some(table) = TABLE.get() {
@@ -154,7 +154,7 @@ impl KeyTable {
         Ok(TABLE.get_or_init(|| Self::unet(&config).underscored()))
     }
 
-    /// Of the autoencoder.
+    /// Key table of the autoencoder.
     pub fn vae(config: &AutoencoderKlConfig) -> Self {
         let mut pairs = Pairs::from_table(&VAE);
         let levels = config.block_out_channels.len();
@@ -192,16 +192,16 @@ impl KeyTable {
         pairs.table('.')
     }
 
-    /// Of the first text encoder.
+    /// Key table of the first text encoder.
     pub fn text_encoder() -> Self {
         Pairs::from_table(&TEXT).table('.')
     }
 
-    /// Of the second text encoder.
+    /// Key table of the second text encoder.
     pub fn text_encoder_2(config: &ClipTextConfig) -> Self {
         let mut pairs = Pairs::from_table(&OPEN_CLIP);
         pairs.add_as("text_projection.weight", "text_projection", Form::Transposed);
-        // Some files hold it as a linear layer.
+        // Some files store the projection as a linear layer.
         pairs.add("text_projection.weight", "text_projection.weight");
         for layer in 0..config.encoder.num_hidden_layers {
             let diffusers = format!("text_model.encoder.layers.{layer}");
@@ -217,7 +217,7 @@ impl KeyTable {
         pairs.table('.')
     }
 
-    /// The same table for names whose dots are underscores, as in the keys of kohya's LoRA files.
+    /// Returns the same table with underscores for dots, as in the keys of kohya's LoRA files.
     #[must_use]
     pub fn underscored(&self) -> Self {
         let flat = |name: &str| name.replace(self.separator, "_");
@@ -229,7 +229,8 @@ impl KeyTable {
         Pairs(pairs.collect()).table('_')
     }
 
-    /// The single file's name, after the part's prefix, of what diffusers calls `name`, and what is done to its tensor.
+    /// Maps a diffusers name to the single file's name, without the component's prefix, and the transform of its
+    /// tensor.
     pub fn to_stability(&self, name: &str) -> Option<(String, Form)> {
         self.prefixes(name).find_map(|(prefix, rest)| {
             let pair = &self.pairs[*self.by_diffusers.get(prefix)?];
@@ -237,8 +238,8 @@ impl KeyTable {
         })
     }
 
-    /// What diffusers calls the tensors that the single file keeps as `name` (without the part's prefix): one, three for
-    /// a fused projection, none for an unknown name.
+    /// Maps a single file's name, without the component's prefix, to diffusers names: one, three for a fused
+    /// projection, none for an unknown name.
     pub fn to_diffusers(&self, name: &str) -> Vec<(String, Form)> {
         let found = self.prefixes(name).find_map(|(prefix, rest)| Some((self.by_stability.get(prefix)?, rest)));
         let Some((pairs, rest)) = found else { return Vec::new() };
@@ -246,14 +247,14 @@ impl KeyTable {
         pairs.iter().map(renamed).collect()
     }
 
-    /// `name` cut in two at each separator, the longest beginning first.
+    /// Splits `name` at each separator, longest prefix first.
     fn prefixes<'a>(&self, name: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
         let cuts = name.rmatch_indices(self.separator).map(|(index, _)| index);
         std::iter::once(name.len()).chain(cuts).map(|index| name.split_at(index))
     }
 }
 
-/// A table in the making.
+/// A key table under construction.
 struct Pairs(Vec<Pair>);
 
 impl Pairs {
@@ -273,7 +274,7 @@ impl Pairs {
         self.0.push(Pair { diffusers: diffusers.into(), stability: stability.into(), form });
     }
 
-    /// The parts of a module.
+    /// Adds the parts of a module.
     fn module(&mut self, diffusers: &str, stability: &str, parts: &[(&str, &str)]) {
         for (one, other) in parts {
             self.add(format!("{diffusers}.{one}"), format!("{stability}.{other}"));

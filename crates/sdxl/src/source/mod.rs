@@ -1,7 +1,7 @@
-//! Where the parts of a base come from: a pipeline folder of diffusers, or one file in Stability naming.
+//! Sources of a base: a diffusers pipeline folder, or a single file in Stability naming.
 //!
-//! Both give the same: each part's config and its tensors under the names of diffusers. A single file holds neither
-//! configs nor tokenizers; they are SDXL-Base-1.0's own, or those of a folder that the user names (diffusers
+//! Both yield each component's config and its tensors under diffusers names. A single file holds neither configs nor
+//! tokenizers, so those of SDXL-Base-1.0 apply, or those of a folder that the user names (diffusers
 //! `from_single_file(config=...)`).
 
 pub mod configs;
@@ -24,13 +24,13 @@ use crate::source::key_names::KeyTable;
 use crate::tokenizer::{ClipTokenizer, END};
 use crate::weights::{ConfigText, Form, SafetensorsFile, Updates, Weights, has_variant, parse_json, read_text};
 
-/// Keys that tell of noise that is not SDXL's, in a file that may be whole otherwise.
+/// Keys that mark a noise schedule other than SDXL's in a checkpoint that may otherwise be complete.
 const OTHER_NOISE: [(&str, &str); 2] = [
     ("edm_mean", "a checkpoint of Playground 2.5, whose noise is not SDXL's"),
     ("edm_vpred.sigma_max", "a checkpoint with the noise of EDM, which is not SDXL's"),
 ];
 
-/// What keys begin with that tell what kind of single file it is, where parts of an SDXL are missing.
+/// Key prefixes that identify other kinds of single files when SDXL components are missing.
 const OTHER_KINDS: [(&str, &str); 8] = [
     ("cond_stage_model.", "a checkpoint of Stable Diffusion 1 or 2"),
     ("conditioner.embedders.0.model.transformer.", "a checkpoint of the SDXL refiner"),
@@ -42,8 +42,8 @@ const OTHER_KINDS: [(&str, &str); 8] = [
     ("unet.", "a LoRA in diffusers naming, not a base"),
 ];
 
-/// Keys of single files that lie among those of a part and that nothing needs; one that ends in a dot stands for all that
-/// begin with it. They are what training keeps (losses, averages), buffers, and OpenCLIP's other half.
+/// Unused keys within a component of a single file; an entry that ends in a dot is a prefix. They are training state
+/// (losses, averages), buffers, and OpenCLIP's image half.
 const UNNEEDED: [&str; 7] = [
     "conditioner.embedders.0.transformer.text_projection.",
     "conditioner.embedders.1.model.logit_scale",
@@ -54,13 +54,13 @@ const UNNEEDED: [&str; 7] = [
     "first_stage_model.model_ema.",
 ];
 
-/// A buffer that text encoders compute by themselves, whatever module they keep it in.
+/// Buffer that text encoders compute themselves; its module differs between files.
 const POSITION_IDS: &str = ".position_ids";
 
-/// How many names of keys that are passed over the log spells out.
+/// Number of ignored keys that the log names.
 const PASSED_SHOWN: usize = 10;
 
-/// A part of SDXL with weights of its own.
+/// A component of SDXL with its own weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     /// The denoiser.
@@ -74,10 +74,10 @@ pub enum Part {
 }
 
 impl Part {
-    /// All of them.
+    /// All components.
     pub const ALL: [Self; 4] = [Self::Unet, Self::Vae, Self::TextEncoder, Self::TextEncoder2];
 
-    /// Its folder in a pipeline of diffusers.
+    /// Folder of the component in a diffusers pipeline.
     pub fn folder(self) -> &'static str {
         match self {
             Self::Unet => "unet",
@@ -87,7 +87,7 @@ impl Part {
         }
     }
 
-    /// What its keys begin with in a single file.
+    /// Key prefix of the component in a single file.
     pub fn prefix(self) -> &'static str {
         match self {
             Self::Unet => "model.diffusion_model.",
@@ -107,7 +107,7 @@ impl Part {
     }
 }
 
-/// Changes to the weights of each part, by diffusers' names.
+/// Weight updates of each component, by diffusers name.
 pub type PartUpdates = BTreeMap<Part, Updates>;
 
 /// A base on disk, opened but not read.
@@ -125,31 +125,31 @@ enum Layout {
     },
     SingleFile {
         file: Arc<SafetensorsFile>,
-        /// A pipeline folder whose configs and tokenizers hold.
+        /// Pipeline folder that provides configs and tokenizers.
         config: Option<PathBuf>,
     },
 }
 
-/// The `model_index.json` of a base, as far as it changes what is computed. Other keys are ignored.
+/// The keys of a base's `model_index.json` that affect the computation. Other keys are ignored.
 #[derive(Debug, Deserialize)]
 struct ModelIndex {
     force_zeros_for_empty_prompt: Option<bool>,
 }
 
 impl BaseSource {
-    /// Opens a pipeline folder in diffusers layout, or a single safetensors file. `variant` chooses among the files of a
-    /// folder; `config`, a pipeline folder that needs no weights, is what describes a single file.
+    /// Opens a pipeline folder in diffusers layout, or a single safetensors file. `variant` selects among the files of
+    /// a folder. `config` is a pipeline folder, with or without weights, that describes a single file.
     ///
     /// # Errors
-    /// Input for a path that is neither, a file of another kind or architecture, a variant that no part has, and options
-    /// that do not go with the layout.
+    /// Input: the path is neither, the file is of another kind or architecture, no component has the variant, or the
+    /// options do not suit the layout.
     pub fn open(path: &Path, variant: Option<&str>, config: Option<&Path>) -> Result<Self> {
         if path.is_dir() {
             return match config {
                 None => Self::open_folder(path, variant),
                 Some(_) => Err(Error::file(
                     path,
-                    "is a folder with configs of its own, and others are given",
+                    "is a folder with its own configs, but others are given",
                     "leave `base.config` out: it is for single-file checkpoints",
                 )),
             };
@@ -165,7 +165,7 @@ impl BaseSource {
         if variant.is_some() {
             return Err(Error::file(
                 path,
-                "is a single file, and a variant is asked for",
+                "is a single file, but a variant is given",
                 "leave the variant out: it chooses among the files of a pipeline folder",
             ));
         }
@@ -179,7 +179,7 @@ impl BaseSource {
         if !path.join("unet").is_dir() {
             return Err(Error::file(
                 path,
-                "is no SDXL pipeline in diffusers layout: it has no folder `unet`",
+                "is not an SDXL pipeline in diffusers layout: it has no folder `unet`",
                 "give a folder with unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2 and scheduler, or a \
                  single .safetensors file",
             ));
@@ -196,24 +196,24 @@ impl BaseSource {
         Ok(Self::folder(path, variant))
     }
 
-    /// A pipeline folder, of which only some parts need be there.
+    /// A pipeline folder in which only the components that are read need to exist.
     pub(super) fn folder(path: &Path, variant: Option<&str>) -> Self {
         let layout = Layout::Folder { variant: variant.map(String::from) };
         Self { path: path.into(), layout, updates: PartUpdates::new() }
     }
 
-    /// Adds changes to the weights while they are read.
+    /// Adds updates that are applied to the weights as they are read.
     #[must_use]
     pub fn with_updates(self, updates: PartUpdates) -> Self {
         Self { updates, ..self }
     }
 
-    /// The folder or file.
+    /// Path of the folder or file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The folder with configs and tokenizers, where there is one.
+    /// Folder with configs and tokenizers, if any.
     pub fn config_folder(&self) -> Option<&Path> {
         match &self.layout {
             Layout::Folder { .. } => Some(&self.path),
@@ -221,7 +221,7 @@ impl BaseSource {
         }
     }
 
-    /// The file, where it is a single one.
+    /// The single file, unless the base is a folder.
     pub fn single_file(&self) -> Option<&SafetensorsFile> {
         match &self.layout {
             Layout::Folder { .. } => None,
@@ -229,15 +229,15 @@ impl BaseSource {
         }
     }
 
-    /// The config of a part.
+    /// Config of a component.
     ///
     /// # Errors
-    /// As [`ConfigText::read`].
+    /// Same as [`ConfigText::read`].
     pub fn config(&self, part: Part) -> Result<ConfigText> {
         self.text(&format!("{}/config.json", part.folder()), part.config())
     }
 
-    /// A file of the config folder, or `built_in` where there is no such folder.
+    /// Reads a file of the config folder, or returns `built_in` without such a folder.
     fn text(&self, name: &str, built_in: &str) -> Result<ConfigText> {
         match self.config_folder() {
             Some(folder) => ConfigText::read(&folder.join(name)),
@@ -245,10 +245,10 @@ impl BaseSource {
         }
     }
 
-    /// The tensors of a part under the names of diffusers, in f32 on `device` unless changed.
+    /// Tensors of a component under diffusers names, in f32 on `device` unless changed.
     ///
     /// # Errors
-    /// As [`Weights::open`]; for a single file, those of the part's config.
+    /// Same as [`Weights::open`]; for a single file, also those of the component's config.
     pub fn weights(&self, part: Part, device: &Device) -> Result<Weights> {
         let weights = self.stored(part, device)?;
         Ok(match self.updates.get(&part) {
@@ -257,7 +257,7 @@ impl BaseSource {
         })
     }
 
-    /// The tensors of a part as they are stored.
+    /// Tensors of a component as stored.
     fn stored(&self, part: Part, device: &Device) -> Result<Weights> {
         let (file, prefix) = match &self.layout {
             Layout::Folder { variant } => {
@@ -271,16 +271,16 @@ impl BaseSource {
                 return Vec::new();
             };
             let names = table.to_diffusers(name);
-            // An unknown key keeps its name, under which the model will not know it.
+            // An unknown key keeps its name, so that the model reports it as unknown.
             if names.is_empty() { vec![(key.to_owned(), Form::Same)] } else { names }
         };
         Ok(Weights::renamed(file, rename, device))
     }
 
-    /// The names of a part in both namings.
+    /// Key table of a component.
     ///
     /// # Errors
-    /// Those of the part's config.
+    /// Same as the component's config.
     pub fn table(&self, part: Part) -> Result<KeyTable> {
         let config = self.config(part)?;
         Ok(match part {
@@ -291,19 +291,19 @@ impl BaseSource {
         })
     }
 
-    /// The autoencoder, in f32.
+    /// Loads the autoencoder, in f32.
     ///
     /// # Errors
-    /// Those of its config and weights.
+    /// Same as its config and weights.
     pub fn vae(&self, device: &Device) -> Result<AutoencoderKl> {
         AutoencoderKl::new(AutoencoderKlConfig::parse(&self.config(Part::Vae)?)?, self.weights(Part::Vae, device)?)
     }
 
-    /// The noise of training. A single file may mark itself as one that predicts velocities (key `v_pred`), with a
-    /// schedule that ends in pure noise (key `ztsnr`), as ComfyUI reads them.
+    /// Noise schedule of training. A single file may mark itself as predicting velocity (key `v_pred`) and as ending in
+    /// pure noise (key `ztsnr`); ComfyUI reads the same marks.
     ///
     /// # Errors
-    /// Input for a missing or broken config and for a schedule that is not supported.
+    /// Input: the config is missing or broken, or the schedule is not supported.
     pub fn schedule(&self) -> Result<NoiseSchedule> {
         let config = self.text("scheduler/scheduler_config.json", configs::SCHEDULER)?;
         let Some(file) = self.single_file() else { return NoiseSchedule::parse(&config) };
@@ -318,10 +318,10 @@ impl BaseSource {
         NoiseSchedule::parse(&config.with_text(Value::Object(keys).to_string()))
     }
 
-    /// Both tokenizers.
+    /// Loads both tokenizers.
     ///
     /// # Errors
-    /// As [`ClipTokenizer::load`].
+    /// Same as [`ClipTokenizer::load`].
     pub fn tokenizers(&self) -> Result<[ClipTokenizer; 2]> {
         Ok(match self.config_folder() {
             Some(folder) => {
@@ -332,11 +332,11 @@ impl BaseSource {
         })
     }
 
-    /// Whether zeros stand for the empty negative prompt, instead of its states. Where there is no `model_index.json` the
-    /// default of diffusers holds.
+    /// Returns true if zeros, not the empty prompt's states, replace an empty negative prompt. Without
+    /// `model_index.json` the default of diffusers applies.
     ///
     /// # Errors
-    /// Input for a broken `model_index.json`.
+    /// Input: `model_index.json` is broken.
     pub fn zeros_for_empty_prompt(&self) -> Result<bool> {
         let path = self.config_folder().map(|folder| folder.join("model_index.json"));
         let Some(path) = path.filter(|path| path.exists()) else { return Ok(true) };
@@ -346,7 +346,7 @@ impl BaseSource {
     }
 }
 
-/// Refuses files that hold something else than an SDXL base.
+/// Rejects files that are not an SDXL base.
 fn check_kind(file: &SafetensorsFile) -> Result<()> {
     let remedy =
         "give a single-file checkpoint of an SDXL base, such as sd_xl_base_1.0.safetensors, or a pipeline folder";
@@ -355,22 +355,22 @@ fn check_kind(file: &SafetensorsFile) -> Result<()> {
     if let Some((_, kind)) = OTHER_NOISE.iter().find(|(key, _)| file.entries().any(|entry| entry.name == *key)) {
         return is(kind);
     }
-    // What is whole is an SDXL, whatever else somebody's tool has left in the file.
+    // A file with all components is an SDXL checkpoint, whatever other keys a tool has added.
     let Some(part) = Part::ALL.iter().find(|part| !has(part.prefix())) else { return Ok(()) };
     match OTHER_KINDS.iter().find(|(beginning, _)| has(beginning)) {
         Some((_, kind)) => is(kind),
-        None => is(&format!("no whole SDXL checkpoint: it has no keys {}* ({})", part.prefix(), part.folder())),
+        None => is(&format!("not a complete SDXL checkpoint: it has no keys {}* ({})", part.prefix(), part.folder())),
     }
 }
 
-/// Which of the [`UNNEEDED`] a key is, where it is one.
+/// Returns the entry of [`UNNEEDED`] that matches a key.
 fn unneeded(key: &str) -> Option<&str> {
     let known = |name: &&str| key == *name || (name.ends_with('.') && key.starts_with(*name));
     let of_text = || key.starts_with("conditioner.embedders.") && key.ends_with(POSITION_IDS);
     UNNEEDED.into_iter().find(known).map(|name| name.trim_end_matches('.')).or_else(|| of_text().then_some(key))
 }
 
-/// Counts in the log what a whole file holds beside the parts that are read.
+/// Logs how many keys of a complete file are not read.
 fn tell_passed_over(file: &SafetensorsFile) {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for entry in file.entries() {
@@ -392,5 +392,5 @@ fn tell_passed_over(file: &SafetensorsFile) {
         shown.push(format!("and {} more", counts.len() - PASSED_SHOWN));
     }
     let (path, total) = (file.path().display(), counts.values().sum::<usize>());
-    tracing::info!("{path}: {total} tensors that nothing needs are passed over: {}", shown.join(", "));
+    tracing::info!("{path}: {total} unused tensors are skipped: {}", shown.join(", "));
 }

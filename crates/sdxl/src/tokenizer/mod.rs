@@ -1,4 +1,5 @@
-//! CLIP's byte-pair tokenizer (transformers `CLIPTokenizer`), from `vocab.json` and `merges.txt` or `tokenizer.json`.
+//! CLIP's byte-pair tokenizer (transformers `CLIPTokenizer`), from `vocab.json` and `merges.txt` or from
+//! `tokenizer.json`.
 
 use std::path::{Path, PathBuf};
 
@@ -19,17 +20,17 @@ mod vocabulary;
 /// Tokens of every encoded prompt.
 pub const PROMPT_TOKENS: usize = 77;
 
-/// Ids are indices of a table of embeddings, in 32 bits.
+/// Largest token id: ids index an embedding table as 32-bit integers.
 const LARGEST_ID: u64 = i32::MAX as u64;
 
-/// Those of them that a text may fill: it stands between a start and an end.
+/// Tokens of text in a prompt, between the start and end tokens.
 pub const TEXT_TOKENS: usize = PROMPT_TOKENS - 2;
 
 const START: &str = "<|startoftext|>";
 pub(super) const END: &str = "<|endoftext|>";
-/// Marks a token that ends a word.
+/// Suffix of a token that ends a word.
 const WORD_END: &str = "</w>";
-/// What a text is cut into before bytes are paired: endings, words, single digits, runs of anything else.
+/// Pattern that splits text before byte-pair encoding: contractions, words, single digits, runs of anything else.
 const PIECES: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 /// A CLIP tokenizer.
@@ -42,20 +43,20 @@ pub struct ClipTokenizer {
 }
 
 impl ClipTokenizer {
-    /// Loads a folder in either of transformers' layouts. The pad token is taken from `tokenizer_config.json` or
-    /// `special_tokens_map.json` (SDXL's second tokenizer pads with `!`); it is `<|endoftext|>` unless they say otherwise.
+    /// Loads a folder in either layout of transformers. The pad token comes from `tokenizer_config.json` or
+    /// `special_tokens_map.json` (SDXL's second tokenizer pads with `!`) and defaults to `<|endoftext|>`.
     ///
     /// # Errors
-    /// Input for missing or broken files and for a vocabulary without the tokens that CLIP needs.
+    /// Input: files are missing or broken, or the vocabulary lacks tokens that CLIP needs.
     pub fn load(folder: &Path) -> Result<Self> {
         let (vocabulary, merges, origin) = read_vocabulary(folder)?;
         Self::new(vocabulary, merges, &origin, &pad_token(folder)?)
     }
 
-    /// CLIP's own vocabulary of 49408 tokens, padding with `pad`.
+    /// Loads CLIP's own vocabulary of 49408 tokens, padding with `pad`.
     ///
     /// # Errors
-    /// Fault when the built-in data is damaged.
+    /// Fault: the built-in data is damaged.
     pub fn built_in(pad: &str) -> Result<Self> {
         let (vocabulary, merges) = vocabulary::built_in()?;
         Self::new(vocabulary, merges, Path::new("the built-in vocabulary"), pad)
@@ -69,7 +70,8 @@ impl ClipTokenizer {
         if let Some((token, id)) = ids.into_iter().find(|(_, id)| id.as_u64().is_some_and(|id| id > LARGEST_ID)) {
             return Err(broken(&format_args!("token {token} has the id {id}")));
         }
-        // The library's own reader takes borrowed text only, and it alone makes both sources into a model.
+        // The model is built from JSON, because the library's file reader only accepts borrowed text, and one path
+        // serves both sources.
         let model = json!({
             "type": "BPE",
             "vocab": vocabulary,
@@ -100,23 +102,23 @@ impl ClipTokenizer {
         Ok(Self { tokenizer, start, end, pad: pad_id })
     }
 
-    /// One more than the highest id.
+    /// Vocabulary size: one more than the highest id.
     pub fn vocabulary_size(&self) -> usize {
         self.tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
-    /// Tokens of `text`, of which [`encode`](Self::encode) takes the first [`TEXT_TOKENS`].
+    /// Counts the tokens of `text`, of which [`encode`](Self::encode) takes the first [`TEXT_TOKENS`].
     ///
     /// # Errors
-    /// As [`encode`](Self::encode).
+    /// Same as [`encode`](Self::encode).
     pub fn count(&self, text: &str) -> Result<usize> {
         Ok(self.tokenizer.encode_fast(text, false).map_err(fault)?.len())
     }
 
-    /// Token ids of `text`: start, at most 75 of the text, end, then padding up to [`PROMPT_TOKENS`].
+    /// Encodes `text` to token ids: start, at most 75 of the text, end, then padding up to [`PROMPT_TOKENS`].
     ///
     /// # Errors
-    /// Fault when the tokenizer library fails on the text.
+    /// Fault: the tokenizer library fails on the text.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
         let encoding = self.tokenizer.encode_fast(text, false).map_err(fault)?;
         let mut ids = Vec::with_capacity(PROMPT_TOKENS);
@@ -134,7 +136,7 @@ fn fault(problem: tokenizers::Error) -> Error {
     Error::Fault(format!("tokenizer: {problem}"))
 }
 
-/// Vocabulary, merges, and the file that they came from.
+/// Reads the vocabulary and merges, and returns their file for messages.
 fn read_vocabulary(folder: &Path) -> Result<(Value, Value, PathBuf)> {
     let path = folder.join("vocab.json");
     if path.is_file() {
@@ -162,13 +164,13 @@ fn pad_token(folder: &Path) -> Result<String> {
         if !path.is_file() {
             continue;
         }
-        // A plain string, or an object that describes the token.
+        // The pad token is a plain string, or an object that describes it.
         let json = read_json(&path)?;
         let token = json.get("pad_token").filter(|token| !token.is_null());
         let Some(token) = token else { continue };
         return token.as_str().or(token["content"].as_str()).map(String::from).ok_or_else(|| {
             let place = format!("{}: pad_token", path.display());
-            Error::input(place, format!("{token} is no token"), "give the token as a string")
+            Error::input(place, format!("{token} is not a token"), "give the token as a string")
         });
     }
     Ok(END.into())

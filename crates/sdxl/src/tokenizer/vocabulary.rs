@@ -1,4 +1,4 @@
-//! CLIP's vocabulary, for bases that bring none: a single-file checkpoint.
+//! Built-in CLIP vocabulary, for bases without one: single-file checkpoints.
 
 use std::io::Read;
 
@@ -8,16 +8,16 @@ use serde_json::{Map, Value};
 
 use crate::tokenizer::{END, START, WORD_END};
 
-/// The merges of OpenAI's CLIP, one per line, most frequent first (`ci/parity/clip_vocab.py`; licence beside it).
+/// Merges of OpenAI's CLIP, one per line, most frequent first (`ci/parity/clip_vocab.py`; licence beside it).
 const MERGES: &[u8] = include_bytes!("merges.txt.gz");
 
-/// Vocabulary and merges in the form that `vocab.json` and `merges.txt` have.
+/// Returns vocabulary and merges in the form of `vocab.json` and `merges.txt`.
 pub(super) fn built_in() -> Result<(Value, Value)> {
     let mut text = String::new();
     GzDecoder::new(MERGES)
         .read_to_string(&mut text)
         .map_err(|problem| Error::Fault(format!("built-in vocabulary: {problem}")))?;
-    // Bytes, bytes that end a word, merged pairs, and the two marks: the id is the place in this list.
+    // Ids are indices of this list: bytes, bytes that end a word, merged pairs, and the start and end tokens.
     let bytes: Vec<String> = byte_characters().map(String::from).collect();
     let ends = bytes.iter().map(|byte| format!("{byte}{WORD_END}"));
     let merged = text.lines().map(|line| line.replace(' ', ""));
@@ -27,8 +27,8 @@ pub(super) fn built_in() -> Result<(Value, Value)> {
     Ok((vocabulary.into(), text.lines().collect()))
 }
 
-/// A printable character for each byte: those that are printable in Latin-1 stand for themselves and come first, the
-/// others stand above all bytes.
+/// Maps each byte to a printable character: bytes printable in Latin-1 come first and map to themselves, the others map
+/// to characters above 255.
 fn byte_characters() -> impl Iterator<Item = char> {
     let printable = || (b'!'..=b'~').chain(0xa1..=0xac).chain(0xae..=0xff);
     let others = (0..=u8::MAX).filter(move |byte| !printable().any(|other| other == *byte)).enumerate();

@@ -1,4 +1,4 @@
-//! One safetensors file: the header in memory, tensors read from the disk when asked for.
+//! Safetensors file reader: the header is kept in memory, tensors are read from disk on demand.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -14,19 +14,19 @@ use serde_json::{Map, Value};
 use crate::weights::save::{ALIGNMENT, TensorEntry};
 use crate::weights::values::is_fp8;
 
-/// Bytes of the length that opens the file.
+/// Size in bytes of the header length at the start of the file.
 const LENGTH_BYTES: u64 = 8;
 
-/// The format's own limit on the header, in bytes.
+/// Header size limit of the format, in bytes.
 const HEADER_LIMIT: u64 = 100_000_000;
 
-/// The key of the header beside those of tensors.
+/// Header key of the metadata.
 const METADATA: &str = "__metadata__";
 
-/// The most axes of a tensor, PyTorch's own limit.
+/// Maximum number of tensor axes, PyTorch's own limit.
 const AXES_LIMIT: usize = 64;
 
-/// How other kinds of file that people take for safetensors begin.
+/// Leading bytes of other file types that are mistaken for safetensors.
 const IMPOSTORS: [(&[u8], &str); 10] = [
     (b"PK\x03\x04", "a PyTorch pickle (.bin, .ckpt, .pt)"),
     (b"\x80\x02", "a Python pickle"),
@@ -40,8 +40,8 @@ const IMPOSTORS: [(&[u8], &str); 10] = [
     (b"\x89HDF", "an HDF5 file"),
 ];
 
-/// What the last part of a key is called that holds the scale of an 8-bit tensor, or tells that there are such: ComfyUI's,
-/// and those of compressed-tensors and DeepSeek.
+/// Last segments of keys that hold the scale of an 8-bit tensor, or mark a file that has such tensors: ComfyUI,
+/// compressed-tensors and DeepSeek.
 const FP8_SCALES: [&str; 8] = [
     "scaled_fp8",
     "comfy_quant",
@@ -53,21 +53,21 @@ const FP8_SCALES: [&str; 8] = [
     "weight_scale_2",
 ];
 
-/// Keys of the metadata that tell a hash of the tensors: kohya's tools and Stability's.
+/// Metadata keys that hold a hash of the tensors: kohya's tools and Stability AI's.
 pub const HASHES: [&str; 3] = ["sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"];
 
-/// How many of a shape's axes an error spells out where there are too many.
+/// Number of axes that an error lists for a shape with too many.
 const SHOWN_AXES: usize = 8;
 
-/// A safetensors file whose header has been read and found consistent; for reading what a file holds as it is.
-/// [`Weights`](crate::weights::Weights) is for building models.
+/// A safetensors file with a consistent header, for reading tensors as stored. Models are built from
+/// [`Weights`](crate::weights::Weights).
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
     file: File,
     data_start: u64,
     metadata: BTreeMap<String, String>,
-    /// Names by the place of their tensors in the file.
+    /// Tensor names in file order.
     order: Vec<String>,
     tensors: HashMap<String, TensorInfo>,
 }
@@ -76,8 +76,8 @@ impl SafetensorsFile {
     /// Reads the header.
     ///
     /// # Errors
-    /// Input for a missing file, a file that is no safetensors file (a pickle, a web page, a Git LFS pointer), and a
-    /// header that does not agree with itself or the file's length; and for 8-bit floats with scales of their own.
+    /// Input: the file is missing, not a safetensors file (a pickle, a web page, a Git LFS pointer), has a header that
+    /// contradicts itself or the file's length, or holds 8-bit floats with separate scales.
     pub fn open(path: &Path) -> Result<Self> {
         let read = |source| Error::read(path, source);
         let damaged =
@@ -89,7 +89,7 @@ impl SafetensorsFile {
         file.read_exact_at(&mut start, 0).map_err(read)?;
         let header_length = start.first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
         let fits = header_length.is_some_and(|header| header <= HEADER_LIMIT.min(length - LENGTH_BYTES));
-        // A header may be as long as the number is that another kind of file begins with.
+        // A header length may coincide with the leading bytes of another file type.
         let begins = fits && start.get(LENGTH_BYTES as usize) == Some(&b'{');
         if let Some((_, kind)) = IMPOSTORS.iter().find(|(magic, _)| !begins && start.starts_with(magic)) {
             return Err(Error::file(path, format!("is {kind}"), "give a .safetensors file"));
@@ -103,18 +103,18 @@ impl SafetensorsFile {
 
         let mut header = vec![0; header_length as usize];
         file.read_exact_at(&mut header, LENGTH_BYTES).map_err(read)?;
-        let header: Metadata = serde_json::from_slice(&header)
-            .map_err(|problem| damaged(format!("has a header that does not hold: {problem}")))?;
+        let header: Metadata =
+            serde_json::from_slice(&header).map_err(|problem| damaged(format!("has an invalid header: {problem}")))?;
         if let Some((name, info)) = header.tensors().into_iter().find(|(_, info)| !can_be(&info.shape)) {
             let axes = &info.shape[..info.shape.len().min(SHOWN_AXES)];
             let count = info.shape.len();
-            return Err(damaged(format!("has a header that does not hold: {name} of {count} axes, {axes:?}...")));
+            return Err(damaged(format!("has an invalid header: {name} of {count} axes, {axes:?}...")));
         }
         let data_start = LENGTH_BYTES + header_length;
         let expected = data_start.checked_add(header.data_len() as u64);
         if expected != Some(length) {
             return Err(damaged(format!(
-                "has {} bytes of tensors, its header tells of {}",
+                "has {} bytes of tensors, its header describes {}",
                 length - data_start,
                 header.data_len()
             )));
@@ -126,7 +126,7 @@ impl SafetensorsFile {
         {
             return Err(Error::file(
                 path,
-                format!("holds 8-bit floats (fp8) with scales of their own ({scale}), which are not read"),
+                format!("holds 8-bit floats (fp8) with separate scales ({scale}), which are not supported"),
                 "give the same model in bf16, f16 or f32, or in fp8 without scales",
             ));
         }
@@ -140,34 +140,34 @@ impl SafetensorsFile {
         })
     }
 
-    /// The file.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The file's own `__metadata__`.
+    /// Metadata of the file (`__metadata__`).
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
 
-    /// Every tensor, in the order in which they lie in the file.
+    /// Iterates over all tensors in file order.
     pub fn entries(&self) -> impl Iterator<Item = TensorEntry> {
         self.infos().map(|(name, info)| TensorEntry { name: name.into(), dtype: info.dtype, shape: info.shape.clone() })
     }
 
-    /// The bytes of a tensor, little-endian, rows first.
+    /// Reads the bytes of a tensor, little-endian, row-major.
     ///
     /// # Errors
-    /// Disk when reading fails, Fault for a name that [`entries`](Self::entries) does not tell.
+    /// Disk: a read fails; Fault: the name is not in [`entries`](Self::entries).
     pub fn read_raw(&self, name: &str) -> Result<Vec<u8>> {
         let (start, end) = self.info(name)?.data_offsets;
         self.read_raw_range(name, 0..end - start)
     }
 
-    /// The bytes `range` of a tensor.
+    /// Reads the bytes `range` of a tensor.
     ///
     /// # Errors
-    /// As [`read_raw`](Self::read_raw); Fault for a range that the tensor does not have.
+    /// Same as [`read_raw`](Self::read_raw); Fault: the range exceeds the tensor.
     pub fn read_raw_range(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
         let (start, end) = self.info(name)?.data_offsets;
         if range.start > range.end || range.end > end - start {
@@ -180,13 +180,13 @@ impl SafetensorsFile {
     }
 
     fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.tensors.get(name).ok_or_else(|| {
-            Error::Fault(format!("{} was asked for a tensor that it does not hold: {name}", self.path.display()))
-        })
+        self.tensors
+            .get(name)
+            .ok_or_else(|| Error::Fault(format!("{} does not hold the requested tensor: {name}", self.path.display())))
     }
 
-    /// Everything before the tensors, for a file of other values: the length of the header, and the header without hashes
-    /// of the tensors.
+    /// Returns all bytes before the tensors, for a file with other values: the header length and the header without
+    /// tensor hashes.
     pub(super) fn head(&self) -> Result<Vec<u8>> {
         let mut head = vec![0; self.data_start as usize];
         self.file.read_exact_at(&mut head, 0).map_err(|source| Error::read(&self.path, source))?;
@@ -207,14 +207,15 @@ impl SafetensorsFile {
         self.order.iter().filter_map(|name| Some((name.as_str(), self.tensors.get(name)?)))
     }
 
-    /// Fills `bytes` from `start`, counted from where the tensors begin.
+    /// Fills `bytes` from `start`, relative to the first tensor.
     pub(super) fn read_at(&self, bytes: &mut [u8], start: usize) -> Result<()> {
         let start = self.data_start + start as u64;
         self.file.read_exact_at(bytes, start).map_err(|source| Error::read(&self.path, source))
     }
 }
 
-/// Whether a tensor can have this shape: parts of one without elements are counted as well, and must not overflow.
+/// Returns true for a possible tensor shape. Axes of a tensor without elements are multiplied too, because slices of it
+/// must not overflow.
 fn can_be(shape: &[usize]) -> bool {
     let elements = shape.iter().filter(|&&axis| axis > 0).try_fold(1_usize, |count, &axis| count.checked_mul(axis));
     shape.len() <= AXES_LIMIT && elements.is_some_and(|count| count <= isize::MAX as usize / size_of::<f64>())

@@ -1,4 +1,4 @@
-//! The files of one model: a single one, or shards with an index, under the names of diffusers and transformers.
+//! Weight files of one model: a single file, or shards with an index, under diffusers and transformers names.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,20 +13,20 @@ use crate::weights::file::SafetensorsFile;
 use crate::weights::json::{parse_json, read_text};
 use crate::weights::place::Place;
 
-/// What diffusers and transformers call the weights of one model.
+/// File stems of model weights in diffusers and transformers.
 const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
 
-/// The variant that is taken where no other is there.
+/// Fallback variant.
 const HALF: &str = "fp16";
 
-/// How many names one error spells out.
+/// Number of names that one error lists.
 const NAMES_SHOWN: usize = 10;
 
-/// The file with the weights in a model folder, or the index of its shards: of `variant` where the folder has it, else
-/// the plain one, else that of the variant fp16.
+/// Locates the weight file or shard index of a model folder: that of `variant` if present, else the plain one, else
+/// that of the variant fp16.
 ///
 /// # Errors
-/// Input for a folder without any of them.
+/// Input: the folder holds none of them.
 pub fn weights_in(folder: &Path, variant: Option<&str>) -> Result<PathBuf> {
     let wanted = variant.into_iter().flat_map(|variant| names(Some(variant)));
     let mut candidates = wanted.chain(names(None)).chain(names(Some(HALF))).map(|name| folder.join(name));
@@ -39,13 +39,13 @@ pub fn weights_in(folder: &Path, variant: Option<&str>) -> Result<PathBuf> {
     })
 }
 
-/// Whether a model folder has weights of this variant.
+/// Returns true if a model folder has weights of this variant.
 pub fn has_variant(folder: &Path, variant: &str) -> bool {
     names(Some(variant)).iter().any(|name| folder.join(name).is_file())
 }
 
-/// The names of files and indices of a variant. Two spellings of an index are in use (diffusers `_add_variant`, and what
-/// it wrote before).
+/// File and index names of a variant. Two spellings of an index are in use: diffusers' current `_add_variant` and its
+/// former one.
 fn names(variant: Option<&str>) -> Vec<String> {
     let of = |stem: &str| match variant {
         None => vec![format!("{stem}.safetensors.index.json"), format!("{stem}.safetensors")],
@@ -58,7 +58,7 @@ fn names(variant: Option<&str>) -> Vec<String> {
     STEMS.into_iter().flat_map(of).collect()
 }
 
-/// Every tensor of a safetensors file, or of the shards that an index (`.json`) names.
+/// Locates every tensor of a safetensors file, or of the shards that an index (`.json`) lists.
 pub(super) fn places(path: &Path) -> Result<BTreeMap<String, Place>> {
     if path.extension().is_some_and(|extension| extension == "json") {
         return of_shards(path);
@@ -66,7 +66,7 @@ pub(super) fn places(path: &Path) -> Result<BTreeMap<String, Place>> {
     Ok(places_of(&Arc::new(SafetensorsFile::open(path)?)))
 }
 
-/// The file of shard `part` of `parts`, counted from 0, of weights whose file would be `{stem}.safetensors`.
+/// File name of shard `part` of `parts`, counted from 0, for weights whose single file would be `{stem}.safetensors`.
 pub fn shard_name(stem: &str, part: usize, parts: usize) -> String {
     match parts {
         1 => format!("{stem}.safetensors"),
@@ -74,51 +74,55 @@ pub fn shard_name(stem: &str, part: usize, parts: usize) -> String {
     }
 }
 
-/// The file that tells which tensor is in which shard.
+/// File name of the shard index.
 pub fn index_name(stem: &str) -> String {
     format!("{stem}.safetensors.index.json")
 }
 
-/// The `*.safetensors.index.json` of sharded weights.
+/// Contents of the `*.safetensors.index.json` of sharded weights.
 #[derive(Debug, Serialize)]
 pub struct ShardIndex {
     metadata: ShardMetadata,
-    /// Tensor -> file beside the index.
+    /// Maps each tensor to its file beside the index.
     weight_map: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Serialize)]
 struct ShardMetadata {
-    /// Bytes of all tensors.
+    /// Total size of all tensors in bytes.
     total_size: u64,
 }
 
-/// What is read of an index. Its metadata is left alone: `total_size` is a float in some files.
+/// Keys read from an index. Its metadata is ignored: `total_size` is a float in some files.
 #[derive(Debug, Deserialize)]
 struct ReadIndex {
     weight_map: BTreeMap<String, String>,
 }
 
 impl ShardIndex {
-    /// The index of shards that hold `total_size` bytes: the file of each tensor.
+    /// Creates an index of shards with `total_size` bytes in all.
     pub fn new(total_size: u64, weight_map: BTreeMap<String, String>) -> Self {
         Self { metadata: ShardMetadata { total_size }, weight_map }
     }
 
-    /// Writes it, whole or not at all.
+    /// Writes the index atomically.
     ///
     /// # Errors
-    /// Input for a place that cannot be written to, Disk for a full or failing disk.
+    /// Input: the path is not writable; Disk: the disk is full or failing.
     pub fn write(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)
-            .map_err(|problem| Error::Fault(format!("{}: cannot be put as JSON: {problem}", path.display())))?;
+            .map_err(|problem| Error::Fault(format!("{}: cannot be written as JSON: {problem}", path.display())))?;
         write_whole(path, text.as_bytes())
     }
 }
 
 fn of_shards(path: &Path) -> Result<BTreeMap<String, Place>> {
     let index: ReadIndex = parse_json(&read_text(path)?).map_err(|problem| {
-        Error::file(path, format!("is no index of shards: {problem}"), "fetch the file again from where the model came")
+        Error::file(
+            path,
+            format!("is not an index of shards: {problem}"),
+            "fetch the file again from the model's source",
+        )
     })?;
     let mut shards = BTreeMap::new();
     for name in index.weight_map.values() {
@@ -126,7 +130,7 @@ fn of_shards(path: &Path) -> Result<BTreeMap<String, Place>> {
             continue;
         }
         if !is_plain(name) || name.contains('/') {
-            let problem = format!("names the shard `{name}`, which is no plain file name");
+            let problem = format!("names the shard `{name}`, which is not a plain file name");
             return Err(Error::file(path, problem, "use an index whose shards lie beside it"));
         }
         let shard = path.with_file_name(name);

@@ -1,4 +1,4 @@
-//! JSON as other tools write it, and the texts of models' small files.
+//! Reads JSON written by other tools, and the small text files of models.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -7,33 +7,32 @@ use hyperlora_core::paths::read_regular;
 use hyperlora_core::{Error, Result};
 use serde::de::DeserializeOwned;
 
-/// The most bytes of a config, an index, a vocabulary or a list of merges: a few MB in the largest.
+/// Size limit in bytes for configs, indices, vocabularies and merge lists; the largest have a few MB.
 const LARGEST: u64 = 1 << 26;
 
-/// What Python's `json` writes for the floats that JSON has no words for.
+/// Float literals that Python's `json` writes although JSON lacks them.
 const BARE: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 
 /// Reads a text file of a model.
 ///
 /// # Errors
-/// As [`Error::read`]; Input for a file that is no regular one, holds more than 64 MiB, or is no UTF-8.
+/// Same as [`Error::read`]; Input: the file is not a regular file, exceeds 64 MiB, or is not UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
-    let remedy = "fetch the file again from where the model came";
+    let remedy = "fetch the file again from the model's source";
     let bytes = read_regular(path, LARGEST).map_err(|source| Error::read(path, source))?;
-    String::from_utf8(bytes).map_err(|problem| Error::file(path, format!("is no text in UTF-8: {problem}"), remedy))
+    String::from_utf8(bytes).map_err(|problem| Error::file(path, format!("is not UTF-8 text: {problem}"), remedy))
 }
 
-/// Reads JSON that another tool may have written: after a byte-order mark, and with `NaN`, `Infinity` and `-Infinity`,
-/// which become strings of that name. A key that must be a number refuses them by it, and one that nothing needs may have
-/// them.
+/// Parses JSON that another tool may have written: skips a byte-order mark and turns `NaN`, `Infinity` and `-Infinity`
+/// into strings of that name. A key that must be a number then rejects them by name, and an unused key may hold them.
 ///
 /// # Errors
-/// Those of `serde_json`, with line and column.
+/// Errors of `serde_json`, with line and column.
 pub fn parse_json<T: DeserializeOwned>(text: &str) -> serde_json::Result<T> {
     serde_json::from_str(&quoted(text.strip_prefix('\u{feff}').unwrap_or(text)))
 }
 
-/// `text` with the bare words in quotes.
+/// Quotes the bare literals of `text`.
 fn quoted(text: &str) -> Cow<'_, str> {
     let mut made = String::new();
     let (mut copied, mut at, mut in_string) = (0, 0, false);

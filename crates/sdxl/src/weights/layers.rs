@@ -1,4 +1,4 @@
-//! The layers of Burn from named tensors.
+//! Loads Burn layers from named tensors.
 
 use std::fmt::Display;
 
@@ -9,9 +9,9 @@ use burn::tensor::Tensor;
 
 use crate::weights::Weights;
 
-/// [`Weights`] below a prefix: what one module of a model sees.
+/// [`Weights`] below a prefix, for one module of a model.
 ///
-/// The layers it makes are frozen: they stand on the plain device and collect no gradients.
+/// Its layers are frozen: they are on the plain device and collect no gradients.
 #[derive(Debug, Clone)]
 pub struct WeightsAt<'a> {
     pub(super) weights: &'a Weights,
@@ -19,39 +19,39 @@ pub struct WeightsAt<'a> {
 }
 
 impl<'a> WeightsAt<'a> {
-    /// The handle of a submodule.
+    /// Returns the handle of a submodule.
     pub fn at(&self, name: impl Display) -> WeightsAt<'a> {
         WeightsAt { weights: self.weights, prefix: self.key(name) }
     }
 
-    /// The full key of `name`.
+    /// Returns the full key of `name`.
     pub fn key(&self, name: impl std::fmt::Display) -> String {
         if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
     }
 
-    /// Whether the file holds `name`.
+    /// Returns true if the file holds `name`.
     pub fn has(&self, name: &str) -> bool {
         self.weights.places.contains_key(&self.key(name))
     }
 
-    /// Lets `name` pass unread: a buffer that this implementation computes by itself.
+    /// Skips `name`, a buffer that this implementation computes itself.
     pub fn ignore(&self, name: &str) {
         self.weights.record.borrow_mut().asked.insert(self.key(name));
     }
 
-    /// Lets everything below this handle pass unread: a part that nothing asks for.
+    /// Skips everything below this handle, because the model does not need it.
     pub fn ignore_all(&self) {
         let below = self.key("");
         let names = self.weights.places.keys().filter(|name| name.starts_with(&below)).cloned();
         self.weights.record.borrow_mut().asked.extend(names);
     }
 
-    /// A tensor as it is named.
+    /// Loads a tensor by name.
     pub fn tensor<const D: usize>(&self, name: &str, shape: [usize; D]) -> Tensor<D> {
         self.weights.tensor(self.key(name), shape)
     }
 
-    /// `weight` `[out, in]`, and `bias` `[out]` where there is one. Burn keeps the transpose.
+    /// Loads a linear layer from `weight` `[out, in]` and optionally `bias` `[out]`. Burn stores the transpose.
     pub fn linear(&self, d_input: usize, d_output: usize, bias: bool) -> Linear {
         let name = self.key("weight");
         let place = self.weights.ask(name.clone(), [d_output, d_input]);
@@ -61,7 +61,7 @@ impl<'a> WeightsAt<'a> {
         }
     }
 
-    /// One stored linear with bias as two: the first and the second half of its `2 d_half` outputs.
+    /// Loads one stored linear with bias as two: the first and second half of its `2 d_half` outputs.
     pub fn linear_halves(&self, d_input: usize, d_half: usize) -> [Linear; 2] {
         let name = self.key("weight");
         let place = self.weights.ask(name.clone(), [2 * d_half, d_input]);
@@ -72,7 +72,8 @@ impl<'a> WeightsAt<'a> {
         })
     }
 
-    /// `weight` `[out, in, kernel, kernel]` and `bias` `[out]`; `padding` is the same on all sides.
+    /// Loads a convolution from `weight` `[out, in, kernel, kernel]` and `bias` `[out]`, with equal `padding` on all
+    /// sides.
     pub fn conv2d(&self, channels: [usize; 2], kernel: usize, stride: usize, padding: usize) -> Conv2d {
         Conv2d {
             weight: frozen(self.tensor("weight", [channels[1], channels[0], kernel, kernel])),
@@ -85,7 +86,7 @@ impl<'a> WeightsAt<'a> {
         }
     }
 
-    /// `weight` and `bias`, both `[channels]`.
+    /// Loads a group norm from `weight` and `bias`, both `[channels]`.
     pub fn group_norm(&self, groups: usize, channels: usize, epsilon: f64) -> GroupNorm {
         GroupNorm {
             gamma: Some(frozen(self.tensor("weight", [channels]))),
@@ -97,7 +98,7 @@ impl<'a> WeightsAt<'a> {
         }
     }
 
-    /// `weight` and `bias`, both `[width]`.
+    /// Loads a layer norm from `weight` and `bias`, both `[width]`.
     pub fn layer_norm(&self, width: usize, epsilon: f64) -> LayerNorm {
         let mut norm = LayerNormConfig::new(width).with_epsilon(epsilon).init(&self.weights.device);
         norm.gamma = frozen(self.tensor("weight", [width]));
@@ -105,14 +106,14 @@ impl<'a> WeightsAt<'a> {
         norm
     }
 
-    /// A tensor without axes; 0 where it is missing, which [`Weights::finish`] reports.
+    /// Loads a tensor without axes; 0 if it is missing, which [`Weights::finish`] reports.
     pub fn scalar(&self, name: &str) -> f32 {
         let name = self.key(name);
         let values = self.weights.ask(name.clone(), []).and_then(|place| self.weights.read(&name, place, 0, false));
         values.and_then(|values| values.iter::<f32>().next()).unwrap_or_default()
     }
 
-    /// `weight` `[entries, width]`.
+    /// Loads an embedding from `weight` `[entries, width]`.
     pub fn embedding(&self, entries: usize, width: usize) -> Embedding {
         Embedding { weight: frozen(self.tensor("weight", [entries, width])) }
     }

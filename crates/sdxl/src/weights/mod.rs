@@ -1,8 +1,7 @@
 //! Named tensors in safetensors files: read one at a time, checked as a whole, written in a fixed order.
 //!
-//! A model is built by asking [`WeightsAt`] for layers of the shapes that its config tells. What is missing or does not
-//! fit is replaced by zeros that take no memory and noted; [`Weights::finish`] then reports everything at once, so that
-//! a wrong file costs one message instead of a hunt key by key.
+//! A model is built by requesting layers from [`WeightsAt`] with the shapes of its config. Missing or misshaped tensors
+//! become zeros that take no memory and are recorded; [`Weights::finish`] then reports all of them in one error.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,18 +37,18 @@ pub use save::{TensorEntry, bytes_of, data_of, save, save_lazily, save_with_meta
 pub(crate) use update::transposed;
 pub use update::{LowRank, Updates};
 
-/// How many problems one error spells out.
+/// Number of problems that one error lists.
 const PROBLEMS_SHOWN: usize = 10;
 
 /// Reads `config.json` of a model folder.
 ///
 /// # Errors
-/// Input for a missing file, broken JSON and values that `T` does not take, with line and column.
+/// Input, with line and column: the file is missing, its JSON is broken, or `T` rejects a value.
 pub fn config<T: DeserializeOwned>(folder: &Path) -> Result<T> {
     ConfigText::read(&folder.join("config.json"))?.parse()
 }
 
-/// A config in JSON, and where it is from.
+/// A JSON config and its origin.
 #[derive(Debug, Clone)]
 pub struct ConfigText {
     place: PathBuf,
@@ -57,39 +56,39 @@ pub struct ConfigText {
 }
 
 impl ConfigText {
-    /// Reads a file.
+    /// Reads a config file.
     ///
     /// # Errors
-    /// As [`read_text`].
+    /// Same as [`read_text`].
     pub fn read(path: &Path) -> Result<Self> {
         Ok(Self { place: path.into(), text: read_text(path)? })
     }
 
-    /// A config that the program brings along; `place` is how messages call it.
+    /// Wraps a built-in config; messages call it `place`.
     pub fn built_in(place: &str, text: impl Into<String>) -> Self {
         Self { place: format!("{place} (built in)").into(), text: text.into() }
     }
 
-    /// Another text from the same place.
+    /// Returns another text with the same origin.
     #[must_use]
     pub fn with_text(&self, text: impl Into<String>) -> Self {
         Self { place: self.place.clone(), text: text.into() }
     }
 
-    /// What messages call it.
+    /// Origin for messages.
     pub fn place(&self) -> &Path {
         &self.place
     }
 
-    /// Its JSON.
+    /// JSON text of the config.
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// Its values, read as [`parse_json`] does.
+    /// Parses the config with [`parse_json`].
     ///
     /// # Errors
-    /// Input for broken JSON and values that `T` does not take, with line and column.
+    /// Input, with line and column: the JSON is broken, or `T` rejects a value.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
         parse_json(&self.text).map_err(|problem| {
             Error::file(self.place(), problem, "use the config that belongs to these weights, in diffusers layout")
@@ -97,7 +96,7 @@ impl ConfigText {
     }
 }
 
-/// The tensors of one model on disk, and the record of what was asked of them.
+/// Tensors of one model on disk, with a record of what the model requested.
 #[derive(Debug)]
 pub struct Weights {
     path: PathBuf,
@@ -108,38 +107,38 @@ pub struct Weights {
     record: RefCell<Record>,
 }
 
-/// What a model asked for so far.
+/// Record of a model's requests.
 #[derive(Debug, Default)]
 struct Record {
     asked: BTreeSet<String>,
     problems: Vec<String>,
-    /// Whether one of them is a type that is not read.
+    /// At least one requested tensor has an unsupported type.
     mistyped: bool,
     failure: Option<Error>,
 }
 
 impl Weights {
-    /// Opens a safetensors file, an index of shards (`.safetensors.index.json`), or what [`weights_in`] finds in a model
-    /// folder. Tensors will stand on `device` in f32, whatever float type the file holds. Only headers are read here.
+    /// Opens a safetensors file, an index of shards (`.safetensors.index.json`), or the file that [`weights_in`] finds
+    /// in a model folder. Tensors are loaded to `device` in f32, whatever float type the file holds. Only headers are
+    /// read here.
     ///
     /// # Errors
-    /// Input for a missing file, a file that is no safetensors file (a pickle, a web page, a Git LFS pointer), a header
-    /// that does not agree with the file's length, a missing shard, and an index that does not fit its shards.
+    /// Input: a file is missing or not a safetensors file (a pickle, a web page, a Git LFS pointer), a header
+    /// contradicts the file's length, a shard is missing, or the index does not fit its shards.
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
         Self::open_variant(path, None, device)
     }
 
-    /// [`open`](Self::open) that prefers the files of a variant, such as fp16, in a model folder.
+    /// Opens weights like [`open`](Self::open), but prefers a variant's files, such as fp16, in a model folder.
     ///
     /// # Errors
-    /// As [`open`](Self::open).
+    /// Same as [`open`](Self::open).
     pub fn open_variant(path: &Path, variant: Option<&str>, device: &Device) -> Result<Self> {
         let path = if path.is_dir() { weights_in(path, variant)? } else { path.to_path_buf() };
         Ok(Self::new(files::places(&path)?, path, device))
     }
 
-    /// The tensors of `file` under other names: `rename` tells those of each key, and how each tensor differs from the one
-    /// in the file.
+    /// Opens the tensors of `file` under other names. `rename` maps each key to names and transforms.
     pub fn renamed(file: &Arc<SafetensorsFile>, rename: impl Fn(&str) -> Vec<(String, Form)>, device: &Device) -> Self {
         let places = file.infos().flat_map(|(key, info)| {
             let place = Place::new(file, info);
@@ -148,8 +147,8 @@ impl Weights {
         Self::new(places.collect(), file.path().to_path_buf(), device)
     }
 
-    /// Names and shapes without values, for checking and counting what a model asks for: its tensors are zeros that take
-    /// no memory.
+    /// Creates weights from names and shapes only, to check or count what a model requests. Their tensors are zeros
+    /// that take no memory.
     pub fn without_data(shapes: impl IntoIterator<Item = (String, Vec<usize>)>) -> Self {
         let places = shapes.into_iter().map(|(name, shape)| (name, Place::without_data(shape)));
         Self::new(places.collect(), PathBuf::new(), &Device::flex())
@@ -166,48 +165,48 @@ impl Weights {
         }
     }
 
-    /// Makes tensors of `dtype` instead of f32.
+    /// Loads tensors as `dtype` instead of f32.
     #[must_use]
     pub fn with_dtype(self, dtype: FloatDType) -> Self {
         Self { dtype, ..self }
     }
 
-    /// The type that tensors are made in.
+    /// Type that tensors are loaded as.
     pub fn dtype(&self) -> FloatDType {
         self.dtype
     }
 
-    /// Adds changes to the tensors while they are read, in f32 and before any rounding.
+    /// Adds updates that are applied to the tensors as they are read, in f32 and before rounding.
     #[must_use]
     pub fn with_updates(self, updates: Updates) -> Self {
         Self { updates, ..self }
     }
 
-    /// The file, or the index of the shards.
+    /// Path of the file or shard index.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Every file that holds tensors.
+    /// Paths of all files that hold tensors.
     pub fn files(&self) -> BTreeSet<&Path> {
         self.places.values().filter_map(Place::file).collect()
     }
 
-    /// Every tensor's name and shape, sorted by name.
+    /// Name and shape of every tensor, sorted by name.
     pub fn shapes(&self) -> BTreeMap<&str, &[usize]> {
         self.places.iter().map(|(name, place)| (name.as_str(), place.shape())).collect()
     }
 
-    /// A handle for the keys that start with `prefix` and a dot; an empty prefix means all.
+    /// Returns a handle for the keys that start with `prefix` and a dot, or for all keys if the prefix is empty.
     pub fn at(&self, prefix: impl Into<String>) -> WeightsAt<'_> {
         WeightsAt { weights: self, prefix: prefix.into() }
     }
 
-    /// Ends the loading.
+    /// Finishes loading and reports all problems.
     ///
     /// # Errors
-    /// Input that lists the first ten missing, misshaped, mistyped or unexpected keys and counts them all; Disk when
-    /// reading failed.
+    /// Input: keys are missing, misshaped, mistyped or unexpected (counts all, lists the first ten); Disk: a read
+    /// failed.
     pub fn finish(self) -> Result<()> {
         let Record { asked, mut problems, mistyped, failure } = self.record.into_inner();
         if let Some(failure) = failure {
@@ -228,14 +227,14 @@ impl Weights {
             format!("{count} tensors do not fit the model:\n    {}", problems.join("\n    ")),
             match mistyped {
                 true => {
-                    "give the weights in bf16, f16 or f32: other types are mostly quantised, and need what made them"
+                    "give the weights in bf16, f16 or f32: other types are mostly quantised and need their own tool"
                 }
                 false => "use weights of the architecture that config.json describes",
             },
         ))
     }
 
-    /// Where `name` lies; notes that it was asked for, and whether it fits.
+    /// Locates `name`, and records the request and any mismatch.
     fn ask<const D: usize>(&self, name: String, shape: [usize; D]) -> Option<&Place> {
         let mut record = self.record.borrow_mut();
         record.asked.insert(name.clone());
@@ -250,8 +249,8 @@ impl Weights {
         None
     }
 
-    /// The values at `place`, transposed where `transpose` says so; notes what is wrong with them. Changes are added from
-    /// `first_row` on: the place may be a part of the tensor.
+    /// Reads the values at `place`, transposed if `transpose`, and records problems. Updates apply from `first_row` on,
+    /// because the place may be a part of the tensor.
     fn read(&self, name: &str, place: &Place, first_row: usize, transpose: bool) -> Option<TensorData> {
         let mut record = self.record.borrow_mut();
         record.mistyped |= !place.is_readable();
@@ -260,7 +259,7 @@ impl Weights {
             Some(changes) => place.read(FloatDType::F32, false).map(|values| {
                 let changed = update::changed(values?, changes, first_row, transpose).convert_dtype(self.dtype.into());
                 let finite = changed.iter::<f32>().all(f32::is_finite);
-                finite.then_some(changed).ok_or_else(|| "its changes lead to values that are not finite".into())
+                finite.then_some(changed).ok_or_else(|| "its updates lead to values that are not finite".into())
             }),
         };
         match values {
@@ -271,24 +270,24 @@ impl Weights {
         None
     }
 
-    /// The tensor of these values; zeros that take no memory where there are none.
+    /// Creates a tensor from values; without values, zeros that take no memory.
     fn stand<const D: usize>(&self, values: Option<TensorData>, shape: [usize; D]) -> Tensor<D> {
         let options = (&self.device, DType::from(self.dtype));
         match values {
             Some(values) => Tensor::from_data(values, options),
-            // Nothing can be stretched to nothing.
+            // An empty shape cannot be expanded from one element.
             None if shape.contains(&0) => Tensor::zeros(shape, options),
             None => Tensor::<D>::zeros([1; D], options).expand(shape),
         }
     }
 
-    /// A tensor as it is named.
+    /// Loads a tensor by name.
     fn tensor<const D: usize>(&self, name: String, shape: [usize; D]) -> Tensor<D> {
         let values = self.ask(name.clone(), shape).and_then(|place| self.read(&name, place, 0, false));
         self.stand(values, shape)
     }
 
-    /// The transpose of some rows of a matrix.
+    /// Loads rows of a matrix, transposed.
     fn transposed_rows(&self, name: &str, place: Option<&Place>, rows: Range<usize>, columns: usize) -> Tensor<2> {
         let shape = [columns, rows.len()];
         let values = place.and_then(|place| self.read(name, &place.rows(rows.clone()), rows.start, true));

@@ -1,25 +1,25 @@
-//! Names of files that are written as safetensors.
+//! File names of safetensors output.
 
 use std::path::Path;
 
 use hyperlora_core::{Error, Result};
 
-/// The ending of a safetensors file.
+/// Extension of a safetensors file.
 const ENDING: &str = "safetensors";
 
-/// Endings of other formats, which a file of safetensors must not have: tools choose the reader by them.
+/// Extensions of other formats, which a safetensors file must not have, because tools choose the reader by extension.
 const OTHERS: [&str; 15] =
     ["bin", "ckpt", "gguf", "h5", "jpeg", "jpg", "json", "msgpack", "npz", "onnx", "pkl", "png", "pt", "pth", "webp"];
 
-/// Checks the name of a safetensors file before the work for it begins. A name without an ending of its own passes, with a
-/// warning: other tools would not find the file.
+/// Checks the name of a safetensors file before any work starts. A name without a known extension passes with a
+/// warning, because other tools would not find the file.
 ///
 /// # Errors
-/// Input for the ending of another format.
+/// Input: the extension belongs to another format.
 pub fn check_name(path: &Path) -> Result<()> {
     let ending = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     if OTHERS.contains(&ending.as_str()) {
-        let problem = format!("ends in .{ending}, and a safetensors file is what is written");
+        let problem = format!("ends in .{ending}, but the output is a safetensors file");
         return Err(Error::file(path, problem, format!("end the name in .{ENDING}")));
     }
     if ending != ENDING {

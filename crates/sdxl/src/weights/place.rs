@@ -1,4 +1,4 @@
-//! Where a tensor lies, and its way from there into memory: once through, in the type and order that a model wants.
+//! Location of a tensor in a file, and one-pass loading in the type and order that a model needs.
 
 use std::ops::Range;
 use std::path::Path;
@@ -14,32 +14,32 @@ use safetensors::tensor::TensorInfo;
 use crate::weights::file::SafetensorsFile;
 use crate::weights::values::{decode_into, float_size};
 
-/// Elements converted at a time: few enough for a processor's cache, enough for a disk.
+/// Elements converted at a time: few enough for a processor cache, enough for efficient disk reads.
 const CHUNK: usize = 1 << 16;
 
-/// How a tensor differs from the one that a file holds.
+/// Transform from a file's tensor to the model's tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// Not at all.
+    /// Unchanged.
     Same,
-    /// A matrix that is the transpose of the file's.
+    /// Transpose of the file's matrix.
     Transposed,
-    /// The first, second or last third of the rows.
+    /// First, second or last third of the rows.
     Third(usize),
-    /// A linear layer that the file holds as a convolution with a kernel of one pixel, or as it is.
+    /// Linear layer that the file may store as a 1x1 convolution.
     Linear,
 }
 
-/// A tensor, or rows of one, in a file. Nothing is read before it is asked for.
+/// A tensor, or rows of it, in a file. It is read on demand.
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
-    /// `None` where only names and shapes are known.
+    /// `None` if only names and shapes are known.
     file: Option<Arc<SafetensorsFile>>,
     dtype: Dtype,
-    /// Bytes from where the file's tensors begin.
+    /// Byte offset from the file's first tensor.
     start: usize,
     shape: Vec<usize>,
-    /// Whether the file holds the transpose of a matrix of this shape.
+    /// The file holds the transpose of a matrix of this shape.
     transposed: bool,
 }
 
@@ -62,7 +62,8 @@ impl Place {
         &self.shape
     }
 
-    /// Some of the tensor's rows, counted along its first axis; of a matrix that the file holds transposed, all of them.
+    /// Selects rows of the tensor along its first axis. A matrix that the file holds transposed must be selected as a
+    /// whole.
     pub(super) fn rows(&self, rows: Range<usize>) -> Self {
         let mut place = self.clone();
         let row: usize = self.shape.iter().skip(1).product();
@@ -82,7 +83,7 @@ impl Place {
                 place = self.rows(third * rows / 3..(third + 1) * rows / 3);
             }
             (Form::Linear, &[output, input, 1, 1]) => place.shape = vec![output, input],
-            // What does not fit is left as it is, and reported by its shape.
+            // A shape that does not fit stays unchanged and is reported later.
             _ => {}
         }
         place
@@ -92,7 +93,7 @@ impl Place {
         self.file.as_deref().map(SafetensorsFile::path)
     }
 
-    /// Whether its type is a float that is read.
+    /// Returns true if the type is a supported float.
     pub(super) fn is_readable(&self) -> bool {
         float_size(self.dtype).is_ok()
     }
@@ -101,8 +102,8 @@ impl Place {
         self.file.is_some()
     }
 
-    /// The values in `dtype`, as a model names them or, for a matrix, transposed. The inner error says why they are
-    /// none that a model takes.
+    /// Reads the values as `dtype` in the model's order or, for a matrix, transposed. The inner error reports values
+    /// that a model cannot use.
     pub(super) fn read(&self, dtype: FloatDType, transpose: bool) -> Result<std::result::Result<TensorData, String>> {
         match dtype {
             FloatDType::BF16 => self.read_as(bf16::from_f32, transpose),
@@ -116,7 +117,7 @@ impl Place {
         convert: fn(f32) -> T,
         transpose: bool,
     ) -> Result<std::result::Result<TensorData, String>> {
-        // What the file's rows are, and what they become.
+        // Rows and columns in the file's order.
         let transpose = transpose != self.transposed;
         let [columns, rows] = match (self.shape.as_slice(), self.transposed) {
             (&[rows, columns], false) | (&[columns, rows], true) => [columns, rows],
@@ -124,7 +125,7 @@ impl Place {
         };
         let mut values = bytemuck::zeroed_vec::<T>(rows * columns);
         let rows_at_once = (CHUNK / columns.max(1)).clamp(1, rows.max(1));
-        // Plain tensors need no rows: any cut will do.
+        // A tensor that is not transposed can be cut anywhere; a transposed one needs whole rows.
         let chunk_length = if transpose { rows_at_once * columns } else { CHUNK };
         let mut finite = true;
         let mut chunk = vec![0.0; chunk_length.min(values.len())];
@@ -159,7 +160,7 @@ impl Place {
         Ok(Ok(TensorData::new(values, shape)))
     }
 
-    /// Elements from `start` on, as many as `chunk` takes, through the buffer `bytes`.
+    /// Reads elements from `start` on, as many as `chunk` takes, through the buffer `bytes`.
     fn read_chunk(
         &self,
         start: usize,
@@ -190,7 +191,7 @@ impl Place {
     }
 }
 
-/// The float types that tensors are read as.
+/// Float types that tensors are loaded as.
 trait Finite: bytemuck::Pod {
     fn finite(&self) -> bool;
 }

@@ -1,4 +1,4 @@
-//! A safetensors file written again with some of its tensors changed.
+//! Rewrites a safetensors file with some tensors changed.
 
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -9,18 +9,18 @@ use hyperlora_core::files::write_whole_with;
 use crate::weights::file::SafetensorsFile;
 use crate::weights::save::{TensorEntry, stop};
 
-/// Writes `source` to `target` with the same header, but for hashes of the tensors: `change` is asked for the bytes of each tensor, given those of the
-/// source, and gives as many. One tensor is in memory at a time; the file appears whole or not at all.
+/// Writes `source` to `target` with the same header except for tensor hashes. `change` receives each tensor's bytes and
+/// returns the same number of bytes. One tensor is in memory at a time, and the file appears atomically.
 ///
 /// # Errors
-/// Those of `change`; Input for a place that cannot be written to, Disk for a full or failing disk.
+/// Errors of `change`; Input: the path is not writable; Disk: the disk is full or failing.
 pub fn rewrite(
     source: &SafetensorsFile,
     target: &Path,
     mut change: impl FnMut(&TensorEntry, Vec<u8>) -> Result<Vec<u8>>,
 ) -> Result<()> {
     let head = source.head()?;
-    // What the disk reports is told apart from what `change` reports: only the first is an error of writing.
+    // Errors of the disk and of `change` are kept apart, because only the former are write errors.
     let mut failure = None;
     let written = write_whole_with(target, |file| {
         let mut out = BufWriter::new(file);

@@ -1,4 +1,4 @@
-//! Writing safetensors: the same tensors give the same bytes.
+//! Writes safetensors deterministically: the same tensors give the same bytes.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -13,20 +13,20 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde::Serialize;
 
-/// The alignment of the first tensor, in bytes.
+/// Alignment of the first tensor, in bytes.
 pub(super) const ALIGNMENT: usize = 8;
 
-/// Bits of a byte, the unit of a tensor's place in a file.
+/// Bits per byte; tensor offsets in a file are in bytes.
 const BYTE: usize = 8;
 
-/// What a file says of one tensor.
+/// Header entry of one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorEntry {
-    /// Its key.
+    /// Key of the tensor.
     pub name: String,
-    /// Type of its elements.
+    /// Element type.
     pub dtype: Dtype,
-    /// Its axes, the last one dense.
+    /// Axis lengths; the last axis is contiguous.
     pub shape: Vec<usize>,
 }
 
@@ -38,34 +38,34 @@ struct Header<'a> {
 }
 
 impl TensorEntry {
-    /// The entry of a tensor in memory.
+    /// Creates the entry of a tensor in memory.
     ///
     /// # Errors
-    /// Fault for an element type that safetensors files do not hold.
+    /// Fault: safetensors files do not support the element type.
     pub fn new(name: impl Into<String>, dtype: DType, shape: impl Into<Vec<usize>>) -> Result<Self> {
         Ok(Self { name: name.into(), dtype: file_dtype(dtype)?, shape: shape.into() })
     }
 
-    /// Bytes of its data; `None` for more than there can be, or where they do not end on a whole byte.
+    /// Size of the data in bytes; `None` on overflow or if the last byte would be incomplete.
     fn bytes(&self) -> Option<usize> {
         let bits = self.shape.iter().try_fold(self.dtype.bitsize(), |size, &axis| size.checked_mul(axis))?;
         bits.is_multiple_of(BYTE).then_some(bits / BYTE)
     }
 }
 
-/// Writes `tensors` to `path` in one piece, sorted by element size (widest first, which keeps all aligned) and name.
+/// Writes `tensors` to `path` atomically, sorted by element size (widest first, which keeps all aligned) and name.
 ///
 /// # Errors
-/// Input for a place that cannot be written to, Disk for a full or failing disk, Fault for two tensors of one name or
-/// an element type that safetensors files do not hold.
+/// Input: the path is not writable; Disk: the disk is full or failing; Fault: two tensors share a name, or safetensors
+/// files do not support an element type.
 pub fn save(path: &Path, tensors: impl IntoIterator<Item = (String, TensorData)>) -> Result<()> {
     save_with_metadata(path, BTreeMap::new(), tensors)
 }
 
-/// [`save`] with entries for the file's metadata.
+/// Writes tensors like [`save`], with entries for the file's metadata.
 ///
 /// # Errors
-/// As [`save`].
+/// Same as [`save`].
 pub fn save_with_metadata(
     path: &Path,
     metadata: BTreeMap<String, String>,
@@ -82,12 +82,12 @@ pub fn save_with_metadata(
     })
 }
 
-/// [`save_with_metadata`] for tensors that are made while they are written: `produce` is asked once for the bytes of
-/// each entry, in the order of the file, and only one tensor's bytes are in memory at a time.
+/// Writes tensors like [`save_with_metadata`], producing them during the write: `produce` is called once for each
+/// entry, in file order, and only one tensor's bytes are in memory at a time.
 ///
 /// # Errors
-/// As [`save`]; those of `produce`; Fault where it gives another number of bytes than the entry tells. Whatever fails,
-/// the file that stood at `path` is intact.
+/// Same as [`save`]; errors of `produce`; Fault: it returns another number of bytes than the entry specifies. On any
+/// error, the previous file at `path` stays intact.
 pub fn save_lazily<B: Deref<Target = [u8]>>(
     path: &Path,
     metadata: BTreeMap<String, String>,
@@ -97,7 +97,7 @@ pub fn save_lazily<B: Deref<Target = [u8]>>(
     entries.sort_by(|a, b| (Reverse(a.dtype.bitsize()), &a.name).cmp(&(Reverse(b.dtype.bitsize()), &b.name)));
     let header = header(path, metadata, &entries)?;
 
-    // What the disk reports is told apart from what `produce` reports: only the first is an error of writing.
+    // Errors of the disk and of `produce` are kept apart, because only the former are write errors.
     let mut failure = None;
     let written = write_whole_with(path, |file| {
         let mut out = BufWriter::new(file);
@@ -116,44 +116,44 @@ pub fn save_lazily<B: Deref<Target = [u8]>>(
     failure.map_or(written, Err)
 }
 
-/// The bytes of a tensor, fetched from its device; `name` is for the message.
+/// Copies a tensor's bytes from its device; `name` is for the message.
 ///
 /// # Errors
-/// Fault when the device fails.
+/// Fault: the device fails.
 pub fn bytes_of<const D: usize>(tensor: Tensor<D>, name: &str) -> Result<Bytes> {
     data_of(tensor, name).map(TensorData::into_bytes)
 }
 
-/// A tensor copied to host memory; `name` is for the message.
+/// Copies a tensor to host memory; `name` is for the message.
 ///
 /// # Errors
-/// Fault when the device fails.
+/// Fault: the device fails.
 pub fn data_of<const D: usize>(tensor: Tensor<D>, name: &str) -> Result<TensorData> {
     let fault = |error| Error::Fault(format!("{name} cannot be read from its device: {error}"));
     tensor.try_into_data().map_err(fault)
 }
 
-/// Notes why the writing ends, and ends it.
+/// Records the error and returns one that aborts the write.
 pub(super) fn stop(failure: &mut Option<Error>, error: Error) -> io::Error {
     *failure = Some(error);
     io::Error::other("a tensor could not be made")
 }
 
-/// The header of a file with `entries` in this order, padded.
+/// Builds the padded header of a file with `entries` in this order.
 fn header(path: &Path, mut metadata: BTreeMap<String, String>, entries: &[TensorEntry]) -> Result<Vec<u8>> {
     let mut end: usize = 0;
     let mut tensors = BTreeMap::new();
     for entry in entries {
         let start = end;
         end = entry.bytes().and_then(|bytes| start.checked_add(bytes)).ok_or_else(|| {
-            Error::Fault(format!("{}: {} of {:?} fits no file", path.display(), entry.name, entry.shape))
+            Error::Fault(format!("{}: {} of {:?} does not fit into a file", path.display(), entry.name, entry.shape))
         })?;
         let info = TensorInfo { dtype: entry.dtype, shape: entry.shape.clone(), data_offsets: (start, end) };
         if tensors.insert(entry.name.as_str(), info).is_some() {
             return Err(two_of(path, &entry.name));
         }
     }
-    // PyTorch's readers look for this entry.
+    // PyTorch's readers require this entry.
     metadata.insert("format".into(), "pt".into());
     let header = Header { __metadata__: metadata, tensors };
     let mut header =

@@ -1,31 +1,31 @@
-//! Low-rank changes to weights, added in f32 while the weights are read.
+//! Low-rank weight updates, added in f32 as the weights are read.
 
 use std::collections::BTreeMap;
 
 use burn::tensor::TensorData;
 
-/// A change `up @ down` to a weight `[rows, ...]` that is seen as a matrix `[rows, columns]`: a linear layer as it is, a
-/// convolution with its kernel unrolled, `columns = in * k * k`.
+/// A low-rank update `up @ down` of a weight `[rows, ...]` viewed as a matrix `[rows, columns]`: a linear layer as is,
+/// a convolution with its kernel unrolled, `columns = in * k * k`.
 #[derive(Debug, Clone)]
 pub struct LowRank {
     /// `[rank, columns]`
     down: Vec<f32>,
-    /// `[rows, rank]`, with all scales and weights in it.
+    /// `[rows, rank]`, including all scales and weights.
     up: Vec<f32>,
     rank: usize,
 }
 
-/// The changes to the weights of one model, by their names: those of one weight add up.
+/// Updates of one model's weights, by name. Several updates of a weight are summed.
 pub type Updates = BTreeMap<String, Vec<LowRank>>;
 
 impl LowRank {
-    /// The change `scale * up @ down`, `down` being `[rank, columns]` and `up` `[rows, rank]`, both rows first.
+    /// Creates the update `scale * up @ down` from `down` `[rank, columns]` and `up` `[rows, rank]`, both row-major.
     pub fn new(down: Vec<f32>, mut up: Vec<f32>, rank: usize, scale: f32) -> Self {
         up.iter_mut().for_each(|value| *value *= scale);
         Self { down, up, rank }
     }
 
-    /// Adds rows of the change, from `first_row` on, to `values`: as many as it holds.
+    /// Adds rows of the update, from `first_row` on, to as many rows as `values` holds.
     pub fn add_to(&self, values: &mut [f32], first_row: usize) {
         if self.rank == 0 || self.down.is_empty() {
             return;
@@ -43,7 +43,7 @@ impl LowRank {
     }
 }
 
-/// A tensor with its changes added, transposed where `transpose` says so.
+/// Adds updates to a tensor and transposes it if `transpose`.
 pub(super) fn changed(tensor: TensorData, changes: &[LowRank], first_row: usize, transpose: bool) -> TensorData {
     let shape = tensor.shape().to_vec();
     let mut values: Vec<f32> = tensor.iter::<f32>().collect();
@@ -54,7 +54,7 @@ pub(super) fn changed(tensor: TensorData, changes: &[LowRank], first_row: usize,
     }
 }
 
-/// The transpose of a matrix with this many columns, rows first.
+/// Transposes a row-major matrix with this many columns.
 pub(crate) fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
     let rows = values.len() / columns.max(1);
     (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column])).collect()

@@ -1,10 +1,10 @@
-//! The bytes of tensors as f32, and back.
+//! Converts tensor bytes to f32 and back.
 
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-/// The values of little-endian `bytes`; an error tells a type that is no float.
+/// Decodes little-endian `bytes`. The error reports a type that is not a float.
 pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
     let size = float_size(dtype)?;
     let mut values = vec![0.0; bytes.len() / size];
@@ -12,7 +12,7 @@ pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
     Ok(values)
 }
 
-/// [`decode`] into `values`, as many as `bytes` holds.
+/// Decodes like [`decode`] into `values`, which must have as many elements as `bytes`.
 pub(super) fn decode_into(dtype: Dtype, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
     match dtype {
         Dtype::F64 => each(bytes, values, |bytes| f64::from_le_bytes(bytes) as f32),
@@ -30,7 +30,7 @@ fn each<const N: usize>(bytes: &[u8], values: &mut [f32], convert: impl Fn([u8; 
     values.iter_mut().zip(bytes.as_chunks().0).for_each(|(value, &bytes)| *value = convert(bytes));
 }
 
-/// Bytes of one element of a float type that is read; an error tells any other type.
+/// Element size in bytes of a supported float type. The error reports any other type.
 pub(super) fn float_size(dtype: Dtype) -> Result<usize, String> {
     Ok(match dtype {
         Dtype::F64 => 8,
@@ -45,12 +45,12 @@ fn no_float(dtype: Dtype) -> String {
     format!("type {dtype}, which is not read: F64, F32, F16, BF16, F8_E4M3 and F8_E5M2 are")
 }
 
-/// Whether a tensor of this type is a quantised one that is a number only together with its scale, if it has one.
+/// Returns true for fp8, whose quantised values may need a separate scale.
 pub(super) fn is_fp8(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2)
 }
 
-/// The number that a tensor of one element holds, a float or an integer; an error tells what it holds instead.
+/// Decodes a tensor of one element, float or integer. The error reports what it holds instead.
 pub(crate) fn number(dtype: Dtype, bytes: &[u8]) -> Result<f32, String> {
     fn one<const N: usize>(bytes: &[u8]) -> Option<[u8; N]> {
         bytes.try_into().ok()
@@ -72,12 +72,13 @@ pub(crate) fn number(dtype: Dtype, bytes: &[u8]) -> Result<f32, String> {
     };
     match values.as_slice() {
         [number] if number.is_finite() => Ok(*number),
-        [number] => Err(format!("is {number}, no finite number")),
+        [number] => Err(format!("is {number}, not a finite number")),
         values => Err(format!("holds {} numbers, one is needed", values.len())),
     }
 }
 
-/// The little-endian bytes of `values`; an error tells a type that is no float, and values that `dtype` cannot hold.
+/// Encodes `values` as little-endian bytes. The error reports a type that is not a float, or values that `dtype` cannot
+/// hold.
 pub(crate) fn encode(dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, String> {
     let largest = match dtype {
         Dtype::F64 | Dtype::F32 => f32::MAX,
@@ -106,7 +107,7 @@ mod tests {
 
     #[test]
     fn fp8_is_what_its_bits_say() {
-        // Sign, exponent, mantissa as the formats define them: 1, -1.5, the largest, the smallest, 0.
+        // Sign, exponent and mantissa by the formats' definitions: 1, -1.5, the largest, the smallest, 0.
         let four_three = decode(Dtype::F8_E4M3, &[0x38, 0xbc, 0x7e, 0x01, 0x80]);
         assert_eq!(four_three, Ok(vec![1.0, -1.5, 448.0, 1.0 / 512.0, -0.0]));
         let five_two = decode(Dtype::F8_E5M2, &[0x3c, 0xbe, 0x7b, 0x01, 0x00]);

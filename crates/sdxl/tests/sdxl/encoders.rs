@@ -1,4 +1,4 @@
-//! The frozen encoders against diffusers and transformers, on tiny random models with every part that SDXL has.
+//! Parity of the frozen encoders with diffusers and transformers, on tiny random models with all SDXL components.
 //! `ci/parity/encoder_fixtures.py` made the models and the numbers.
 
 use std::collections::HashMap;
@@ -46,11 +46,11 @@ impl Expected {
     }
 }
 
-/// Largest difference over the largest expected magnitude.
+/// Relative error: largest difference over the largest expected magnitude.
 fn relative_error(actual: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(actual.len(), expected.len());
     let difference = actual.iter().zip(expected).map(|(a, b)| (a - b).abs());
-    // `max` of f32 would pass over NaN: it must fail.
+    // `f32::max` would ignore NaN, but NaN must fail.
     let worst = difference.fold(0.0, |worst: f32, d| if d <= worst { worst } else { d });
     worst / expected.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()))
 }
@@ -62,7 +62,7 @@ fn assert_close<const D: usize>(what: &str, actual: Tensor<D>, expected: &Tensor
     assert!(error <= tolerance, "{what}: relative error {error:e} above {tolerance:e}");
 }
 
-/// Writes a fixture folder's files to a new place, with `edit` applied to the file `name`.
+/// Copies a fixture folder's files, applying `edit` to the file `name`.
 fn with_edited(folder: &str, name: &str, edit: impl Fn(String) -> String) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(fixtures().join(folder)).unwrap() {
@@ -139,7 +139,7 @@ fn a_tokenizer_json_serves_as_well_as_two_files() {
 #[test]
 fn the_image_processor_and_encoder_agree_with_transformers() {
     let picture = image::open(fixtures().join("picture.png")).unwrap().to_rgb8();
-    // Upright: rows and columns swapped.
+    // Portrait format: rows and columns swapped.
     let upright = image::imageops::flip_horizontal(&image::imageops::rotate90(&picture));
     // Smaller than the crop.
     let small = image::imageops::crop_imm(&picture, 30, 40, 27, 21).to_image();
@@ -148,7 +148,7 @@ fn the_image_processor_and_encoder_agree_with_transformers() {
 
     let processor = ImageProcessor::load(&fixtures().join("feature_extractor")).unwrap();
     let processed = processor.process(&[picture, upright, small], &device());
-    // One level of 255 would be 7e-3: every pixel is equal.
+    // A difference of one level of 255 would be 7e-3, so every pixel is equal.
     assert_close("pixel_values", processed, &pixel_values, 1e-6);
 
     let model = ClipVisionModel::load(&fixtures().join("image_encoder"), &device()).unwrap();
@@ -213,7 +213,7 @@ fn every_euler_step_agrees_with_diffusers() {
             let key = |name: &str| format!("{prediction}.{spacing}.{name}");
             assert!(relative_error(sampler.timesteps(), expected.values(&key("timesteps"))) < 1e-6, "{spacing}");
             assert!(relative_error(sampler.sigmas(), expected.values(&key("sigmas"))) < 1e-5, "{spacing}");
-            // Each step from diffusers' own state before it.
+            // Each step starts from diffusers' own state, so that errors do not accumulate.
             let at = |name: &str, step: usize| expected.tensor::<5>(&key(name)).narrow(0, step, 1).squeeze_dim::<4>(0);
             let outputs = expected.tensor::<5>("outputs");
             let start = latents.clone() * sampler.init_noise_sigma();
@@ -270,7 +270,7 @@ fn unsupported_settings_are_refused_by_name() {
 
 #[test]
 fn schedules_of_other_samplers_are_read() {
-    // As diffusers writes DPM-Solver's and DDPM's.
+    // Values that diffusers writes for DPM-Solver and DDPM.
     let keys = "\"lambda_min_clipped\": -Infinity,\n\"variance_type\": \"fixed_small\",\n\"prediction_type\"";
     let copy = with_edited("scheduler", "scheduler_config.json", |text| text.replace("\"prediction_type\"", keys));
     let plain = NoiseSchedule::load(&fixtures().join("scheduler")).unwrap();

@@ -1,5 +1,5 @@
-//! The names and shapes of SDXL's tensors are a contract: the lists were made with diffusers and transformers from the
-//! real configs (`ci/parity/key_lists.py`). No weights are needed to hold the models and the tables to them.
+//! Names and shapes of SDXL's tensors as a contract. The lists were made with diffusers and transformers from the real
+//! configs (`ci/parity/key_lists.py`), so that models and key tables are tested without weights.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ type Shapes = BTreeMap<String, Vec<usize>>;
 
 #[derive(Deserialize)]
 struct Lists {
-    /// Part -> name -> shape.
+    /// Component -> name -> shape.
     diffusers: BTreeMap<String, Shapes>,
     stability: BTreeMap<String, Single>,
 }
@@ -26,7 +26,7 @@ struct Lists {
 #[derive(Debug, Default, PartialEq, Deserialize)]
 struct Single {
     shape: Vec<usize>,
-    /// What diffusers calls it, or the thirds of its rows.
+    /// Diffusers name, or the names of the thirds of its rows.
     from: Vec<String>,
 }
 
@@ -51,7 +51,7 @@ fn text_config(config: &str) -> ClipTextConfig {
     ClipTextConfig::parse(&text(config)).unwrap()
 }
 
-/// Each part with its prefix in single files and its table.
+/// Components with their prefix in single files and their key table.
 fn tables() -> [(&'static str, &'static str, KeyTable); 4] {
     [
         ("unet", "model.diffusion_model.", KeyTable::unet(&unet_config())),

@@ -1,4 +1,4 @@
-//! LoRA files as the tools write them: the same updates in every way of writing, and what is wrong with a file by name.
+//! LoRA files of all tools: every layout gives the same updates, and errors name what is wrong with a file.
 //! `ci/parity/lora_fixtures.py` made the files.
 
 use std::collections::BTreeMap;
@@ -27,7 +27,7 @@ fn names() -> BaseNames {
     BaseNames::of(&BaseSource::open(&base(), None, None).unwrap()).unwrap()
 }
 
-/// Every weight that `updates` changes, with the changes.
+/// Reads every weight that `updates` changes, with the changes.
 fn changed(updates: &PartUpdates) -> BTreeMap<String, TensorData> {
     let mut found = BTreeMap::new();
     for (part, updates) in updates {
@@ -90,7 +90,7 @@ fn several_loras_add_up() {
     assert!(first != both && second != both);
 }
 
-/// The tensors of the kohya file, changed by `edit`, in a new file.
+/// Writes the tensors of the kohya file, changed by `edit`, to a new file.
 fn edited(folder: &Path, edit: impl Fn(&mut BTreeMap<String, TensorData>)) -> PathBuf {
     let source = SafetensorsFile::open(&fixture("kohya")).unwrap();
     let mut tensors = BTreeMap::new();
@@ -109,7 +109,7 @@ fn edited(folder: &Path, edit: impl Fn(&mut BTreeMap<String, TensorData>)) -> Pa
     path
 }
 
-/// The message with which a file is refused.
+/// Returns the error message for a rejected file.
 fn refusal(path: &Path) -> String {
     let mut updates = PartUpdates::new();
     let error = LoraFile::open(path).and_then(|lora| lora.add_to(&mut updates, &names(), 1.0)).unwrap_err();
@@ -140,13 +140,13 @@ fn what_is_wrong_with_a_file_is_named() {
         (refusal(&with(format!("{Q}.lora_down.weight"), &[0, 48])), "shape [0, 48]"),
         (refusal(&with(format!("{Q}.alpha"), &[2])), "alpha: holds 2 numbers, one is needed"),
         (refusal(&with(format!("{Q}.diff"), &[48, 48])), "a full difference of weights"),
-        (refusal(&with("base_model.model.text_model.a.lora_A.weight".into(), &[2, 8])), "nothing tells of which"),
+        (refusal(&with("base_model.model.text_model.a.lora_A.weight".into(), &[2, 8])), "belongs to a text encoder"),
     ];
     for (message, part) in cases {
         assert!(message.contains(part), "{part}: {message}");
     }
 
-    // A whole LoRA of Stable Diffusion 1.5: its first blocks have attention, SDXL's have none.
+    // A complete LoRA of Stable Diffusion 1.5: its first blocks have attention, SDXL's have none.
     let sd15 = edited(folder.path(), |tensors| {
         tensors.clear();
         for module in 0..12 {
@@ -178,7 +178,7 @@ fn what_is_wrong_with_a_file_is_named() {
 
 type Raw = (Dtype, Vec<usize>, Vec<u8>);
 
-/// A file of these tensors, whatever their types.
+/// Writes a file of these tensors, of any types.
 fn raw(folder: &Path, tensors: &BTreeMap<String, Raw>) -> PathBuf {
     let path = folder.join("raw.safetensors");
     let entries = tensors
@@ -250,7 +250,7 @@ fn one_module_is_the_same_under_every_name() {
         assert!(of(&module, down, up) == expected, "{module}{down}");
     }
 
-    // Embeddings beside the LoRA are passed over; two adapters are one too many.
+    // Bundled embeddings are skipped; a second adapter is an error.
     let mut tensors = pair(&format!("{flat}.lora_down.weight"), &format!("{flat}.lora_up.weight"));
     for part in ["clip_l", "clip_g"] {
         tensors.insert(format!("bundle_emb.anna.{part}"), (Dtype::F32, vec![2], f32s(&[1.0, 2.0])));
@@ -298,7 +298,7 @@ fn the_alpha_of_a_peft_folder_lies_beside_the_file() {
 fn fp8_is_read_and_scaled_fp8_is_refused_as_such() {
     const Q: &str = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q";
     let folder = tempfile::tempdir().unwrap();
-    // 0.5, -1 and 0 in either format.
+    // 0.5, -1 and 0 in both formats.
     let of = |dtype: Dtype, values: [&[u8]; 3]| -> BTreeMap<String, Raw> {
         let bytes = |seed: usize| (0..4 * 48).flat_map(|i| values[(i * i + seed) % 3].to_vec()).collect::<Vec<u8>>();
         BTreeMap::from([

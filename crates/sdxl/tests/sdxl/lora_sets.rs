@@ -1,4 +1,4 @@
-//! LoRA files from one layout to another, and sums of them: nothing is lost, or it is said how much.
+//! Conversion and sums of LoRA files: nothing is lost, or the loss is reported.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,12 +26,12 @@ fn values(matrix: &Matrix) -> Vec<f32> {
     matrix.bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
 }
 
-/// Numbers without a pattern.
+/// Returns numbers without a pattern.
 fn numbers(count: usize, seed: usize) -> Vec<f32> {
     (0..count).map(|i| ((i * i * 11 + seed * 29) as f32 * 0.61).sin()).collect()
 }
 
-/// A LoRA of modules with 5 inputs and 4 outputs: name, rank, alpha.
+/// Creates a LoRA of modules with 5 inputs and 4 outputs, given name, rank, alpha.
 fn lora(modules: &[(&str, usize, f32)]) -> LoraSet {
     let module = |&(name, rank, alpha): &(&str, usize, f32)| {
         let down = matrix(&numbers(rank * 5, rank + name.len()), [rank, 5]);
@@ -41,7 +41,7 @@ fn lora(modules: &[(&str, usize, f32)]) -> LoraSet {
     LoraSet { modules: modules.iter().map(module).collect(), notes: BTreeMap::new() }
 }
 
-/// `alpha / rank * up @ down`, `[4, 5]`; zeros where the LoRA leaves the module alone.
+/// Computes `alpha / rank * up @ down`, `[4, 5]`; zeros if the LoRA does not change the module.
 fn delta(lora: &LoraSet, name: &str) -> Vec<f64> {
     let Some(module) = lora.modules.get(&(Part::Unet, name.to_owned())) else { return vec![0.0; 20] };
     let (down, up, rank) = (values(&module.down), values(&module.up), module.rank());
@@ -79,7 +79,7 @@ fn every_layout_becomes_every_other_bit_for_bit() {
             assert!(fs::read(path("again")).unwrap() == fs::read(path("and again")).unwrap());
         }
     }
-    // Stability naming and that of diffusers are names of the same modules.
+    // Stability and diffusers names refer to the same modules.
     let [kohya, sgm] = ["kohya", "sgm"].map(|name| LoraSet::open(&fixture(&format!("{name}.safetensors"))).unwrap());
     let unet =
         |lora: &LoraSet| lora.modules.keys().filter(|(part, _)| *part == Part::Unet).cloned().collect::<Vec<_>>();
@@ -100,7 +100,7 @@ fn ranks_and_alphas_of_their_own_survive_in_both_layouts() {
         assert_eq!(read.modules, set.modules, "{layout:?}");
         assert_eq!(read.notes.get("ss_training_comment"), set.notes.get("ss_training_comment"));
     }
-    // PEFT takes what differs from the first module by these patterns.
+    // PEFT takes deviations from the first module from these patterns.
     let file = SafetensorsFile::open(&path).unwrap();
     let metadata: serde_json::Value = serde_json::from_str(&file.metadata()[ADAPTER_METADATA]).unwrap();
     let patterns = serde_json::json!({
@@ -145,7 +145,7 @@ fn a_sum_is_exact_and_keeps_what_only_one_changes() {
 
 #[test]
 fn fewer_ranks_are_the_closest_and_the_error_is_told() {
-    // Singular values 4, 3, 2, 1 between two bases: the rows of a Hadamard matrix, halved, and unit vectors.
+    // Singular values 4, 3, 2, 1 between two bases: unit vectors, and the halved rows of a Hadamard matrix.
     let half = |signs: [f32; 4]| signs.map(|sign| sign / 2.0);
     let rows = [half([1., 1., 1., 1.]), half([1., -1., 1., -1.]), half([1., 1., -1., -1.]), half([1., -1., -1., 1.])];
     let down = [[4., 0., 0., 0., 0.], [0., 3., 0., 0., 0.], [0., 0., 0., 2., 0.], [0., 0., 0., 0., 1.]].concat();
@@ -162,7 +162,7 @@ fn fewer_ranks_are_the_closest_and_the_error_is_told() {
         assert_eq!(cut.modules.values().next().unwrap().rank(), rank.min(4));
     }
 
-    // The sum of two LoRAs has no more ranks than their matrices allow, whatever stands side by side.
+    // Concatenated ranks may exceed the true rank of a sum, which is limited by its matrices.
     let mut sum =
         concat(&[(&lora(&[("a", 3, 1.0), ("b", 1, 1.0)]), 1.0), (&lora(&[("a", 4, 2.0)]), 0.5)], Dtype::F32).unwrap();
     let whole = sum.clone();
@@ -185,12 +185,12 @@ fn what_is_no_lora_of_an_sdxl_is_named() {
         assert_eq!(error.exit_code(), 2, "{error}");
         error.to_string()
     };
-    assert!(refusal(&lora(&[("core.to_q", 1, 1.0)])).contains("lora_unet_core_to_q: is no module of an SDXL"));
+    assert!(refusal(&lora(&[("core.to_q", 1, 1.0)])).contains("lora_unet_core_to_q: is not a module of SDXL"));
     let mut broken = lora(&[("conv_in", 2, 1.0)]);
     let key = (Part::Unet, "conv_in".to_owned());
     broken.modules.get_mut(&key).unwrap().up = matrix(&numbers(12, 1), [4, 3]);
     assert!(refusal(&broken).contains("do not make an update"));
-    // Nothing is in them: singular values of such matrices were sought for ever, or not at all.
+    // Empty matrices are rejected: their SVD once never ended, or failed.
     for (down, up) in [([2, 0], [4, 2]), ([2, 5], [0, 2]), ([0, 5], [4, 0]), ([0, 0], [0, 0])] {
         let [down, up] = [down, up].map(|shape: [usize; 2]| matrix(&numbers(shape[0] * shape[1], 1), shape));
         let module = LoraModule { down, up, alpha: 1.0 };
@@ -233,7 +233,7 @@ fn notes_are_carried_over_only_where_they_stay_true() {
         }
     }
 
-    // A sum is neither of its parts.
+    // Notes about one LoRA are not valid for a sum.
     let other = with_notes(&[("modelspec.license", "CC0"), ("ss_training_comment", "blue"), ("ss_epoch", "4")]);
     let notes = concat(&[(&with_notes(&kept), 1.0), (&other, -1.0)], Dtype::F32).unwrap().notes;
     let told = [("modelspec.license", "CC0"), ("ss_training_comment", "trigger words: abc | blue")];

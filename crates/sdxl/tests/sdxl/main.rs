@@ -1,4 +1,4 @@
-//! The frozen models, their files and LoRA files, against fixtures that diffusers and transformers made.
+//! Tests of frozen models, their files and LoRA files, against fixtures made with diffusers and transformers.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod encoders;

@@ -1,4 +1,5 @@
-//! Drawing against diffusers' `StableDiffusionXLPipeline`, on the tiny random base of `ci/parity/encoder_fixtures.py`.
+//! Sampling parity with diffusers' `StableDiffusionXLPipeline`, on the tiny random base of
+//! `ci/parity/encoder_fixtures.py`.
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,7 +13,7 @@ use hyperlora_sdxl::scheduler::NoiseSchedule;
 use hyperlora_sdxl::text::{PromptStates, TextEncoders};
 use safetensors::SafeTensors;
 
-/// What the fixture was drawn with.
+/// Sampling settings of the fixture.
 fn config() -> SampleConfig {
     SampleConfig { steps: 12, guidance: 4.0, height: 40, width: 56, seed: 7, ..SampleConfig::default() }
 }
@@ -47,14 +48,14 @@ impl Base {
         Sampler { unet: &self.unet, vae: &self.vae, schedule: &self.schedule }
     }
 
-    /// The prompts of the fixture, and as many negative ones.
+    /// Prompts of the fixture, and as many negative ones.
     fn prompts(&self) -> [PromptStates; 2] {
         let prompts = ["a photo of a person", "fcsks fxhks fhyks, a portrait of a woman with red hair"];
         [self.text.encode(&prompts).unwrap(), self.text.encode(&["blurred"; 2]).unwrap()]
     }
 }
 
-/// A LoRA for `rows` pictures, strong enough to be seen.
+/// LoRA for `rows` pictures, strong enough to be visible.
 fn lora(sites: &[AttentionSite], rows: usize) -> LoraWeights {
     device().seed(3);
     let pair = |input: usize, output: usize| {

@@ -1,4 +1,4 @@
-//! Every step of every sampler against diffusers; `ci/parity/sampler_fixtures.py` made the numbers.
+//! Parity of every sampler step with diffusers; `ci/parity/sampler_fixtures.py` made the numbers.
 
 use std::fs;
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ fn tensor(file: &SafeTensors<'_>, name: &str) -> TensorData {
     TensorData::new(floats.collect::<Vec<f32>>(), view.shape().to_vec())
 }
 
-/// Largest difference over the largest expected magnitude; NaN stays NaN, which no tolerance holds.
+/// Relative error: largest difference over the largest expected magnitude. NaN stays NaN and fails any tolerance.
 fn relative_error(actual: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(actual.len(), expected.len());
     let differences = actual.iter().zip(expected).map(|(a, b)| (a - b).abs());
@@ -53,14 +53,14 @@ fn every_step_agrees_with_diffusers() {
     let outputs = Tensor::<5>::from_data(tensor(&file, "outputs"), &device);
     let latents = Tensor::<4>::from_data(tensor(&file, "latents"), &device);
     for (index, Case { sampler: kind, steps, config }) in cases.into_iter().enumerate() {
-        // Where nearly nothing of the image is left, diffusers' own Euler step cancels in f32 to five digits.
+        // When almost nothing of the image is left, diffusers' own Euler step cancels to five digits in f32.
         let tolerance = if kind == SamplerKind::Euler && config.rescale_betas_zero_snr { 1e-4 } else { 1e-5 };
         let what = format!("case {index}, {kind:?}, {steps} steps");
         let mut sampler = NoiseSampler::new(&NoiseSchedule::new(config).unwrap(), Some(kind), steps).unwrap();
         let timesteps = tensor(&file, &format!("{index}.timesteps")).try_to_vec::<f32>().unwrap();
         assert!(relative_error(sampler.timesteps(), &timesteps) < 1e-6, "{what}: {:?}", sampler.timesteps());
 
-        // Each step from diffusers' own latents before it.
+        // Each step starts from diffusers' own latents, so that errors do not accumulate.
         let trace = Tensor::<5>::from_data(tensor(&file, &format!("{index}.trace")), &device);
         let at = |all: &Tensor<5>, step: usize| all.clone().narrow(0, step, 1).squeeze_dim::<4>(0);
         let close = |place: &str, actual: Tensor<4>, expected: Tensor<4>| {

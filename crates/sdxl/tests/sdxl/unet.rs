@@ -1,4 +1,4 @@
-//! The UNet against diffusers 0.42 (`ci/parity/unet_fixtures.py`, `ci/parity/unet_140.py`).
+//! UNet parity with diffusers 0.42 (`ci/parity/unet_fixtures.py`, `ci/parity/unet_140.py`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,17 +9,17 @@ use hyperlora_sdxl::lora::{AttentionLora, AttentionSite, LoraPair, LoraWeights};
 use hyperlora_sdxl::models::unet::{UNet2DConditionModel, UnetInput};
 use hyperlora_sdxl::weights::{Weights, save};
 
-/// Numbers of both sides are f32: they differ by rounding only.
+/// Both sides compute in f32, so they differ by rounding only.
 const TOLERANCE: f32 = 1e-4;
 
-/// bf16 keeps 8 bits. PyTorch's own bf16 is off by 1.1e-2 (predictions) and 3.2e-2 (gradients) here.
+/// bf16 keeps 8 bits. PyTorch's own bf16 errors here are 1.1e-2 (predictions) and 3.2e-2 (gradients).
 const BF16_TOLERANCE: f32 = 4e-2;
 
 fn fixtures(name: &str) -> PathBuf {
     hyperlora_testing::fixture(name)
 }
 
-/// What diffusers was given and what it computed for one size of latents.
+/// Inputs and outputs of diffusers for one size of latents.
 struct Case {
     weights: Weights,
 }
@@ -45,7 +45,7 @@ impl Case {
         }
     }
 
-    /// `lora` or `grad` of every site.
+    /// Reads `lora` or `grad` of every attention site.
     fn lora(&self, kind: &str, sites: &[AttentionSite]) -> LoraWeights {
         let modules = sites
             .iter()
@@ -70,14 +70,14 @@ fn unet() -> UNet2DConditionModel {
     UNet2DConditionModel::load(&fixtures("unet"), &Device::flex()).unwrap()
 }
 
-/// `|a - b| / |b|`, in the Euclidean norm.
+/// Relative error `|a - b| / |b|` in the Euclidean norm.
 fn relative_error<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f32 {
     assert_eq!(a.dims(), b.dims());
     let scale = b.clone().square().sum().into_scalar::<f32>();
     ((a - b).square().sum().into_scalar::<f32>() / scale).sqrt()
 }
 
-/// All tensors in a row.
+/// Concatenates all tensors.
 fn flat(lora: &LoraWeights) -> Tensor<1> {
     Tensor::cat(lora.tensors().map(|tensor| tensor.clone().flatten(0, 2)).collect(), 0)
 }
@@ -144,7 +144,7 @@ fn recomputation_changes_nothing_but_rounding_and_repeats_exactly() {
     assert_eq!(bits(&off), bits(&run(false).1));
 }
 
-/// What the model computes in bf16 stays close to f32, and f32 is all that its callers see.
+/// bf16 results stay close to f32, and callers see f32 only.
 #[test]
 fn bf16_stays_near_f32_with_and_without_recomputation() {
     let exact = unet();
@@ -169,7 +169,7 @@ fn bf16_stays_near_f32_with_and_without_recomputation() {
             );
             let largest = [plain, loss, prediction, all].into_iter().fold(0.0, f32::max);
             assert!(largest < BF16_TOLERANCE, "{name}, recompute {recompute}");
-            // With weights rounded to 8 bits something has to differ: else the bf16 path is not what ran.
+            // Weights rounded to 8 bits must change the result; otherwise the bf16 path did not run.
             assert!(all > 1e-4, "{name}, recompute {recompute}: the gradients are those of f32");
         }
     }
@@ -193,7 +193,7 @@ fn samples_do_not_touch_each_other() {
     assert!(relative_error(alone, whole.narrow(0, 1, 1)) < 1e-5);
 }
 
-/// The names and shapes of diffusers' 140-attention UNet: all are asked for, none is left over, and sites match.
+/// All tensors of diffusers' 140-attention UNet are requested, none is left over, and the attention sites match.
 #[test]
 fn keys_and_sites_of_sdxls_topology_are_those_of_diffusers() {
     let folder = tempfile::tempdir().unwrap();

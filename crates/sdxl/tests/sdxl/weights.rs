@@ -1,4 +1,4 @@
-//! Safetensors files: what is read back, and what each kind of broken file is told.
+//! Safetensors files: round trips, and the error message for each kind of broken file.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,7 +21,7 @@ fn open(path: &Path) -> Weights {
     Weights::open(path, &Device::flex()).unwrap()
 }
 
-/// The message of opening a file with these bytes, which must be blamed on the file.
+/// Returns the error message for a file with these bytes, which must be an input error.
 fn refusal(bytes: &[u8]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
@@ -103,7 +103,7 @@ fn tensors_made_while_writing_give_the_same_file() {
     assert_eq!(asked, ["b", "a", "c"], "once each, in the order of the file");
     assert_eq!(fs::read(&eager).unwrap(), fs::read(&lazy).unwrap());
 
-    // A failure in the middle, or a tensor of another size, leaves the file that stood there and nothing beside it.
+    // A failure in the middle, or a tensor of another size, leaves the previous file intact and no other file.
     let failing = write(&mut |entry| match entry.name.as_str() {
         "a" => Err(Error::input("a", "cannot be made", "none")),
         _ => Ok(bytes(entry)),
@@ -165,7 +165,7 @@ fn a_header_may_be_as_long_as_a_pickle_begins() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
     let header = r#"{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
-    // The first two bytes of the file are those of a pickle, and of a web page.
+    // The header length's first two bytes equal those of a pickle or of a web page.
     for magic in [*b"\x80\x02", *b"\x80\x03", *b"\x80\x04", *b"\x80\x05", *b"<!", *b"<h"] {
         let length = usize::from(u16::from_le_bytes(magic));
         fs::write(&path, with_header(&format!("{header:<length$}"), &2.0_f32.to_le_bytes())).unwrap();
@@ -179,15 +179,15 @@ fn headers_that_lie_are_refused() {
     assert!(
         refusal(&[&u64::MAX.to_le_bytes()[..], b"{}"].concat()).contains("claims a header of 18446744073709551615")
     );
-    assert!(refusal(&with_header("not json", b"")).contains("header that does not hold"));
+    assert!(refusal(&with_header("not json", b"")).contains("invalid header"));
     let tensor =
         |shape: &str, offsets: &str| format!(r#"{{"t":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#);
-    assert!(refusal(&with_header(&tensor("[2]", "[0,8]"), b"1234")).contains("its header tells of 8"));
+    assert!(refusal(&with_header(&tensor("[2]", "[0,8]"), b"1234")).contains("its header describes 8"));
     assert!(refusal(&with_header(&tensor("[1]", "[0,4]"), b"12345678")).contains("has 8 bytes of tensors"));
-    assert!(refusal(&with_header(&tensor("[3]", "[0,8]"), b"12345678")).contains("header that does not hold"));
-    assert!(refusal(&with_header(&tensor("[2]", "[8,0]"), b"12345678")).contains("header that does not hold"));
+    assert!(refusal(&with_header(&tensor("[3]", "[0,8]"), b"12345678")).contains("invalid header"));
+    assert!(refusal(&with_header(&tensor("[2]", "[8,0]"), b"12345678")).contains("invalid header"));
     let huge = tensor("[4611686018427387904,4]", "[0,0]");
-    assert!(refusal(&with_header(&huge, b"")).contains("header that does not hold"));
+    assert!(refusal(&with_header(&huge, b"")).contains("invalid header"));
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn a_config_may_hold_what_python_writes() {
 fn fp8_and_doubles_are_read_in_any_form() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
-    // 1, -1.5, 0.5: an odd number of bytes, more than are converted at a time.
+    // 1, -1.5, 0.5: an odd number of bytes, more than one conversion chunk.
     let (rows, columns) = (257, 259);
     let value = |index: usize| [1.0_f32, -1.5, 0.5][index * index % 3];
     let write = |dtype: Dtype, bytes: &dyn Fn(f32) -> Vec<u8>| {
@@ -269,7 +269,7 @@ fn fp8_and_doubles_are_read_in_any_form() {
     assert!(message.contains("type F8_E8M0, which is not read") && message.contains("other types"), "{message}");
 }
 
-/// A linear layer's tensors that are larger than what is converted at a time, and odd.
+/// Creates a linear layer's tensors with odd sizes, larger than one conversion chunk.
 fn odd_linear(columns: usize) -> (Vec<(&'static str, TensorData)>, Vec<f32>) {
     let rows = 311;
     let values: Vec<f32> = (0..rows * columns).map(|index| (index % 251) as f32 - 125.0).collect();
@@ -279,7 +279,7 @@ fn odd_linear(columns: usize) -> (Vec<(&'static str, TensorData)>, Vec<f32>) {
 
 #[test]
 fn any_type_becomes_the_one_asked_for_and_is_transposed_exactly() {
-    // 70000 columns do not fit into one read.
+    // 70000 columns exceed one read.
     for columns in [1, 457, 70_000] {
         let (tensors, values) = odd_linear(columns);
         for stored in [DType::F32, DType::F16, DType::BF16] {
@@ -355,7 +355,7 @@ fn shards_are_one_model() {
     let index = "model.safetensors.index.json";
     sharded(folder.path(), index, "");
     assert_eq!(values_in(folder.path(), None), [1.0, 2.0]);
-    // Sizes are nobody's need, and some tools divide before they write them.
+    // `total_size` is unused, and some tools divide it before writing it.
     let text = fs::read_to_string(folder.path().join(index)).unwrap();
     for metadata in ["{\"total_size\":8.0}", "{\"total_size\":NaN}", "null", "\"8\""] {
         let other = text.replace("{\"total_size\":8}", metadata);
@@ -370,7 +370,7 @@ fn a_variant_is_preferred_where_it_is_there() {
     for index in ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"] {
         let folder = tempfile::tempdir().unwrap();
         sharded(folder.path(), index, ".fp16");
-        // All there is, asked for or not.
+        // The only variant is used, requested or not.
         assert_eq!(values_in(folder.path(), None), [1.0, 2.0]);
         let plain = ["a", "b"].map(|name| (name.to_owned(), TensorData::from([5.0f32])));
         save(&folder.path().join("model.safetensors"), plain).unwrap();
@@ -398,7 +398,7 @@ fn shards_that_do_not_fit_their_index_are_refused() {
         let whole = fs::read(folder.join(second)).unwrap();
         fs::write(folder.join(second), &whole[..whole.len() - 1]).unwrap();
     });
-    assert!(message.contains(second) && message.contains("its header tells of 4"), "{message}");
+    assert!(message.contains(second) && message.contains("its header describes 4"), "{message}");
     let message = refusal(&|folder| {
         save(&folder.join(second), [("c".to_owned(), TensorData::from([1.0f32]))]).unwrap();
     });
@@ -411,9 +411,9 @@ fn shards_that_do_not_fit_their_index_are_refused() {
     let message = refusal(&|folder| {
         fs::write(folder.join(index), r#"{"weight_map":{"a":"../model.safetensors"}}"#).unwrap();
     });
-    assert!(message.contains("no plain file name"), "{message}");
+    assert!(message.contains("not a plain file name"), "{message}");
     let message = refusal(&|folder| fs::write(folder.join(index), "<html>").unwrap());
-    assert!(message.contains("no index of shards"), "{message}");
+    assert!(message.contains("not an index of shards"), "{message}");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! The alphas that diffusers writes into a file's metadata: PEFT's `LoraConfig` of each part, keys joined by dots; or that PEFT
-//! itself writes beside the file.
+//! LoRA alphas from diffusers metadata (PEFT's `LoraConfig` of each component, keys joined by dots), or from the config
+//! that PEFT saves beside the file.
 
 use std::path::Path;
 
@@ -9,22 +9,24 @@ use serde_json::{Map, Value};
 use crate::source::Part;
 use crate::weights::{SafetensorsFile, parse_json, read_text};
 
-/// The key of the metadata.
+/// Metadata key of the adapter config.
 pub const ADAPTER_METADATA: &str = "lora_adapter_metadata";
 
-/// The names under which PEFT saves an adapter and its `LoraConfig`.
+/// File names of an adapter and its `LoraConfig` as saved by PEFT.
 const PEFT_FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
 
-/// Tell a regular expression from a path; a dot is taken for itself.
+/// Characters that mark a regular expression rather than a path. A dot counts as literal.
 const OF_EXPRESSIONS: &str = "\\^$*+?()[]{}|";
 
-/// What the metadata says; empty where there is none.
+/// Adapter config; empty if the file has none.
 #[derive(Debug, Default)]
 pub(super) struct Adapter(Map<String, Value>);
 
 impl Adapter {
+    /// Reads the adapter config from the file's metadata, or from PEFT's config beside it.
+    ///
     /// # Errors
-    /// Input for metadata or a config of PEFT that is no JSON, and for a DoRA.
+    /// Input: the metadata or PEFT config is not JSON, or the adapter is a DoRA.
     pub(super) fn of(file: &SafetensorsFile) -> hyperlora_core::Result<Self> {
         let Some(text) = file.metadata().get(ADAPTER_METADATA) else { return Self::beside(file.path()) };
         let values: Map<String, Value> = parse_json(text).map_err(|problem| {
@@ -44,7 +46,8 @@ impl Adapter {
         Ok(Self(values))
     }
 
-    /// Reads PEFT's own config beside the file, for the UNet: a text encoder's file does not tell which one it is for.
+    /// Reads PEFT's config beside the file, for the UNet only: a text encoder's file does not say which encoder it is
+    /// for.
     fn beside(path: &Path) -> hyperlora_core::Result<Self> {
         let config = path.with_file_name(PEFT_FILES[1]);
         if path.file_name().is_none_or(|name| name != PEFT_FILES[0]) || !config.exists() {
@@ -53,18 +56,18 @@ impl Adapter {
         let values: Map<String, Value> = parse_json(&read_text(&config)?)
             .map_err(|problem| Error::file(&config, problem, "save the adapter again with PEFT"))?;
         if values.get("use_dora") == Some(&Value::Bool(true)) {
-            return Err(Error::file(&config, "tells of a DoRA, which is not supported", "give a plain LoRA"));
+            return Err(Error::file(&config, "describes a DoRA, which is not supported", "give a plain LoRA"));
         }
         let part = Part::Unet.folder();
         Ok(Self(values.into_iter().map(|(key, value)| (format!("{part}.{key}"), value)).collect()))
     }
 
-    /// A module's alpha, times the root of the rank for `use_rslora`; the rank, which makes a scale of 1, where none is
-    /// told. The error says what is told in place of a number.
+    /// Alpha of a module, times the square root of the rank for `use_rslora`. Defaults to the rank, which makes the
+    /// scale 1. The error reports a value that is not a number.
     pub(super) fn alpha(&self, part: Part, path: &str, rank: usize) -> Result<f32, String> {
         let part = part.folder();
         let get = |key: &str| self.0.get(&format!("{part}.{key}"));
-        // A pattern names a module by the end of its path.
+        // A pattern matches the end of a module's path.
         let patterns = get("alpha_pattern").and_then(Value::as_object);
         let expression = patterns.into_iter().flatten().find(|(end, _)| end.contains(|c| OF_EXPRESSIONS.contains(c)));
         if let Some((expression, _)) = expression {
@@ -80,13 +83,13 @@ impl Adapter {
         let Some(told) = own.or_else(|| get("lora_alpha")).filter(|told| !told.is_null()) else { return Ok(rank) };
         let alpha = told.as_f64().map(|alpha| alpha as f32).filter(|alpha| alpha.is_finite());
         let alpha =
-            alpha.ok_or_else(|| format!("{path}: its alpha in {ADAPTER_METADATA} is {told}, no finite number"))?;
+            alpha.ok_or_else(|| format!("{path}: its alpha in {ADAPTER_METADATA} is {told}, not a finite number"))?;
         let rooted = get("use_rslora") == Some(&Value::Bool(true));
         Ok(alpha * if rooted { rank.sqrt() } else { 1.0 })
     }
 }
 
-/// Whether a path's beginning ends where a name does.
+/// Returns true if a path prefix ends at a name boundary.
 fn is_whole(beginning: &str) -> bool {
     beginning.is_empty() || beginning.ends_with('.')
 }

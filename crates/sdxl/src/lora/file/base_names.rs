@@ -1,4 +1,4 @@
-//! What LoRA files call the modules of a base.
+//! Names that LoRA files use for the modules of a base.
 
 use std::collections::HashMap;
 
@@ -8,23 +8,23 @@ use hyperlora_core::Result;
 use crate::lora::file::names::TEXT_MODEL;
 use crate::source::{BaseSource, Part};
 
-/// The weights of a base that a LoRA can change, under every name that LoRA files have for their modules.
+/// Base weights that a LoRA can change, under every name that LoRA files use for their modules.
 #[derive(Debug, Default)]
 pub struct BaseNames {
-    /// Part and module to the weight's name and shape.
+    /// Maps component and module to the weight's name and shape.
     weights: HashMap<(Part, String), (String, Vec<usize>)>,
 }
 
 impl BaseNames {
-    /// The names of a base's modules. Only headers and configs are read.
+    /// Collects the module names of a base. Reads only headers and configs.
     ///
     /// # Errors
-    /// As [`BaseSource::weights`] and [`BaseSource::table`].
+    /// Same as [`BaseSource::weights`] and [`BaseSource::table`].
     pub fn of(base: &BaseSource) -> Result<Self> {
         let mut this = Self::default();
         let unet = base.table(Part::Unet)?;
         for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
-            // Nothing is read: where tensors would stand does not matter.
+            // No tensor is read, so the device does not matter.
             let weights = base.weights(part, &Device::flex())?;
             for (name, shape) in weights.shapes() {
                 let (Some(module), 2 | 4) = (name.strip_suffix(".weight"), shape.len()) else { continue };
@@ -45,7 +45,7 @@ impl BaseNames {
         Ok(this)
     }
 
-    /// The name and shape of the weight of a module.
+    /// Looks up the name and shape of a module's weight.
     pub(super) fn find(&self, part: Part, module: &str) -> Option<(&str, &[usize])> {
         self.weights.get(&(part, module.to_owned())).map(|(name, shape)| (name.as_str(), shape.as_slice()))
     }

@@ -1,4 +1,4 @@
-//! The keys of LoRA files, as the tools write them.
+//! Keys of LoRA files, as each tool writes them.
 //!
 //! ```text
 //! sd-scripts      lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight, .lora_up.weight, .alpha
@@ -16,31 +16,31 @@
 //! bundles         bundle_emb.{name}.clip_l, ...                        embeddings beside the LoRA
 //! ```
 //!
-//! A key is told by its parts, the names between its dots, never by what happens to stand somewhere in it.
+//! Keys are parsed by their dot-separated segments, never by substring.
 
 use crate::source::Part;
 
 /// Kind of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Key<'a> {
-    /// A tensor of the module of this full name.
+    /// Tensor of the module with this full name.
     Of(&'a str, Side),
-    /// An embedding of this name that lies in the file beside the LoRA.
+    /// Embedding with this name, bundled in the LoRA file.
     Embedding(&'a str),
-    /// A part of this other kind of file, which is no plain LoRA.
+    /// Tensor of another adapter kind, which is not a plain LoRA.
     OtherKind(&'static str),
-    /// None of these.
+    /// Unknown key.
     Unknown,
 }
 
-/// What one tensor of a module is.
+/// Role of a tensor within a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
     /// `[rank, in]`
     Down,
     /// `[out, rank]`
     Up,
-    /// The update's scale, times the rank.
+    /// LoRA scale times the rank.
     Alpha,
 }
 
@@ -48,7 +48,7 @@ const ALPHA: &str = ".alpha";
 const WEIGHT: &str = ".weight";
 const BIAS: &str = ".bias";
 
-/// The ends of a matrix's key, before `.weight`.
+/// Key suffixes of matrices, before `.weight`.
 const SIDES: [(&str, Side); 10] = [
     (".lora_down", Side::Down),
     (".lora_up", Side::Up),
@@ -62,13 +62,13 @@ const SIDES: [(&str, Side); 10] = [
     ("_lora.up", Side::Up),
 ];
 
-/// Those of [`SIDES`] that a PEFT model follows with the adapter's name.
+/// Entries of [`SIDES`] that a PEFT model follows with the adapter's name.
 const NAMED_SIDES: [(&str, Side); 2] = [(".lora_A", Side::Down), (".lora_B", Side::Up)];
 
-/// What the keys of embeddings begin with that lie in a LoRA file.
+/// Key prefix of embeddings bundled in a LoRA file.
 const BUNDLE: &str = "bundle_emb.";
 
-/// What PEFT puts before the names of the model that it wraps.
+/// Prefix that PEFT adds to the names of the wrapped model.
 const WRAPPER: &str = "base_model.model.";
 
 const PARTS: [(&str, Part); 9] = [
@@ -83,7 +83,7 @@ const PARTS: [(&str, Part); 9] = [
     ("model.diffusion_model.", Part::Unet),
 ];
 
-/// What paths in a UNet begin with, in diffusers and in Stability naming: such a path may stand without its part.
+/// First segments of UNet paths, in diffusers and Stability naming. Such a path may omit its component.
 const OF_UNET: [&str; 13] = [
     "down_blocks",
     "mid_block",
@@ -100,11 +100,10 @@ const OF_UNET: [&str; 13] = [
     "out",
 ];
 
-/// What paths in a text encoder begin with.
+/// First segments of text encoder paths.
 const OF_TEXT: [&str; 2] = ["text_model", "encoder"];
 
-/// What diffusers called the linears of attention while it had processors, and what they are: in the UNet, in the text
-/// encoders.
+/// Names of attention linears in diffusers' former attention processors: processor name, UNet name, text encoder name.
 const OF_PROCESSORS: [(&str, &str, &str); 4] = [
     ("to_q", "to_q", "q_proj"),
     ("to_k", "to_k", "k_proj"),
@@ -112,7 +111,7 @@ const OF_PROCESSORS: [(&str, &str, &str); 4] = [
     ("to_out", "to_out.0", "out_proj"),
 ];
 
-/// Parts of keys that are no plain LoRA's; one that ends in an underscore is the beginning of such a part.
+/// Key segments that mark other adapter kinds. An entry that ends in an underscore is a prefix.
 const OTHER_KINDS: [(&str, &str); 22] = [
     ("dora_scale", "a DoRA"),
     ("lora_magnitude_vector", "a DoRA"),
@@ -138,7 +137,7 @@ const OTHER_KINDS: [(&str, &str); 22] = [
     ("reshape_weight", "a full set of weights"),
 ];
 
-/// What modules' names begin with in files for other architectures.
+/// Module name prefixes in files for other architectures.
 const OTHER_FILES: [(&str, &str); 7] = [
     ("transformer", "a diffusion transformer"),
     ("lora_transformer", "a diffusion transformer"),
@@ -149,7 +148,7 @@ const OTHER_FILES: [(&str, &str); 7] = [
     ("prior_unet", "Stable Cascade"),
 ];
 
-/// What the paths of a denoiser's modules begin with in other architectures.
+/// Module path prefixes of denoisers of other architectures.
 const OTHER_DENOISERS: [(&str, &str); 8] = [
     ("double_blocks", "Flux"),
     ("single_blocks", "Flux"),
@@ -161,7 +160,7 @@ const OTHER_DENOISERS: [(&str, &str); 8] = [
     ("noise_refiner", "a diffusion transformer"),
 ];
 
-/// Tells what a key is.
+/// Parses a LoRA key.
 pub(super) fn parse(key: &str) -> Key<'_> {
     if let Some(embedding) = key.strip_prefix(BUNDLE) {
         return Key::Embedding(embedding.split_once('.').map_or(embedding, |(name, _)| name));
@@ -183,7 +182,7 @@ pub(super) fn parse(key: &str) -> Key<'_> {
     }
 }
 
-/// Cuts a matrix's name into its module's and which matrix it is.
+/// Splits a matrix name into the module name and the side.
 fn side(matrix: &str) -> Option<(&str, Side)> {
     let of = |name: &'_ str, sides: &[(&str, Side)]| {
         sides.iter().find_map(|(end, side)| Some((name.strip_suffix(end)?.len(), *side)))
@@ -193,7 +192,7 @@ fn side(matrix: &str) -> Option<(&str, Side)> {
     Some((&matrix[..length], side))
 }
 
-/// The architecture that a module's full name tells of, where it is not SDXL's.
+/// Returns the architecture that a module's full name indicates, if it is not SDXL.
 pub(super) fn other_architecture(name: &str) -> Option<&'static str> {
     let named = |path: &str, names: &[(&str, &'static str)]| {
         names.iter().find(|(start, _)| begins(path, start)).map(|(_, architecture)| *architecture)
@@ -206,7 +205,7 @@ pub(super) fn other_architecture(name: &str) -> Option<&'static str> {
     named(denoiser, &OTHER_DENOISERS).or_else(|| named(unwrapped(name), &OTHER_FILES))
 }
 
-/// Whether a path, with dots or underscores, begins with a name.
+/// Returns true if a path, with dots or underscores, begins with a name.
 fn begins(path: &str, name: &str) -> bool {
     path.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '_']))
 }
@@ -215,23 +214,22 @@ fn unwrapped(name: &str) -> &str {
     name.strip_prefix(WRAPPER).unwrap_or(name)
 }
 
-/// Cuts a module's full name where it says which part of the base it is in.
+/// Splits a module's full name into component and path, if it names a component.
 fn part_of(name: &str) -> Option<(Part, &str)> {
     let name = unwrapped(name);
     let (part, path) = PARTS.into_iter().find_map(|(start, part)| Some((part, name.strip_prefix(start)?)))?;
     Some((part, unwrapped(path)))
 }
 
-/// Cuts a module's full name into the part of the base and the module's path in it, with dots or with underscores; the
-/// error says why it cannot be.
+/// Splits a module's full name into component and module path, with dots or underscores. The error gives the reason.
 pub(super) fn module(name: &str) -> Result<(Part, String), &'static str> {
     let bare = unwrapped(name);
     let first = bare.split('.').next().unwrap_or_default();
     let (part, path) = match part_of(name) {
         Some(found) => found,
         None if OF_UNET.contains(&first) => (Part::Unet, bare),
-        None if OF_TEXT.contains(&first) => return Err("is a text encoder's, and nothing tells of which of the two"),
-        None => return Err("no module of an SDXL"),
+        None if OF_TEXT.contains(&first) => return Err("belongs to a text encoder, but does not say which one"),
+        None => return Err("is not a module of SDXL"),
     };
     let (parent, last) = path.rsplit_once('.').unwrap_or(("", path));
     let of_processor = OF_PROCESSORS.into_iter().find(|(old, ..)| *old == last);
@@ -249,7 +247,7 @@ pub(super) fn module(name: &str) -> Result<(Part, String), &'static str> {
 mod tests {
     use super::*;
 
-    /// Part, path and side of a matrix or alpha.
+    /// Component, path and side of a matrix or alpha.
     fn told(key: &str) -> Option<(Part, String, Side)> {
         let Key::Of(name, side) = parse(key) else { return None };
         module(name).ok().map(|(part, path)| (part, path, side))
@@ -298,7 +296,7 @@ mod tests {
         assert_eq!(parse("lora_unet_a.weight"), Key::Unknown);
         assert_eq!(parse("lora_unet_a.lora_down"), Key::Unknown);
         assert_eq!(parse("bundle_emb.anna.string_to_param.*"), Key::Embedding("anna"));
-        assert_eq!(module("vae.decoder"), Err("no module of an SDXL"));
+        assert_eq!(module("vae.decoder"), Err("is not a module of SDXL"));
         assert!(module("base_model.model.text_model.encoder.layers.0.fc1").is_err_and(|told| told.contains("which")));
     }
 

@@ -1,7 +1,7 @@
-//! LoRA files of other tools, and of our own `generate`: which low-rank change they make to which weight of a base.
+//! Reads LoRA files of other tools and of our own `generate`: low-rank updates of base weights.
 //!
-//! A file's kind is told by its keys (see `keys`). Linears and convolutions, of any ranks, of the UNet and of both text
-//! encoders; a file may change any of them. What is not a plain LoRA is refused.
+//! The keys determine a file's kind (see `keys`). A file may change linears and convolutions, of any ranks, in the UNet
+//! and both text encoders. Everything but a plain LoRA is rejected.
 
 mod adapter;
 mod base_names;
@@ -24,36 +24,36 @@ pub use base_names::BaseNames;
 pub use write::Layout;
 pub(crate) use write::{COMMENT, notes_of};
 
-/// How many problems one error spells out.
+/// Number of problems that one error lists.
 const PROBLEMS_SHOWN: usize = 10;
 
 const REMEDY: &str = "give a LoRA that was made for this base model";
 
-/// An opened LoRA file: its keys are understood, its values not read yet.
+/// An opened LoRA file: keys are parsed, values are not yet read.
 #[derive(Debug)]
 pub struct LoraFile {
     file: SafetensorsFile,
     modules: Vec<Module>,
 }
 
-/// The update of one module: `alpha / rank * up @ down`.
+/// Update of one module: `alpha / rank * up @ down`.
 #[derive(Debug)]
 pub struct Module {
-    /// What the file calls it.
+    /// Module name in the file.
     pub name: String,
-    /// What it is a part of.
+    /// Component of the module.
     pub part: Part,
-    /// Its path in the part, with dots or with underscores.
+    /// Path within the component, with dots or underscores.
     pub path: String,
-    /// `[rank, in]`, of a convolution `[rank, in, k, k]`; not checked yet.
+    /// Down matrix, `[rank, in]`, or `[rank, in, k, k]` for a convolution; unchecked.
     pub down: TensorEntry,
-    /// `[out, rank]`, of a convolution with two axes of 1 more; not checked yet.
+    /// Up matrix, `[out, rank]`, or `[out, rank, 1, 1]` for a convolution; unchecked.
     pub up: TensorEntry,
-    /// The scale times the rank, told by the file or by what its kind means where it is silent.
+    /// Scale times rank, from the file or its kind's default.
     pub alpha: f32,
 }
 
-/// The tensors of one module.
+/// Tensors of one module.
 #[derive(Debug, Default)]
 struct Tensors {
     down: Option<TensorEntry>,
@@ -62,12 +62,11 @@ struct Tensors {
 }
 
 impl LoraFile {
-    /// Reads the header and the alphas. Embeddings that lie in the file beside the LoRA are passed over, with a warning that
-    /// names them.
+    /// Reads the header and the alphas. Bundled embeddings are skipped with a warning that names them.
     ///
     /// # Errors
-    /// Input for a missing file, one that is no safetensors, or no plain LoRA (DoRA, LoHa, LoKr, ...), or lacks tensors
-    /// of a module; Disk when reading fails.
+    /// Input: the file is missing, not safetensors, not a plain LoRA (DoRA, LoHa, LoKr, ...), or lacks tensors of a
+    /// module; Disk: a read fails.
     pub fn open(path: &Path) -> Result<Self> {
         let file = SafetensorsFile::open(path)?;
         let mut named: BTreeMap<String, Tensors> = BTreeMap::new();
@@ -145,34 +144,33 @@ impl LoraFile {
         if !embeddings.is_empty() {
             let shown: Vec<_> = embeddings.iter().take(PROBLEMS_SHOWN).map(String::as_str).collect();
             let (path, count, names) = (path.display(), embeddings.len(), shown.join(", "));
-            tracing::warn!("{path}: {count} embeddings that are bundled with the LoRA are passed over: {names}");
+            tracing::warn!("{path}: {count} embeddings bundled with the LoRA are skipped: {names}");
         }
         Ok(Self { file, modules })
     }
 
-    /// The updates, by name.
+    /// Module updates, by name.
     pub fn modules(&self) -> &[Module] {
         &self.modules
     }
 
-    /// The file's metadata.
+    /// Metadata of the file.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         self.file.metadata()
     }
 
-    /// The bytes of a tensor of [`modules`](Self::modules).
+    /// Reads the bytes of a tensor of [`modules`](Self::modules).
     ///
     /// # Errors
-    /// Disk when reading fails.
+    /// Disk: a read fails.
     pub fn read(&self, entry: &TensorEntry) -> Result<Vec<u8>> {
         self.file.read_raw(&entry.name)
     }
 
-    /// Adds this LoRA's changes at `weight` to `updates`.
+    /// Adds this LoRA's updates, scaled by `weight`, to `updates`.
     ///
     /// # Errors
-    /// Input that lists the first ten modules that the base lacks or has in other sizes, and counts them all; Disk when
-    /// reading fails.
+    /// Input: the base lacks modules or has them in other sizes (counts all, lists the first ten); Disk: a read fails.
     pub fn add_to(&self, updates: &mut PartUpdates, base: &BaseNames, weight: f32) -> Result<()> {
         let mut problems = Vec::new();
         for module in &self.modules {
@@ -191,11 +189,11 @@ impl LoraFile {
         refuse(self.file.path(), &problems, REMEDY)
     }
 
-    /// The change to a weight of this shape; the inner error says what does not fit.
+    /// Computes the update of a weight of this shape. The inner error reports a mismatch.
     fn change(&self, module: &Module, shape: &[usize], weight: f32) -> Result<std::result::Result<LowRank, String>> {
         let Module { down, up, alpha, .. } = module;
         let rank = down.shape.first().copied().unwrap_or_default();
-        // A linear layer may be written as a convolution with a kernel of one pixel, and the other way round.
+        // A linear layer may be stored as a 1x1 convolution, and the other way round.
         let expected = [[&[rank], &shape[1..]].concat(), vec![shape[0], rank]];
         for (entry, expected) in [down, up].into_iter().zip(expected) {
             if entry.shape.contains(&0) || trimmed(&entry.shape) != trimmed(&expected) {
@@ -215,17 +213,17 @@ impl LoraFile {
     }
 }
 
-/// The sum of several LoRAs, each at a weight, on one base.
+/// Sums several weighted LoRAs for one base.
 ///
 /// # Errors
-/// As [`LoraFile::add_to`].
+/// Same as [`LoraFile::add_to`].
 pub fn sum(loras: &[(LoraFile, f32)], base: &BaseNames) -> Result<PartUpdates> {
     let mut updates = PartUpdates::new();
     loras.iter().try_for_each(|(lora, weight)| lora.add_to(&mut updates, base, *weight))?;
     Ok(updates)
 }
 
-/// A shape without the axes of length one at its end.
+/// Strips trailing axes of length one from a shape.
 fn trimmed(shape: &[usize]) -> &[usize] {
     let end = shape.iter().rposition(|&length| length != 1).map_or(0, |last| last + 1);
     &shape[..end]
@@ -242,7 +240,7 @@ fn refuse(path: &Path, problems: &[String], remedy: &str) -> Result<()> {
     Err(Error::file(path, format!("{} modules do not fit:\n    {}", problems.len(), shown.join("\n    ")), remedy))
 }
 
-/// A tensor's values; the inner error tells a type that is no float.
+/// Reads a tensor's values as f32. The inner error reports a type that is not a float.
 fn floats(file: &SafetensorsFile, entry: &TensorEntry) -> Result<std::result::Result<Vec<f32>, String>> {
     Ok(values::decode(entry.dtype, &file.read_raw(&entry.name)?))
 }

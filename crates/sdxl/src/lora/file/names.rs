@@ -1,11 +1,11 @@
-//! What the modules of a base are called in LoRA files, and what diffusers calls them.
+//! Module names of a base in LoRA files and in diffusers.
 
 use hyperlora_core::Result;
 
 use crate::source::Part;
 use crate::source::key_names::KeyTable;
 
-/// Names with an underscore in them: in paths whose dots are underscores, these are one name.
+/// Names that contain an underscore. In paths with underscores for dots they must be kept in one piece.
 const COMPOUNDS: [&str; 26] = [
     "down_blocks",
     "up_blocks",
@@ -35,7 +35,7 @@ const COMPOUNDS: [&str; 26] = [
     "token_embedding",
 ];
 
-/// The other names in the paths of linears and convolutions.
+/// Names without an underscore in the paths of linears and convolutions.
 const SIMPLE: [&str; 18] = [
     "attentions",
     "resnets",
@@ -57,14 +57,14 @@ const SIMPLE: [&str; 18] = [
     "embeddings",
 ];
 
-/// What published files put before the paths of text modules, and recent transformers leave out.
+/// Path prefix of text modules in published files. Recent transformers omit it.
 pub(super) const TEXT_MODEL: &str = "text_model.";
 
-/// The path that diffusers gives a module which a file calls `path`: with dots or underscores, in diffusers or Stability
-/// naming. `None` for what is no module of an SDXL.
+/// Maps a module path of a LoRA file, with dots or underscores, in diffusers or Stability naming, to its diffusers
+/// path. `None` if SDXL has no such module.
 ///
 /// # Errors
-/// Fault when the built-in config does not parse.
+/// Fault: the built-in config does not parse.
 pub fn diffusers_path(part: Part, path: &str) -> Result<Option<String>> {
     let flat = path.replace('.', "_");
     let flat = match part {
@@ -77,7 +77,7 @@ pub fn diffusers_path(part: Part, path: &str) -> Result<Option<String>> {
     Ok(Some(if bare { format!("{TEXT_MODEL}{dotted}") } else { dotted }))
 }
 
-/// A module's name in a file of kohya's sd-scripts.
+/// Module name in a file of kohya's sd-scripts.
 pub fn kohya(part: Part, path: &str) -> String {
     let prefix = match part {
         Part::Unet => "lora_unet",
@@ -88,14 +88,14 @@ pub fn kohya(part: Part, path: &str) -> String {
     format!("{prefix}_{}", path.replace('.', "_"))
 }
 
-/// Puts the dots back into a path of diffusers' names.
+/// Restores the dots of a diffusers path.
 fn dotted(path: &str) -> Option<String> {
     let mut names = Vec::new();
     let mut rest = path;
     while !rest.is_empty() {
         let starts =
             |name: &&&str| rest.strip_prefix(**name).is_some_and(|after| after.is_empty() || after.starts_with('_'));
-        // No compound is the beginning of another that goes on with an underscore.
+        // No compound is a prefix of another at an underscore, so the first match is the right one.
         let name = match COMPOUNDS.iter().find(starts) {
             Some(name) => name,
             None => rest.split('_').next().filter(|name| {
@@ -124,7 +124,7 @@ mod tests {
         stability: BTreeMap<String, Single>,
     }
 
-    /// A tensor of a single file, and what diffusers calls it.
+    /// A tensor of a single file and its diffusers names.
     #[derive(serde::Deserialize)]
     struct Single {
         shape: Vec<usize>,

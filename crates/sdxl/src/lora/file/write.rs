@@ -1,4 +1,4 @@
-//! A LoRA to a file, as kohya's sd-scripts or diffusers and PEFT lay it out.
+//! Writes a LoRA file in the layout of kohya's sd-scripts or of diffusers and PEFT.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,8 +12,8 @@ use crate::lora::{LoraModule, LoraSet};
 use crate::source::Part;
 use crate::weights::{self, HASHES, TensorEntry};
 
-/// Keys of the metadata that are written anew, or left out as hashes are: the file that is written has other names, other
-/// bytes and another title. Tools count a hash that is missing, and believe one that is there.
+/// Metadata keys that are rewritten or dropped because names, bytes and title change. Hashes are dropped too: tools
+/// recompute a missing hash but trust a present one.
 const NOT_KEPT: [&str; 14] = [
     "format",
     ADAPTER_METADATA,
@@ -31,10 +31,10 @@ const NOT_KEPT: [&str; 14] = [
     "modelspec.sai_model_spec",
 ];
 
-/// Holds a person's notes about a LoRA, and our trigger words.
+/// Metadata key for the author's notes and our trigger words.
 pub(crate) const COMMENT: &str = "ss_training_comment";
 
-/// The layouts of LoRA files that are written.
+/// Layouts of written LoRA files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// `lora_unet_{path}.{lora_down.weight, lora_up.weight, alpha}`: sd-scripts, ComfyUI, the WebUIs, diffusers.
@@ -44,10 +44,10 @@ pub enum Layout {
 }
 
 impl LoraSet {
-    /// Writes the file `path`, whole or not at all. Matrices keep their bits; the same LoRA gives the same bytes.
+    /// Writes the file `path` atomically. Matrices keep their bits, and the same LoRA gives the same bytes.
     ///
     /// # Errors
-    /// Input for a place that cannot be written to, Disk for a full or failing disk.
+    /// Input: the path is not writable; Disk: the disk is full or failing.
     pub fn save(&self, path: &Path, layout: Layout) -> Result<()> {
         let mut metadata = self.notes.clone();
         let mut tensors: BTreeMap<String, Stored<'_>> = BTreeMap::new();
@@ -80,7 +80,7 @@ impl LoraSet {
         })
     }
 
-    /// What tools show of a file of sd-scripts; one rank and alpha only where all modules share them.
+    /// sd-scripts metadata that tools display. Rank and alpha appear only if all modules share them.
     fn kohya_notes(&self) -> BTreeMap<String, String> {
         let fixed = [("ss_network_module", "networks.lora"), ("ss_base_model_version", "sdxl_base_v1-0")];
         let mut notes: BTreeMap<String, String> = fixed.map(|(key, value)| (key.into(), value.into())).into();
@@ -94,7 +94,7 @@ impl LoraSet {
         notes
     }
 
-    /// PEFT's `LoraConfig` of each part, keys joined by dots: where diffusers looks for ranks and alphas.
+    /// PEFT's `LoraConfig` of each component, keys joined by dots. Diffusers reads ranks and alphas from it.
     fn adapter_metadata(&self) -> Result<String> {
         let mut adapter = Map::new();
         for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
@@ -121,21 +121,21 @@ impl LoraSet {
     }
 }
 
-/// One tensor of the file.
+/// A tensor of the file.
 struct Stored<'a> {
     dtype: Dtype,
     shape: &'a [usize],
     bytes: std::borrow::Cow<'a, [u8]>,
 }
 
-/// The notes of a file that stay true in another layout.
+/// Filters metadata to the notes that remain valid in another layout.
 pub(crate) fn notes_of(metadata: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let stale = |key: &str| NOT_KEPT.contains(&key) || HASHES.contains(&key);
     let kept = metadata.iter().filter(|(key, _)| !stale(key));
     kept.map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
-/// Whole where it is, as PEFT writes alphas.
+/// Writes whole numbers as integers, as PEFT does for alphas.
 fn number(alpha: f32) -> Value {
     if alpha.fract() == 0.0 && alpha.abs() < 1e9 { Value::from(alpha as i64) } else { Value::from(alpha) }
 }

@@ -1,4 +1,4 @@
-//! Sums of LoRAs, exact: their ranks are put side by side.
+//! Sums LoRAs exactly by concatenating their ranks.
 
 use std::collections::BTreeMap;
 
@@ -7,13 +7,12 @@ use crate::lora::{LoraModule, LoraSet, Matrix};
 use hyperlora_core::{Error, Result};
 use safetensors::Dtype;
 
-/// `sum_i weight_i * lora_i`: for each module `[scale_1 up_1, scale_2 up_2, ..] @ [down_1; down_2; ..]`, whose scale is 1.
-/// Ranks may differ, and modules that only one LoRA changes stay; a LoRA of weight 0 is left out. The values are those of
-/// the LoRAs, scaled and rounded once to `dtype`. Notes are kept on which all of them agree, and every comment.
+/// Sums LoRAs: `sum_i weight_i * lora_i`, for each module `[scale_1 up_1, scale_2 up_2, ..] @ [down_1; down_2; ..]`
+/// with scale 1. Ranks may differ, modules that only one LoRA changes are kept, and a LoRA of weight 0 is dropped.
+/// Values are scaled and rounded once to `dtype`. The result keeps the notes that all LoRAs share, and every comment.
 ///
 /// # Errors
-/// Input, naming the module, for LoRAs of modules of other sizes, for values that `dtype` cannot hold, and where nothing
-/// is left.
+/// Input, with the module's name: module sizes differ, `dtype` cannot hold a value, or no LoRA is left.
 pub fn concat(loras: &[(&LoraSet, f32)], dtype: Dtype) -> Result<LoraSet> {
     let used: Vec<_> = loras.iter().filter(|(_, weight)| *weight != 0.0).collect();
     let mut sum = LoraSet { notes: common_notes(&used), ..LoraSet::default() };
@@ -32,7 +31,7 @@ pub fn concat(loras: &[(&LoraSet, f32)], dtype: Dtype) -> Result<LoraSet> {
     Ok(sum)
 }
 
-/// The notes that hold for every LoRA, and so for their sum; the comments, with their trigger words, one after another.
+/// Notes that all LoRAs share, plus all comments with their trigger words, one after another.
 fn common_notes(loras: &[&(&LoraSet, f32)]) -> BTreeMap<String, String> {
     let Some((first, others)) = loras.split_first() else { return BTreeMap::new() };
     let shared = |(key, value): &(&String, &String)| others.iter().all(|(lora, _)| lora.notes.get(*key) == Some(value));
@@ -50,7 +49,7 @@ fn common_notes(loras: &[&(&LoraSet, f32)]) -> BTreeMap<String, String> {
     notes
 }
 
-/// The parts of one module; an error says what does not fit.
+/// Concatenates the ranks of one module. The error reports a mismatch.
 fn side_by_side(parts: &[(&LoraModule, f32)], dtype: Dtype) -> std::result::Result<LoraModule, String> {
     let Some(((first, _), others)) = parts.split_first() else { return Err("has no parts".into()) };
     let (input, output) = (&first.down.shape[1..], first.up.shape[0]);
@@ -78,7 +77,7 @@ fn side_by_side(parts: &[(&LoraModule, f32)], dtype: Dtype) -> std::result::Resu
     })
 }
 
-/// A shape without the axes of length one at its end: a linear layer may be written as a convolution of one pixel.
+/// Strips trailing axes of length one from a shape: a linear layer may be stored as a 1x1 convolution.
 fn trimmed(shape: &[usize]) -> &[usize] {
     let end = shape.iter().skip(1).rposition(|&axis| axis != 1).map_or(1, |last| last + 2);
     &shape[..end.min(shape.len())]

@@ -1,4 +1,4 @@
-//! A base with LoRAs merged into it, in the layout and types it came in.
+//! Merges LoRAs into a base, keeping its layout and types.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -13,17 +13,18 @@ use crate::lora::ops::merge_file::{FileChanges, merge_file};
 use crate::source::{BaseSource, PartUpdates};
 use crate::weights::{Form, SafetensorsFile};
 
-/// Endings of files that hold weights.
+/// Extensions of weight files.
 const WEIGHTS: [&str; 8] = ["safetensors", "bin", "pt", "pth", "ckpt", "msgpack", "h5", "onnx"];
 
-/// Writes the base `source` to `target` with `updates` added to its weights: a folder for a pipeline folder, a file for a
-/// single file. One tensor is in memory at a time; the target appears whole or not at all. What no update touches is the
-/// same, bit by bit: unchanged files of weights are hard-linked where the disk can, all else is copied. Of a part that is
-/// changed, weights in other types and formats than the ones read are left out: they would still be the old ones.
+/// Writes the base `source` to `target` with `updates` added to its weights: a folder for a pipeline folder, a file for
+/// a single file. One tensor is in memory at a time, and the target appears atomically. Everything that no update
+/// touches stays bit-identical: unchanged weight files are hard-linked if the disk allows it, all else is copied. For a
+/// changed component, weight files of other types and formats than the ones read are omitted, because they would hold
+/// the old weights.
 ///
 /// # Errors
-/// Input for a target that is, holds or lies in the base, a folder that exists already, and changes that lead out of a
-/// tensor's type; Disk for a full or failing disk.
+/// Input: the target is, contains or lies in the base, the target folder exists, or an update exceeds a tensor's type;
+/// Disk: the disk is full or failing.
 pub fn merge(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Result<()> {
     match source.single_file() {
         Some(file) => {
@@ -57,7 +58,7 @@ fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Re
     apart(target, [source.path()])?;
     let staged = StagedFolder::new(target, Ownership::Never)?;
 
-    // 1. Which files hold the weights of the changed parts, and which of them change.
+    // 1. Find the files that hold weights of changed components, and their updates.
     let mut in_use = BTreeSet::new();
     let mut changed: BTreeMap<PathBuf, FileChanges> = BTreeMap::new();
     for (&part, updates) in updates {
@@ -75,7 +76,7 @@ fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Re
     }
     let parts: BTreeSet<_> = updates.keys().map(|part| source.path().join(part.folder())).collect();
 
-    // 2. The folder, file by file.
+    // 2. Write the folder, file by file.
     let mut folders = vec![PathBuf::new()];
     while let Some(folder) = folders.pop() {
         let (from, to) = (source.path().join(&folder), staged.path().join(&folder));
@@ -88,7 +89,7 @@ fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Re
             } else if let Some(changes) = changed.get(&path).filter(|changes| !changes.is_empty()) {
                 merge_file(&SafetensorsFile::open(&path)?, &merged, changes)?;
             } else if parts.contains(&from) && holds_weights(&name) && !in_use.contains(&path) {
-                tracing::info!("{} is left out: the LoRAs are not in it", path.display());
+                tracing::info!("{} is not copied: the LoRAs are not merged into it", path.display());
             } else {
                 take_over(&path, &merged)?;
             }
@@ -97,7 +98,7 @@ fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Re
     staged.commit()
 }
 
-/// Whether a file holds weights, or tells where they are: an index, which may be a variant's (`.index.fp16.json`).
+/// Returns true for a weight file or an index of weight files, including a variant's (`.index.fp16.json`).
 fn holds_weights(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     let parts: Vec<&str> = name.split('.').collect();
@@ -108,9 +109,9 @@ fn holds_weights(name: &OsStr) -> bool {
     }
 }
 
-/// Puts the file `from` at `to`, without its bytes where it is large and the disk can share them.
+/// Places the file `from` at `to`: a hard link for large files if the disk allows it, otherwise a copy.
 fn take_over(from: &Path, to: &Path) -> Result<()> {
-    // Model caches are full of links, and a hard link to one would be one.
+    // Model caches contain symbolic links; hard-linking one would create another symbolic link.
     let from = from.canonicalize().map_err(|error| Error::read(from, error))?;
     if from.extension().is_some_and(|ending| ending == "safetensors") && fs::hard_link(&from, to).is_ok() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! A file of a base with LoRAs merged into its tensors.
+//! Writes a base file with LoRAs merged into its tensors.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,16 +8,14 @@ use hyperlora_core::{Error, Result};
 use crate::weights::values;
 use crate::weights::{Form, LowRank, SafetensorsFile, TensorEntry, rewrite, transposed};
 
-/// The changes to the tensors of one file, by the file's names. A tensor may hold several weights of the base, each in a
-/// form of its own.
+/// Updates of one file's tensors, by the file's names. A tensor may hold several base weights, each in its own form.
 pub(super) type FileChanges = BTreeMap<String, Vec<(Form, Vec<LowRank>)>>;
 
-/// Writes the file `source` to `target` with `changes` added in f32 and rounded once into each tensor's own type. Every
-/// other byte is the source's.
+/// Writes the file `source` to `target` with `changes` added in f32 and rounded once to each tensor's own type. All
+/// other bytes are copied.
 ///
 /// # Errors
-/// Input for a change that leads out of a tensor's type, and for a place that cannot be written to; Disk for a full or
-/// failing disk.
+/// Input: an update exceeds a tensor's type, or the path is not writable; Disk: the disk is full or failing.
 pub(super) fn merge_file(source: &SafetensorsFile, target: &Path, changes: &FileChanges) -> Result<()> {
     rewrite(source, target, |entry, bytes| match changes.get(&entry.name) {
         None => Ok(bytes),
@@ -27,7 +25,7 @@ pub(super) fn merge_file(source: &SafetensorsFile, target: &Path, changes: &File
     })
 }
 
-/// A tensor's bytes with its changes; an error tells why there are none.
+/// Applies updates to a tensor's bytes.
 fn changed(
     entry: &TensorEntry,
     bytes: &[u8],
@@ -59,7 +57,7 @@ mod tests {
 
     use super::*;
 
-    /// `[[1, 2], [3, 4]]`, of rank one would be less telling.
+    /// `[[1, 2], [3, 4]]`: an update of rank one would detect fewer mistakes.
     fn change(rows: usize) -> Vec<LowRank> {
         let up: Vec<f32> = [[1.0, 0.0], [0.0, 1.0]].concat().into_iter().take(rows * 2).collect();
         vec![LowRank::new(vec![1.0, 2.0, 3.0, 4.0], up, 2, 1.0)]

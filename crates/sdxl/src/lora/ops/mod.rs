@@ -1,4 +1,4 @@
-//! Operations on LoRAs: exact sums, reductions of the rank, and merges into a base model.
+//! LoRA operations: exact sums, rank reduction, and merging into a base model.
 
 mod concat;
 mod merge;

@@ -1,28 +1,28 @@
-//! A LoRA of fewer ranks: the closest one, by singular values.
+//! Reduces the rank of a LoRA to the closest one, by singular values.
 
 use crate::lora::{LoraModule, LoraSet, Matrix};
 use hyperlora_core::{Error, Result};
 use nalgebra::DMatrix;
 
-/// Steps after which singular values will not converge any more; a LoRA's need a few per rank.
+/// Iteration limit of the SVD. A LoRA needs a few per rank, so hitting the limit means that it does not converge.
 const SVD_STEPS: usize = 1 << 20;
 
-/// What was lost, relative to the Frobenius norm of each module's update.
+/// Error of a rank reduction, relative to the Frobenius norm of each module's update.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reduction {
-    /// Mean over the modules.
+    /// Mean error over the modules.
     pub mean: f64,
-    /// The largest.
+    /// Largest error of a module.
     pub worst: f64,
-    /// The module that it is of.
+    /// Module with the largest error.
     pub worst_module: String,
 }
 
-/// Brings every module to at most `rank` ranks: the closest update of that rank in the Frobenius norm (Eckart and Young).
-/// Singular values are shared evenly between down and up; modules of no more ranks stay as they are.
+/// Reduces every module to at most `rank`: the closest update of that rank in the Frobenius norm (Eckart and Young).
+/// Singular values are split evenly between down and up; modules of that rank or less are unchanged.
 ///
 /// # Errors
-/// Input for a rank of 0 and for values that the LoRA's type cannot hold; Fault where the decomposition does not converge.
+/// Input: the rank is 0, or the LoRA's type cannot hold a value; Fault: the decomposition does not converge.
 pub fn reduce(lora: &mut LoraSet, rank: usize) -> Result<Reduction> {
     if rank == 0 {
         return Err(Error::input("--rank", "is 0", "give a rank of at least 1"));
@@ -40,7 +40,7 @@ pub fn reduce(lora: &mut LoraSet, rank: usize) -> Result<Reduction> {
     Ok(lost)
 }
 
-/// Cuts one module down; the relative error.
+/// Truncates one module and returns the relative error.
 fn truncate(module: &mut LoraModule, rank: usize, name: &str) -> Result<f64> {
     let wrong = |problem: String| Error::input(name, problem, "write f32");
     let (output, ranks) = (module.up.shape[0], module.rank());
@@ -50,7 +50,7 @@ fn truncate(module: &mut LoraModule, rank: usize, name: &str) -> Result<f64> {
         DMatrix::from_row_slice(output, ranks, &double(module.up.values().map_err(wrong)?)) * f64::from(module.scale());
     let down = DMatrix::from_row_slice(ranks, input, &double(module.down.values().map_err(wrong)?));
 
-    // up @ down = Qu (Ru Rd^T) Qd^T: what is decomposed is only as large as the ranks.
+    // up @ down = Qu (Ru Rd^T) Qd^T, so the SVD runs on a matrix that is only rank x rank.
     let (up, down) = (up.qr(), down.transpose().qr());
     let core = (up.r() * down.r().transpose()).try_svd(true, true, f64::EPSILON, SVD_STEPS);
     let fault = || Error::Fault(format!("{name}: the singular values do not converge"));

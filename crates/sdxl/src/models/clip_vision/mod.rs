@@ -17,12 +17,12 @@ use crate::weights::{ConfigText, Weights, parse_json, read_text};
 
 mod resize;
 
-/// File of the image processor's settings.
+/// File name of the image processor's settings.
 pub const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
 
 const REMEDY: &str = "use the folder of a CLIP image encoder, such as ViT-L/14, in transformers layout";
 
-/// The `config.json` of a CLIP image encoder, as far as it changes what is computed. Other keys are ignored.
+/// The keys of a CLIP image encoder's `config.json` that affect the computation. Other keys are ignored.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ClipVisionConfig {
     /// Sizes of the transformer.
@@ -41,19 +41,19 @@ fn rgb() -> usize {
     3
 }
 
-/// The largest side that a config may ask for: more is a typing error.
+/// Image side limit of a config; larger sides are typing errors.
 const LARGEST_IMAGE: usize = 1 << 14;
 
 impl ClipVisionConfig {
-    /// Tokens of an image: the class token and one per patch.
+    /// Number of tokens of an image: the class token and one per patch.
     pub fn tokens(&self) -> usize {
         1 + (self.image_size / self.patch_size).pow(2)
     }
 
-    /// Reads and checks a config: of the image encoder, or of a whole CLIP model, which holds it as `vision_config`.
+    /// Parses and checks the config of an image encoder, or of a whole CLIP model, which holds it as `vision_config`.
     ///
     /// # Errors
-    /// Input for broken JSON and sizes that cannot be.
+    /// Input: the JSON is broken, or sizes are impossible.
     pub fn parse(text: &ConfigText) -> Result<Self> {
         let keys: Map<String, Value> = text.parse()?;
         let config: Self = match keys.get("vision_config") {
@@ -80,7 +80,7 @@ impl ClipVisionConfig {
     }
 }
 
-/// A CLIP image encoder up to its penultimate layer, frozen.
+/// Frozen CLIP image encoder up to its penultimate layer.
 #[derive(Debug)]
 pub struct ClipVisionModel {
     config: ClipVisionConfig,
@@ -95,23 +95,23 @@ pub struct ClipVisionModel {
 }
 
 impl ClipVisionModel {
-    /// Loads a folder with `config.json` and the weights (`.../image_encoder`). What comes after the penultimate layer
-    /// is not read.
+    /// Loads a folder with `config.json` and weights (`.../image_encoder`). Layers after the penultimate one are not
+    /// read.
     ///
     /// # Errors
-    /// Input when the config asks for what is not supported or the weights do not fit it.
+    /// Input: the config requires something unsupported, or the weights do not fit it.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
         let config = ClipVisionConfig::parse(&ConfigText::read(&folder.join("config.json"))?)?;
         Self::new(config, Weights::open(folder, device)?)
     }
 
-    /// Takes the tensors of `weights` up to the penultimate layer.
+    /// Builds the encoder from `weights`, up to the penultimate layer.
     ///
     /// # Errors
-    /// Input for weights that do not fit the config.
+    /// Input: the weights do not fit the config.
     pub fn new(config: ClipVisionConfig, weights: Weights) -> Result<Self> {
         let root = weights.at("");
-        // Recent transformers leave the prefix out where there is no projection.
+        // Recent transformers omit the prefix if there is no projection.
         let bare = root.has("embeddings.class_embedding");
         let vision = if bare { root.clone() } else { root.at("vision_model") };
         let ClipEncoderConfig { hidden_size: width, num_hidden_layers, layer_norm_eps, .. } = config.encoder;
@@ -120,7 +120,7 @@ impl ClipVisionModel {
         vision.at("encoder.layers").at(num_hidden_layers - 1).ignore_all();
         vision.at("post_layernorm").ignore_all();
         root.at("visual_projection").ignore_all();
-        // The other half of a whole CLIP model.
+        // The text half of a whole CLIP model is unused.
         root.at("text_model").ignore_all();
         root.at("text_projection").ignore_all();
         root.ignore("logit_scale");
@@ -139,12 +139,12 @@ impl ClipVisionModel {
         Ok(model)
     }
 
-    /// What the folder's config says.
+    /// Config of the encoder.
     pub fn config(&self) -> &ClipVisionConfig {
         &self.config
     }
 
-    /// `hidden_states[-2]`, `[B, 1 + patches, C]`, of pixel values `[B, 3, image_size, image_size]` from
+    /// Computes `hidden_states[-2]`, `[B, 1 + patches, C]`, from pixel values `[B, 3, image_size, image_size]` of
     /// [`ImageProcessor`].
     pub fn penultimate(&self, pixel_values: Tensor<4>) -> Tensor<3> {
         let [batch, ..] = pixel_values.dims();
@@ -152,15 +152,15 @@ impl ClipVisionModel {
         // 1. One token per patch, row by row: [B, C, rows, columns] -> [B, patches, C].
         let options = ConvOptions::new([self.config.patch_size; 2], [0; 2], [1; 2], 1);
         let patches = conv2d(pixel_values, self.patch_embedding.clone(), None, options).flatten(2, 3).swap_dims(1, 2);
-        // 2. The class token before them, and positions.
+        // 2. Class token first, then positions added.
         let class = self.class_embedding.clone().expand([batch, 1, width]);
         let tokens = Tensor::cat(vec![class, patches], 1) + self.position_embedding.clone();
-        // 3. All layers but the last.
+        // 3. All layers except the last.
         self.encoder.forward(self.pre_layrnorm.forward(tokens), false)
     }
 }
 
-/// A side length as the processor's config writes it.
+/// A side length in any form that the processor's config allows.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(untagged)]
 enum Size {
@@ -193,7 +193,7 @@ fn per_level() -> f64 {
     1.0 / 255.0
 }
 
-/// Pillow's number for bicubic resampling.
+/// Pillow's enum value for bicubic resampling.
 fn pillow_bicubic() -> u32 {
     3
 }
@@ -202,9 +202,9 @@ fn yes() -> bool {
     true
 }
 
-/// Pictures to pixel values: shortest edge resized, centre cropped, normalised.
+/// Converts pictures to pixel values: resizes the shortest edge, centre-crops, normalises.
 ///
-/// Bit for bit what Pillow's bicubic resampling gives.
+/// Resizing matches Pillow's bicubic resampling bit for bit.
 #[derive(Debug, Clone)]
 pub struct ImageProcessor {
     shortest_edge: u32,
@@ -218,7 +218,7 @@ impl ImageProcessor {
     /// Loads `preprocessor_config.json` of a folder (`.../feature_extractor`).
     ///
     /// # Errors
-    /// Input for a missing or broken file and for settings that are not supported.
+    /// Input: the file is missing or broken, or its settings are not supported.
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join(PREPROCESSOR_CONFIG);
         let config: ProcessorConfig =
@@ -257,21 +257,21 @@ impl ImageProcessor {
         })
     }
 
-    /// Side of the pixel values.
+    /// Side of the pixel values, in pixels.
     pub fn side(&self) -> u32 {
         self.crop
     }
 
-    /// Pixel values `[B, 3, side, side]` of pictures of any sizes above zero.
+    /// Computes pixel values `[B, 3, side, side]` of pictures of any nonzero sizes.
     pub fn process(&self, pictures: &[RgbImage], device: &Device) -> Tensor<4> {
         let side = self.crop as usize;
         let values: Vec<f32> = pictures.iter().flat_map(|picture| self.pixel_values(picture)).collect();
         Tensor::from_data(TensorData::new(values, [pictures.len(), 3, side, side]), device)
     }
 
-    /// Pixel values `[3, side, side]` of one picture, flat.
+    /// Computes flat pixel values `[3, side, side]` of one picture.
     pub fn pixel_values(&self, picture: &RgbImage) -> Vec<f32> {
-        // 1. The shortest edge to its size; the other in proportion, rounded down.
+        // 1. Resize the shortest edge; the other in proportion, rounded down.
         let (width, height) = picture.dimensions();
         let scaled = |edge: u32| {
             (u64::from(edge) * u64::from(self.shortest_edge) / u64::from(width.min(height))).min(u64::from(u32::MAX))
@@ -279,10 +279,10 @@ impl ImageProcessor {
         };
         let (width, height) = (scaled(width), scaled(height));
         let resized = bicubic(picture, width, height);
-        // 2. The centre.
+        // 2. Crop the centre.
         let (left, top) = ((width - self.crop) / 2, (height - self.crop) / 2);
         let cropped = imageops::crop_imm(&resized, left, top, self.crop, self.crop).to_image();
-        // 3. Rescaled and normalised.
+        // 3. Rescale and normalise.
         let normalised = |channel: usize| {
             let (mean, std) = (self.mean[channel], self.std[channel]);
             cropped.pixels().map(move |pixel| (f32::from(pixel[channel]) * self.rescale_factor - mean) / std)

@@ -1,19 +1,19 @@
-//! Bicubic resizing in Pillow's 8-bit arithmetic, to the last bit: what CLIP's encoders were given in training.
+//! Bicubic resizing that matches Pillow's 8-bit arithmetic bit for bit, because CLIP was trained on such images.
 
 use image::{Rgb, RgbImage};
 
 /// Fraction bits of a tap's weight.
 const PRECISION: u32 = 22;
-/// Reach of the kernel, in pixels of the coarser grid.
+/// Radius of the kernel, in pixels of the coarser grid.
 const SUPPORT: f64 = 2.0;
 
-/// The pixels of the source that make one pixel of the result.
+/// Source pixels and weights of one result pixel.
 struct Taps {
     first: u32,
     weights: Vec<i64>,
 }
 
-/// Resizes with antialiasing, rows first; every pass is rounded and clamped to 8 bits.
+/// Resizes with antialiasing, horizontally first; each pass is rounded and clamped to 8 bits.
 pub(super) fn bicubic(picture: &RgbImage, width: u32, height: u32) -> RgbImage {
     let columns = taps(picture.width(), width);
     let wide =
@@ -34,7 +34,7 @@ fn mix<'a>(taps: &Taps, pixel: impl Fn(u32) -> &'a Rgb<u8>) -> Rgb<u8> {
 
 fn taps(from: u32, to: u32) -> Vec<Taps> {
     let scale = f64::from(from) / f64::from(to);
-    // Where the picture shrinks, the kernel widens.
+    // The kernel widens when downscaling, which antialiases.
     let stretch = scale.max(1.0);
     let make = |i: u32| {
         let centre = (f64::from(i) + 0.5) * scale;
@@ -49,7 +49,7 @@ fn taps(from: u32, to: u32) -> Vec<Taps> {
     (0..to).map(make).collect()
 }
 
-/// Keys' cubic with a = -0.5.
+/// Keys' cubic kernel with a = -0.5.
 fn kernel(x: f64) -> f64 {
     const A: f64 = -0.5;
     let x = x.abs();

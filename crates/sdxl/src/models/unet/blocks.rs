@@ -1,4 +1,4 @@
-//! The layers of the UNet: what computes between moves of tensors, and the unit of recomputation.
+//! Layers of the UNet, the units of recomputation.
 
 use burn::nn::conv::Conv2d;
 use burn::tensor::Tensor;
@@ -14,11 +14,11 @@ use crate::weights::WeightsAt;
 
 #[derive(Debug)]
 pub(super) enum Layer {
-    /// The first convolution, or one that halves the resolution.
+    /// First convolution, or one that halves the resolution.
     Conv(Conv2d),
     Resnet(Box<ResnetBlock2D>),
     TokensIn(TokensIn),
-    /// A transformer layer; its two attention modules are `site` and `site + 1`.
+    /// Transformer layer; its two attention modules are `site` and `site + 1`.
     Transformer {
         block: Box<BasicTransformerBlock>,
         site: usize,
@@ -29,17 +29,17 @@ pub(super) enum Layer {
         upsample: Upsample2D,
         level: usize,
     },
-    /// Norm and convolution at the end.
+    /// Final norm and convolution.
     Out {
         norm: GroupNorm,
         conv: Conv2d,
     },
 }
 
-/// What every layer may look at besides its input, in the type of the UNet. Nothing here needs a gradient.
+/// Conditions of every layer besides its input, in the UNet's type. None needs a gradient.
 #[derive(Debug)]
 pub(super) struct Conditions {
-    /// The time embedding after its activation, `[B, D]`.
+    /// Activated time embedding, `[B, D]`.
     pub(super) time: Tensor<2>,
     /// `[B, 77, C]`
     pub(super) prompt_embeds: Tensor<3>,
@@ -48,7 +48,8 @@ pub(super) struct Conditions {
 }
 
 impl Layer {
-    /// `[B, C, H, W]` -> `[B, C', H', W']`; tokens are `[B, H, W, C]`. `lora` is that of a transformer layer.
+    /// Maps `[B, C, H, W]` to `[B, C', H', W']`; tokens are `[B, H, W, C]`. `lora` is required by transformer layers
+    /// only.
     pub(super) fn forward(
         &self,
         x: Tensor<4>,
@@ -68,7 +69,7 @@ impl Layer {
         }
     }
 
-    /// The first of the two attention modules inside, where there are any.
+    /// Index of the first of the layer's two attention modules, if any.
     pub(super) fn site(&self) -> Option<usize> {
         match self {
             Self::Transformer { site, .. } => Some(*site),

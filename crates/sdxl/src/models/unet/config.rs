@@ -1,4 +1,4 @@
-//! What a UNet's `config.json` says, in the keys of diffusers.
+//! UNet `config.json`, with the keys of diffusers.
 
 use std::path::Path;
 
@@ -8,73 +8,73 @@ use serde_json::{Value, json};
 
 use crate::weights::ConfigText;
 
-/// The sizes of an SDXL UNet (diffusers `UNet2DConditionModel`).
+/// Sizes of an SDXL UNet (diffusers `UNet2DConditionModel`).
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct UNet2DConditionConfig {
     /// Channels of the latents.
     pub in_channels: usize,
     /// Channels of the prediction.
     pub out_channels: usize,
-    /// Side of the latents that it was trained on.
+    /// Side of the latents in training.
     pub sample_size: usize,
-    /// Channels of each resolution, from the finest.
+    /// Channels at each resolution, from the finest.
     pub block_out_channels: Vec<usize>,
-    /// The kind of each block on the way down.
+    /// Kind of each block on the down path.
     pub down_block_types: Vec<DownBlock>,
-    /// The kind of each block on the way up.
+    /// Kind of each block on the up path.
     pub up_block_types: Vec<UpBlock>,
-    /// Resnets per block; blocks on the way up have one more.
+    /// Resnets per block; blocks on the up path have one more.
     #[serde(default = "two")]
     pub layers_per_block: PerBlock,
     /// Transformer layers after each resnet of a cross-attention block.
     #[serde(default = "one")]
     pub transformer_layers_per_block: PerBlock,
-    /// The number of heads, despite its name: diffusers keeps an early misnomer alive in this key.
+    /// Number of heads, despite the name: diffusers keeps an early misnomer in this key.
     pub attention_head_dim: PerBlock,
     /// Width of the prompt embeddings.
     pub cross_attention_dim: PerBlock,
     /// Groups of every group norm.
     #[serde(default = "default_groups")]
     pub norm_num_groups: usize,
-    /// Epsilon of the group norms in resnets and at the end.
+    /// Epsilon of the group norms in resnets and the output layer.
     #[serde(default = "default_epsilon")]
     pub norm_eps: f64,
     /// Sinusoid width of each of the six time ids.
     pub addition_time_embed_dim: usize,
-    /// Width of the pooled prompt embedding plus that of the six time ids.
+    /// Width of the pooled prompt embedding plus the embeddings of the six time ids.
     pub projection_class_embeddings_input_dim: usize,
 }
 
-/// A block on the way down.
+/// A block on the down path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub enum DownBlock {
     /// Resnets only.
     DownBlock2D,
-    /// Each resnet is followed by transformer layers.
+    /// Resnets, each followed by transformer layers.
     CrossAttnDownBlock2D,
 }
 
-/// A block on the way up.
+/// A block on the up path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub enum UpBlock {
     /// Resnets only.
     UpBlock2D,
-    /// Each resnet is followed by transformer layers.
+    /// Resnets, each followed by transformer layers.
     CrossAttnUpBlock2D,
 }
 
-/// One number for all blocks, or one for each.
+/// One number for all blocks, or one for each block.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
 pub enum PerBlock {
-    /// The same everywhere.
+    /// Same number for all blocks.
     All(usize),
-    /// In the order of the blocks on the way down.
+    /// One number per block, in down-path order.
     Each(Vec<usize>),
 }
 
 impl PerBlock {
-    /// The number of block `block`.
+    /// Returns the number of block `block`.
     pub fn get(&self, block: usize) -> usize {
         match self {
             Self::All(value) => *value,
@@ -106,37 +106,37 @@ fn default_epsilon() -> f64 {
     1e-5
 }
 
-/// Numbers of time ids: original size, crop corner, target size.
+/// Number of time ids: original size, crop corner, target size.
 pub const TIME_IDS: usize = 6;
 
-/// The widest layer that a config may ask for: wider is a typing error, and products of two still fit memory sizes.
+/// Layer width limit of a config; larger widths are typing errors, and products of two widths still fit memory sizes.
 const WIDTH_LIMIT: usize = 1 << 16;
 
-/// How many blocks a config may ask for: each halves the resolution.
+/// Block count limit of a config; each block halves the resolution.
 const BLOCKS_LIMIT: usize = 16;
 
-/// How many resnets a block, and transformer layers a resnet, may have.
+/// Limit of resnets per block, and of transformer layers per resnet.
 const DEPTH_LIMIT: usize = 64;
 
-/// How many transformer layers there may be in all; SDXL has 70.
+/// Limit of transformer layers in all; SDXL has 70.
 const TRANSFORMERS_LIMIT: usize = 4096;
 
-/// The largest side of the latents that a UNet may be made for; SDXL has 128.
+/// Side limit of the latents; SDXL has 128.
 const SIDE_LIMIT: usize = 4096;
 
 impl UNet2DConditionConfig {
     /// Reads and checks `config.json` in `folder`.
     ///
     /// # Errors
-    /// Input for a file that is missing, broken, of another architecture than SDXL's or inconsistent.
+    /// Input: the file is missing, broken, inconsistent, or of another architecture than SDXL's.
     pub fn load(folder: &Path) -> Result<Self> {
         Self::parse(&ConfigText::read(&folder.join("config.json"))?)
     }
 
-    /// Reads and checks a config.
+    /// Parses and checks a config.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// Same as [`load`](Self::load).
     pub fn parse(text: &ConfigText) -> Result<Self> {
         let place = text.place();
         let keys: Value = text.parse()?;
@@ -152,7 +152,7 @@ impl UNet2DConditionConfig {
         Ok(config)
     }
 
-    /// Width of the time embedding inside the UNet.
+    /// Width of the UNet's time embedding.
     pub fn time_embed_dim(&self) -> usize {
         4 * self.block_out_channels[0]
     }
@@ -217,9 +217,9 @@ impl UNet2DConditionConfig {
     }
 }
 
-/// The first key whose value this implementation has no code for, with what it found and what it takes.
+/// Returns the first key with an unsupported value, the value, and the supported value.
 fn unsupported(keys: &Value) -> Option<(&'static str, Value, Value)> {
-    // A key that is absent or null has diffusers' default, which is the wanted value for all but the first two.
+    // An absent or null key has diffusers' default, which is the supported value for all except the first two.
     let required = [("addition_embed_type", json!("text_time")), ("use_linear_projection", json!(true))];
     let optional = [
         ("act_fn", json!("silu")),
@@ -253,7 +253,7 @@ fn unsupported(keys: &Value) -> Option<(&'static str, Value, Value)> {
         ("timestep_post_act", Value::Null),
     ];
     let found = |key: &str| keys.get(key).cloned().unwrap_or(Value::Null);
-    // 1 and 1.0 are the same number here.
+    // 1 and 1.0 are equal here.
     let same = |a: &Value, b: &Value| a == b || a.as_f64().is_some_and(|a| b.as_f64() == Some(a));
     let required = required.into_iter().find(|(key, wanted)| !same(&found(key), wanted));
     let optional = || optional.into_iter().find(|(key, wanted)| !found(key).is_null() && !same(&found(key), wanted));

@@ -1,4 +1,4 @@
-//! The loss and its gradient with respect to per-sample LoRA weights, with or without recomputation.
+//! Loss and its gradient with respect to per-sample LoRA weights, with or without recomputation.
 
 use burn::tensor::Tensor;
 
@@ -9,15 +9,15 @@ use crate::models::unet::leaves::{gradient_of, leaf, seeded};
 use crate::models::unet::{UNet2DConditionModel, UnetInput, pair_of};
 
 impl UNet2DConditionModel {
-    /// Runs the UNet, gives its prediction to `loss`, and differentiates.
+    /// Runs the UNet, passes its prediction to `loss`, and differentiates.
     ///
-    /// `lora` stands on the plain device; so do the results: the loss `[1]`, d loss / d `lora`, and the prediction.
-    /// With `recompute`, only the inputs of layers are kept and the reverse pass computes each layer again, so that
-    /// the intermediate results of one layer are alive at a time. Without it everything is kept. Either way nothing
-    /// before the first LoRA is differentiated, and nothing with respect to the frozen weights.
+    /// `lora` and the results are on the plain device: the loss `[1]`, d loss / d `lora`, and the prediction. With
+    /// `recompute`, only layer inputs are kept and the backward pass recomputes each layer, so that one layer's
+    /// intermediate results are in memory at a time. Without it, everything is kept. Neither mode differentiates layers
+    /// before the first LoRA, nor with respect to the frozen weights.
     ///
     /// # Panics
-    /// When `lora` was made for another UNet or batch size, or `loss` does not depend on the prediction, which only a
+    /// If `lora` was made for another UNet or batch size, or `loss` does not depend on the prediction, which only a
     /// programming error can cause.
     pub fn loss_and_lora_gradients(
         &self,
@@ -48,7 +48,7 @@ impl UNet2DConditionModel {
         lora: &LoraWeights,
         loss: impl FnOnce(Tensor<4>) -> Tensor<1>,
     ) -> (Tensor<1>, LoraWeights, Tensor<4>) {
-        // 1. Forward without autodiff, keeping the input of every layer from the first with a LoRA on.
+        // 1. Forward without autodiff, keeping the input of every layer from the first one with a LoRA.
         let conditions = self.conditions(input);
         let mut inputs = vec![];
         let prediction = self.run(input.latents.clone(), Some(lora), |layer, x, lora| {
@@ -63,7 +63,7 @@ impl UNet2DConditionModel {
         let loss = loss(leaf_prediction.clone());
         let mut gradient = gradient_of(&leaf_prediction, &mut loss.backward()).cast(self.dtype);
 
-        // 3. Backwards, one layer at a time; the stack of the forward pass is mirrored by one of gradients.
+        // 3. Backward, one layer at a time; a stack of gradients mirrors the forward pass's stack.
         let mut stack = vec![];
         let mut by_layer = vec![];
         for op in self.ops.iter().rev() {

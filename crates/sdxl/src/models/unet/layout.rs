@@ -1,92 +1,92 @@
-//! What a UNet consists of, told by its config alone: a flat list of operations.
+//! UNet layout as a flat list of operations, from its config alone.
 //!
-//! A list instead of a tree lets the same code run forward, under autodiff, and backwards layer by layer: layers are
-//! what is differentiated, the other operations only move tensors and know by themselves where gradients go. Without
-//! weights the list tells sizes, from which memory and work follow.
+//! A flat list, not a tree, lets the same code run forward, under autodiff, and backward layer by layer. Only layers
+//! are differentiated; the other operations move tensors, and their gradients follow the same moves. Without weights,
+//! the list provides the sizes from which memory and work are computed.
 
 use crate::models::unet::config::{DownBlock, UNet2DConditionConfig, UpBlock};
 
-/// One operation of the UNet on the activation `x`, with a stack beside it.
+/// One operation of the UNet on the activation `x` and a stack.
 #[derive(Debug, Clone)]
 pub enum Op<L> {
-    /// Computes.
+    /// Computes a layer.
     Layer(L),
     /// Pushes a copy of `x`.
     Push,
-    /// Pops a skip and concatenates it to `x`, which has `channels`.
+    /// Pops a skip and concatenates it to `x`.
     PopConcat {
-        /// Those of `x` before.
+        /// Channels of `x` before the concatenation.
         channels: usize,
     },
     /// Pops a residual and adds it to `x`.
     PopAdd,
 }
 
-/// A layer before it has weights.
+/// A layer without weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerPlan {
-    /// Where its weights stand, diffusers naming; empty for the layer at the end, whose parts stand at the root.
+    /// Path of its weights in diffusers naming; empty for the last layer, whose modules are at the root.
     pub path: String,
-    /// What it is.
+    /// Kind of the layer.
     pub kind: LayerKind,
-    /// How often the latents were halved before its input.
+    /// Number of times the latents were halved before its input.
     pub level: usize,
 }
 
 impl LayerPlan {
-    /// Whether attention, and with it LoRA, happens here.
+    /// Returns true if the layer has attention, and thus LoRA.
     pub fn is_transformer(&self) -> bool {
         matches!(self.kind, LayerKind::Transformer { .. })
     }
 }
 
-/// What a layer is, and its sizes; `channels` are those in and out.
+/// Kind and sizes of a layer; `channels` are input and output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerKind {
     /// A 3x3 convolution; `stride` 2 halves the resolution.
     Conv {
-        /// In, out.
+        /// Input and output channels.
         channels: [usize; 2],
-        /// 1 or 2.
+        /// Stride, 1 or 2.
         stride: usize,
     },
     /// A residual block.
     Resnet {
-        /// In, out.
+        /// Input and output channels.
         channels: [usize; 2],
     },
-    /// From the image to tokens.
+    /// From image to tokens.
     TokensIn {
-        /// Channels, in and out.
+        /// Input and output channels.
         width: usize,
     },
     /// A transformer layer with two attentions.
     Transformer {
-        /// Of a token.
+        /// Token width.
         width: usize,
         /// Width of the prompt embeddings.
         d_context: usize,
-        /// Of both attentions.
+        /// Heads of both attentions.
         heads: usize,
     },
-    /// From tokens to the image.
+    /// From tokens to image.
     TokensOut {
-        /// Channels, in and out.
+        /// Input and output channels.
         width: usize,
     },
     /// Doubles the resolution.
     Upsample {
-        /// In and out.
+        /// Input and output channels.
         channels: usize,
     },
     /// Norm and 3x3 convolution.
     Out {
-        /// In, out.
+        /// Input and output channels.
         channels: [usize; 2],
     },
 }
 
-/// All operations in the order of execution.
+/// Lists all operations in execution order.
 pub fn layout(config: &UNet2DConditionConfig) -> Vec<Op<LayerPlan>> {
     let mut list = List { config, ops: vec![], level: 0 };
     let channels = &config.block_out_channels;
@@ -118,7 +118,7 @@ impl List<'_> {
         self.ops.push(Op::Layer(LayerPlan { path: path.into(), kind, level: self.level }));
     }
 
-    /// diffusers `DownBlock2D` and `CrossAttnDownBlock2D`.
+    /// Appends diffusers' `DownBlock2D` or `CrossAttnDownBlock2D`.
     fn down_block(&mut self, block: usize) {
         let channels = &self.config.block_out_channels;
         let width = channels[block];
@@ -141,12 +141,12 @@ impl List<'_> {
         }
     }
 
-    /// diffusers `UpBlock2D` and `CrossAttnUpBlock2D`; step 0 is at the coarsest resolution.
+    /// Appends diffusers' `UpBlock2D` or `CrossAttnUpBlock2D`; step 0 has the coarsest resolution.
     fn up_block(&mut self, step: usize) {
         let channels = &self.config.block_out_channels;
         let block = channels.len() - 1 - step;
         let width = channels[block];
-        // What the same block got from above on the way down: its last skip.
+        // Width of the last skip: the input of the same block on the down path.
         let outermost = channels[block.saturating_sub(1)];
         let mut d_input = channels[(block + 1).min(channels.len() - 1)];
         let layers = self.config.layers_per_block.get(block) + 1;
@@ -171,7 +171,7 @@ impl List<'_> {
         self.layer(path, LayerKind::Resnet { channels });
     }
 
-    /// diffusers `Transformer2DModel`: a residual around projections and transformer layers.
+    /// Appends diffusers' `Transformer2DModel`: a residual around projections and transformer layers.
     fn transformer(&mut self, block: usize, path: &str) {
         let width = self.config.block_out_channels[block];
         let d_context = self.config.cross_attention_dim.get(block);

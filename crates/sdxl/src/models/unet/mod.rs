@@ -1,4 +1,4 @@
-//! The denoiser of SDXL (arXiv 2307.01952; diffusers `UNet2DConditionModel`), frozen, with per-sample LoRA.
+//! SDXL UNet (arXiv 2307.01952; diffusers `UNet2DConditionModel`), frozen, with per-sample LoRA.
 
 pub mod blocks;
 pub mod config;
@@ -23,18 +23,18 @@ use crate::weights::Weights;
 
 pub use crate::models::unet::config::UNet2DConditionConfig;
 
-/// A noisy batch and what it is conditioned on. All tensors are f32 and stand on the plain device.
+/// A noisy batch and its conditions. All tensors are f32 and on the plain device.
 #[derive(Debug, Clone)]
 pub struct UnetInput {
-    /// `[B, 4, h, w]`
+    /// Noisy latents, `[B, 4, h, w]`.
     pub latents: Tensor<4>,
-    /// `[B]`, 0..1000
+    /// Timesteps, `[B]`, 0..1000.
     pub timesteps: Tensor<1>,
-    /// `[B, 77, C]`
+    /// Prompt embeddings, `[B, 77, C]`.
     pub prompt_embeds: Tensor<3>,
-    /// `[B, P]`
+    /// Pooled prompt embeddings, `[B, P]`.
     pub pooled: Tensor<2>,
-    /// `[B, 6]`: original height and width, top and left of the crop, target height and width, in pixels.
+    /// Time ids, `[B, 6]`: original height and width, top and left of the crop, target height and width, in pixels.
     pub time_ids: Tensor<2>,
 }
 
@@ -50,26 +50,26 @@ pub struct UNet2DConditionModel {
 }
 
 impl UNet2DConditionModel {
-    /// Loads a UNet folder in diffusers layout: `config.json` and safetensors weights. It computes in f32.
+    /// Loads a UNet folder in diffusers layout: `config.json` and safetensors weights. Computes in f32.
     ///
     /// # Errors
-    /// Input for a missing or broken file, a config of another architecture, weights that do not fit the config.
+    /// Input: a file is missing or broken, the config has another architecture, or the weights do not fit it.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
         Self::load_as(folder, FloatDType::F32, device)
     }
 
-    /// [`load`](Self::load) for computing in `dtype`, f32 or bf16. Whatever goes in or comes out is f32 all the same.
+    /// Loads a UNet like [`load`](Self::load), computing in `dtype`, f32 or bf16. Inputs and outputs stay f32.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// Same as [`load`](Self::load).
     pub fn load_as(folder: &Path, dtype: FloatDType, device: &Device) -> Result<Self> {
         Self::new(UNet2DConditionConfig::load(folder)?, Weights::open(folder, device)?.with_dtype(dtype))
     }
 
-    /// Takes all tensors of `weights`, and computes in their type.
+    /// Builds the UNet from `weights` and computes in their type.
     ///
     /// # Errors
-    /// Input for weights that do not fit the config.
+    /// Input: the weights do not fit the config.
     pub fn new(config: UNet2DConditionConfig, weights: Weights) -> Result<Self> {
         let dtype = weights.dtype();
         let root = weights.at("");
@@ -82,26 +82,26 @@ impl UNet2DConditionModel {
         Ok(Self { config, time_embedding, add_embedding, ops, dtype, sites })
     }
 
-    /// The sizes.
+    /// Config of the UNet.
     pub fn config(&self) -> &UNet2DConditionConfig {
         &self.config
     }
 
-    /// Every attention module in the order of execution: down, mid, up. [`LoraWeights`] follow this order.
+    /// Attention modules in execution order: down, mid, up. [`LoraWeights`] follow this order.
     pub fn attention_sites(&self) -> &[AttentionSite] {
         &self.sites
     }
 
-    /// The prediction `[B, 4, h, w]`, in f32.
+    /// Predicts noise or velocity, `[B, 4, h, w]`, in f32.
     ///
     /// # Panics
-    /// When `lora` was made for another UNet or batch size, which only a programming error can cause.
+    /// If `lora` was made for another UNet or batch size, which only a programming error can cause.
     pub fn forward(&self, input: &UnetInput, lora: Option<&LoraWeights>) -> Tensor<4> {
         let conditions = self.conditions(input);
         self.run(input.latents.clone(), lora, |layer, x, lora| layer.forward(x, &conditions, lora))
     }
 
-    /// Runs the list; `compute` is what a layer does with its input and its LoRA.
+    /// Runs the operations; `compute` applies a layer to its input and LoRA.
     fn run(
         &self,
         latents: Tensor<4>,
@@ -127,8 +127,8 @@ impl UNet2DConditionModel {
         x.cast(FloatDType::F32)
     }
 
-    /// What all layers look at: computed once per call, on the plain device. Sinusoids are made in f32, because bf16
-    /// knows not even every timestep.
+    /// Computes the conditions of all layers, once per call, on the plain device. Sinusoids are computed in f32,
+    /// because bf16 cannot represent every timestep.
     fn conditions(&self, input: &UnetInput) -> Conditions {
         let [batch, ..] = input.latents.dims();
         let time = sinusoids(input.timesteps.clone(), self.config.block_out_channels[0]);
@@ -145,7 +145,7 @@ impl UNet2DConditionModel {
     }
 }
 
-/// The updates of a layer's two attention modules.
+/// LoRA of a layer's two attention modules.
 fn pair_of(lora: &LoraWeights, layer: &Layer) -> Option<[AttentionLora; 2]> {
     layer.site().map(|site| [lora.modules[site].clone(), lora.modules[site + 1].clone()])
 }

@@ -1,4 +1,4 @@
-//! The transformer layer of the UNet, and the projections around a row of them.
+//! Transformer layer of the UNet, and the projections around a sequence of them.
 
 use burn::nn::Linear;
 use burn::tensor::Tensor;
@@ -12,7 +12,7 @@ use crate::weights::WeightsAt;
 /// Epsilon of the layer norms.
 const LAYER_NORM_EPSILON: f64 = 1e-5;
 
-/// Epsilon of the group norm before the tokens.
+/// Epsilon of the group norm before the token projection.
 const TOKEN_NORM_EPSILON: f64 = 1e-6;
 
 /// Linear with a GELU gate, then linear (diffusers `FeedForward` with GEGLU).
@@ -24,7 +24,7 @@ pub(super) struct FeedForward {
 }
 
 impl FeedForward {
-    /// Takes `net.0.proj`, whose output halves are the values and their gates, and `net.2`.
+    /// Loads `net.0.proj`, whose output halves are values and gates, and `net.2`.
     fn load(weights: &WeightsAt<'_>, width: usize) -> Self {
         let inner = 4 * width;
         let [value, gate] = weights.at("net.0.proj").linear_halves(width, inner);
@@ -36,7 +36,7 @@ impl FeedForward {
     }
 }
 
-/// Self-attention, attention to the prompt, feed-forward; pre-norm (diffusers `BasicTransformerBlock`).
+/// Self-attention, cross-attention to the prompt, feed-forward; pre-norm (diffusers `BasicTransformerBlock`).
 #[derive(Debug)]
 pub struct BasicTransformerBlock {
     pub(super) norm1: LayerNorm,
@@ -48,7 +48,7 @@ pub struct BasicTransformerBlock {
 }
 
 impl BasicTransformerBlock {
-    /// Takes `norm1`, `attn1`, `norm2`, `attn2`, `norm3` and `ff`.
+    /// Loads `norm1`, `attn1`, `norm2`, `attn2`, `norm3` and `ff`.
     pub fn load(weights: &WeightsAt<'_>, width: usize, d_context: usize, heads: usize) -> Self {
         let norm = |name| LayerNorm::new(weights.at(name).layer_norm(width, LAYER_NORM_EPSILON));
         Self {
@@ -61,7 +61,7 @@ impl BasicTransformerBlock {
         }
     }
 
-    /// `x` is `[B, H, W, width]`, `context` `[B, M, d_context]`, `lora` holds the updates of `attn1` and `attn2`.
+    /// Maps `x` `[B, H, W, width]` with `context` `[B, M, d_context]`; `lora` holds the updates of `attn1` and `attn2`.
     pub fn forward(&self, x: Tensor<4>, context: Tensor<3>, lora: Option<&[AttentionLora; 2]>) -> Tensor<4> {
         let shape = x.shape();
         let [batch, height, width, channels] = x.dims();
@@ -75,7 +75,7 @@ impl BasicTransformerBlock {
     }
 }
 
-/// From the image to tokens: the start of diffusers' `Transformer2DModel` with `use_linear_projection`.
+/// Projection from image to tokens: the start of diffusers' `Transformer2DModel` with `use_linear_projection`.
 #[derive(Debug)]
 pub struct TokensIn {
     norm: GroupNorm,
@@ -83,7 +83,7 @@ pub struct TokensIn {
 }
 
 impl TokensIn {
-    /// Takes `norm` and `proj_in`.
+    /// Loads `norm` and `proj_in`.
     pub fn load(weights: &WeightsAt<'_>, width: usize, groups: usize) -> Self {
         Self {
             norm: GroupNorm::new(weights.at("norm").group_norm(groups, width, TOKEN_NORM_EPSILON)),
@@ -91,25 +91,25 @@ impl TokensIn {
         }
     }
 
-    /// `[B, C, H, W]` -> `[B, H, W, C]`.
+    /// Maps `[B, C, H, W]` to `[B, H, W, C]`.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         self.proj_in.forward(self.norm.forward(x).permute([0, 2, 3, 1]))
     }
 }
 
-/// Back from tokens to the image: the end of `Transformer2DModel`, without its residual.
+/// Projection from tokens to image: the end of diffusers' `Transformer2DModel`, without its residual.
 #[derive(Debug)]
 pub struct TokensOut {
     proj_out: Linear,
 }
 
 impl TokensOut {
-    /// Takes `proj_out`.
+    /// Loads `proj_out`.
     pub fn load(weights: &WeightsAt<'_>, width: usize) -> Self {
         Self { proj_out: weights.at("proj_out").linear(width, width, true) }
     }
 
-    /// `[B, H, W, C]` -> `[B, C, H, W]`.
+    /// Maps `[B, H, W, C]` to `[B, C, H, W]`.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         self.proj_out.forward(x).permute([0, 3, 1, 2])
     }

@@ -1,6 +1,7 @@
-//! The transformer layer backwards, in four graphs: each attention's projections and output, and the feed-forward.
+//! Backward pass of the transformer layer in four graphs: each attention's projections and output, and the
+//! feed-forward.
 //!
-//! What lies between the projections and the output, scores above all, is in none of them: see `attend_backward`.
+//! The steps between projections and output, above all the scores, are in none of them: see `attend_backward`.
 
 use burn::tensor::Tensor;
 
@@ -11,8 +12,8 @@ use crate::models::unet::leaves::{gradient_of, gradients_of, leaf, on_leaves, se
 use crate::models::unet::transformer::BasicTransformerBlock;
 
 impl BasicTransformerBlock {
-    /// The gradients with respect to the input and to `lora`, given that of the output; that of the input only where
-    /// it is `wanted`. All on the plain device, shapes as in [`forward`](Self::forward).
+    /// Computes the gradients with respect to `lora` and, if `wanted`, the input, from the output's gradient. All
+    /// tensors are on the plain device, with shapes as in [`forward`](Self::forward).
     pub(super) fn backward(
         &self,
         x: Tensor<4>,
@@ -25,7 +26,7 @@ impl BasicTransformerBlock {
         let [batch, height, width, channels] = x.dims();
         let tokens = |x: Tensor<4>| x.reshape([batch, height * width, channels]);
 
-        // 1. Both attentions forward, each leaving graphs on both sides of its scores.
+        // 1. Both attentions forward, each keeping graphs on both sides of its scores.
         let input = if wanted { leaf(tokens(x)) } else { Tensor::from_inner(tokens(x)) };
         let (first, x) = Residual::forward(&self.norm1, &self.attn1, input, None, &lora[0]);
         let (second, x) = Residual::forward(&self.norm2, &self.attn2, leaf(x), Some(context), &lora[1]);
@@ -40,20 +41,20 @@ impl BasicTransformerBlock {
     }
 }
 
-/// `x + attention(norm(x))`, run forward and waiting for its gradient.
+/// `x + attention(norm(x))` after its forward pass, awaiting its gradient.
 struct Residual {
     x: Tensor<3>,
     lora: AttentionLora,
-    /// Queries, keys and values, with the graph that made them.
+    /// Queries, keys and values with their graph.
     projected: [Tensor<4>; 3],
-    /// What the heads found: a leaf.
+    /// Output of the heads, a leaf.
     found: Tensor<4>,
-    /// The attention's output, with the graph from `found` on.
+    /// Output of the attention, with the graph from `found` on.
     output: Tensor<3>,
 }
 
 impl Residual {
-    /// Without a `context`, the tokens look at themselves. `x` is on the autodiff device, the result on the plain one.
+    /// Runs forward; without `context`, as self-attention. `x` is on the autodiff device, the result on the plain one.
     fn forward(
         norm: &LayerNorm,
         attention: &Attention,
@@ -72,10 +73,10 @@ impl Residual {
         (Self { x, lora, projected, found, output }, y)
     }
 
-    /// The gradient with respect to `x`, zero where it is no leaf, and those with respect to the LoRA.
+    /// Computes the gradients with respect to `x` (zero unless it is a leaf) and the LoRA.
     fn backward(self, gradient: Tensor<3>) -> (Tensor<3>, AttentionLora) {
         let Self { x, lora, projected, found, output } = self;
-        // 1. From the output to what the heads found.
+        // 1. From the output to the heads' output.
         let mut gradients = seeded(output, gradient.clone()).backward();
         let out = gradients_of(&lora.out, &mut gradients);
         let d_found = gradient_of(&found, &mut gradients);
