@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::Device;
-use burn_hyperlora::conditioning::Base;
+use burn_hyperlora::conditioning::FrozenModels;
 use burn_hyperlora::data::batch::{DrawConfig, Draws};
 use burn_hyperlora::data::crop::Square;
 use burn_hyperlora::data::dataset::Dataset;
@@ -32,7 +32,7 @@ use hyperlora_sdxl::weights;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::common::{Sizes, arguments, serve};
+use crate::common::{BatchSizes, arguments, serve};
 
 /// Number of draws whose samples the PyTorch side must reproduce.
 const CHECKED: u64 = 16;
@@ -59,7 +59,7 @@ struct Bench {
     experiment: Experiment,
     shards: PathBuf,
     preprocessing: PathBuf,
-    sizes: Sizes,
+    sizes: BatchSizes,
     shape: SampleShape,
 }
 
@@ -68,8 +68,8 @@ impl Bench {
         let experiment = Experiment::load(path)?;
         let shards = experiment.data.shards.resolve(experiment.folder())?;
         let preprocessing = experiment.base.feature_extractor_folder(experiment.folder())?;
-        let base = Base::load(&experiment.base, experiment.folder(), &Device::flex())?;
-        let sizes = Sizes::of(&experiment, &base)?;
+        let base = FrozenModels::load(&experiment.base, experiment.folder(), &Device::flex())?;
+        let sizes = BatchSizes::of(&experiment, &base)?;
         let shape = base.sample_shape(sizes.image, true)?;
         Ok(Self { experiment, shards, preprocessing, sizes, shape })
     }

@@ -18,14 +18,14 @@ use std::time::Instant;
 
 use burn::module::Param;
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
-use burn_hyperlora::conditioning::Base;
+use burn_hyperlora::conditioning::FrozenModels;
 use burn_hyperlora::data::batch::Batch;
 use burn_hyperlora::data::sample::{Request, Sample};
 use burn_hyperlora::data::scenario::Scenarios;
 use burn_hyperlora::experiment::Experiment;
 use burn_hyperlora::hypernet::{HyperLora, ParameterMapper, Stage};
 use burn_hyperlora::objective::Denoising;
-use burn_hyperlora::optim::{Optimizer, Share};
+use burn_hyperlora::optim::{Optimizer, Sharding};
 use burn_hyperlora::train::config::StageEntry;
 use burn_hyperlora::train::step::{self, Learner, StepConfig};
 use hyperlora_core::files::write_whole;
@@ -36,7 +36,7 @@ use hyperlora_sdxl::weights;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::common::{Sizes, arguments, serve};
+use crate::common::{BatchSizes, arguments, serve};
 
 const EXPERIMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../experiments/quickstart/train.yaml");
 const CAPTION: &str = "a photo of a person";
@@ -61,8 +61,8 @@ fn main() -> Result<()> {
 /// Inputs of a step, always from the same start.
 struct Bench {
     experiment: Experiment,
-    base: Base,
-    sizes: Sizes,
+    base: FrozenModels,
+    sizes: BatchSizes,
     start: HyperLora,
     batches: Vec<Batch>,
 }
@@ -71,11 +71,11 @@ impl Bench {
     fn new() -> Result<Self> {
         let device = Device::flex();
         let experiment = Experiment::load(Path::new(EXPERIMENT))?;
-        let base = Base::load(&experiment.base, experiment.folder(), &device)?;
+        let base = FrozenModels::load(&experiment.base, experiment.folder(), &device)?;
         let sites = base.unet.attention_sites();
         let start = HyperLora::new(&experiment.hyper_lora, sites, experiment.seed, &device.autodiff())
             .map_parameters(&mut RaiseUpBases(experiment.seed));
-        let sizes = Sizes::of(&experiment, &base)?;
+        let sizes = BatchSizes::of(&experiment, &base)?;
         let mut bench = Self { experiment, base, sizes, start, batches: vec![] };
         bench.start = bench.start.clone().trainable(&bench.stage()?.config().groups);
         bench.batches = bench.batches();
@@ -86,7 +86,7 @@ impl Bench {
     fn stage(&self) -> Result<&StageEntry> {
         let mut stages = self.experiment.train.stages.iter();
         stages
-            .find(|stage| stage.kind() == Stage::IdEmbed)
+            .find(|stage| stage.kind() == Stage::IdEmbedding)
             .ok_or_else(|| Error::input(EXPERIMENT, "has no stage id_embedding", "add it to train.stages"))
     }
 
@@ -103,7 +103,7 @@ impl Bench {
     /// Makes a sample of noise in the quickstart's sizes.
     fn sample(&self, draw: u64) -> Sample {
         let (seed, stage) = (self.experiment.seed, 2);
-        let &Sizes { image, condition, ref latent, id_embedding } = &self.sizes;
+        let &BatchSizes { image, condition, ref latent, id_embedding } = &self.sizes;
         let latent_len = latent.iter().product();
         let rng = |purpose| for_sample(seed, stage, draw, purpose);
         let mut pictures = rng(Purpose::Augmentation);
@@ -164,7 +164,7 @@ impl Bench {
             trigger: &train.trigger,
         };
         let (optim, ranks) = (&stage.config().optim, Ranks::alone());
-        let optimizer = Optimizer::new(optim, &self.start, Share::WHOLE);
+        let optimizer = Optimizer::new(optim, &self.start, Sharding::WHOLE);
         let mut learner = Learner { hyper_lora: self.start.clone(), optimizer };
         let (mut losses, mut laps) = (vec![], vec![]);
         for _ in 0..order.steps {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 use burn_hyperlora::experiment::Experiment;
-use burn_hyperlora::metrics::Summary;
+use burn_hyperlora::metrics::RunSummary;
 use burn_hyperlora::train::TrainOptions;
 use hyperlora_core::{Error, Result};
 
@@ -22,7 +22,7 @@ fn main() -> Result<()> {
     let options = TrainOptions { max_steps: Some(3), ..TrainOptions::default() };
     let outcome = experiment.train(&run, &Device::flex(), options)?;
     println!("{outcome:?}");
-    for stage in Summary::read(&run)?.stages {
+    for stage in RunSummary::read(&run)?.stages {
         println!("{}: {} steps, {:.1} images/s", stage.name, stage.steps, stage.images_per_second);
     }
     Ok(())

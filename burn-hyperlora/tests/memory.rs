@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
-use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Share, Wire};
+use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Sharding, Wire};
 use flate2::read::GzDecoder;
 use hyperlora_core::Result;
 use hyperlora_ranks::{Collective, Pending};
@@ -147,7 +147,7 @@ fn gradients_are_reduced_in_their_place_and_new_weights_take_that_of_the_old_one
         gradients
     };
     let world = Echo(["a", "b", "c", "d"].map(String::from));
-    let mut optimizer = Optimizer::new(&OptimConfig::default(), &module, Share::of(&world, true, Wire::F32));
+    let mut optimizer = Optimizer::new(&OptimConfig::default(), &module, Sharding::of(&world, true, Wire::F32));
     // The first step allocates the moments.
     for first in [true, false] {
         let micro_batches = [gradients(module.len()), gradients(module.len())];

@@ -78,13 +78,13 @@ impl CropConfig {
 
 impl Crop {
     /// Maps a point of the photo to pixels of the crop.
-    pub fn place(&self, point: [f32; 2]) -> [f32; 2] {
+    pub fn to_crop(&self, point: [f32; 2]) -> [f32; 2] {
         [(point[0] - self.origin[0]) * self.scale[0], (point[1] - self.origin[1]) * self.scale[1]]
     }
 
     /// Maps a box (x0, y0, x1, y1) of the photo to pixels of the crop.
     pub fn place_box(&self, [x0, y0, x1, y1]: [f32; 4]) -> [f32; 4] {
-        let ([x0, y0], [x1, y1]) = (self.place([x0, y0]), self.place([x1, y1]));
+        let ([x0, y0], [x1, y1]) = (self.to_crop([x0, y0]), self.to_crop([x1, y1]));
         [x0, y0, x1, y1]
     }
 }
@@ -121,14 +121,14 @@ mod tests {
         assert_eq!(corner.image.get_pixel(0, 0).0, [0, 140, 0]);
         let small = config.cut(&ramp(92, 112), [20.0, 20.0, 80.0, 100.0]);
         assert_eq!(small.image, ramp(92, 112));
-        assert_eq!(small.place([5.0, 6.0]), [5.0, 6.0]);
+        assert_eq!(small.to_crop([5.0, 6.0]), [5.0, 6.0]);
     }
 
     #[test]
     fn large_crops_shrink_with_their_coordinates() {
         let crop = CropConfig { margin: 1.0, max_side: 50 }.cut(&ramp(240, 240), [20.0, 40.0, 220.0, 240.0]);
         assert_eq!(crop.image.dimensions(), (50, 50));
-        assert_eq!(crop.place([120.0, 140.0]), [25.0, 25.0]);
+        assert_eq!(crop.to_crop([120.0, 140.0]), [25.0, 25.0]);
         let [x, y, _] = crop.image.get_pixel(25, 25).0;
         assert!(x.abs_diff(122) <= 2 && y.abs_diff(142) <= 2, "{x} {y}");
     }

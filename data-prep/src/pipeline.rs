@@ -37,7 +37,9 @@ pub struct PrepConfig {
     pub decode: DecodeConfig,
     /// Face models.
     #[serde(default)]
-    pub face: FaceConfig,
+    // Name in the YAML files of earlier versions.
+    #[serde(alias = "face")]
+    pub faces: FaceConfig,
     /// Requirements for a face.
     #[serde(default)]
     pub filter: FilterConfig,
@@ -74,7 +76,7 @@ impl PrepConfig {
         let config: Self = config::load(path)?;
         let place = |key: &str| format!("{}: {key}", path.display());
         config.decode.validate(&place("decode"))?;
-        config.face.validate(&place("face"))?;
+        config.faces.validate(&place("faces"))?;
         config.filter.validate(&place("filter"))?;
         config.crop.validate(&place("crop"))?;
         config.caption.validate(&place("caption"))?;
@@ -101,10 +103,10 @@ pub fn build(
 ) -> Result<Option<Manifest>> {
     // 1. Refuse everything that can be refused before the work begins.
     apart(out, config.source.places(base_dir)?)?;
-    apart(out, [config.face.models.resolve(base_dir)?])?;
+    apart(out, [config.faces.models.resolve(base_dir)?])?;
     let staged = StagedFolder::new(out, PREPARED)?;
     let Source { photos, files, mut notes } = config.source.open(base_dir, config.caption.reads_files())?;
-    let models = FaceModels::find(&config.face, base_dir)?.fingerprints()?;
+    let models = FaceModels::find(&config.faces, base_dir)?.fingerprints()?;
     let analysers = Analysers::load(config, base_dir, workers, &files)?;
 
     // 2. Process the photos in key order, a chunk at a time.
@@ -217,7 +219,7 @@ struct Analysers<'a> {
 impl<'a> Analysers<'a> {
     fn load(config: &'a PrepConfig, base_dir: &Path, workers: NonZeroUsize, files: &'a SourceFiles) -> Result<Self> {
         let models = (0..workers.get())
-            .map(|_| Ok(Mutex::new(FaceAnalyser::load(&config.face, base_dir)?)))
+            .map(|_| Ok(Mutex::new(FaceAnalyser::load(&config.faces, base_dir)?)))
             .collect::<Result<_>>()?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(workers.get())
@@ -296,8 +298,8 @@ impl<'a> Analysers<'a> {
             width: crop.image.width(),
             height: crop.image.height(),
             face_box: crop.place_box(face.face_box),
-            points: face.points.map(|point| crop.place(point)),
-            landmarks: description.landmarks.into_iter().map(|point| crop.place(point)).collect(),
+            points: face.points.map(|point| crop.to_crop(point)),
+            landmarks: description.landmarks.into_iter().map(|point| crop.to_crop(point)).collect(),
             score: face.score,
             id_embedding: description.id_embedding,
             caption: caption.text,

@@ -387,7 +387,7 @@ fn what_the_user_got_wrong_is_named_with_exit_code_2() {
         ("margin: 1.6", "margin: wide", "data.yaml:7:11: "),
         ("margin: 1.6", "margin: .inf", "data.yaml:7:11: `.inf` is not a finite number"),
         ("margin: 1.6", "margin: 0.5", "data.yaml: crop: margin is 0.5"),
-        ("min_score: 0.8", "min_score: 8", "data.yaml: face.min_score: 8 is not a score"),
+        ("min_score: 0.8", "min_score: 8", "data.yaml: faces.min_score: 8 is not a score"),
         ("rows_per_shard: 4", "rows_per_shard: 3", "data.yaml: shards: rows_per_shard is 3"),
         ("a photo of a person", "'a photo of {identity}'", "data.yaml: caption: "),
         ("root: photos", "root: pictures", "pictures: is not a folder"),

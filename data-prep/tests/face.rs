@@ -190,5 +190,5 @@ fn what_does_not_fit_is_named_with_its_remedy() {
     assert!(message.contains("name another file with `landmarker`"), "{message}");
 
     let sides = FaceConfig { detector_sides: vec![640, 900], ..FaceConfig::default() };
-    assert!(failing(sides, nowhere.path()).contains("face.detector_sides"));
+    assert!(failing(sides, nowhere.path()).contains("faces.detector_sides"));
 }

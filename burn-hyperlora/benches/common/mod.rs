@@ -5,7 +5,7 @@ use std::io::{BufRead, Write};
 use std::path::Path;
 
 use burn::tensor::TensorData;
-use burn_hyperlora::conditioning::Base;
+use burn_hyperlora::conditioning::FrozenModels;
 use burn_hyperlora::data::sample::Sample;
 use burn_hyperlora::experiment::Experiment;
 use hyperlora_core::{Error, Result};
@@ -42,8 +42,8 @@ fn answer(line: &Value) -> Result<()> {
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|source| Error::write(Path::new("stdout"), source))
 }
 
-/// Sizes of a sample's parts.
-pub(crate) struct Sizes {
+/// BatchSizes of a sample's parts.
+pub(crate) struct BatchSizes {
     /// Side of the target pictures, in pixels.
     pub(crate) image: usize,
     /// Side of the condition images, in pixels.
@@ -54,12 +54,12 @@ pub(crate) struct Sizes {
     pub(crate) id_embedding: usize,
 }
 
-impl Sizes {
+impl BatchSizes {
     /// Returns the sizes of an experiment.
     ///
     /// # Errors
     /// Same as [`Base::vision`].
-    pub(crate) fn of(experiment: &Experiment, base: &Base) -> Result<Self> {
+    pub(crate) fn of(experiment: &Experiment, base: &FrozenModels) -> Result<Self> {
         let image = experiment.data.image_size;
         Ok(Self {
             image,

@@ -3,7 +3,7 @@
 //! `checkpoints/step-NNNNNNNN/` holds the caller's files (plain safetensors), `state.json` (the run's state other than
 //! tensors) and `checksums.json` (size and SHA-256 of every other file), which is read before anything else.
 //!
-//! Several ranks fill one folder beside its final place, each with [its part](Part). The main rank moves it into place
+//! Several ranks fill one folder beside its final place, each with [its part](RankPart). The main rank moves it into place
 //! once it has the checksums of all ranks ([`CheckpointWriter`]).
 
 mod part;
@@ -21,7 +21,7 @@ use hyperlora_core::{Error, Result};
 use part::{FileSums, sum, write_json};
 use serde::de::DeserializeOwned;
 
-pub use part::Part;
+pub use part::RankPart;
 pub use writer::CheckpointWriter;
 
 const STATE: &str = "state.json";
@@ -102,13 +102,13 @@ impl CheckpointStore {
     ///
     /// # Errors
     /// Errors of `fill`; Disk: a full or failing disk; Input: a place that cannot be written to.
-    pub fn write(&self, step: u64, fill: impl FnOnce(&mut Part<'_>) -> Result<()>) -> Result<Checkpoint> {
+    pub fn write(&self, step: u64, fill: impl FnOnce(&mut RankPart<'_>) -> Result<()>) -> Result<Checkpoint> {
         let path = self.place_of(step);
         let staged = StagedFolder::new(&path, OWNERSHIP)?;
-        let mut part = Part::new(staged.path());
+        let mut part = RankPart::new(staged.path());
         fill(&mut part)?;
         let sums = part.finish()?;
-        place(staged, &sums)?;
+        commit(staged, &sums)?;
         Ok(Checkpoint { step, path })
     }
 
@@ -296,7 +296,7 @@ fn remove(hidden: &Path) {
 }
 
 /// Moves a folder into place once it holds every file that the ranks wrote; a rank may have written elsewhere.
-fn place(staged: StagedFolder, sums: &FileSums) -> Result<()> {
+fn commit(staged: StagedFolder, sums: &FileSums) -> Result<()> {
     for (name, sum) in sums {
         let path = below(staged.path(), name, Path::new("a rank's part"))?;
         // The file is opened rather than only stat'ed, because NFS then asks the server for the current length.

@@ -1,4 +1,4 @@
-//! Part of a checkpoint that one process writes, with the checksums of its files.
+//! RankPart of a checkpoint that one process writes, with the checksums of its files.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -25,12 +25,12 @@ pub(super) type FileSums = BTreeMap<String, FileSum>;
 
 /// Files that this process adds to a checkpoint. Other ranks may add theirs to the same folder at the same time.
 #[derive(Debug)]
-pub struct Part<'a> {
+pub struct RankPart<'a> {
     folder: &'a Path,
     sums: FileSums,
 }
 
-impl<'a> Part<'a> {
+impl<'a> RankPart<'a> {
     pub(super) fn new(folder: &'a Path) -> Self {
         Self { folder, sums: FileSums::new() }
     }

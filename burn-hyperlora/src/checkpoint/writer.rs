@@ -15,9 +15,9 @@ use hyperlora_core::{Error, Result};
 use hyperlora_ranks::{Collective, Failure};
 use serde::{Deserialize, Serialize};
 
-use super::part::{FileSums, Part};
+use super::part::{FileSums, RankPart};
 use super::task::Task;
-use super::{Checkpoint, CheckpointStore, OWNERSHIP, place};
+use super::{Checkpoint, CheckpointStore, OWNERSHIP, commit};
 
 /// Pause between two checks of a disk being waited for.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -81,13 +81,13 @@ impl CheckpointWriter {
 
     /// Begins the checkpoint of `step`, once the previous one is in its place. `copy` copies this rank's part to host
     /// memory and returns a closure that writes it, which runs in a thread; the main rank's closure also writes
-    /// [`Part::state`]. The main rank runs `afterwards`, in a thread, once the checkpoint is in its place.
+    /// [`RankPart::state`]. The main rank runs `afterwards`, in a thread, once the checkpoint is in its place.
     ///
     /// Errors of this checkpoint are reported on all ranks by [`advance`](Self::advance) and [`finish`](Self::finish).
     ///
     /// # Errors
     /// Errors of the previous checkpoint; see [`finish`](Self::finish).
-    pub fn begin<W: FnOnce(&mut Part<'_>) -> Result<()> + Send + 'static>(
+    pub fn begin<W: FnOnce(&mut RankPart<'_>) -> Result<()> + Send + 'static>(
         &mut self,
         world: &dyn Collective,
         step: u64,
@@ -101,7 +101,7 @@ impl CheckpointWriter {
                 Ok((folder, write)) => {
                     let path = folder.path().to_owned();
                     let sums = Task::start(move || {
-                        let mut part = Part::new(&path);
+                        let mut part = RankPart::new(&path);
                         write(&mut part)?;
                         part.finish()
                     });
@@ -155,7 +155,7 @@ impl CheckpointWriter {
                 )));
             }
             (None, phase) => Some(Writing { phase, ..writing }),
-            (Some(sums), Phase::Parts(part)) => Some(Writing { phase: Phase::Placing(part.place(sums)), ..writing }),
+            (Some(sums), Phase::Parts(part)) => Some(Writing { phase: Phase::Placing(part.commit(sums)), ..writing }),
             (Some(_), Phase::Placing(_)) => {
                 if world.is_main() {
                     tracing::debug!("saved {}", writing.checkpoint.path.display());
@@ -216,11 +216,11 @@ impl Writing {
 
 impl WrittenPart {
     /// Moves the folder with the files of `sums` into place on the main rank; does nothing on the others.
-    fn place(mut self, sums: FileSums) -> Task<()> {
+    fn commit(mut self, sums: FileSums) -> Task<()> {
         let afterwards = std::mem::replace(&mut self.afterwards, Box::new(|| Ok(())));
         let Some(folder) = self.folder.take() else { return Task::done(Ok(())) };
         if self.leads {
-            return Task::start(move || place(folder, &sums).and_then(|()| afterwards()));
+            return Task::start(move || commit(folder, &sums).and_then(|()| afterwards()));
         }
         folder.leave();
         Task::done(Ok(()))

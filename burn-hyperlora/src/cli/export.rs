@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn_hyperlora::export::comfyui;
-use burn_hyperlora::generate::Sizes;
+use burn_hyperlora::generate::HypernetSettings;
 use burn_hyperlora::run::saved::Source;
 use clap::{ArgGroup, Args, ValueEnum};
 use hyperlora_core::files::{OutputFile, apart};
@@ -62,7 +62,7 @@ pub(super) fn run(args: &ExportArgs, common: &Common) -> Result<ExitCode> {
         (Format::Comfyui, Some(checkpoint), _) => {
             apart(&args.output, Source::inputs(checkpoint))?;
             let source = Source::find(checkpoint)?;
-            let config = Sizes::of(&source, args.head_dim)?.config;
+            let config = HypernetSettings::of(&source, args.head_dim)?.config;
             let base = !args.no_base;
             comfyui::export(&source.weights(), &config, &args.output, args.dtype.into(), base)?;
             tracing::info!("{}\n{}", args.output.display(), comfyui::node_settings(&config, base));

@@ -7,7 +7,7 @@ use hyperlora_core::files::OutputFile;
 use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::lora::LoraSet;
 use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
-use hyperlora_sdxl::source::{BaseSource, PartUpdates};
+use hyperlora_sdxl::source::{BaseSource, ComponentUpdates};
 use hyperlora_sdxl::weights::check_name;
 use safetensors::Dtype;
 
@@ -34,7 +34,7 @@ impl LoraArgs {
     ///
     /// # Errors
     /// Input: more weights than LoRAs, or LoRAs that cannot be read or do not fit.
-    pub(super) fn updates(&self, base: &BaseSource) -> Result<PartUpdates> {
+    pub(super) fn updates(&self, base: &BaseSource) -> Result<ComponentUpdates> {
         if self.lora_weights.len() > self.loras.len() {
             return Err(Error::input(
                 "--lora-weight",
@@ -46,7 +46,7 @@ impl LoraArgs {
         let loras = self.loras.iter().zip(weights).map(|(path, weight)| Ok((LoraFile::open(path)?, weight)));
         let loras = loras.collect::<Result<Vec<_>>>()?;
         if loras.is_empty() {
-            return Ok(PartUpdates::new());
+            return Ok(ComponentUpdates::new());
         }
         sum(&loras, &BaseNames::of(base)?)
     }

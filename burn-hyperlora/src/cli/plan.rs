@@ -19,7 +19,7 @@ use crate::cli::options::Common;
 /// Estimate memory, traffic, speed and days of a training from its configs alone
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  hyperlora plan experiments/sdxl/id-embed.yaml --gpus 16 --gpu a100-80g --images 4400000\n  hyperlora plan experiments/sdxl/one-gpu-24g.yaml --gpu rtx-4090\n\nExit codes: 0 it fits, 2 it does not (the report says why and what to change) or the input needs fixing.\nThe formulas and assumptions are in docs/design/planning.md."
+    after_help = "Examples:\n  hyperlora plan experiments/sdxl/id-embedding.yaml --gpus 16 --gpu a100-80g --images 4400000\n  hyperlora plan experiments/sdxl/one-gpu-24g.yaml --gpu rtx-4090\n\nExit codes: 0 it fits, 2 it does not (the report says why and what to change) or the input needs fixing.\nThe formulas and assumptions are in docs/design/planning.md."
 )]
 pub(super) struct PlanArgs {
     /// YAML of the experiment

@@ -12,7 +12,7 @@ use hyperlora_sdxl::models::unet::config::{TIME_IDS, UNet2DConditionConfig};
 use hyperlora_sdxl::models::unet::{UNet2DConditionModel, UnetInput};
 use hyperlora_sdxl::models::vae::AutoencoderKl;
 use hyperlora_sdxl::scheduler::NoiseSchedule;
-use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::source::{BaseSource, Component};
 use hyperlora_sdxl::text::{PromptStates, TextEncoders};
 use hyperlora_sdxl::tokenizer::TEXT_TOKENS;
 
@@ -27,7 +27,7 @@ pub use base_config::{BaseConfig, UnetDtype};
 const PROMPT_CACHE: usize = 256;
 
 /// Frozen models on one plain device.
-pub struct Base {
+pub struct FrozenModels {
     /// Denoiser that the LoRAs act on.
     pub unet: UNet2DConditionModel,
     /// Autoencoder: images to latents and back.
@@ -149,7 +149,7 @@ impl Portraits {
     }
 }
 
-impl Base {
+impl FrozenModels {
     /// Loads all models onto `device`.
     ///
     /// # Errors
@@ -174,8 +174,8 @@ impl Base {
     /// # Errors
     /// Same as [`load`](Self::load).
     pub fn from_source(source: &BaseSource, dtype: UnetDtype, device: &Device) -> Result<Self> {
-        let unet = source.config(Part::Unet)?;
-        let weights = source.weights(Part::Unet, device)?.with_dtype(dtype.into());
+        let unet = source.config(Component::Unet)?;
+        let weights = source.weights(Component::Unet, device)?.with_dtype(dtype.into());
         let base = Self {
             unet: UNet2DConditionModel::new(UNet2DConditionConfig::parse(&unet)?, weights)?,
             vae: source.vae(device)?,
@@ -186,7 +186,7 @@ impl Base {
             cut_captions: AtomicU64::default(),
             device: device.clone(),
         };
-        base.check_parts(unet.place())?;
+        base.check_parts(unet.origin())?;
         Ok(base)
     }
 

@@ -45,7 +45,7 @@ impl Square {
         let smallest = (face * config.smallest).min(largest);
         let drawn = smallest * (largest / smallest).powf(size);
         let side = (drawn.ceil() as u32).clamp(1, shorter);
-        Self { x: place(across, side, width, x0, x1), y: place(down, side, height, y0, y1), side }
+        Self { x: position(across, side, width, x0, x1), y: position(down, side, height, y0, y1), side }
     }
 
     /// Crops `photo` to the square and resizes it to `size` x `size`.
@@ -81,7 +81,7 @@ impl Square {
 }
 
 /// Offset of a span of `side` within `extent` that contains `from..to`, chosen by a number in [0, 1).
-fn place(drawn: f32, side: u32, extent: u32, from: f32, to: f32) -> u32 {
+fn position(drawn: f32, side: u32, extent: u32, from: f32, to: f32) -> u32 {
     let room = extent - side.min(extent);
     let lowest = (to.ceil() - side as f32).max(0.0);
     let highest = from.floor().max(0.0);

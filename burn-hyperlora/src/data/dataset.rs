@@ -95,7 +95,7 @@ impl Dataset {
             rows.push(Row { group, place, identity, split });
         })?;
         drop(places);
-        let (path, cache) = (shards.place(), Cache::new(cache_mib << 20));
+        let (path, cache) = (shards.origin(), Cache::new(cache_mib << 20));
         let groups_read = AtomicU64::new(0);
         Ok(Self { path, shards, rows, identities, splits, photos, cache, quarantine: None, groups_read })
     }

@@ -10,7 +10,7 @@ use burn::tensor::{Device, Tensor};
 use hyperlora_core::random::{Purpose, below, for_sample, normal, unit};
 use hyperlora_core::{Error, Result};
 
-use crate::conditioning::Base;
+use crate::conditioning::FrozenModels;
 use crate::data::Reference;
 use crate::data::dataset::Dataset;
 use crate::data::loader::make_all;
@@ -20,7 +20,7 @@ use crate::data::scenario::Scenario;
 use crate::eval::paired::{mean, paired_gap};
 use crate::experiment::{Experiment, GapSet};
 use crate::hypernet::{HyperLora, Stage};
-use crate::metrics::{GapStatistics, IdentityGap, Summary};
+use crate::metrics::{GapStatistics, IdentityGap, RunSummary};
 use crate::run::saved::{self, SavedState, WEIGHTS};
 use crate::train::forward::{denoising_loss, make_lora};
 use crate::train::open_dataset;
@@ -39,8 +39,8 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
         Error::file(run, "holds no checkpoint yet", "let `hyperlora train` reach its first checkpoint")
     })?;
     let saved: SavedState = checkpoint.state()?;
-    let base = Base::load(&experiment.base, experiment.folder(), device)?;
-    base.check(&experiment.place(), experiment.data.image_size, experiment.hyper_lora.clip_dim)?;
+    let base = FrozenModels::load(&experiment.base, experiment.folder(), device)?;
+    base.check(&experiment.origin(), experiment.data.image_size, experiment.hyper_lora.clip_dim)?;
     let sites = base.unet.attention_sites();
     let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), &experiment.hyper_lora, sites, device)?;
     if !hyper_lora.has_learnt_id() {
@@ -51,13 +51,13 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     let maker = SampleMaker::new(dataset, &experiment.data, experiment.seed, shape);
     let config = &experiment.eval.identity_gap;
     for (key, set) in [("known", &config.known), ("unseen", &config.unseen)] {
-        let place = format!("{}: eval.identity_gap.{key}.photos", experiment.place());
+        let place = format!("{}: eval.identity_gap.{key}.photos", experiment.origin());
         maker.dataset.check_apart(&experiment.data.split, &set.photos, &place)?;
     }
     let judge = Judge {
         base: &base,
         hyper_lora: &hyper_lora,
-        kind: saved.taught.unwrap_or(Stage::IdEmbed),
+        kind: saved.taught.unwrap_or(Stage::IdEmbedding),
         trigger: &experiment.train.trigger,
         maker: &maker,
         draws: config.draws,
@@ -70,13 +70,13 @@ pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
     };
     gap.other.insert("draws".into(), config.draws.into());
     gap.other.insert("step".into(), checkpoint.step.into());
-    Summary::update(run, |summary| summary.identity_gap = Some(gap.clone()))?;
+    RunSummary::update(run, |summary| summary.identity_gap = Some(gap.clone()))?;
     Ok(gap)
 }
 
 /// Inputs of a measurement.
 struct Judge<'a> {
-    base: &'a Base,
+    base: &'a FrozenModels,
     hyper_lora: &'a HyperLora,
     kind: Stage,
     trigger: &'a str,

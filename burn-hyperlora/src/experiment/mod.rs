@@ -141,7 +141,7 @@ impl Experiment {
     }
 
     /// Returns the path of the YAML file, for messages.
-    pub fn place(&self) -> String {
+    pub fn origin(&self) -> String {
         self.origin.display().to_string()
     }
 
@@ -206,7 +206,7 @@ impl Experiment {
             self.resolved()
         })?;
         Ok(TrainSetup {
-            place: self.place(),
+            place: self.origin(),
             folder: self.folder().to_owned(),
             run: run.to_owned(),
             name: self.name.clone(),
@@ -237,7 +237,7 @@ impl Experiment {
     }
 
     fn validate(&self) -> Result<()> {
-        let place = self.place();
+        let place = self.origin();
         // `.` and `..` are not valid names.
         if !is_plain(&self.name) || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
             return Err(Error::input(

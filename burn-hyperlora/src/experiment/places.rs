@@ -33,7 +33,7 @@ impl Experiment {
             let place = resolved.canonicalize().unwrap_or(resolved);
             let place = place.into_os_string().into_string().map_err(|place| {
                 let problem = format!("leads to {}, which is not UTF-8", place.display());
-                Error::input(format!("{}: {key}", self.place()), problem, "rename the folder")
+                Error::input(format!("{}: {key}", self.origin()), problem, "rename the folder")
             })?;
             Ok((key, place))
         });

@@ -9,7 +9,7 @@ use burn::tensor::{FloatDType, Tensor};
 use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::lora::file::Layout;
 use hyperlora_sdxl::lora::{AttentionSite, LoraModule, LoraPair, LoraSet, LoraWeights, Matrix};
-use hyperlora_sdxl::source::Part;
+use hyperlora_sdxl::source::Component;
 use safetensors::Dtype;
 
 /// Paths of an attention module's linears, in the order of [`AttentionLora::pairs`].
@@ -47,7 +47,7 @@ pub fn save_lora(
             let matrix =
                 |tensor| transposed(tensor, dtype).map_err(|problem| Error::Fault(format!("{name}: {problem}")));
             let module = LoraModule { down: matrix(down)?, up: matrix(up)?, alpha: rank as f32 };
-            set.modules.insert((Part::Unet, name), module);
+            set.modules.insert((Component::Unet, name), module);
         }
     }
     set.save(path, layout)

@@ -49,10 +49,10 @@ impl Generator {
     pub fn open(folder: &Path, head_dim: Option<usize>, device: &Device) -> Result<Self> {
         let source = Source::find(folder)?;
         let weights = source.weights();
-        let Sizes { config, experiment } = Sizes::of(&source, head_dim)?;
+        let HypernetSettings { config, experiment } = HypernetSettings::of(&source, head_dim)?;
         let taught = match &source {
-            Source::Run { checkpoint, .. } => checkpoint.state::<SavedState>()?.taught.unwrap_or(Stage::IdEmbed),
-            Source::Released(_) => Stage::IdEmbed,
+            Source::Run { checkpoint, .. } => checkpoint.state::<SavedState>()?.taught.unwrap_or(Stage::IdEmbedding),
+            Source::Released(_) => Stage::IdEmbedding,
         };
         let sites = read_sites(&weights)?;
         let hyper_lora = HyperLora::load(&weights, &config, &sites, device)?;
@@ -64,7 +64,7 @@ impl Generator {
         self.experiment.as_ref()
     }
 
-    /// Sizes of the hypernetwork.
+    /// HypernetSettings of the hypernetwork.
     pub fn config(&self) -> &HyperLoraConfig {
         &self.config
     }
@@ -96,7 +96,7 @@ impl Generator {
 
     /// Returns true if the ID-LoRA depends on the ID embedding, that is, from stage 3 on.
     pub fn reads_id_embedding(&self) -> bool {
-        self.taught == Stage::IdEmbed
+        self.taught == Stage::IdEmbedding
     }
 
     /// Generates a person's LoRA from ID-LoRA and Base-LoRA, each with its weight. A `base_weight` of 0 leaves out the
@@ -144,15 +144,15 @@ impl Generator {
     }
 }
 
-/// Sizes of a hypernetwork on disk, and the settings of its run if it has one.
-pub struct Sizes {
-    /// Sizes of the hypernetwork.
+/// HypernetSettings of a hypernetwork on disk, and the settings of its run if it has one.
+pub struct HypernetSettings {
+    /// HypernetSettings of the hypernetwork.
     pub config: HyperLoraConfig,
     /// Settings of the run.
     pub experiment: Option<Experiment>,
 }
 
-impl Sizes {
+impl HypernetSettings {
     /// Reads the sizes from the run's settings, or from the files of a released folder with the head width `head_dim`
     /// (64 by default).
     ///

@@ -158,7 +158,7 @@ fn face_models(models: &PhotoModels, experiment: Option<&Experiment>) -> Result<
         return Err(Error::input("--faces", problem, remedy));
     };
     let faces = experiment.faces.clone().ok_or_else(|| {
-        let place = format!("{}: faces", experiment.place());
+        let place = format!("{}: faces", experiment.origin());
         let remedy = "add `faces: {models: FOLDER}` to it, or give --faces";
         Error::input(place, "is missing: without face models no photo can be read", remedy)
     })?;

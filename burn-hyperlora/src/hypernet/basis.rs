@@ -9,7 +9,7 @@ use super::init::Init;
 
 /// Kind of LoRA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part {
+pub(super) enum LoraKind {
     /// ID-LoRA: the person.
     Id,
     /// Base-LoRA: everything else in the picture.
@@ -46,7 +46,7 @@ impl AttentionBases {
 
     /// Combines the bases by coefficients `[B, 8, K]`, in the order q.down q.up k.down k.up v.down v.up out.down
     /// out.up.
-    pub(super) fn mix(&self, part: Part, coefficients: Tensor<3>, scale: f64) -> Option<AttentionLora> {
+    pub(super) fn mix(&self, part: LoraKind, coefficients: Tensor<3>, scale: f64) -> Option<AttentionLora> {
         let [batch, _, basis] = coefficients.dims();
         let token = |index| coefficients.clone().narrow(1, index, 1).reshape([batch, basis]); // [B, K]
         let pair = |linear: &LinearBases, first| linear.mix(part, token(first), token(first + 1), scale);
@@ -85,10 +85,10 @@ impl LinearBases {
     }
 
     /// Combines the bases of `part`; `None` if this linear has none.
-    fn mix(&self, part: Part, down: Tensor<2>, up: Tensor<2>, scale: f64) -> Option<LoraPair> {
+    fn mix(&self, part: LoraKind, down: Tensor<2>, up: Tensor<2>, scale: f64) -> Option<LoraPair> {
         let (down_basis, up_basis) = match part {
-            Part::Id => (&self.id_down_basis, &self.id_up_basis),
-            Part::Base => (self.base_down_basis.as_ref()?, self.base_up_basis.as_ref()?),
+            LoraKind::Id => (&self.id_down_basis, &self.id_up_basis),
+            LoraKind::Base => (self.base_down_basis.as_ref()?, self.base_up_basis.as_ref()?),
         };
         // Scaling the coefficients costs K numbers, scaling the matrix r * out.
         Some(LoraPair { down: mix(down, down_basis), up: mix(up * scale, up_basis) })

@@ -20,7 +20,9 @@ pub enum Stage {
     /// 2: the ID-LoRA from CLIP states only.
     IdClip,
     /// 3: the ID-LoRA from CLIP states and the ID embedding.
-    IdEmbed,
+    // Name in the checkpoints of earlier versions.
+    #[serde(alias = "id_embed")]
+    IdEmbedding,
 }
 
 /// Parameters that train or stay frozen together. Every parameter belongs to exactly one group.
@@ -109,7 +111,7 @@ impl ParameterGroup {
                 Self::Norms,
                 Self::IdBases,
             ],
-            Stage::IdEmbed => &[Self::IdProjector, Self::ProjIn, Self::Attn2],
+            Stage::IdEmbedding => &[Self::IdProjector, Self::ProjIn, Self::Attn2],
         }
     }
 
@@ -118,7 +120,7 @@ impl ParameterGroup {
     pub fn is_used(self, stage: Stage, base_lora: bool) -> bool {
         match self {
             Self::BaseResampler | Self::BaseBases => base_lora,
-            Self::IdProjector | Self::ProjIn | Self::Attn2 => stage == Stage::IdEmbed,
+            Self::IdProjector | Self::ProjIn | Self::Attn2 => stage == Stage::IdEmbedding,
             _ => stage != Stage::Base,
         }
     }

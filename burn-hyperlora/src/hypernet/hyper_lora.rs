@@ -5,7 +5,7 @@ use burn::tensor::{Device, Tensor};
 use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::lora::{AttentionLora, AttentionSite, LoraWeights};
 
-use super::basis::{AttentionBases, Part};
+use super::basis::{AttentionBases, LoraKind};
 use super::config::HyperLoraConfig;
 use super::id_projector::IdProjector;
 use super::init::Init;
@@ -115,7 +115,7 @@ impl HyperLora {
 
     /// Generates the ID-LoRA from coefficients `[B, Q, K]`, in the UNet's order.
     pub fn id_lora_of(&self, coefficients: Tensor<3>) -> LoraWeights {
-        let modules = self.mix(Part::Id, &coefficients).flatten().collect();
+        let modules = self.mix(LoraKind::Id, &coefficients).flatten().collect();
         LoraWeights { modules }
     }
 
@@ -124,7 +124,7 @@ impl HyperLora {
     /// # Errors
     /// Input: this hypernetwork has no Base-LoRA.
     pub fn base_lora_of(&self, coefficients: Tensor<3>) -> Result<LoraWeights> {
-        let modules = self.mix(Part::Base, &coefficients).collect::<Option<_>>().ok_or_else(no_base)?;
+        let modules = self.mix(LoraKind::Base, &coefficients).collect::<Option<_>>().ok_or_else(no_base)?;
         Ok(LoraWeights { modules })
     }
 
@@ -157,7 +157,11 @@ impl HyperLora {
         self.map_parameters(&mut Silence)
     }
 
-    fn mix<'a>(&'a self, part: Part, coefficients: &'a Tensor<3>) -> impl Iterator<Item = Option<AttentionLora>> + 'a {
+    fn mix<'a>(
+        &'a self,
+        part: LoraKind,
+        coefficients: &'a Tensor<3>,
+    ) -> impl Iterator<Item = Option<AttentionLora>> + 'a {
         // Slicing per module first and per matrix inside pads small gradients to 8 tokens in the backward pass, and
         // only one gradient per module to all Q.
         self.unet_order.iter().map(move |&i| {

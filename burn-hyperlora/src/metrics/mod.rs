@@ -11,6 +11,6 @@ mod usage;
 
 pub use history::LastScalars;
 pub use progress::{Display, Progress};
-pub use summary::{GapStatistics, IdentityGap, StageSummary, Summary};
+pub use summary::{GapStatistics, IdentityGap, RunSummary, StageSummary};
 pub use tensorboard::MetricsWriter;
-pub use usage::{Memory, RunningMeans, WaitClock};
+pub use usage::{ProcessMemory, RunningMeans, WaitClock};

@@ -17,7 +17,7 @@ const LARGEST: u64 = 16 << 20;
 
 /// Key figures of a run. Fields that this version does not know are kept.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Summary {
+pub struct RunSummary {
     /// Stages in the order in which they ran.
     #[serde(default)]
     pub stages: Vec<StageSummary>,
@@ -75,7 +75,7 @@ pub struct GapStatistics {
     pub other: Map<String, Value>,
 }
 
-impl Summary {
+impl RunSummary {
     /// Reads the summary of a run; empty if the run has none yet.
     ///
     /// # Errors
@@ -129,11 +129,11 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         let text = r#"{"later": [1], "stages": [{"name": "base", "steps": 1, "images_per_second": 2.0, "seconds": 3.0, "peak": 9}]}"#;
         fs::write(run.path().join(FILE), text).unwrap();
-        Summary::update(run.path(), |summary| summary.stage("base").steps = 5).unwrap();
-        Summary::update(run.path(), |summary| summary.stage("id_clip").fixed_set_loss_before = Some(0.25)).unwrap();
+        RunSummary::update(run.path(), |summary| summary.stage("base").steps = 5).unwrap();
+        RunSummary::update(run.path(), |summary| summary.stage("id_clip").fixed_set_loss_before = Some(0.25)).unwrap();
         let known = GapStatistics { mean: 0.01, t: Some(5.5), n: 64, ..GapStatistics::default() };
         let gap = IdentityGap { known, ..IdentityGap::default() };
-        Summary::update(run.path(), |summary| summary.identity_gap = Some(gap.clone())).unwrap();
+        RunSummary::update(run.path(), |summary| summary.identity_gap = Some(gap.clone())).unwrap();
 
         let json: Value = serde_json::from_slice(&fs::read(run.path().join(FILE)).unwrap()).unwrap();
         assert_eq!(json["later"][0], 1);
@@ -141,14 +141,14 @@ mod tests {
         assert_eq!(json["stages"][1]["fixed_set_loss_before"], 0.25);
         assert_eq!(json["stages"][1]["fixed_set_loss_after"], Value::Null);
         assert_eq!(json["identity_gap"]["known"]["t"], 5.5);
-        assert_eq!(Summary::read(run.path()).unwrap().identity_gap, Some(gap));
+        assert_eq!(RunSummary::read(run.path()).unwrap().identity_gap, Some(gap));
     }
 
     #[test]
     fn a_broken_file_is_named_and_left_alone() {
         let run = tempfile::tempdir().unwrap();
         fs::write(run.path().join(FILE), "{\"stages\": 3}").unwrap();
-        let error = Summary::update(run.path(), |_| ()).unwrap_err();
+        let error = RunSummary::update(run.path(), |_| ()).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains("summary.json"));
         assert_eq!(fs::read(run.path().join(FILE)).unwrap(), b"{\"stages\": 3}");

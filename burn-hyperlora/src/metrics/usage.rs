@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
-/// Memory of the process, in bytes.
+/// ProcessMemory of the process, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Memory {
+pub struct ProcessMemory {
     /// Current use (`VmRSS`).
     pub resident: u64,
     /// Peak use so far (`VmHWM`).
     pub peak: u64,
 }
 
-impl Memory {
+impl ProcessMemory {
     /// Reads `/proc/self/status`; `None` if the system has none.
     pub fn now() -> Option<Self> {
         let status = fs::read_to_string("/proc/self/status").ok()?;
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn memory_is_this_process() {
-        let memory = Memory::now();
+        let memory = ProcessMemory::now();
         assert!(memory.is_some_and(|memory| memory.resident > 1 << 20 && memory.peak >= memory.resident));
         assert_eq!(kibibytes("Name:\tx\nVmRSS:\t    1234 kB\n", "VmRSS:"), Some(1234 * 1024));
         assert_eq!(kibibytes("Name:\tx\n", "VmRSS:"), None);

@@ -25,7 +25,7 @@ const SECOND_MOMENT: &str = "exp_avg_sq";
 pub struct Optimizer {
     adamw: AdamW,
     buckets: Vec<Bucket>,
-    share: Share,
+    share: Sharding,
     /// State of this rank's part of each bucket, on the plain device; `None` before the first step.
     states: Vec<Option<AdamWState<1>>>,
     window: Window,
@@ -33,7 +33,7 @@ pub struct Optimizer {
 
 /// Part of the optimiser state that lies on this rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Share {
+pub struct Sharding {
     part: usize,
     parts: usize,
     wire: Wire,
@@ -41,7 +41,7 @@ pub struct Share {
     alone: bool,
 }
 
-impl Share {
+impl Sharding {
     /// The whole state, in a world of one rank.
     pub const WHOLE: Self = Self { part: 0, parts: 1, wire: Wire::F32, alone: true };
 
@@ -81,7 +81,7 @@ impl ReducedGradients {
 
 impl Optimizer {
     /// Creates an optimiser of the module's trainable parameters, before its first step.
-    pub fn new<M: Module>(config: &OptimConfig, module: &M, share: Share) -> Self {
+    pub fn new<M: Module>(config: &OptimConfig, module: &M, share: Sharding) -> Self {
         let [beta_1, beta_2] = config.betas;
         let adamw = AdamWConfig::new()
             .with_beta_1(beta_1)
@@ -296,7 +296,7 @@ impl Optimizer {
     }
 }
 
-impl Share {
+impl Sharding {
     /// Returns this rank's range of a bucket.
     fn own(self, bucket: &Bucket) -> Range<usize> {
         let part = bucket.len() / self.parts;

@@ -10,7 +10,7 @@ mod window;
 use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-pub use adamw::{Optimizer, ReducedGradients, Share};
+pub use adamw::{Optimizer, ReducedGradients, Sharding};
 pub use buckets::bucket_bytes;
 pub use gradients::GradientMap;
 pub use schedule::{Decay, Schedule};

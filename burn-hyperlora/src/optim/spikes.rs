@@ -63,7 +63,7 @@ pub struct SpikeWatch {
 
 /// Action after a skipped step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Remedy {
+pub enum SpikeAction {
     /// Nothing more.
     Skip,
     /// Restore the weights of the last checkpoint that was due.
@@ -99,14 +99,14 @@ impl SpikeWatch {
     }
 
     /// Records a skipped step.
-    pub fn bad(&mut self, config: &SpikeConfig) -> Remedy {
+    pub fn bad(&mut self, config: &SpikeConfig) -> SpikeAction {
         self.skipped += 1;
         self.in_a_row += 1;
         if self.in_a_row < config.most {
-            return Remedy::Skip;
+            return SpikeAction::Skip;
         }
         self.in_a_row = 0;
-        if std::mem::replace(&mut self.rolled_back, true) { Remedy::Stop } else { Remedy::RollBack }
+        if std::mem::replace(&mut self.rolled_back, true) { SpikeAction::Stop } else { SpikeAction::RollBack }
     }
 }
 
@@ -131,9 +131,12 @@ mod tests {
     fn a_row_of_bad_steps_goes_back_once_and_stops_the_second_time() {
         let config = SpikeConfig { most: 2, ..SpikeConfig::default() };
         let mut watch = SpikeWatch::default();
-        assert_eq!(watch.bad(&config), Remedy::Skip);
+        assert_eq!(watch.bad(&config), SpikeAction::Skip);
         watch.good(&config, 1.0);
-        assert_eq!([(); 4].map(|()| watch.bad(&config)), [Remedy::Skip, Remedy::RollBack, Remedy::Skip, Remedy::Stop]);
+        assert_eq!(
+            [(); 4].map(|()| watch.bad(&config)),
+            [SpikeAction::Skip, SpikeAction::RollBack, SpikeAction::Skip, SpikeAction::Stop]
+        );
         assert_eq!(watch.skipped, 5);
         assert!(!watch.end());
         watch.bad(&config);

@@ -8,7 +8,7 @@ use hyperlora_sdxl::models::clip_text::ClipTextConfig;
 use hyperlora_sdxl::models::clip_vision::ClipVisionConfig;
 use hyperlora_sdxl::models::unet::config::UNet2DConditionConfig;
 use hyperlora_sdxl::models::vae::AutoencoderKlConfig;
-use hyperlora_sdxl::source::{Part, configs};
+use hyperlora_sdxl::source::{Component, configs};
 use hyperlora_sdxl::weights::ConfigText;
 
 use crate::conditioning::BaseConfig;
@@ -53,7 +53,7 @@ impl Architecture {
         if !vision_from_disk {
             assumed.push(format!("CLIP ViT-L/14 as image encoder: {} is not there", vision_folder.display()));
         }
-        let config = |part: Part, built_in| match &source {
+        let config = |part: Component, built_in| match &source {
             Some(source) => source.config(part),
             None => Ok(ConfigText::built_in(part.folder(), built_in)),
         };
@@ -62,12 +62,12 @@ impl Architecture {
             false => ConfigText::built_in("image_encoder", configs::IMAGE_ENCODER),
         };
         Ok(Self {
-            unet: UNet2DConditionConfig::parse(&config(Part::Unet, configs::UNET)?)?,
+            unet: UNet2DConditionConfig::parse(&config(Component::Unet, configs::UNET)?)?,
             unet_dtype: base.dtype.into(),
-            vae: AutoencoderKlConfig::parse(&config(Part::Vae, configs::VAE)?)?,
+            vae: AutoencoderKlConfig::parse(&config(Component::Vae, configs::VAE)?)?,
             text: [
-                ClipTextConfig::parse(&config(Part::TextEncoder, configs::TEXT_ENCODER)?)?,
-                ClipTextConfig::parse(&config(Part::TextEncoder2, configs::TEXT_ENCODER_2)?)?,
+                ClipTextConfig::parse(&config(Component::TextEncoder, configs::TEXT_ENCODER)?)?,
+                ClipTextConfig::parse(&config(Component::TextEncoder2, configs::TEXT_ENCODER_2)?)?,
             ],
             vision: ClipVisionConfig::parse(&vision)?,
             assumed,

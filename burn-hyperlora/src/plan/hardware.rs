@@ -9,7 +9,7 @@ use serde::Serialize;
 pub struct Gpu {
     /// Name on the command line.
     pub name: &'static str,
-    /// Memory in MiB, as reported by `nvidia-smi`.
+    /// MemoryPlan in MiB, as reported by `nvidia-smi`.
     pub memory_mib: u64,
     /// Peak in bf16, TFLOP/s.
     pub bf16_tflops: f64,

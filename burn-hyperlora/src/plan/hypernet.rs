@@ -8,16 +8,16 @@ fn wide(size: usize) -> u128 {
     size as u128
 }
 
-/// Sizes that all counts need.
+/// HypernetSizes that all counts need.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Sizes<'a> {
+pub(super) struct HypernetSizes<'a> {
     pub(super) config: &'a HyperLoraConfig,
     pub(super) sites: &'a [AttentionSite],
     /// Number of tokens of the image encoder's states.
     pub(super) image_tokens: usize,
 }
 
-impl Sizes<'_> {
+impl HypernetSizes<'_> {
     fn queries(&self) -> u128 {
         wide(self.sites.len() * TOKENS_PER_SITE)
     }
@@ -50,7 +50,7 @@ impl Sizes<'_> {
     pub(super) fn rank(&self, stage: Stage) -> usize {
         match stage {
             Stage::Base => self.config.base_rank,
-            Stage::IdClip | Stage::IdEmbed => self.config.id_rank + self.config.base_rank,
+            Stage::IdClip | Stage::IdEmbedding => self.config.id_rank + self.config.base_rank,
         }
     }
 
@@ -103,10 +103,10 @@ impl Sizes<'_> {
         let base = || self.resampler_flops(&[states]) + mix(self.config.base_rank);
         match stage {
             Stage::Base => HypernetFlops { trained: base(), resting: 0 },
-            Stage::IdClip | Stage::IdEmbed => {
+            Stage::IdClip | Stage::IdEmbedding => {
                 let ids = wide(self.config.id_tokens);
                 let (contexts, projector) = match stage {
-                    Stage::IdEmbed => {
+                    Stage::IdEmbedding => {
                         let output = ids * wide(self.config.clip_dim);
                         (vec![ids, states], 2 * wide(self.config.id_embedding_dim) * output)
                     }
@@ -140,7 +140,7 @@ impl Sizes<'_> {
         let heads = wide(self.config.resampler.heads);
         let contexts = match stage {
             Stage::Base | Stage::IdClip => vec![wide(self.image_tokens)],
-            Stage::IdEmbed => vec![wide(self.config.id_tokens), wide(self.image_tokens)],
+            Stage::IdEmbedding => vec![wide(self.config.id_tokens), wide(self.image_tokens)],
         };
         // Input and output of the norm, queries, keys, values, scores before and after the softmax, output of the
         // heads, sum.

@@ -8,12 +8,12 @@ pub(super) const WORKSPACE: u64 = 2 << 30;
 /// Size of an f32 in bytes.
 pub(super) const F32: u64 = 4;
 
-/// Memory of one GPU in bytes.
+/// MemoryPlan of one GPU in bytes.
 ///
 /// Weights, optimiser state, window and workspace are permanent. `encoding`, `unet_pass` and `hypernetwork_backward` are
 /// phases of a pass, of which only the largest counts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Memory {
+pub struct MemoryPlan {
     /// The UNet's weights, in `base.dtype`.
     pub unet: u64,
     /// Autoencoder, text encoders and image encoder, in f32.
@@ -39,7 +39,7 @@ pub struct Memory {
     pub workspace: u64,
 }
 
-impl Memory {
+impl MemoryPlan {
     /// Returns the memory of the largest of the three phases.
     pub fn largest_moment(&self) -> u64 {
         self.encoding.max(self.unet_pass).max(self.hypernetwork_backward)

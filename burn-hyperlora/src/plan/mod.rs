@@ -26,7 +26,7 @@ use crate::plan::hardware::{Gpu, Hops, Link};
 use crate::train::StageWork;
 use crate::train::config::TrainConfig;
 
-pub use crate::plan::memory::Memory;
+pub use crate::plan::memory::MemoryPlan;
 pub use crate::plan::stage::{Flops, StagePlan};
 
 /// Hardware of the training.
@@ -36,7 +36,7 @@ pub struct Cluster {
     pub gpu: Gpu,
     /// Number of GPUs.
     pub gpus: u64,
-    /// Memory of each GPU in bytes.
+    /// MemoryPlan of each GPU in bytes.
     pub memory: u64,
     /// Bandwidth per GPU of rings through all of them.
     pub link: Link,
@@ -53,7 +53,7 @@ pub struct Setup {
     pub place: String,
     /// Configs of the frozen models.
     pub architecture: Architecture,
-    /// Sizes of the hypernetwork.
+    /// HypernetSizes of the hypernetwork.
     pub hyper_lora: HyperLoraConfig,
     /// Settings of batches and stages.
     pub train: TrainConfig,
@@ -67,7 +67,7 @@ pub struct Setup {
 
 /// Size of a component or parameter group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Part {
+pub struct ModelPart {
     /// Folder name of the component, or name of the parameter group.
     pub name: &'static str,
     /// Number of parameters in memory.
@@ -103,10 +103,10 @@ pub struct Plan {
     pub images: Option<u64>,
     /// Number of attention modules that LoRAs are generated for.
     pub attention_modules: usize,
-    /// Sizes of the frozen models.
-    pub frozen: Vec<Part>,
-    /// Sizes of the hypernetwork's parameter groups.
-    pub trainable: Vec<Part>,
+    /// HypernetSizes of the frozen models.
+    pub frozen: Vec<ModelPart>,
+    /// HypernetSizes of the hypernetwork's parameter groups.
+    pub trainable: Vec<ModelPart>,
     /// Plans of the stages.
     pub stages: Vec<StagePlan>,
     /// Duration of all stages in days.
@@ -143,7 +143,7 @@ impl Setup {
     /// Input: a config is broken, the models cannot process the image size, or the GPUs cannot share the global batch.
     pub fn read(experiment: &Experiment, cluster: Cluster, images: Option<u64>) -> Result<Self> {
         let setup = Self {
-            place: experiment.place(),
+            place: experiment.origin(),
             architecture: Architecture::read(&experiment.base, experiment.folder())?,
             hyper_lora: experiment.hyper_lora.clone(),
             train: experiment.train.clone(),
@@ -193,16 +193,16 @@ impl Setup {
         unet::sites(&self.architecture.unet)
     }
 
-    fn sizes<'a>(&'a self, sites: &'a [AttentionSite]) -> hypernet::Sizes<'a> {
-        hypernet::Sizes { config: &self.hyper_lora, sites, image_tokens: self.architecture.vision.tokens() }
+    fn sizes<'a>(&'a self, sites: &'a [AttentionSite]) -> hypernet::HypernetSizes<'a> {
+        hypernet::HypernetSizes { config: &self.hyper_lora, sites, image_tokens: self.architecture.vision.tokens() }
     }
 
-    fn frozen(&self) -> Vec<Part> {
+    fn frozen(&self) -> Vec<ModelPart> {
         let Architecture { unet, vae, text, vision, .. } = &self.architecture;
         let encoder =
-            |name, encoder: encoders::Encoder| Part { name, parameters: encoder.held, left_out: encoder.left_out };
+            |name, encoder: encoders::Encoder| ModelPart { name, parameters: encoder.held, left_out: encoder.left_out };
         vec![
-            Part { name: "unet", parameters: unet::parameters(unet), left_out: 0 },
+            ModelPart { name: "unet", parameters: unet::parameters(unet), left_out: 0 },
             encoder("vae", encoders::autoencoder(vae, self.image_size)),
             encoder("text_encoder", encoders::text(&text[0], false)),
             encoder("text_encoder_2", encoders::text(&text[1], true)),
@@ -210,11 +210,11 @@ impl Setup {
         ]
     }
 
-    fn trainable(&self) -> Vec<Part> {
+    fn trainable(&self) -> Vec<ModelPart> {
         let sites = self.sites();
         let sizes = self.sizes(&sites);
         let part =
-            |group: ParameterGroup| Part { name: group.name(), parameters: sizes.parameters(group), left_out: 0 };
+            |group: ParameterGroup| ModelPart { name: group.name(), parameters: sizes.parameters(group), left_out: 0 };
         ParameterGroup::ALL.into_iter().map(part).filter(|part| part.parameters > 0).collect()
     }
 

@@ -5,7 +5,7 @@ use std::fmt::{self, Display, Formatter};
 use hyperlora_core::text::name;
 
 use crate::plan::hardware::PER_MACHINE;
-use crate::plan::{Memory, Part, Plan, StagePlan};
+use crate::plan::{MemoryPlan, ModelPart, Plan, StagePlan};
 
 /// Formats bytes in GiB.
 pub(super) fn gib(bytes: u64) -> String {
@@ -131,7 +131,7 @@ impl Plan {
 
     fn parameters(&self) -> Table {
         let mut table = Table::new(["parameters", "in memory", "not read"]);
-        let mut list = |title: &str, parts: &[Part]| {
+        let mut list = |title: &str, parts: &[ModelPart]| {
             for part in parts {
                 let left_out = if part.left_out > 0 { count(part.left_out) } else { String::new() };
                 table.row(part.name, [count(part.parameters), left_out]);
@@ -146,7 +146,7 @@ impl Plan {
 
     fn memory(&self) -> Table {
         let mut table = Table::of_stages("memory per GPU, GiB", &self.stages);
-        let rows: [Row<Memory, u64>; 11] = [
+        let rows: [Row<MemoryPlan, u64>; 11] = [
             ("UNet", |memory| memory.unet),
             ("encoders, f32", |memory| memory.encoders),
             ("hypernetwork, f32", |memory| memory.hypernetwork),
@@ -156,8 +156,8 @@ impl Plan {
             ("        UNet pass", |memory| memory.unet_pass),
             ("        hypernetwork backward", |memory| memory.hypernetwork_backward),
             ("workspace", |memory| memory.workspace),
-            ("= peak", Memory::peak),
-            ("= with sharded moments (ZeRO-1)", Memory::peak_sharded),
+            ("= peak", MemoryPlan::peak),
+            ("= with sharded moments (ZeRO-1)", MemoryPlan::peak_sharded),
         ];
         for (name, value) in rows {
             table.row(name, self.stages.iter().map(|stage| gib(value(&stage.memory))));

@@ -5,7 +5,7 @@ use hyperlora_sdxl::memory::activation_bytes;
 use serde::Serialize;
 
 use crate::optim::{Wire, bucket_bytes};
-use crate::plan::memory::{F32, Memory, WORKSPACE};
+use crate::plan::memory::{F32, MemoryPlan, WORKSPACE};
 use crate::plan::{Setup, encoders, unet};
 use crate::train::StageWork;
 use crate::train::config::StageEntry;
@@ -19,8 +19,8 @@ pub struct StagePlan {
     pub steps: u64,
     /// Number of trained parameters.
     pub trainable: u64,
-    /// Memory of one GPU.
-    pub memory: Memory,
+    /// MemoryPlan of one GPU.
+    pub memory: MemoryPlan,
     /// The stage fits into the memory of a GPU.
     pub fits: bool,
     /// Size of the gradients in bytes, which are all-reduced in every optimiser step.
@@ -196,7 +196,7 @@ impl Setup {
         }
     }
 
-    fn memory(&self, entry: &StageEntry, trainable: u64) -> Memory {
+    fn memory(&self, entry: &StageEntry, trainable: u64) -> MemoryPlan {
         let sites = self.sites();
         let sizes = self.sizes(&sites);
         let kind = entry.kind();
@@ -205,7 +205,7 @@ impl Setup {
         let bytes = |elements: u128| u64::try_from(elements * u128::from(F32)).unwrap_or(u64::MAX);
         let frozen = self.frozen();
         let (unet, encoders): (Vec<_>, Vec<_>) = frozen.iter().partition(|part| part.name == "unet");
-        let count = |parts: Vec<&super::Part>| parts.into_iter().map(|part| part.parameters).sum::<u64>();
+        let count = |parts: Vec<&super::ModelPart>| parts.into_iter().map(|part| part.parameters).sum::<u64>();
 
         let unet_activations = activation_bytes(
             &self.architecture.unet,
@@ -219,7 +219,7 @@ impl Setup {
         let graph = bytes(micro_batch * sizes.graph_elements(kind));
         // Tensors around the encoder's widest layer: input, normalised and activated input, output, shortcut.
         let encoding = bytes(4 * micro_batch * encoders::largest_map(&self.architecture.vae, self.image_size));
-        Memory {
+        MemoryPlan {
             unet: count(unet) * dtype_bytes(self.architecture.unet_dtype),
             encoders: count(encoders) * F32,
             hypernetwork: sizes.all_parameters() * F32,

@@ -12,9 +12,9 @@ use serde_json::Value;
 
 use super::*;
 use crate::checkpoint::CheckpointStore;
-use crate::conditioning::{Base, BaseConfig};
+use crate::conditioning::{BaseConfig, FrozenModels};
 use crate::hypernet::{HyperLora, ParameterVisitor, Stage};
-use crate::optim::{GradientMap, Optimizer, Share, Wire};
+use crate::optim::{GradientMap, Optimizer, Sharding, Wire};
 use crate::plan::hardware::{Hops, between_machines};
 use crate::run::saved::{SavedState, Snapshot};
 use crate::run::state::TrainState;
@@ -96,11 +96,11 @@ fn operations_are_those_of_torch() {
 
 #[test]
 fn operations_of_the_hypernetwork_are_those_of_torch() {
-    let setup = setup("sdxl/id-embed.yaml", 16);
+    let setup = setup("sdxl/id-embedding.yaml", 16);
     let sites = setup.sites();
     let sizes = setup.sizes(&sites);
     let base = counted("hypernetwork", "base", "forward");
-    for (stage, name) in [(Stage::Base, "base"), (Stage::IdClip, "id_clip"), (Stage::IdEmbed, "id_embedding")] {
+    for (stage, name) in [(Stage::Base, "base"), (Stage::IdClip, "id_clip"), (Stage::IdEmbedding, "id_embedding")] {
         let flops = sizes.flops(stage);
         assert_eq!(flops.trained, counted("hypernetwork", name, "forward"), "{name}");
         assert_eq!(flops.resting, if stage == Stage::Base { 0 } else { base }, "{name}");
@@ -146,7 +146,7 @@ fn the_quickstart_is_what_was_planned() {
     let plan = setup.plan();
     let base = BaseConfig::new(ConfigPath::new(root().join(SMALL)));
     let device = Device::flex().autodiff();
-    let base = Base::load(&base, Path::new(""), &Device::flex()).unwrap();
+    let base = FrozenModels::load(&base, Path::new(""), &Device::flex()).unwrap();
     let real = base.unet.attention_sites();
     let sizes = |site: &AttentionSite| (site.hidden_size, site.cross_attention_dim);
     assert_eq!(setup.sites().iter().map(sizes).collect::<Vec<_>>(), real.iter().map(sizes).collect::<Vec<_>>());
@@ -176,7 +176,7 @@ fn trained(hyper_lora: HyperLora, entry: &StageEntry, device: &Device) -> (u64, 
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
     let gradient_bytes = gradients.iter().map(|(_, gradient)| 4 * gradient.shape().num_elements() as u64).sum();
     let world = WorldOfOne::new();
-    let mut optimizer = Optimizer::new(&entry.config().optim, &hyper_lora, Share::WHOLE);
+    let mut optimizer = Optimizer::new(&entry.config().optim, &hyper_lora, Sharding::WHOLE);
     optimizer.accumulate(gradients).unwrap();
     let reduced = optimizer.reduce(&world).unwrap();
     optimizer.step(&mut hyper_lora, reduced, 1e-4, &world).unwrap();
@@ -206,7 +206,7 @@ fn bytes_below(folder: &Path) -> u64 {
 
 #[test]
 fn the_papers_setting_has_the_papers_sizes_and_days() {
-    let plans = ["base", "id-clip", "id-embed"].map(|name| setup(&format!("sdxl/{name}.yaml"), 16).plan());
+    let plans = ["base", "id-clip", "id-embedding"].map(|name| setup(&format!("sdxl/{name}.yaml"), 16).plan());
     for plan in &plans {
         assert_eq!((plan.global_batch, plan.micro_batch, plan.accumulation), (512, 4, 8), "{}", plan.experiment);
         assert_eq!(plan.attention_modules, 140);

@@ -74,7 +74,7 @@ fn layers(config: &UNet2DConditionConfig) -> impl Iterator<Item = LayerPlan> {
     })
 }
 
-/// Sizes of the attention modules in execution order; their paths are empty.
+/// HypernetSizes of the attention modules in execution order; their paths are empty.
 pub(super) fn sites(config: &UNet2DConditionConfig) -> Vec<AttentionSite> {
     let site =
         |hidden_size, cross_attention_dim| AttentionSite { path: String::new(), hidden_size, cross_attention_dim };

@@ -5,16 +5,16 @@ use std::path::Path;
 use hyperlora_core::files::{Ownership, StagedFolder, apart, copy};
 use hyperlora_core::{Error, Result};
 
-use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
+use crate::checkpoint::{Checkpoint, CheckpointStore, RankPart};
 use crate::hypernet::whole_files;
 use crate::run::CHECKPOINTS;
 use crate::run::claim::Claim;
 use crate::run::moments::{self, MomentFiles, is_moments};
 use crate::run::saved::{SavedState, WEIGHTS};
 
-/// Summary of a checkpoint, made without reading its tensors.
+/// CheckpointInfo of a checkpoint, made without reading its tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Summary {
+pub struct CheckpointInfo {
     /// Optimiser steps done in total.
     pub step: u64,
     /// Name of the stage of the last step; `None` if there was none or the state cannot be read.
@@ -45,11 +45,11 @@ pub fn checkpoints(folder: &Path) -> Result<Vec<Checkpoint>> {
 }
 
 /// Summarises a checkpoint, however damaged.
-pub fn summary(checkpoint: &Checkpoint) -> Summary {
+pub fn summary(checkpoint: &Checkpoint) -> CheckpointInfo {
     let files = checkpoint.files().unwrap_or_default();
     let length = |name: &str| checkpoint.path().join(name).symlink_metadata().map_or(0, |data| data.len());
     let state: Result<SavedState> = checkpoint.state();
-    Summary {
+    CheckpointInfo {
         step: checkpoint.step,
         stage: state.ok().and_then(|state| state.train.records.last().map(|record| record.name.clone())),
         bytes: files.iter().map(|(name, _)| length(name)).sum(),
@@ -73,7 +73,7 @@ pub fn consolidate(checkpoint: &Checkpoint) -> Result<()> {
     let whole = MomentFiles::open(checkpoint)?;
     let is_other = |name: &String| !is_moments(name) && Path::new(name).parent() != Some(Path::new(WEIGHTS));
     let others = checkpoint.files()?.into_iter().map(|(name, _)| name).filter(is_other);
-    CheckpointStore::at(root).write(checkpoint.step, |part: &mut Part<'_>| {
+    CheckpointStore::at(root).write(checkpoint.step, |part: &mut RankPart<'_>| {
         for name in others {
             part.file(&name, |path| copy(&checkpoint.path().join(&name), path))?;
         }

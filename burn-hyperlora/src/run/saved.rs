@@ -13,7 +13,7 @@ use hyperlora_sdxl::weights;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
+use crate::checkpoint::{Checkpoint, CheckpointStore, RankPart};
 use crate::hypernet::{FolderFile, HyperLora, Stage, is_released};
 use crate::optim::Optimizer;
 use crate::run::state::TrainState;
@@ -35,7 +35,7 @@ pub struct SavedState {
     pub settings: Value,
 }
 
-/// Part of a checkpoint that one rank writes, copied to host memory.
+/// RankPart of a checkpoint that one rank writes, copied to host memory.
 pub struct Snapshot {
     /// On the main rank only.
     state: Option<SavedState>,
@@ -73,7 +73,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// Disk: a full or failing disk; Input: a place that cannot be written to.
-    pub fn write(self, part: &mut Part<'_>) -> Result<()> {
+    pub fn write(self, part: &mut RankPart<'_>) -> Result<()> {
         for file in self.weights {
             part.file(&format!("{WEIGHTS}/{}", file.name), |path| file.write(path))?;
         }

@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::checkpoint::CheckpointStore;
 use crate::data::quarantine;
 use crate::experiment::Experiment;
-use crate::metrics::{LastScalars, StageSummary, Summary};
+use crate::metrics::{LastScalars, RunSummary, StageSummary};
 use crate::run::state::TrainState;
 use crate::run::{CHECKPOINTS, TENSORBOARD, is_claimed, skipped};
 use crate::train::curves::{CUT_CAPTIONS, IMAGES_PER_SECOND, RANKS};
@@ -76,7 +76,7 @@ pub struct Status {
     pub ranks: Option<u64>,
     /// Last entry of every loss curve, by name.
     pub losses: BTreeMap<String, f64>,
-    /// Summary of each stage that was begun, from `summary.json`.
+    /// RunSummary of each stage that was begun, from `summary.json`.
     pub stages: Vec<StageSummary>,
     /// Steps that were skipped because they would have done harm.
     pub skipped_steps: u64,
@@ -148,7 +148,7 @@ impl Status {
             seconds_left: images_per_second.map(|speed| images_left as f64 / speed),
             ranks: curves.values.get(RANKS).map(|ranks| *ranks as u64),
             losses: losses.map(|(tag, loss)| (tag.clone(), *loss)).collect(),
-            stages: Summary::read(run)?.stages,
+            stages: RunSummary::read(run)?.stages,
             skipped_steps: skipped::count(run)? as u64,
             cut_captions: curves.values.get(CUT_CAPTIONS).copied().filter(|share| *share > 0.0),
             quarantined_row_groups: quarantine::count(run, shards)? as u64,

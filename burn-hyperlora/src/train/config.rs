@@ -210,7 +210,7 @@ impl StageEntry {
         match self {
             Self::Base(_) => Stage::Base,
             Self::IdClip(_) => Stage::IdClip,
-            Self::IdEmbedding(_) => Stage::IdEmbed,
+            Self::IdEmbedding(_) => Stage::IdEmbedding,
         }
     }
 

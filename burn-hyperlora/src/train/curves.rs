@@ -5,7 +5,7 @@ use std::time::Duration;
 use hyperlora_core::Result;
 use hyperlora_ranks::Collective;
 
-use crate::metrics::{Memory, RunningMeans};
+use crate::metrics::{ProcessMemory, RunningMeans};
 use crate::train::StageWork;
 use crate::train::rank_figures::{self, RankFigures};
 use crate::train::step::StepReport;
@@ -18,7 +18,7 @@ pub const CUT_CAPTIONS: &str = "data/cut_captions";
 pub const RANKS: &str = rank_figures::COUNT;
 
 /// Collects steps until they are written.
-pub struct Curves {
+pub struct StepCurves {
     stage: String,
     timesteps: u32,
     clip_norm: Option<f64>,
@@ -38,7 +38,7 @@ pub struct StepTime {
     pub communication: Duration,
 }
 
-impl Curves {
+impl StepCurves {
     /// Creates the curves of the stage named `stage`, whose gradients are clipped to `clip_norm`. The loss quartiles
     /// are those of `timesteps`.
     pub fn new(stage: &str, timesteps: u32, clip_norm: Option<f64>) -> Self {
@@ -99,7 +99,7 @@ impl Curves {
         let communication = std::mem::take(&mut self.communication).as_secs_f64();
         let images = std::mem::take(&mut self.images) as f64;
         let steps = std::mem::take(&mut self.steps).max(1) as f64;
-        let memory = Memory::now();
+        let memory = ProcessMemory::now();
         let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         let figures = RankFigures {
             work: (seconds - communication) / steps,
@@ -146,7 +146,7 @@ mod tests {
             gradient_norm: 2.0,
             ..StepReport::default()
         };
-        let mut curves = Curves::new("id_clip", 1000, Some(1.5));
+        let mut curves = StepCurves::new("id_clip", 1000, Some(1.5));
         let time = StepTime { elapsed: Duration::from_secs(2), communication: Duration::from_millis(500) };
         curves.add(&report, 0.5, time);
         let work = StageWork { flops_per_image: 3e12, ideal_seconds_per_image: Some(0.25) };

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use hyperlora_core::hash::hex;
 use hyperlora_core::{Error, Result};
-use hyperlora_sdxl::source::Part;
+use hyperlora_sdxl::source::Component;
 use hyperlora_sdxl::weights::{ConfigText, Weights};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -29,7 +29,7 @@ pub(super) fn of_base(config: &BaseConfig, yaml_folder: &Path) -> Result<Value> 
     let mut parts = Map::new();
     // The same weights in another dtype are a different model.
     parts.insert("dtype".into(), format!("{:?}", config.dtype).to_lowercase().into());
-    for part in Part::ALL {
+    for part in Component::ALL {
         let checksum = of_model(&source.config(part)?, &source.weights(part, &Device::flex())?)?;
         parts.insert(part.folder().into(), checksum.into());
     }

@@ -8,7 +8,7 @@ use hyperlora_core::signals::StopFlag;
 use hyperlora_core::{Error, Result};
 use hyperlora_ranks::Ranks;
 
-use crate::conditioning::Base;
+use crate::conditioning::FrozenModels;
 use crate::data::Reference;
 use crate::data::loader::{Aside, Stop, make_all};
 use crate::data::sample::{Request, Sample, SampleMaker};
@@ -85,7 +85,7 @@ impl FixedSet {
     /// Same as [`SampleMaker::make`] and [`denoising_loss`]; also errors of the collective.
     pub fn loss(
         &self,
-        base: &Base,
+        base: &FrozenModels,
         hyper_lora: &HyperLora,
         trigger: &str,
         ranks: &Ranks,
@@ -128,7 +128,7 @@ impl FixedSet {
     /// the signal that arrived before its photos were read.
     fn losses(
         &self,
-        base: &Base,
+        base: &FrozenModels,
         hyper_lora: &HyperLora,
         trigger: &str,
         requests: &[(Request, u32)],

@@ -5,7 +5,7 @@ use hyperlora_core::Result;
 use hyperlora_sdxl::lora::LoraWeights;
 use hyperlora_sdxl::models::unet::UnetInput;
 
-use crate::conditioning::{Base, Portraits};
+use crate::conditioning::{FrozenModels, Portraits};
 use crate::hypernet::{HyperLora, Stage};
 use crate::objective;
 
@@ -28,7 +28,7 @@ pub fn make_lora(hyper_lora: &HyperLora, kind: Stage, portraits: Portraits) -> R
         let lora = hyper_lora.base_lora_of(coefficients.clone())?.weighted(&base_weight);
         return Ok(Made { lora, coefficients });
     };
-    let embedding = (kind == Stage::IdEmbed).then_some(id.embedding);
+    let embedding = (kind == Stage::IdEmbedding).then_some(id.embedding);
     let coefficients = hyper_lora.id_coefficients(id.states, embedding, 1);
     let id_lora = hyper_lora.id_lora_of(coefficients.clone()).weighted(&id_weight);
     let lora = if hyper_lora.has_base() {
@@ -45,7 +45,7 @@ pub fn make_lora(hyper_lora: &HyperLora, kind: Stage, portraits: Portraits) -> R
 /// # Errors
 /// Fault: the device cannot return its data.
 pub fn denoising_loss(
-    base: &Base,
+    base: &FrozenModels,
     input: &UnetInput,
     target: Tensor<4>,
     lora: Option<&LoraWeights>,

@@ -9,7 +9,7 @@ use hyperlora_sdxl::lora::LoraWeights;
 use hyperlora_sdxl::sample::{SampleConfig, Sampler, tile, write_picture};
 use image::{ImageFormat, RgbImage};
 
-use crate::conditioning::Base;
+use crate::conditioning::FrozenModels;
 use crate::data::sample::Sample;
 use crate::hypernet::{HyperLora, Stage};
 use crate::run::SAMPLES;
@@ -21,7 +21,7 @@ use crate::train::forward::make_lora;
 /// # Errors
 /// Input: more steps than the schedule has; Fault: the device cannot return its data.
 pub fn grid(
-    base: &Base,
+    base: &FrozenModels,
     hyper_lora: &HyperLora,
     kind: Stage,
     people: &[Sample],
@@ -49,7 +49,7 @@ pub fn write(run: &Path, step: u64, grid: &RgbImage) -> Result<()> {
 
 /// Draws one picture for each of `people`, with its caption and from its own noise.
 fn draw(
-    base: &Base,
+    base: &FrozenModels,
     people: &[Sample],
     config: &SamplesConfig,
     trigger: &str,

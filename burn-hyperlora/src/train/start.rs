@@ -14,10 +14,10 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
-use crate::conditioning::Base;
+use crate::conditioning::FrozenModels;
 use crate::data::dataset::Dataset;
 use crate::hypernet::{HyperLora, ParameterVisitor};
-use crate::optim::{OptimConfig, Optimizer, Share, Wire};
+use crate::optim::{OptimConfig, Optimizer, Sharding, Wire};
 use crate::run::moments::MomentFiles;
 use crate::run::saved::{SavedState, Source, WEIGHTS, check_settings};
 use crate::run::state::TrainState;
@@ -32,7 +32,7 @@ use crate::train::{TrainOptions, TrainSetup, fingerprint, open_dataset};
 /// Input: a checkpoint of other settings, or weights that do not fit.
 pub(super) fn begin_or_resume(
     setup: &TrainSetup,
-    base: &Base,
+    base: &FrozenModels,
     checkpoint: Option<&Checkpoint>,
     settings: &Value,
 ) -> Result<(Learner, TrainState)> {
@@ -151,8 +151,8 @@ fn check_trigger(setup: &TrainSetup) -> Result<()> {
 ///
 /// # Errors
 /// Input: models that are missing, broken or incompatible; Disk: a failing disk.
-pub(super) fn load_base(setup: &TrainSetup) -> Result<Base> {
-    let base = Base::load(&setup.base, &setup.folder, &setup.device)?;
+pub(super) fn load_base(setup: &TrainSetup) -> Result<FrozenModels> {
+    let base = FrozenModels::load(&setup.base, &setup.folder, &setup.device)?;
     base.check(&setup.place, setup.data.image_size, setup.hyper_lora.clip_dim)?;
     // Without this check, the run would end at its first pictures.
     if let Some(samples) = &setup.train.samples {
@@ -182,7 +182,7 @@ pub(super) fn origin(setup: &TrainSetup, checkpoint: Option<&Checkpoint>) -> Res
 }
 
 /// Creates the learner of a new run.
-fn begin(setup: &TrainSetup, base: &Base) -> Result<Learner> {
+fn begin(setup: &TrainSetup, base: &FrozenModels) -> Result<Learner> {
     let device = setup.device.clone().autodiff();
     let sites = base.unet.attention_sites();
     let hyper_lora = match &setup.train.init_from {
@@ -198,7 +198,12 @@ fn begin(setup: &TrainSetup, base: &Base) -> Result<Learner> {
 }
 
 /// Restores the learner and state of the checkpoint.
-fn resume(setup: &TrainSetup, base: &Base, checkpoint: &Checkpoint, settings: &Value) -> Result<(Learner, TrainState)> {
+fn resume(
+    setup: &TrainSetup,
+    base: &FrozenModels,
+    checkpoint: &Checkpoint,
+    settings: &Value,
+) -> Result<(Learner, TrainState)> {
     let saved: SavedState = checkpoint.state()?;
     check_settings(&setup.place, &saved, settings)?;
     let device = setup.device.clone().autodiff();
@@ -221,7 +226,7 @@ fn resume(setup: &TrainSetup, base: &Base, checkpoint: &Checkpoint, settings: &V
 }
 
 fn learner(setup: &TrainSetup, hyper_lora: HyperLora, config: &OptimConfig) -> Learner {
-    let share = Share::of(&*setup.ranks, setup.train.shard_optimizer, setup.train.wire);
+    let share = Sharding::of(&*setup.ranks, setup.train.shard_optimizer, setup.train.wire);
     let optimizer = Optimizer::new(config, &hyper_lora, share);
     Learner { hyper_lora, optimizer }
 }

@@ -10,7 +10,7 @@ use hyperlora_core::{Error, Result};
 use hyperlora_ranks::{Collective, Ranks};
 use hyperlora_sdxl::lora::LoraWeights;
 
-use crate::conditioning::Base;
+use crate::conditioning::FrozenModels;
 use crate::data::batch::Batch;
 use crate::data::scenario::Scenario;
 use crate::hypernet::{CoefficientStatistics, HyperLora, Stage};
@@ -126,7 +126,7 @@ pub struct StepGradients {
 /// # Errors
 /// Errors of the data; PeerFailed: another rank fails. The weights are unchanged.
 pub fn gradients(
-    base: &Base,
+    base: &FrozenModels,
     learner: &mut Learner,
     config: &StepConfig<'_>,
     objective: &dyn Objective,
@@ -204,7 +204,7 @@ fn share_losses(
 
 /// Accumulates the gradients of this rank's batches. Returns the report so far, or the signal instead of a batch.
 fn window(
-    base: &Base,
+    base: &FrozenModels,
     learner: &mut Learner,
     config: &StepConfig<'_>,
     objective: &dyn Objective,
@@ -249,7 +249,7 @@ struct Pass {
 }
 
 fn pass(
-    base: &Base,
+    base: &FrozenModels,
     hyper_lora: &HyperLora,
     config: &StepConfig<'_>,
     objective: &dyn Objective,

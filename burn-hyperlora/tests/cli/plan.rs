@@ -23,7 +23,8 @@ fn plan(config: &Path, options: &[&str]) -> Ended {
 
 #[test]
 fn a_plan_is_a_page_of_tables_and_says_what_it_assumed() {
-    let printed = plan(&sdxl("id-embed.yaml"), &["--gpus", "16", "--gpu", "a100-80g", "--images", "4400000"]).with(0);
+    let printed =
+        plan(&sdxl("id-embedding.yaml"), &["--gpus", "16", "--gpu", "a100-80g", "--images", "4400000"]).with(0);
     let page = printed.stdout;
     for part in
         ["assumed: SDXL-Base-1.0", "2.567 B", "attention modules", "1.486 B", "ZeRO-1", "days", "fits into 80.0 GiB"]

@@ -13,7 +13,7 @@ use image::{RgbImage, imageops};
 use crate::pictures::photo;
 use crate::support::{STEPS, World, contents, copy_folder, hyperlora, quickstart_base, run};
 
-/// Sizes of the small world's hypernetwork.
+/// HypernetSettings of the small world's hypernetwork.
 const CLIP_DIM: usize = 64;
 const ID_DIM: usize = 512;
 

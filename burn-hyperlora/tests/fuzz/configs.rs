@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use burn_hyperlora::conditioning::{Base, BaseConfig};
+use burn_hyperlora::conditioning::{BaseConfig, FrozenModels};
 use clap::ValueEnum;
 use hyperlora_core::Result;
 use hyperlora_core::config::ConfigPath;
@@ -44,7 +44,7 @@ fn document(name: &str) -> Value {
 
 /// Loads a base and draws the smallest possible picture, in one step.
 fn draw(folder: &Path) -> Result<()> {
-    let base = Base::load(&BaseConfig::new(ConfigPath::new(folder)), Path::new(""), &device())?;
+    let base = FrozenModels::load(&BaseConfig::new(ConfigPath::new(folder)), Path::new(""), &device())?;
     // Their results do not matter here: the experiment checks them.
     let _side = base.image_size();
     let _fits = base.check(&folder.display().to_string(), 64, 64);

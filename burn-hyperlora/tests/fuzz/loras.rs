@@ -6,7 +6,7 @@ use hyperlora_core::Result;
 use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
 use hyperlora_sdxl::models::unet::UNet2DConditionModel;
 use hyperlora_sdxl::models::unet::config::UNet2DConditionConfig;
-use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::source::{BaseSource, Component};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::Value;
@@ -22,8 +22,8 @@ fn apply(path: &std::path::Path) -> Result<()> {
     let source = BaseSource::open(&base(), None, None)?;
     let updates = sum(&[(LoraFile::open(path)?, 1.0)], &BaseNames::of(&source)?)?;
     let source = source.with_updates(updates);
-    let config = UNet2DConditionConfig::parse(&source.config(Part::Unet)?)?;
-    UNet2DConditionModel::new(config, source.weights(Part::Unet, &device())?).map(drop)
+    let config = UNet2DConditionConfig::parse(&source.config(Component::Unet)?)?;
+    UNet2DConditionModel::new(config, source.weights(Component::Unet, &device())?).map(drop)
 }
 
 fn outcome(bytes: &[u8]) -> bool {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, read_sites};
 use hyperlora_core::Result;
-use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::source::{BaseSource, Component};
 use hyperlora_sdxl::weights::{Form, SafetensorsFile, Weights};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -206,7 +206,7 @@ proptest! {
             fs::write(&path, file(header.to_string().as_bytes(), b"")).unwrap();
             survives(folder.path(), || {
                 let source = BaseSource::open(&path, None, Some(&base()))?;
-                for part in Part::ALL {
+                for part in Component::ALL {
                     let weights = source.weights(part, &device())?;
                     let matrices: Vec<_> = weights.shapes().into_iter().filter(|(_, shape)| shape.len() == 2).collect();
                     for (name, shape) in matrices {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::{fs, io};
 
-use burn_hyperlora::checkpoint::{Checkpoint, CheckpointStore, Part};
+use burn_hyperlora::checkpoint::{Checkpoint, CheckpointStore, RankPart};
 use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +18,7 @@ fn state(step: u64) -> State {
 }
 
 /// Writes the contents of every test's checkpoint of a step.
-fn fill(step: u64) -> impl FnOnce(&mut Part<'_>) -> Result<()> {
+fn fill(step: u64) -> impl FnOnce(&mut RankPart<'_>) -> Result<()> {
     move |part| {
         add(part, "hyper_lora/resampler.safetensors", &[7; 3_000])?;
         add(part, "optimizer.safetensors", &[1; 5_000])?;
@@ -26,7 +26,7 @@ fn fill(step: u64) -> impl FnOnce(&mut Part<'_>) -> Result<()> {
     }
 }
 
-fn add(part: &mut Part<'_>, name: &str, bytes: &[u8]) -> Result<()> {
+fn add(part: &mut RankPart<'_>, name: &str, bytes: &[u8]) -> Result<()> {
     part.file(name, |path| fs::write(path, bytes).map_err(|source| Error::write(path, source)))
 }
 
@@ -133,7 +133,7 @@ fn a_failed_write_leaves_the_older_ones_and_nothing_else() {
     store.latest().unwrap().unwrap().verify().unwrap();
 }
 
-fn full_disk(part: &mut Part<'_>) -> Result<()> {
+fn full_disk(part: &mut RankPart<'_>) -> Result<()> {
     part.file("weights", |path| {
         std::os::unix::fs::symlink("/dev/full", path).unwrap();
         fs::write(path, "x").map_err(|source| Error::write(path, source))

@@ -7,7 +7,7 @@ use std::time::Duration;
 use std::{fs, thread};
 
 use burn::tensor::Tensor;
-use burn_hyperlora::checkpoint::{Checkpoint, CheckpointStore, CheckpointWriter, Part};
+use burn_hyperlora::checkpoint::{Checkpoint, CheckpointStore, CheckpointWriter, RankPart};
 use hyperlora_core::{Error, Result};
 use hyperlora_ranks::{Collective, Pending};
 
@@ -99,7 +99,7 @@ fn each_into<R: Send>(
 }
 
 /// Writes this rank's file, and the state on the main rank.
-fn part(rank: usize) -> impl FnOnce(&mut Part<'_>) -> Result<()> + Send + 'static {
+fn part(rank: usize) -> impl FnOnce(&mut RankPart<'_>) -> Result<()> + Send + 'static {
     move |part| {
         let write = |path: &Path| fs::write(path, vec![rank as u8; 1_000]).map_err(|source| Error::write(path, source));
         part.file(&format!("weights/{rank}"), write)?;
@@ -112,9 +112,9 @@ fn list(root: &Path) -> Vec<u64> {
 }
 
 /// Delays a part until it is released.
-fn held(rank: usize) -> (Sender<()>, impl FnOnce(&mut Part<'_>) -> Result<()> + Send + 'static) {
+fn held(rank: usize) -> (Sender<()>, impl FnOnce(&mut RankPart<'_>) -> Result<()> + Send + 'static) {
     let (go, wait): (Sender<()>, Receiver<()>) = channel();
-    let held = move |to: &mut Part<'_>| {
+    let held = move |to: &mut RankPart<'_>| {
         let _ = wait.recv();
         part(rank)(to)
     };
@@ -180,7 +180,7 @@ fn the_next_one_waits_for_the_last_and_steps_alone_bring_it_home() {
 
 #[test]
 fn one_rank_that_cannot_write_ends_it_for_all_and_leaves_the_older_ones() {
-    let full = |part: &mut Part<'_>| {
+    let full = |part: &mut RankPart<'_>| {
         part.file("optimizer", |path| {
             fs::write(path, "half").unwrap();
             Err(Error::write(path, std::io::ErrorKind::StorageFull.into()))
@@ -261,7 +261,7 @@ fn parts_in_folders_that_are_not_shared_make_no_checkpoint() {
 #[test]
 fn a_part_of_another_length_makes_no_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
-    let cut = |to: &mut Part<'_>| {
+    let cut = |to: &mut RankPart<'_>| {
         let mut written = None;
         to.file("weights/1", |path| {
             written = Some(path.to_owned());
@@ -288,7 +288,7 @@ fn all_ranks_give_up_a_disk_that_hangs_with_the_same_words() {
     let root = folder.path();
     let errors = each_into(&[root, root], Duration::from_millis(100), |world, writer| {
         let (go, wait): (Sender<()>, Receiver<()>) = channel();
-        let hung = move |_: &mut Part<'_>| {
+        let hung = move |_: &mut RankPart<'_>| {
             let _ = wait.recv();
             Err(Error::Fault("let go".into()))
         };

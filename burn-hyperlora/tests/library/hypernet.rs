@@ -175,7 +175,7 @@ fn stage_3_can_learn_from_where_it_starts() {
         }
     }
     let expected = Expected::open();
-    let groups = ParameterGroup::defaults(Stage::IdEmbed);
+    let groups = ParameterGroup::defaults(Stage::IdEmbedding);
     let model = model(&Device::flex().autodiff()).start_id_embedding_stage().trainable(groups);
     let coefficients = model.id_coefficients(expected.clip(), Some(expected.id()), 1);
     let probe: Tensor<3> = expected.get("id.coefficients");
@@ -201,7 +201,7 @@ fn every_parameter_belongs_to_one_group_and_only_chosen_ones_take_gradients() {
     assert_eq!(by_group.iter().sum::<usize>(), names.len());
     assert!(by_group.iter().all(|&count| count > 0), "a group without parameters: {by_group:?}");
 
-    let stages = [Stage::Base, Stage::IdClip, Stage::IdEmbed];
+    let stages = [Stage::Base, Stage::IdClip, Stage::IdEmbedding];
     for stage in stages {
         let groups = ParameterGroup::defaults(stage);
         let mut flags = Flags(BTreeMap::new());

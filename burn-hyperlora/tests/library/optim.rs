@@ -9,7 +9,7 @@ use std::time::Duration;
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_hyperlora::optim::{Decay, GradientMap, OptimConfig, Optimizer, ReducedGradients, Schedule, Share, Wire};
+use burn_hyperlora::optim::{Decay, GradientMap, OptimConfig, Optimizer, ReducedGradients, Schedule, Sharding, Wire};
 use hyperlora_ranks::{Collective, Pending, WorldOfOne};
 use safetensors::SafeTensors;
 
@@ -60,7 +60,7 @@ fn gradients(fixture: &BTreeMap<String, Vec<f32>>, step: usize) -> GradientMap {
 }
 
 fn optimizer(linear: &Linear) -> Optimizer {
-    Optimizer::new(&config(), linear, Share::WHOLE)
+    Optimizer::new(&config(), linear, Sharding::WHOLE)
 }
 
 fn reduced(optimizer: &mut Optimizer, gradients: GradientMap) -> ReducedGradients {
@@ -285,7 +285,7 @@ fn all_ranks_clip_by_the_same_norm() {
     let linear = linear(&fixture());
     let world = SecondOfTwo { square_of_the_first: 400.0 };
     let norm = |sharded: bool| {
-        let mut optimizer = Optimizer::new(&config(), &linear, Share::of(&world, sharded, Wire::F32));
+        let mut optimizer = Optimizer::new(&config(), &linear, Sharding::of(&world, sharded, Wire::F32));
         let mut gradients = GradientMap::default();
         gradients.insert("weight", Tensor::full([12], 3.0_f32, &Device::flex()));
         gradients.insert("bias", Tensor::full([4], 3.0_f32, &Device::flex()));

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use burn_hyperlora::conditioning::{Base, BaseConfig, UnetDtype};
+use burn_hyperlora::conditioning::{BaseConfig, FrozenModels, UnetDtype};
 use hyperlora_core::config::ConfigPath;
 use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
 use hyperlora_sdxl::lora::ops::merge;
@@ -30,13 +30,13 @@ fn written(tensors: BTreeMap<String, TensorData>) -> (TempDir, PathBuf) {
     (folder, path)
 }
 
-fn load(path: &Path, config: Option<&Path>) -> hyperlora_core::Result<Base> {
+fn load(path: &Path, config: Option<&Path>) -> hyperlora_core::Result<FrozenModels> {
     let config = BaseConfig { config: config.map(ConfigPath::new), ..BaseConfig::new(ConfigPath::new(path)) };
-    Base::load_for_drawing(&config, Path::new(""), &device())
+    FrozenModels::load_for_drawing(&config, Path::new(""), &device())
 }
 
 /// Computes the outputs of UNet, text encoders and autoencoder for the same input.
-fn outputs(base: &Base) -> Vec<TensorData> {
+fn outputs(base: &FrozenModels) -> Vec<TensorData> {
     let numbers = |count: usize| (0..count).map(|index| (index as f32 * 0.7).sin()).collect::<Vec<_>>();
     let latents = Tensor::<4>::from_data(TensorData::new(numbers(4 * 64), [1, 4, 8, 8]), &device());
     let prompt = base.text.encode(&["a photo of a person"]).unwrap();
@@ -257,7 +257,8 @@ fn loras_are_merged_into_a_single_file() {
     let merged = folder.path().join("merged.safetensors");
     merge(&source(), &updates, &merged).unwrap();
 
-    let expected = Base::from_source(&source().with_updates(updates.clone()), UnetDtype::F32, &device()).unwrap();
+    let expected =
+        FrozenModels::from_source(&source().with_updates(updates.clone()), UnetDtype::F32, &device()).unwrap();
     let plain = outputs(&load(&path, Some(&quickstart_base())).unwrap());
     let actual = outputs(&load(&merged, Some(&quickstart_base())).unwrap());
     assert!(actual == outputs(&expected) && actual != plain);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use burn_hyperlora::checkpoint::CheckpointStore;
-use burn_hyperlora::metrics::Summary;
+use burn_hyperlora::metrics::RunSummary;
 use burn_hyperlora::run::CHECKPOINTS;
 use hyperlora_core::random::below;
 
@@ -76,15 +76,15 @@ fn killed_right_after_the_last_checkpoint_the_same_command_tidies_the_run() {
         let kept = CheckpointStore::at(&world.path("run").join(CHECKPOINTS)).list().unwrap();
         kept.iter().map(|checkpoint| checkpoint.step).collect()
     };
-    let summary = Summary::read(&world.path("run")).unwrap();
+    let summary = RunSummary::read(&world.path("run")).unwrap();
     assert!(steps() == [8, 9] && summary.stages[2].fixed_set_loss_after.is_some(), "{summary:?}");
     // State right after the last checkpoint is in its place, before anything else is done.
     let checkpoints = world.path("run").join(CHECKPOINTS);
     fs::create_dir(checkpoints.join("step-00000007")).unwrap();
-    Summary::update(&world.path("run"), |summary| summary.stages.truncate(2)).unwrap();
+    RunSummary::update(&world.path("run"), |summary| summary.stages.truncate(2)).unwrap();
     finishes();
     assert_eq!(steps(), [8, 9]);
-    assert_eq!(Summary::read(&world.path("run")).unwrap(), summary);
+    assert_eq!(RunSummary::read(&world.path("run")).unwrap(), summary);
 }
 
 #[test]

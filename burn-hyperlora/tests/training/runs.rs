@@ -8,7 +8,7 @@ use burn::tensor::Device;
 use burn_hyperlora::checkpoint::CheckpointStore;
 use burn_hyperlora::eval::identity_gap;
 use burn_hyperlora::experiment::Experiment;
-use burn_hyperlora::metrics::{StageSummary, Summary};
+use burn_hyperlora::metrics::{RunSummary, StageSummary};
 use burn_hyperlora::run::{CHECKPOINTS, SKIPPED};
 use burn_hyperlora::train::{Outcome, TrainOptions};
 use hyperlora_core::signals::StopFlag;
@@ -65,7 +65,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
             assert!(resumed.get(file) == Some(bytes), "{name}: {file} differs");
         }
         let losses = |run: &str| -> Vec<f64> {
-            let stages = Summary::read(&world.path(run)).unwrap().stages;
+            let stages = RunSummary::read(&world.path(run)).unwrap().stages;
             assert_eq!(stages.iter().map(|stage| stage.steps).collect::<Vec<_>>(), [2, 4, 3]);
             let both = |stage: StageSummary| [stage.fixed_set_loss_before, stage.fixed_set_loss_after];
             stages.into_iter().flat_map(both).map(Option::unwrap).collect()
@@ -164,7 +164,7 @@ fn training_lowers_the_loss_on_photos_it_does_not_see() {
     let changes = [("- base: {steps: 2", "- base: {steps: 25"), ("{triples: 6}", "{triples: 16}")];
     let experiment = world.experiment(&changes).unwrap();
     world.train(&experiment, "run", Some(25)).unwrap();
-    let summary = Summary::read(&world.path("run")).unwrap();
+    let summary = RunSummary::read(&world.path("run")).unwrap();
     let (before, after) = (summary.stages[0].fixed_set_loss_before, summary.stages[0].fixed_set_loss_after);
     assert!(after.unwrap() < 0.98 * before.unwrap(), "{before:?} -> {after:?}");
 }
@@ -340,7 +340,7 @@ fn a_run_folder_tells_its_story() {
     assert_eq!(first, again);
     assert_eq!((first.known.n, first.unseen.n), (4, 12));
     assert!(first.known.t.is_some_and(f64::is_finite) && first.known.mean != 0.0);
-    let summary = Summary::read(&run).unwrap();
+    let summary = RunSummary::read(&run).unwrap();
     let known = summary.identity_gap.unwrap().known;
     assert!(known.n == 4 && (known.mean - first.known.mean).abs() < 1e-12);
     assert_eq!(summary.stages.iter().map(|stage| stage.steps).collect::<Vec<_>>(), [2, 4, 3]);

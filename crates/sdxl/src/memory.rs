@@ -108,20 +108,20 @@ pub fn activation_bytes(
     recompute: bool,
 ) -> u64 {
     let factors = if dtype == FloatDType::F32 { IN_F32 } else { IN_BF16 };
-    let sizes = Sizes { factors, latents, batch: micro_batch as u64 };
+    let sizes = ActivationSizes { factors, latents, batch: micro_batch as u64 };
     let ops = layout(config);
     let is_transformer = |op: &Op<LayerPlan>| matches!(op, Op::Layer(layer) if layer.is_transformer());
     let first = ops.iter().position(is_transformer).unwrap_or(ops.len());
     if recompute { sizes.recomputing(&ops[first..]) } else { sizes.keeping(&ops[first..]) }
 }
 
-struct Sizes {
+struct ActivationSizes {
     factors: Factors,
     latents: [usize; 2],
     batch: u64,
 }
 
-impl Sizes {
+impl ActivationSizes {
     fn keeping(&self, ops: &[Op<LayerPlan>]) -> u64 {
         layers(ops).map(|layer| self.kept(layer)).sum()
     }

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor};
 use hyperlora_core::{Error, Result};
 
 use crate::models::clip_text::{ClipTextConfig, ClipTextModel};
-use crate::source::{BaseSource, Part};
+use crate::source::{BaseSource, Component};
 use crate::tokenizer::{ClipTokenizer, PROMPT_TOKENS, TEXT_TOKENS};
 
 /// Encoded prompts.
@@ -41,7 +41,7 @@ impl TextEncoders {
     /// # Errors
     /// Same as [`load`](Self::load).
     pub fn open(base: &BaseSource, device: &Device) -> Result<Self> {
-        const PARTS: [Part; 2] = [Part::TextEncoder, Part::TextEncoder2];
+        const PARTS: [Component; 2] = [Component::TextEncoder, Component::TextEncoder2];
         let configs = [base.config(PARTS[0])?, base.config(PARTS[1])?];
         let encoder = |index: usize| {
             ClipTextModel::new(ClipTextConfig::parse(&configs[index])?, base.weights(PARTS[index], device)?)
@@ -53,7 +53,7 @@ impl TextEncoders {
         };
         for ((encoder, tokenizer), text) in this.encoders.iter().zip(&this.tokenizers).zip(&configs) {
             let config = encoder.config();
-            let place = text.place();
+            let place = text.origin();
             if config.max_position_embeddings < PROMPT_TOKENS {
                 let problem = format!("max_position_embeddings {} is below 77", config.max_position_embeddings);
                 return Err(Error::file(place, problem, "use the text encoders of an SDXL base"));
@@ -69,7 +69,7 @@ impl TextEncoders {
         }
         if !this.encoders[1].has_projection() {
             return Err(Error::file(
-                configs[1].place(),
+                configs[1].origin(),
                 "architectures does not name CLIPTextModelWithProjection",
                 "use the second text encoder of an SDXL base",
             ));

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use burn_hyperlora::checkpoint::CheckpointStore;
-use burn_hyperlora::metrics::Summary;
+use burn_hyperlora::metrics::RunSummary;
 use burn_hyperlora::run::{CHECKPOINTS, TENSORBOARD};
 use hyperlora_core::random::{Purpose, below, for_sample, unit};
 use rand_chacha::ChaCha8Rng;
@@ -199,7 +199,7 @@ fn is_alike(run: &Path, undisturbed: &Path) {
         assert!(found[&file] == bytes, "{}: {file} differs", run.display());
     }
     let stages = |run: &Path| -> Vec<_> {
-        let stages = Summary::read(run).unwrap().stages.into_iter();
+        let stages = RunSummary::read(run).unwrap().stages.into_iter();
         stages.map(|of| (of.name, of.steps, of.fixed_set_loss_before, of.fixed_set_loss_after)).collect()
     };
     assert_eq!(stages(run), stages(undisturbed));

@@ -36,7 +36,7 @@ impl Random {
     }
 
     /// Draws a position in `length` bytes, often near an end: headers are at the start, footers at the end.
-    fn place(&mut self, length: usize) -> usize {
+    fn position(&mut self, length: usize) -> usize {
         match self.below(4) {
             0 => self.below(length.clamp(1, 400)),
             1 => length.saturating_sub(1 + self.below(length.clamp(1, 400))),
@@ -46,7 +46,7 @@ impl Random {
 
     /// Draws a range in `length` bytes, mostly a short one.
     fn range(&mut self, length: usize) -> std::ops::Range<usize> {
-        let start = self.place(length).min(length);
+        let start = self.position(length).min(length);
         let most = if self.one_in(4) { length - start } else { (length - start).min(16) };
         start..start + if most == 0 { 0 } else { 1 + self.below(most) }
     }
@@ -98,7 +98,7 @@ pub fn mutate_binary(random: &mut Random, seed: &[u8]) -> Vec<u8> {
 }
 
 fn change_binary(random: &mut Random, bytes: &mut Vec<u8>) {
-    let place = random.place(bytes.len());
+    let place = random.position(bytes.len());
     match random.below(14) {
         0 | 1 => {
             if let Some(byte) = bytes.get_mut(place) {

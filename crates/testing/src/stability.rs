@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::source::{BaseSource, Component};
 use hyperlora_sdxl::weights::{Form, SafetensorsFile, TensorEntry, weights_in};
 use safetensors::Dtype;
 
@@ -16,7 +16,7 @@ pub fn quickstart_base() -> PathBuf {
 }
 
 /// Reads all tensors of a component's safetensors file.
-fn tensors_of(part: Part) -> BTreeMap<String, TensorData> {
+fn tensors_of(part: Component) -> BTreeMap<String, TensorData> {
     let folder = quickstart_base().join(part.folder());
     let path = weights_in(&folder, None).unwrap();
     let file = SafetensorsFile::open(&path).unwrap();
@@ -33,11 +33,11 @@ pub fn stability() -> BTreeMap<String, TensorData> {
     let source = BaseSource::open(&quickstart_base(), None, None).unwrap();
     let mut made = BTreeMap::new();
     let mut fused: BTreeMap<String, [Vec<f32>; 3]> = BTreeMap::new();
-    for part in Part::ALL {
+    for part in Component::ALL {
         let table = source.table(part).unwrap();
         for (name, data) in tensors_of(part) {
             // Recent transformers save the first encoder without the prefix of published files.
-            let name = if part == Part::TextEncoder && !name.starts_with("text_model.") {
+            let name = if part == Component::TextEncoder && !name.starts_with("text_model.") {
                 format!("text_model.{name}")
             } else {
                 name

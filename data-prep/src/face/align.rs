@@ -63,7 +63,7 @@ impl Similarity {
     pub(super) fn warp(&self, photo: &RgbImage, side: u32) -> RgbImage {
         let Self { a, b, shift } = self.inverse();
         let mut sampling = Sampling { origin: shift, across: [a, b], down: [-b, a] };
-        let corner = sampling.place(-0.5, -0.5);
+        let corner = sampling.apply(-0.5, -0.5);
         sampling.origin = corner.map(|place| place + 0.5);
         sampling.read_centres(photo, side, side, Border::Black)
     }

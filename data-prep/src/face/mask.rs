@@ -65,7 +65,7 @@ pub fn id_image(photo: &RgbImage, landmarks: &[[f32; 2]], config: &MaskConfig) -
     let crop = Sampling::of_box(square(centre, half), size, size);
     let mut image = crop.read(photo, size, size, Border::Nearest);
     for (u, v, pixel) in image.enumerate_pixels_mut() {
-        let place = crop.place(u as f32 + 0.5, v as f32 + 0.5);
+        let place = crop.apply(u as f32 + 0.5, v as f32 + 0.5);
         let shown = if contains(photo, place) { mask.at(place) } else { 0.0 };
         pixel.apply(|value| mix(GREY, f32::from(value), shown));
     }
@@ -91,7 +91,7 @@ pub fn base_image(photo: &RgbImage, landmarks: &[[f32; 2]], config: &MaskConfig)
             let [u, v] = [x as f32 + 0.5, y as f32 + 0.5];
             let hidden = mask.at([u, v]);
             if hidden > 0.0 {
-                let smooth: [f32; 3] = bilinear(&blurred, back.place(u, v));
+                let smooth: [f32; 3] = bilinear(&blurred, back.apply(u, v));
                 let pixel = image.get_pixel_mut(x, y);
                 *pixel = Rgb([0, 1, 2].map(|c| mix(f32::from(pixel.0[c]), smooth[c], hidden)));
             }

@@ -152,7 +152,7 @@ impl FaceAnalyser {
     /// # Errors
     /// Input: the library or a model file is missing, broken, or not of the expected shape.
     pub fn load(config: &FaceConfig, base_dir: &Path) -> Result<Self> {
-        config.validate("face")?;
+        config.validate("faces")?;
         config.warn_of_runtime();
         let models = FaceModels::find(config, base_dir)?;
         let runtime = Runtime::load()?;

@@ -32,7 +32,7 @@ impl Sampling {
     }
 
     /// Returns the place of an output point in the photo.
-    pub(super) fn place(&self, u: f32, v: f32) -> [f32; 2] {
+    pub(super) fn apply(&self, u: f32, v: f32) -> [f32; 2] {
         [0, 1].map(|axis| self.origin[axis] + u * self.across[axis] + v * self.down[axis])
     }
 
@@ -61,7 +61,7 @@ impl Sampling {
                 for column in 0..across {
                     let u = u as f32 + (column as f32 + 0.5) / across as f32;
                     let v = v as f32 + (row as f32 + 0.5) / down as f32;
-                    let colour = bilinear(photo, self.place(u, v), border);
+                    let colour = bilinear(photo, self.apply(u, v), border);
                     sum.iter_mut().zip(colour).for_each(|(sum, value)| *sum += value * weight);
                 }
             }

@@ -106,7 +106,7 @@ impl ShardFolder {
     }
 
     fn bad_index(&self, problem: String) -> Error {
-        Error::file(&self.store().place(&self.manifest().index.file), problem, REMEDY)
+        Error::file(&self.store().locate(&self.manifest().index.file), problem, REMEDY)
     }
 }
 

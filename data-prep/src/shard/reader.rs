@@ -80,7 +80,7 @@ impl ShardFolder {
 
     fn of_store(store: Store) -> Result<Self> {
         let text = store.read_manifest()?;
-        let manifest = Manifest::parse(&text, &store.place(MANIFEST_FILE))?;
+        let manifest = Manifest::parse(&text, &store.locate(MANIFEST_FILE))?;
         let mut row_groups = Vec::new();
         let mut first_row = 0;
         for (shard, file) in manifest.shards.iter().enumerate() {
@@ -103,8 +103,8 @@ impl ShardFolder {
     }
 
     /// Returns the folder, for messages.
-    pub fn place(&self) -> PathBuf {
-        self.store.place("")
+    pub fn origin(&self) -> PathBuf {
+        self.store.locate("")
     }
 
     /// Returns all row groups, in the order of their rows.
@@ -157,7 +157,7 @@ impl ShardFolder {
 
     fn damaged(&self, shard: &ShardFile, group: Option<usize>, damage: &Damage) -> Error {
         let what = group.map_or("the footer".into(), |index| format!("row group {index}"));
-        Error::file(&self.store.place(&shard.file), format!("{what} is damaged: {damage}"), REMEDY)
+        Error::file(&self.store.locate(&shard.file), format!("{what} is damaged: {damage}"), REMEDY)
     }
 
     pub(super) fn store(&self) -> &Store {

@@ -72,13 +72,13 @@ impl Remote {
         Ok(Self { url, store, folder, runtime, cache, deadline: config.deadline })
     }
 
-    pub(super) fn place(&self, file: &str) -> PathBuf {
+    pub(super) fn locate(&self, file: &str) -> PathBuf {
         Path::new(&self.url).join(file)
     }
 
     /// Reads the current manifest, or the last one received if the server does not answer.
     pub(super) fn read_manifest(&self) -> Result<Bytes> {
-        let place = self.place(MANIFEST_FILE);
+        let place = self.locate(MANIFEST_FILE);
         let remedy = "check that the URL is the folder's own and needs no sign-in page";
         match self.get(MANIFEST_FILE, GetOptions::default(), MANIFEST_BYTES, Instant::now() + self.deadline) {
             Ok(Some(text)) if text.starts_with(b"{") => {
@@ -158,7 +158,7 @@ impl Remote {
     }
 
     fn failure(&self, file: &str, error: &StoreError) -> Error {
-        let place = self.place(file);
+        let place = self.locate(file);
         match error {
             StoreError::NotFound { .. } => {
                 Error::file(&place, "does not exist", "check the URL, and that the folder was copied there whole")

@@ -74,11 +74,11 @@ impl Store {
     }
 
     /// Returns the place of one file, for messages.
-    pub(super) fn place(&self, file: &str) -> PathBuf {
+    pub(super) fn locate(&self, file: &str) -> PathBuf {
         match self {
             Self::Folder(root) => root.path().join(file),
             #[cfg(feature = "cloud")]
-            Self::Remote(remote) => remote.place(file),
+            Self::Remote(remote) => remote.locate(file),
         }
     }
 

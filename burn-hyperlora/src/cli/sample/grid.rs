@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use burn_hyperlora::conditioning::{Base, BaseConfig};
+use burn_hyperlora::conditioning::{BaseConfig, FrozenModels};
 use burn_hyperlora::generate::Generator;
 use burn_hyperlora::generate::photos::{PhotoReader, Portrait};
 use burn_hyperlora::metrics::Progress;
@@ -54,7 +54,7 @@ pub(super) fn draw(args: &SampleArgs, checkpoint: &Path, common: &Common, device
     let (base_config, base_from) = base_of(args, checkpoint, &generator)?;
     let mut reader = PhotoReader::open(&generator, &options.models.photo_models())?;
     let portraits = options.images.iter().map(|path| reader.portrait(path)).collect::<Result<Vec<Portrait>>>()?;
-    let base = Base::load_for_drawing(&base_config, &base_from, device)?;
+    let base = FrozenModels::load_for_drawing(&base_config, &base_from, device)?;
     generator.order_for(base.unet.attention_sites())?;
     let mut config = args.config(&base);
     let text = args.prompt.as_deref().unwrap_or("a photo of a person");

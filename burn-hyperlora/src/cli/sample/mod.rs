@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::{Device, Tensor};
-use burn_hyperlora::conditioning::{Base, BaseConfig, UnetDtype};
+use burn_hyperlora::conditioning::{BaseConfig, FrozenModels, UnetDtype};
 use burn_hyperlora::metrics::Progress;
 use clap::builder::RangedU64ValueParser;
 use clap::{ArgGroup, Args};
@@ -134,7 +134,7 @@ impl SampleArgs {
         }
     }
 
-    fn config(&self, base: &Base) -> SampleConfig {
+    fn config(&self, base: &FrozenModels) -> SampleConfig {
         let side = self.size.unwrap_or_else(|| base.image_size());
         SampleConfig {
             steps: self.steps,
@@ -165,7 +165,7 @@ fn pair(text: &str, between: char) -> Option<[u32; 2]> {
     Some([first.trim().parse().ok()?, second.trim().parse().ok()?])
 }
 
-fn sampler(base: &Base) -> Sampler<'_> {
+fn sampler(base: &FrozenModels) -> Sampler<'_> {
     Sampler { unet: &base.unet, vae: &base.vae, schedule: &base.schedule }
 }
 
@@ -178,7 +178,7 @@ fn from_prompt(
 ) -> Result<RgbImage> {
     let source = args.base_config(path).source(Path::new(""))?;
     let updates = args.loras.updates(&source)?;
-    let base = Base::from_source(&source.with_updates(updates), args.dtype, device)?;
+    let base = FrozenModels::from_source(&source.with_updates(updates), args.dtype, device)?;
     let config = args.config(&base);
 
     let prompt = base.text.encode_and_warn("--prompt", args.prompt.as_deref().unwrap_or_default())?;
@@ -199,14 +199,14 @@ fn from_prompt(
 }
 
 /// Encodes the negative prompt: `--negative-prompt`, or what the base was trained with.
-fn negative(args: &SampleArgs, base: &Base, prompt: &PromptStates) -> Result<PromptStates> {
+fn negative(args: &SampleArgs, base: &FrozenModels, prompt: &PromptStates) -> Result<PromptStates> {
     match &args.negative_prompt {
         Some(text) => base.text.encode_and_warn("--negative-prompt", text),
         None => base.text.negative(prompt),
     }
 }
 
-fn load_latents(path: &Path, base: &Base, config: &SampleConfig, device: &Device) -> Result<Tensor<4>> {
+fn load_latents(path: &Path, base: &FrozenModels, config: &SampleConfig, device: &Device) -> Result<Tensor<4>> {
     let factor = base.vae.config().factor();
     let shape = [1, base.vae.config().latent_channels, config.height / factor, config.width / factor];
     let file = Weights::open(path, device)?;

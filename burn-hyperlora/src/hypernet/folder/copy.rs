@@ -66,7 +66,7 @@ impl HyperLora {
 
     /// Copies one shard of the bases; part 0 includes the index.
     fn copy_shard(&self, dtype: FloatDType, part: usize, parts: usize) -> Result<Vec<FolderFile>> {
-        let mut sizes = Sizes(Vec::new());
+        let mut sizes = ShardSizes(Vec::new());
         self.visit_parameters(&mut sizes);
         let total: usize = sizes.0.iter().map(|(_, size)| size).sum();
         let mut before = 0;
@@ -100,9 +100,9 @@ impl HyperLora {
 }
 
 /// Number of elements of each basis tensor.
-struct Sizes(Vec<(String, usize)>);
+struct ShardSizes(Vec<(String, usize)>);
 
-impl ParameterVisitor for Sizes {
+impl ParameterVisitor for ShardSizes {
     fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
         if let Some((BASES, key)) = name.split_once('.') {
             self.0.push((key.into(), parameter.lazy_shape().num_elements()));

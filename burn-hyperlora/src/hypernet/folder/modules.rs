@@ -7,7 +7,7 @@ use hyperlora_core::files::write_whole;
 use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::lora::AttentionSite;
 use hyperlora_sdxl::lora::file::names::diffusers_path;
-use hyperlora_sdxl::source::Part;
+use hyperlora_sdxl::source::Component;
 use hyperlora_sdxl::weights::{parse_json, read_text};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -95,7 +95,7 @@ pub(super) fn unet_order(folder: &Path, own: &[AttentionSite], unet: &[Attention
 /// Diffusers path of an attention module, from its LoRA prefix in diffusers or Stability naming.
 fn unet_path(prefix: &str) -> Result<Option<String>> {
     let Some(name) = prefix.strip_prefix("lora_unet_") else { return Ok(None) };
-    let path = diffusers_path(Part::Unet, name)?;
+    let path = diffusers_path(Component::Unet, name)?;
     Ok(path.filter(|path| path.ends_with(".attn1") || path.ends_with(".attn2")))
 }
 

@@ -18,7 +18,7 @@ use hyperlora_core::{Error, Result};
 use serde_json::Value;
 
 use crate::checkpoint::{CheckpointStore, CheckpointWriter};
-use crate::conditioning::Base;
+use crate::conditioning::FrozenModels;
 use crate::data::dataset::Dataset;
 use crate::data::rank::Rank;
 use crate::hypernet::{HyperLora, Stage};
@@ -40,7 +40,7 @@ use crate::train::{Outcome, TrainOptions, TrainSetup};
 pub struct Session {
     setup: Rc<TrainSetup>,
     options: TrainOptions,
-    base: Base,
+    base: FrozenModels,
     dataset: Arc<Dataset>,
     /// Settings that a resume must match.
     settings: Value,
@@ -265,7 +265,7 @@ impl Session {
     }
 
     /// Returns the frozen models.
-    pub fn base(&self) -> &Base {
+    pub fn base(&self) -> &FrozenModels {
         &self.base
     }
 

@@ -7,7 +7,7 @@ use hyperlora_core::Result;
 
 use crate::data::quarantine;
 use crate::metrics::MetricsWriter;
-use crate::optim::spikes::Remedy;
+use crate::optim::spikes::SpikeAction;
 use crate::run::{SKIPPED, skipped};
 use crate::train::config::{SamplesConfig, StageEntry};
 use crate::train::curves::{CUT_CAPTIONS, StepTime};
@@ -92,9 +92,9 @@ impl Session {
         tracing::warn!("step {step} is skipped: {reason}; its photos are in {SKIPPED}");
         skipped::note(&setup.ranks, &setup.run, step, entry.name(), reason, photos)?;
         match self.state.spikes.bad(&setup.train.spikes) {
-            Remedy::Skip => Ok(()),
-            Remedy::RollBack => self.go_back(&format!("too many in a row, the last one for {reason}")),
-            Remedy::Stop => Err(diverged(reason)),
+            SpikeAction::Skip => Ok(()),
+            SpikeAction::RollBack => self.go_back(&format!("too many in a row, the last one for {reason}")),
+            SpikeAction::Stop => Err(diverged(reason)),
         }
     }
 

@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use hyperlora_core::{Error, Result};
 
-use crate::checkpoint::Part;
+use crate::checkpoint::RankPart;
 use crate::hypernet::Stage;
-use crate::metrics::Summary;
+use crate::metrics::RunSummary;
 use crate::run::SKIPPED;
 use crate::run::saved::{SavedState, Snapshot};
 use crate::train::config::StageEntry;
@@ -29,7 +29,7 @@ impl Session {
         let Learner { hyper_lora, optimizer } = &self.learner;
         let copy = || {
             let snapshot = Snapshot::take(&saved, hyper_lora, optimizer, &**ranks)?;
-            Ok(move |part: &mut Part<'_>| snapshot.write(part))
+            Ok(move |part: &mut RankPart<'_>| snapshot.write(part))
         };
         self.writer.begin(&**ranks, self.state.global_step, copy, self.tidying())?;
         self.log(&[("speed/checkpoint_stall_s".into(), clock.elapsed().as_secs_f64())]);
@@ -49,7 +49,7 @@ impl Session {
         let (records, last_due) = (self.state.records.clone(), self.state.last_due);
         move || {
             store.prune(policy.keep, policy.keep_every, last_due)?;
-            Summary::update(&run, |summary| summary.stages = records)
+            RunSummary::update(&run, |summary| summary.stages = records)
         }
     }
 

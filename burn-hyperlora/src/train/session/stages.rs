@@ -16,7 +16,7 @@ use crate::hypernet::Stage;
 use crate::metrics::{Display, Progress, StageSummary, WaitClock};
 use crate::train::Outcome;
 use crate::train::config::StageEntry;
-use crate::train::curves::Curves;
+use crate::train::curves::StepCurves;
 use crate::train::fixed_set::FixedSet;
 use crate::train::session::Session;
 use crate::train::start::begin_learning;
@@ -25,7 +25,7 @@ use crate::train::start::begin_learning;
 pub(super) struct OpenStage {
     pub(super) loader: Loader,
     pub(super) fixed_set: Option<Rc<FixedSet>>,
-    pub(super) curves: Curves,
+    pub(super) curves: StepCurves,
     pub(super) progress: Progress,
     /// Time spent waiting for data.
     pub(super) waits: WaitClock,
@@ -82,7 +82,7 @@ impl Session {
         self.stage = Some(OpenStage {
             loader,
             fixed_set: fixed_set.map(Rc::new),
-            curves: Curves::new(entry.name(), timesteps, config.optim.clip_norm),
+            curves: StepCurves::new(entry.name(), timesteps, config.optim.clip_norm),
             progress: Progress::new(entry.name(), self.state.stage_step, config.steps, display),
             waits: WaitClock::default(),
             ranks: setup.ranks.through(timed.clone()),

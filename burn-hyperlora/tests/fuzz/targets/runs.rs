@@ -7,7 +7,7 @@ use std::path::Path;
 use burn_hyperlora::checkpoint::Checkpoint;
 use burn_hyperlora::data::quarantine::Quarantine;
 use burn_hyperlora::experiment::Experiment;
-use burn_hyperlora::metrics::{MetricsWriter, Summary};
+use burn_hyperlora::metrics::{MetricsWriter, RunSummary};
 use burn_hyperlora::run::archive;
 use burn_hyperlora::run::moments::MomentFiles;
 use burn_hyperlora::run::saved::SavedState;
@@ -234,7 +234,7 @@ fn read_run(run: &Path) -> Answer {
     let status = Status::read(run)?;
     assert!(status.to_string().contains("steps"));
     serde_json::to_string(&status).unwrap();
-    Summary::read(run)?;
+    RunSummary::read(run)?;
     Quarantine::open(run, 5, "abc")?;
     Ok(())
 }

@@ -7,7 +7,7 @@ use burn_hyperlora::generate::features;
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, read_sites};
 use hyperlora_sdxl::lora::LoraSet;
 use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
-use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::source::{BaseSource, Component};
 use hyperlora_sdxl::weights::Weights;
 use serde_json::{Value, json};
 
@@ -196,7 +196,7 @@ fn single_files() {
         case.choose(1);
         fs::write(&path, seed.changed(case)).unwrap();
         let source = BaseSource::open(&path, None, Some(&base()))?;
-        let part = *case.random.pick(&Part::ALL);
+        let part = *case.random.pick(&Component::ALL);
         let weights = source.weights(part, &device())?;
         for (name, shape) in weights.shapes() {
             if let [rows, columns] = *shape {

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use burn::tensor::{Device, Tensor};
-use burn_hyperlora::checkpoint::{CheckpointStore, CheckpointWriter, Part};
+use burn_hyperlora::checkpoint::{CheckpointStore, CheckpointWriter, RankPart};
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ParameterGroup};
-use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Share};
+use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Sharding};
 use burn_hyperlora::run::saved::{SavedState, Snapshot};
 use burn_hyperlora::run::state::TrainState;
 use burn_hyperlora::train::step::Learner;
@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let clock = Instant::now();
         let copy = || {
             let snapshot = Snapshot::take(&state, &learner.hyper_lora, &learner.optimizer, &world)?;
-            Ok(move |part: &mut Part<'_>| snapshot.write(part))
+            Ok(move |part: &mut RankPart<'_>| snapshot.write(part))
         };
         writer.begin(&world, round, copy, || Ok(()))?;
         let stall = clock.elapsed().as_secs_f64();
@@ -82,7 +82,7 @@ fn learner(sites: usize) -> Result<Learner, Box<dyn Error>> {
     let mut nothing = Tensor::<1>::ones([1], &device).require_grad().sum().backward();
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
     let world = WorldOfOne::new();
-    let mut optimizer = Optimizer::new(&OptimConfig::default(), &hyper_lora, Share::WHOLE);
+    let mut optimizer = Optimizer::new(&OptimConfig::default(), &hyper_lora, Sharding::WHOLE);
     optimizer.accumulate(gradients)?;
     let reduced = optimizer.reduce(&world)?;
     optimizer.step(&mut hyper_lora, reduced, 1e-4, &world)?;

@@ -14,7 +14,7 @@ use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::models::clip_text::{ClipTextConfig, ClipTextModel};
 use hyperlora_sdxl::models::clip_vision::{ClipVisionModel, ImageProcessor};
 use hyperlora_sdxl::models::unet::{UNet2DConditionConfig, UNet2DConditionModel, UnetInput};
-use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::source::{BaseSource, Component};
 use hyperlora_sdxl::weights::{Weights, save};
 use image::RgbImage;
 
@@ -35,8 +35,8 @@ fn main() -> Result<()> {
     let results = match part.as_str() {
         "unet" => unet(base, &case, dtype, start)?,
         "vae" => vae(base, &case, start)?,
-        "text_encoder" => text(base, Part::TextEncoder, &case, start)?,
-        "text_encoder_2" => text(base, Part::TextEncoder2, &case, start)?,
+        "text_encoder" => text(base, Component::TextEncoder, &case, start)?,
+        "text_encoder_2" => text(base, Component::TextEncoder2, &case, start)?,
         "image_encoder" => vision(base, &case, start)?,
         other => return Err(usage(&format!("{other} is no part"))),
     };
@@ -47,8 +47,8 @@ type Results = Vec<(String, TensorData)>;
 
 fn unet(base: &Path, case: &Case, dtype: FloatDType, start: Instant) -> Result<Results> {
     let source = BaseSource::open(base, None, None)?;
-    let config = UNet2DConditionConfig::parse(&source.config(Part::Unet)?)?;
-    let unet = UNet2DConditionModel::new(config, source.weights(Part::Unet, &Device::flex())?.with_dtype(dtype))?;
+    let config = UNet2DConditionConfig::parse(&source.config(Component::Unet)?)?;
+    let unet = UNet2DConditionModel::new(config, source.weights(Component::Unet, &Device::flex())?.with_dtype(dtype))?;
     let input = UnetInput {
         latents: case.tensor("latents")?,
         timesteps: case.tensor("timesteps")?,
@@ -68,7 +68,7 @@ fn vae(base: &Path, case: &Case, start: Instant) -> Result<Results> {
     }))
 }
 
-fn text(base: &Path, part: Part, case: &Case, start: Instant) -> Result<Results> {
+fn text(base: &Path, part: Component, case: &Case, start: Instant) -> Result<Results> {
     let source = BaseSource::open(base, None, None)?;
     let config = ClipTextConfig::parse(&source.config(part)?)?;
     let model = ClipTextModel::new(config, source.weights(part, &Device::flex())?)?;

@@ -12,7 +12,7 @@ use burn::tensor::{Device, Distribution, FloatDType, Tensor};
 use burn_hyperlora::conditioning::{IdPortraits, Portraits};
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ParameterGroup, Stage};
 use burn_hyperlora::objective::mean_squared_error;
-use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Share};
+use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Sharding};
 use burn_hyperlora::train::forward::make_lora;
 use hyperlora_core::{Error, Result};
 use hyperlora_ranks::WorldOfOne;
@@ -43,13 +43,13 @@ fn main() -> Result<()> {
         HyperLora::new(&config, unet.attention_sites(), 0, &device.clone().autodiff()).trainable(&groups);
     let optim = OptimConfig::default();
     let world = WorldOfOne::new();
-    let mut optimizer = Optimizer::new(&optim, &hyper_lora, Share::WHOLE);
+    let mut optimizer = Optimizer::new(&optim, &hyper_lora, Sharding::WHOLE);
     let (input, target) = (input(&unet, side, &device), normal([1, 4, side, side], &device));
-    let made = make_lora(&hyper_lora, Stage::IdEmbed, portraits(&config, &device).autodiff())?;
+    let made = make_lora(&hyper_lora, Stage::IdEmbedding, portraits(&config, &device).autodiff())?;
     clock.lap("hypernetwork, its values drawn on the way");
     let made = {
         drop(made);
-        make_lora(&hyper_lora, Stage::IdEmbed, portraits(&config, &device).autodiff())?
+        make_lora(&hyper_lora, Stage::IdEmbedding, portraits(&config, &device).autodiff())?
     };
     clock.lap("hypernet");
     let plain = made.lora.clone().map(Tensor::inner);

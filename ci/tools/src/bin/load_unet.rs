@@ -9,7 +9,7 @@ use std::time::Instant;
 use burn::tensor::{Device, FloatDType};
 use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::models::unet::{UNet2DConditionConfig, UNet2DConditionModel};
-use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::source::{BaseSource, Component};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -23,9 +23,9 @@ fn main() -> Result<()> {
     };
     let start = Instant::now();
     let source = BaseSource::open(Path::new(path), None, None)?;
-    let weights = source.weights(Part::Unet, &Device::flex())?.with_dtype(dtype);
+    let weights = source.weights(Component::Unet, &Device::flex())?.with_dtype(dtype);
     let parameters: usize = weights.shapes().values().map(|shape| shape.iter().product::<usize>()).sum();
-    let unet = UNet2DConditionModel::new(UNet2DConditionConfig::parse(&source.config(Part::Unet)?)?, weights)?;
+    let unet = UNet2DConditionModel::new(UNet2DConditionConfig::parse(&source.config(Component::Unet)?)?, weights)?;
     let seconds = start.elapsed().as_secs_f64();
 
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);

@@ -8,7 +8,7 @@ use burn::tensor::{Device, Distribution, Tensor};
 use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
 use hyperlora_sdxl::models::unet::{UNet2DConditionModel, UnetInput};
-use hyperlora_sdxl::source::{BaseSource, Part};
+use hyperlora_sdxl::source::{BaseSource, Component};
 use hyperlora_sdxl::weights;
 
 const BATCH: usize = 2;
@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     let source = BaseSource::open(base, None, None)?;
     let updates = sum(&[(LoraFile::open(lora)?, 1.0)], &BaseNames::of(&source)?)?;
     let unet = UNet2DConditionModel::load(&base.join("unet"), &device)?;
-    let weights = source.with_updates(updates).weights(Part::Unet, &device)?;
+    let weights = source.with_updates(updates).weights(Component::Unet, &device)?;
     let with_lora = UNet2DConditionModel::new(unet.config().clone(), weights)?;
     let config = unet.config();
     let normal = Distribution::Normal(0.0, 1.0);

@@ -11,8 +11,8 @@ use std::time::Duration;
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
 use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ParameterGroup, ParameterVisitor};
-use burn_hyperlora::metrics::Memory;
-use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Share, Wire};
+use burn_hyperlora::metrics::ProcessMemory;
+use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Sharding, Wire};
 use hyperlora_core::{Error, Result};
 use hyperlora_ranks::{Collective, run_as_rank};
 use hyperlora_sdxl::lora::AttentionSite;
@@ -31,7 +31,7 @@ fn measure(world: &dyn Collective) -> Result<()> {
     // A loss that depends on nothing gives zero gradients.
     let mut nothing = Tensor::<1>::ones([1], &Device::flex().autodiff()).require_grad().sum().backward();
     let gradients = GradientMap::take(&hyper_lora, &mut nothing);
-    let mut optimizer = Optimizer::new(&OptimConfig::default(), &hyper_lora, Share::of(world, true, Wire::F32));
+    let mut optimizer = Optimizer::new(&OptimConfig::default(), &hyper_lora, Sharding::of(world, true, Wire::F32));
     optimizer.accumulate(gradients)?;
     let reduced = optimizer.reduce(world)?;
     let before = resident();
@@ -73,7 +73,7 @@ impl ParameterVisitor for Trainable {
     }
 }
 
-/// Memory of this process in bytes.
+/// ProcessMemory of this process in bytes.
 fn resident() -> u64 {
-    Memory::now().map_or(0, |memory| memory.resident)
+    ProcessMemory::now().map_or(0, |memory| memory.resident)
 }

@@ -7,7 +7,7 @@ use hyperlora_core::{Error, Result};
 use safetensors::Dtype;
 
 use crate::lora::file::{LoraFile, names, notes_of};
-use crate::source::Part;
+use crate::source::Component;
 use crate::weights::{TensorEntry, values};
 
 const NOT_FINITE: &str = "holds values that are not finite";
@@ -18,7 +18,7 @@ const REMEDY: &str = "give a plain LoRA for SDXL, in the format of sd-scripts or
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LoraSet {
     /// Updates by component and path.
-    pub modules: BTreeMap<(Part, String), LoraModule>,
+    pub modules: BTreeMap<(Component, String), LoraModule>,
     /// Metadata of the file, such as author and trigger words.
     pub notes: BTreeMap<String, String>,
 }

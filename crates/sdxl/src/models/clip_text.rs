@@ -50,7 +50,7 @@ impl ClipTextConfig {
         match config.problem() {
             None => Ok(config),
             Some((key, problem)) => Err(Error::input(
-                format!("{}: {key}", text.place().display()),
+                format!("{}: {key}", text.origin().display()),
                 problem,
                 "use the config.json of a CLIP text encoder",
             )),

@@ -80,7 +80,7 @@ impl AutoencoderKlConfig {
     /// Input: the JSON is broken, or a setting is not supported.
     pub fn parse(text: &ConfigText) -> Result<Self> {
         let config: Self = text.parse()?;
-        config.validate(text.place())?;
+        config.validate(text.origin())?;
         Ok(config)
     }
 

@@ -176,8 +176,8 @@ impl NoiseSchedule {
     /// Same as [`load`](Self::load).
     pub fn parse(text: &ConfigText) -> Result<Self> {
         let schedule = Self::new(text.parse()?)
-            .map_err(|problem| Error::file(text.place(), problem, "use the scheduler_config.json of an SDXL base"))?;
-        Ok(Self { place: text.place().display().to_string(), ..schedule })
+            .map_err(|problem| Error::file(text.origin(), problem, "use the scheduler_config.json of an SDXL base"))?;
+        Ok(Self { place: text.origin().display().to_string(), ..schedule })
     }
 
     /// Computes the noise schedule.

@@ -62,7 +62,7 @@ const PASSED_SHOWN: usize = 10;
 
 /// A component of SDXL with its own weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Part {
+pub enum Component {
     /// The denoiser.
     Unet,
     /// The image autoencoder.
@@ -73,7 +73,7 @@ pub enum Part {
     TextEncoder2,
 }
 
-impl Part {
+impl Component {
     /// All components.
     pub const ALL: [Self; 4] = [Self::Unet, Self::Vae, Self::TextEncoder, Self::TextEncoder2];
 
@@ -108,14 +108,14 @@ impl Part {
 }
 
 /// Weight updates of each component, by diffusers name.
-pub type PartUpdates = BTreeMap<Part, Updates>;
+pub type ComponentUpdates = BTreeMap<Component, Updates>;
 
 /// A base on disk, opened but not read.
 #[derive(Debug)]
 pub struct BaseSource {
     path: PathBuf,
     layout: Layout,
-    updates: PartUpdates,
+    updates: ComponentUpdates,
 }
 
 #[derive(Debug)]
@@ -172,7 +172,7 @@ impl BaseSource {
         check_kind(&file)?;
         tell_passed_over(&file);
         let layout = Layout::SingleFile { file: Arc::new(file), config: config.map(Path::to_path_buf) };
-        Ok(Self { path: path.into(), layout, updates: PartUpdates::new() })
+        Ok(Self { path: path.into(), layout, updates: ComponentUpdates::new() })
     }
 
     fn open_folder(path: &Path, variant: Option<&str>) -> Result<Self> {
@@ -185,7 +185,7 @@ impl BaseSource {
             ));
         }
         if let Some(variant) = variant
-            && !Part::ALL.iter().any(|part| has_variant(&path.join(part.folder()), variant))
+            && !Component::ALL.iter().any(|part| has_variant(&path.join(part.folder()), variant))
         {
             return Err(Error::file(
                 path,
@@ -199,12 +199,12 @@ impl BaseSource {
     /// A pipeline folder in which only the components that are read need to exist.
     pub(super) fn folder(path: &Path, variant: Option<&str>) -> Self {
         let layout = Layout::Folder { variant: variant.map(String::from) };
-        Self { path: path.into(), layout, updates: PartUpdates::new() }
+        Self { path: path.into(), layout, updates: ComponentUpdates::new() }
     }
 
     /// Adds updates that are applied to the weights as they are read.
     #[must_use]
-    pub fn with_updates(self, updates: PartUpdates) -> Self {
+    pub fn with_updates(self, updates: ComponentUpdates) -> Self {
         Self { updates, ..self }
     }
 
@@ -233,7 +233,7 @@ impl BaseSource {
     ///
     /// # Errors
     /// Same as [`ConfigText::read`].
-    pub fn config(&self, part: Part) -> Result<ConfigText> {
+    pub fn config(&self, part: Component) -> Result<ConfigText> {
         self.text(&format!("{}/config.json", part.folder()), part.config())
     }
 
@@ -249,7 +249,7 @@ impl BaseSource {
     ///
     /// # Errors
     /// Same as [`Weights::open`]; for a single file, also those of the component's config.
-    pub fn weights(&self, part: Part, device: &Device) -> Result<Weights> {
+    pub fn weights(&self, part: Component, device: &Device) -> Result<Weights> {
         let weights = self.stored(part, device)?;
         Ok(match self.updates.get(&part) {
             Some(updates) => weights.with_updates(updates.clone()),
@@ -258,7 +258,7 @@ impl BaseSource {
     }
 
     /// Tensors of a component as stored.
-    fn stored(&self, part: Part, device: &Device) -> Result<Weights> {
+    fn stored(&self, part: Component, device: &Device) -> Result<Weights> {
         let (file, prefix) = match &self.layout {
             Layout::Folder { variant } => {
                 return Weights::open_variant(&self.path.join(part.folder()), variant.as_deref(), device);
@@ -281,13 +281,13 @@ impl BaseSource {
     ///
     /// # Errors
     /// Same as the component's config.
-    pub fn table(&self, part: Part) -> Result<KeyTable> {
+    pub fn table(&self, part: Component) -> Result<KeyTable> {
         let config = self.config(part)?;
         Ok(match part {
-            Part::Unet => KeyTable::unet(&UNet2DConditionConfig::parse(&config)?),
-            Part::Vae => KeyTable::vae(&AutoencoderKlConfig::parse(&config)?),
-            Part::TextEncoder => KeyTable::text_encoder(),
-            Part::TextEncoder2 => KeyTable::text_encoder_2(&ClipTextConfig::parse(&config)?),
+            Component::Unet => KeyTable::unet(&UNet2DConditionConfig::parse(&config)?),
+            Component::Vae => KeyTable::vae(&AutoencoderKlConfig::parse(&config)?),
+            Component::TextEncoder => KeyTable::text_encoder(),
+            Component::TextEncoder2 => KeyTable::text_encoder_2(&ClipTextConfig::parse(&config)?),
         })
     }
 
@@ -296,7 +296,10 @@ impl BaseSource {
     /// # Errors
     /// Same as its config and weights.
     pub fn vae(&self, device: &Device) -> Result<AutoencoderKl> {
-        AutoencoderKl::new(AutoencoderKlConfig::parse(&self.config(Part::Vae)?)?, self.weights(Part::Vae, device)?)
+        AutoencoderKl::new(
+            AutoencoderKlConfig::parse(&self.config(Component::Vae)?)?,
+            self.weights(Component::Vae, device)?,
+        )
     }
 
     /// Noise schedule of training. A single file may mark itself as predicting velocity (key `v_pred`) and as ending in
@@ -356,7 +359,7 @@ fn check_kind(file: &SafetensorsFile) -> Result<()> {
         return is(kind);
     }
     // A file with all components is an SDXL checkpoint, whatever other keys a tool has added.
-    let Some(part) = Part::ALL.iter().find(|part| !has(part.prefix())) else { return Ok(()) };
+    let Some(part) = Component::ALL.iter().find(|part| !has(part.prefix())) else { return Ok(()) };
     match OTHER_KINDS.iter().find(|(beginning, _)| has(beginning)) {
         Some((_, kind)) => is(kind),
         None => is(&format!("not a complete SDXL checkpoint: it has no keys {}* ({})", part.prefix(), part.folder())),
@@ -374,7 +377,7 @@ fn unneeded(key: &str) -> Option<&str> {
 fn tell_passed_over(file: &SafetensorsFile) {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for entry in file.entries() {
-        let of_a_part = Part::ALL.iter().any(|part| entry.name.starts_with(part.prefix()));
+        let of_a_part = Component::ALL.iter().any(|part| entry.name.starts_with(part.prefix()));
         let beside = || (!of_a_part).then(|| entry.name.split('.').next().unwrap_or_default());
         if let Some(name) = unneeded(&entry.name).or_else(beside) {
             *counts.entry(name.to_owned()).or_default() += 1;

@@ -76,7 +76,7 @@ impl ConfigText {
     }
 
     /// Origin for messages.
-    pub fn place(&self) -> &Path {
+    pub fn origin(&self) -> &Path {
         &self.place
     }
 
@@ -91,7 +91,7 @@ impl ConfigText {
     /// Input, with line and column: the JSON is broken, or `T` rejects a value.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
         parse_json(&self.text).map_err(|problem| {
-            Error::file(self.place(), problem, "use the config that belongs to these weights, in diffusers layout")
+            Error::file(self.origin(), problem, "use the config that belongs to these weights, in diffusers layout")
         })
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, TensorData};
 use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
-use hyperlora_sdxl::source::{BaseSource, Part, PartUpdates};
+use hyperlora_sdxl::source::{BaseSource, Component, ComponentUpdates};
 use hyperlora_sdxl::weights::{SafetensorsFile, TensorEntry, Weights, save, save_lazily, save_with_metadata};
 use safetensors::Dtype;
 
@@ -28,7 +28,7 @@ fn names() -> BaseNames {
 }
 
 /// Reads every weight that `updates` changes, with the changes.
-fn changed(updates: &PartUpdates) -> BTreeMap<String, TensorData> {
+fn changed(updates: &ComponentUpdates) -> BTreeMap<String, TensorData> {
     let mut found = BTreeMap::new();
     for (part, updates) in updates {
         let folder = part.folder();
@@ -45,7 +45,7 @@ fn changed(updates: &PartUpdates) -> BTreeMap<String, TensorData> {
     found
 }
 
-fn updates(files: &[(&str, f32)]) -> PartUpdates {
+fn updates(files: &[(&str, f32)]) -> ComponentUpdates {
     let loras: Vec<_> = files.iter().map(|(name, weight)| (LoraFile::open(&fixture(name)).unwrap(), *weight)).collect();
     sum(&loras, &names()).unwrap()
 }
@@ -65,7 +65,7 @@ fn a_linear_layer_is_made_whichever_way_it_is_read() {
     let name = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj";
     let open = || Weights::open(&base().join("unet"), &device()).unwrap();
     let [rows, columns] = <[usize; 2]>::try_from(open().shapes()[format!("{name}.weight").as_str()]).unwrap();
-    let weights = open().with_updates(updates(&[("kohya", 1.0)])[&Part::Unet].clone());
+    let weights = open().with_updates(updates(&[("kohya", 1.0)])[&Component::Unet].clone());
     let stored = weights.at(name).tensor("weight", [rows, columns]).transpose();
     let linear = weights.at(name).linear(columns, rows, true);
     assert_eq!(linear.weight.val().into_data(), stored.clone().into_data());
@@ -111,7 +111,7 @@ fn edited(folder: &Path, edit: impl Fn(&mut BTreeMap<String, TensorData>)) -> Pa
 
 /// Returns the error message for a rejected file.
 fn refusal(path: &Path) -> String {
-    let mut updates = PartUpdates::new();
+    let mut updates = ComponentUpdates::new();
     let error = LoraFile::open(path).and_then(|lora| lora.add_to(&mut updates, &names(), 1.0)).unwrap_err();
     assert_eq!(error.exit_code(), 2, "{error}");
     error.to_string()

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use hyperlora_sdxl::lora::file::{ADAPTER_METADATA, Layout};
 use hyperlora_sdxl::lora::ops::{concat, reduce};
 use hyperlora_sdxl::lora::{LoraModule, LoraSet, Matrix};
-use hyperlora_sdxl::source::Part;
+use hyperlora_sdxl::source::Component;
 use hyperlora_sdxl::weights::SafetensorsFile;
 use safetensors::Dtype;
 
@@ -36,14 +36,14 @@ fn lora(modules: &[(&str, usize, f32)]) -> LoraSet {
     let module = |&(name, rank, alpha): &(&str, usize, f32)| {
         let down = matrix(&numbers(rank * 5, rank + name.len()), [rank, 5]);
         let up = matrix(&numbers(4 * rank, 2 * rank + name.len()), [4, rank]);
-        ((Part::Unet, name.to_owned()), LoraModule { down, up, alpha })
+        ((Component::Unet, name.to_owned()), LoraModule { down, up, alpha })
     };
     LoraSet { modules: modules.iter().map(module).collect(), notes: BTreeMap::new() }
 }
 
 /// Computes `alpha / rank * up @ down`, `[4, 5]`; zeros if the LoRA does not change the module.
 fn delta(lora: &LoraSet, name: &str) -> Vec<f64> {
-    let Some(module) = lora.modules.get(&(Part::Unet, name.to_owned())) else { return vec![0.0; 20] };
+    let Some(module) = lora.modules.get(&(Component::Unet, name.to_owned())) else { return vec![0.0; 20] };
     let (down, up, rank) = (values(&module.down), values(&module.up), module.rank());
     let scale = f64::from(module.alpha) / rank as f64;
     let product = |row: usize, column: usize| -> f64 {
@@ -82,7 +82,7 @@ fn every_layout_becomes_every_other_bit_for_bit() {
     // Stability and diffusers names refer to the same modules.
     let [kohya, sgm] = ["kohya", "sgm"].map(|name| LoraSet::open(&fixture(&format!("{name}.safetensors"))).unwrap());
     let unet =
-        |lora: &LoraSet| lora.modules.keys().filter(|(part, _)| *part == Part::Unet).cloned().collect::<Vec<_>>();
+        |lora: &LoraSet| lora.modules.keys().filter(|(part, _)| *part == Component::Unet).cloned().collect::<Vec<_>>();
     assert!(unet(&sgm).iter().all(|(_, path)| !path.contains("input_blocks")));
     assert!(unet(&sgm).iter().any(|key| unet(&kohya).contains(key)));
 }
@@ -120,7 +120,7 @@ fn a_sum_is_exact_and_keeps_what_only_one_changes() {
     for (x, y) in [(1.0, -1.0), (1.0, 0.25), (-0.3, 2.0)] {
         let sum = concat(&[(&a, x), (&b, y)], Dtype::F32).unwrap();
         assert_eq!(sum.modules.len(), 3);
-        assert_eq!(sum.modules[&(Part::Unet, "both".to_owned())].rank(), 5);
+        assert_eq!(sum.modules[&(Component::Unet, "both".to_owned())].rank(), 5);
         for name in ["both", "only.a", "other.b"] {
             let (x, y) = (f64::from(x), f64::from(y));
             let expected: Vec<f64> = delta(&a, name).iter().zip(delta(&b, name)).map(|(a, b)| x * a + y * b).collect();
@@ -133,7 +133,7 @@ fn a_sum_is_exact_and_keeps_what_only_one_changes() {
     assert!(concat(&[(&a, 0.0)], Dtype::F32).unwrap_err().to_string().contains("nothing is left"));
 
     let mut wide = lora(&[("both", 1, 1.0)]);
-    let module = wide.modules.get_mut(&(Part::Unet, "both".to_owned())).unwrap();
+    let module = wide.modules.get_mut(&(Component::Unet, "both".to_owned())).unwrap();
     module.down = matrix(&numbers(6, 1), [1, 6]);
     let message = concat(&[(&a, 1.0), (&wide, 1.0)], Dtype::F32).unwrap_err().to_string();
     assert!(message.contains("both") && message.contains("[4, [5]]") && message.contains("[4, [6]]"), "{message}");
@@ -150,7 +150,7 @@ fn fewer_ranks_are_the_closest_and_the_error_is_told() {
     let rows = [half([1., 1., 1., 1.]), half([1., -1., 1., -1.]), half([1., 1., -1., -1.]), half([1., -1., -1., 1.])];
     let down = [[4., 0., 0., 0., 0.], [0., 3., 0., 0., 0.], [0., 0., 0., 2., 0.], [0., 0., 0., 0., 1.]].concat();
     let module = LoraModule { down: matrix(&down, [4, 5]), up: matrix(&rows.concat(), [4, 4]), alpha: 2.0 };
-    let known = LoraSet { modules: [((Part::Unet, "known".to_owned()), module)].into(), notes: BTreeMap::new() };
+    let known = LoraSet { modules: [((Component::Unet, "known".to_owned()), module)].into(), notes: BTreeMap::new() };
     for (rank, lost) in [(1, 14.0), (2, 5.0), (3, 1.0), (4, 0.0), (9, 0.0)] {
         let mut cut = known.clone();
         let told = reduce(&mut cut, rank).unwrap();
@@ -187,7 +187,7 @@ fn what_is_no_lora_of_an_sdxl_is_named() {
     };
     assert!(refusal(&lora(&[("core.to_q", 1, 1.0)])).contains("lora_unet_core_to_q: is not a module of SDXL"));
     let mut broken = lora(&[("conv_in", 2, 1.0)]);
-    let key = (Part::Unet, "conv_in".to_owned());
+    let key = (Component::Unet, "conv_in".to_owned());
     broken.modules.get_mut(&key).unwrap().up = matrix(&numbers(12, 1), [4, 3]);
     assert!(refusal(&broken).contains("do not make an update"));
     // Empty matrices are rejected: their SVD once never ended, or failed.
@@ -246,7 +246,7 @@ fn eight_bits_become_sixteen_without_loss() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("lora.safetensors");
     let mut set = lora(&[("conv_in", 2, 1.0)]);
-    let module = set.modules.get_mut(&(Part::Unet, "conv_in".to_owned())).unwrap();
+    let module = set.modules.get_mut(&(Component::Unet, "conv_in".to_owned())).unwrap();
     // 1 and -1.5 in E4M3.
     let eight = |shape: [usize; 2]| Matrix {
         dtype: Dtype::F8_E4M3,
@@ -256,7 +256,7 @@ fn eight_bits_become_sixteen_without_loss() {
     (module.down, module.up) = (eight([2, 5]), eight([4, 2]));
     set.save(&path, Layout::Kohya).unwrap();
     let read = LoraSet::open(&path).unwrap();
-    let module = &read.modules[&(Part::Unet, "conv_in".to_owned())];
+    let module = &read.modules[&(Component::Unet, "conv_in".to_owned())];
     assert_eq!((module.down.dtype, &module.down.bytes[..4]), (Dtype::F16, &[0x00, 0x3c, 0x00, 0xbe][..]));
     assert_eq!(read.wider(&read), Dtype::F16);
     let mut folded = concat(&[(&read, 1.0), (&read, 0.5)], read.wider(&read)).unwrap();

@@ -6,7 +6,7 @@ use std::path::Path;
 use hyperlora_core::Error;
 use serde_json::{Map, Value};
 
-use crate::source::Part;
+use crate::source::Component;
 use crate::weights::{SafetensorsFile, parse_json, read_text};
 
 /// Metadata key of the adapter config.
@@ -58,13 +58,13 @@ impl Adapter {
         if values.get("use_dora") == Some(&Value::Bool(true)) {
             return Err(Error::file(&config, "describes a DoRA, which is not supported", "give a plain LoRA"));
         }
-        let part = Part::Unet.folder();
+        let part = Component::Unet.folder();
         Ok(Self(values.into_iter().map(|(key, value)| (format!("{part}.{key}"), value)).collect()))
     }
 
     /// Alpha of a module, times the square root of the rank for `use_rslora`. Defaults to the rank, which makes the
     /// scale 1. The error reports a value that is not a number.
-    pub(super) fn alpha(&self, part: Part, path: &str, rank: usize) -> Result<f32, String> {
+    pub(super) fn alpha(&self, part: Component, path: &str, rank: usize) -> Result<f32, String> {
         let part = part.folder();
         let get = |key: &str| self.0.get(&format!("{part}.{key}"));
         // A pattern matches the end of a module's path.
@@ -104,17 +104,17 @@ mod tests {
     fn an_alpha_of_its_own_comes_first_and_silence_means_the_rank() {
         let adapter = |value: Value| Adapter(value.as_object().cloned().unwrap_or_default());
         let told = adapter(json!({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}}));
-        assert_eq!(told.alpha(Part::Unet, "a.attn1.to_q", 4), Ok(2.0));
-        assert_eq!(told.alpha(Part::Unet, "attn1.to_q", 4), Ok(2.0));
-        assert_eq!(told.alpha(Part::Unet, "a.xattn1.to_q", 4), Ok(8.0));
-        assert_eq!(told.alpha(Part::Unet, "a.attn1.to_k", 4), Ok(8.0));
-        assert_eq!(told.alpha(Part::TextEncoder, "a.attn1.to_q", 4), Ok(4.0));
+        assert_eq!(told.alpha(Component::Unet, "a.attn1.to_q", 4), Ok(2.0));
+        assert_eq!(told.alpha(Component::Unet, "attn1.to_q", 4), Ok(2.0));
+        assert_eq!(told.alpha(Component::Unet, "a.xattn1.to_q", 4), Ok(8.0));
+        assert_eq!(told.alpha(Component::Unet, "a.attn1.to_k", 4), Ok(8.0));
+        assert_eq!(told.alpha(Component::TextEncoder, "a.attn1.to_q", 4), Ok(4.0));
         let unheard = adapter(json!({"unet.lora_alpha": "NaN", "unet.alpha_pattern": {"a": null}}));
-        assert_eq!(unheard.alpha(Part::Unet, "a", 4), Ok(4.0));
-        assert!(unheard.alpha(Part::Unet, "b", 4).is_err_and(|told| told.contains("NaN")));
+        assert_eq!(unheard.alpha(Component::Unet, "a", 4), Ok(4.0));
+        assert!(unheard.alpha(Component::Unet, "b", 4).is_err_and(|told| told.contains("NaN")));
         let expression = adapter(json!({"unet.lora_alpha": 8, "unet.alpha_pattern": {".*attn1.*": 2}}));
-        assert!(expression.alpha(Part::Unet, "b", 4).is_err_and(|told| told.contains(".*attn1.*")));
+        assert!(expression.alpha(Component::Unet, "b", 4).is_err_and(|told| told.contains(".*attn1.*")));
         let rooted = adapter(json!({"unet.lora_alpha": 8, "unet.use_rslora": true}));
-        assert_eq!(rooted.alpha(Part::Unet, "a", 4), Ok(16.0));
+        assert_eq!(rooted.alpha(Component::Unet, "a", 4), Ok(16.0));
     }
 }

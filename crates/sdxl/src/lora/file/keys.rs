@@ -18,7 +18,7 @@
 //!
 //! Keys are parsed by their dot-separated segments, never by substring.
 
-use crate::source::Part;
+use crate::source::Component;
 
 /// Kind of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,16 +71,16 @@ const BUNDLE: &str = "bundle_emb.";
 /// Prefix that PEFT adds to the names of the wrapped model.
 const WRAPPER: &str = "base_model.model.";
 
-const PARTS: [(&str, Part); 9] = [
-    ("lora_unet_", Part::Unet),
-    ("lora_te1_", Part::TextEncoder),
-    ("lora_te2_", Part::TextEncoder2),
-    ("lora_te_", Part::TextEncoder),
-    ("unet.", Part::Unet),
-    ("text_encoder.", Part::TextEncoder),
-    ("text_encoder_2.", Part::TextEncoder2),
-    ("diffusion_model.", Part::Unet),
-    ("model.diffusion_model.", Part::Unet),
+const PARTS: [(&str, Component); 9] = [
+    ("lora_unet_", Component::Unet),
+    ("lora_te1_", Component::TextEncoder),
+    ("lora_te2_", Component::TextEncoder2),
+    ("lora_te_", Component::TextEncoder),
+    ("unet.", Component::Unet),
+    ("text_encoder.", Component::TextEncoder),
+    ("text_encoder_2.", Component::TextEncoder2),
+    ("diffusion_model.", Component::Unet),
+    ("model.diffusion_model.", Component::Unet),
 ];
 
 /// First segments of UNet paths, in diffusers and Stability naming. Such a path may omit its component.
@@ -198,7 +198,7 @@ pub(super) fn other_architecture(name: &str) -> Option<&'static str> {
         names.iter().find(|(start, _)| begins(path, start)).map(|(_, architecture)| *architecture)
     };
     let denoiser = match part_of(name) {
-        Some((Part::Unet, path)) => path,
+        Some((Component::Unet, path)) => path,
         Some(_) => return None,
         None => unwrapped(name),
     };
@@ -215,19 +215,19 @@ fn unwrapped(name: &str) -> &str {
 }
 
 /// Splits a module's full name into component and path, if it names a component.
-fn part_of(name: &str) -> Option<(Part, &str)> {
+fn part_of(name: &str) -> Option<(Component, &str)> {
     let name = unwrapped(name);
     let (part, path) = PARTS.into_iter().find_map(|(start, part)| Some((part, name.strip_prefix(start)?)))?;
     Some((part, unwrapped(path)))
 }
 
 /// Splits a module's full name into component and module path, with dots or underscores. The error gives the reason.
-pub(super) fn module(name: &str) -> Result<(Part, String), &'static str> {
+pub(super) fn module(name: &str) -> Result<(Component, String), &'static str> {
     let bare = unwrapped(name);
     let first = bare.split('.').next().unwrap_or_default();
     let (part, path) = match part_of(name) {
         Some(found) => found,
-        None if OF_UNET.contains(&first) => (Part::Unet, bare),
+        None if OF_UNET.contains(&first) => (Component::Unet, bare),
         None if OF_TEXT.contains(&first) => return Err("belongs to a text encoder, but does not say which one"),
         None => return Err("is not a module of SDXL"),
     };
@@ -236,8 +236,8 @@ pub(super) fn module(name: &str) -> Result<(Part, String), &'static str> {
     Ok((
         part,
         match (part, of_processor, parent.strip_suffix(".processor")) {
-            (Part::Unet, Some((_, unet, _)), Some(attention)) => format!("{attention}.{unet}"),
-            (Part::TextEncoder | Part::TextEncoder2, Some((.., text)), _) => format!("{parent}.{text}"),
+            (Component::Unet, Some((_, unet, _)), Some(attention)) => format!("{attention}.{unet}"),
+            (Component::TextEncoder | Component::TextEncoder2, Some((.., text)), _) => format!("{parent}.{text}"),
             _ => path.to_owned(),
         },
     ))
@@ -248,7 +248,7 @@ mod tests {
     use super::*;
 
     /// Component, path and side of a matrix or alpha.
-    fn told(key: &str) -> Option<(Part, String, Side)> {
+    fn told(key: &str) -> Option<(Component, String, Side)> {
         let Key::Of(name, side) = parse(key) else { return None };
         module(name).ok().map(|(part, path)| (part, path, side))
     }
@@ -259,7 +259,7 @@ mod tests {
         let flat = attention.replace('.', "_");
         let text = "text_model.encoder.layers.0.self_attn";
         let sgm = "input_blocks.4.1.transformer_blocks.0.attn1";
-        let unet = |key: String, path: String, side| (key, Part::Unet, path, side);
+        let unet = |key: String, path: String, side| (key, Component::Unet, path, side);
         let q = || format!("{attention}.to_q");
         for (key, part, path, side) in [
             unet(format!("lora_unet_{flat}_to_q.lora_down.weight"), format!("{flat}_to_q"), Side::Down),
@@ -276,17 +276,17 @@ mod tests {
             unet(format!("{sgm}.to_q.lora_A.weight"), format!("{sgm}.to_q"), Side::Down),
             unet(format!("unet.{attention}.processor.to_k_lora.down.weight"), format!("{attention}.to_k"), Side::Down),
             unet(format!("{attention}.processor.to_out_lora.down.weight"), format!("{attention}.to_out.0"), Side::Down),
-            ("lora_te1_text_model.alpha".into(), Part::TextEncoder, "text_model".into(), Side::Alpha),
-            ("lora_te2_text_model.lora_up.weight".into(), Part::TextEncoder2, "text_model".into(), Side::Up),
+            ("lora_te1_text_model.alpha".into(), Component::TextEncoder, "text_model".into(), Side::Alpha),
+            ("lora_te2_text_model.lora_up.weight".into(), Component::TextEncoder2, "text_model".into(), Side::Up),
             (
                 format!("text_encoder_2.{text}.q_proj.lora_linear_layer.up.weight"),
-                Part::TextEncoder2,
+                Component::TextEncoder2,
                 format!("{text}.q_proj"),
                 Side::Up,
             ),
             (
                 format!("text_encoder.{text}.to_out_lora.up.weight"),
-                Part::TextEncoder,
+                Component::TextEncoder,
                 format!("{text}.out_proj"),
                 Side::Up,
             ),

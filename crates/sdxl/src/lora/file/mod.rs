@@ -16,7 +16,7 @@ use hyperlora_core::{Error, Result};
 
 use crate::lora::file::adapter::Adapter;
 use crate::lora::file::keys::{Key, Side};
-use crate::source::{Part, PartUpdates};
+use crate::source::{Component, ComponentUpdates};
 use crate::weights::{LowRank, SafetensorsFile, TensorEntry, values};
 
 pub use adapter::ADAPTER_METADATA;
@@ -42,7 +42,7 @@ pub struct Module {
     /// Module name in the file.
     pub name: String,
     /// Component of the module.
-    pub part: Part,
+    pub part: Component,
     /// Path within the component, with dots or underscores.
     pub path: String,
     /// Down matrix, `[rank, in]`, or `[rank, in, k, k]` for a convolution; unchecked.
@@ -171,7 +171,7 @@ impl LoraFile {
     ///
     /// # Errors
     /// Input: the base lacks modules or has them in other sizes (counts all, lists the first ten); Disk: a read fails.
-    pub fn add_to(&self, updates: &mut PartUpdates, base: &BaseNames, weight: f32) -> Result<()> {
+    pub fn add_to(&self, updates: &mut ComponentUpdates, base: &BaseNames, weight: f32) -> Result<()> {
         let mut problems = Vec::new();
         for module in &self.modules {
             let Some((weight_name, shape)) = base.find(module.part, &module.path) else {
@@ -217,8 +217,8 @@ impl LoraFile {
 ///
 /// # Errors
 /// Same as [`LoraFile::add_to`].
-pub fn sum(loras: &[(LoraFile, f32)], base: &BaseNames) -> Result<PartUpdates> {
-    let mut updates = PartUpdates::new();
+pub fn sum(loras: &[(LoraFile, f32)], base: &BaseNames) -> Result<ComponentUpdates> {
+    let mut updates = ComponentUpdates::new();
     loras.iter().try_for_each(|(lora, weight)| lora.add_to(&mut updates, base, *weight))?;
     Ok(updates)
 }

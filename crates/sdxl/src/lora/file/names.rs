@@ -2,7 +2,7 @@
 
 use hyperlora_core::Result;
 
-use crate::source::Part;
+use crate::source::Component;
 use crate::source::key_names::KeyTable;
 
 /// Names that contain an underscore. In paths with underscores for dots they must be kept in one piece.
@@ -65,25 +65,25 @@ pub(super) const TEXT_MODEL: &str = "text_model.";
 ///
 /// # Errors
 /// Fault: the built-in config does not parse.
-pub fn diffusers_path(part: Part, path: &str) -> Result<Option<String>> {
+pub fn diffusers_path(part: Component, path: &str) -> Result<Option<String>> {
     let flat = path.replace('.', "_");
     let flat = match part {
-        Part::Unet => KeyTable::of_sdxl()?.to_diffusers(&flat).into_iter().next().map_or(flat, |(name, _)| name),
-        Part::TextEncoder | Part::TextEncoder2 => flat,
-        Part::Vae => return Ok(None),
+        Component::Unet => KeyTable::of_sdxl()?.to_diffusers(&flat).into_iter().next().map_or(flat, |(name, _)| name),
+        Component::TextEncoder | Component::TextEncoder2 => flat,
+        Component::Vae => return Ok(None),
     };
     let Some(dotted) = dotted(&flat) else { return Ok(None) };
-    let bare = part != Part::Unet && dotted.starts_with("encoder.");
+    let bare = part != Component::Unet && dotted.starts_with("encoder.");
     Ok(Some(if bare { format!("{TEXT_MODEL}{dotted}") } else { dotted }))
 }
 
 /// Module name in a file of kohya's sd-scripts.
-pub fn kohya(part: Part, path: &str) -> String {
+pub fn kohya(part: Component, path: &str) -> String {
     let prefix = match part {
-        Part::Unet => "lora_unet",
-        Part::TextEncoder => "lora_te1",
-        Part::TextEncoder2 => "lora_te2",
-        Part::Vae => "lora_vae",
+        Component::Unet => "lora_unet",
+        Component::TextEncoder => "lora_te1",
+        Component::TextEncoder2 => "lora_te2",
+        Component::Vae => "lora_vae",
     };
     format!("{prefix}_{}", path.replace('.', "_"))
 }
@@ -135,7 +135,11 @@ mod tests {
     fn every_module_of_sdxl_is_found_in_every_naming() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../testing/fixtures/key_lists.json.gz");
         let lists: Lists = serde_json::from_reader(GzDecoder::new(std::fs::File::open(path).unwrap())).unwrap();
-        let parts = [("unet", Part::Unet), ("text_encoder", Part::TextEncoder), ("text_encoder_2", Part::TextEncoder2)];
+        let parts = [
+            ("unet", Component::Unet),
+            ("text_encoder", Component::TextEncoder),
+            ("text_encoder_2", Component::TextEncoder2),
+        ];
         let modules = |shapes: &Shapes| -> Vec<String> {
             let weighty = shapes.iter().filter(|(_, shape)| matches!(shape.len(), 2 | 4));
             let modules = weighty.filter_map(|(name, _)| Some(name.strip_suffix(".weight")?.to_owned()));
@@ -147,7 +151,7 @@ mod tests {
             assert!(modules.len() > 70, "{name}: {}", modules.len());
             for module in modules {
                 let module = module.strip_prefix(TEXT_MODEL).unwrap_or(&module);
-                let full = if part != Part::Unet && module.starts_with("encoder.") {
+                let full = if part != Component::Unet && module.starts_with("encoder.") {
                     format!("{TEXT_MODEL}{module}")
                 } else {
                     module.to_owned()
@@ -162,14 +166,14 @@ mod tests {
         for (name, Single { from, .. }) in in_unet {
             let module = name.strip_prefix("model.diffusion_model.").and_then(|name| name.strip_suffix(".weight"));
             let Some(module) = module else { continue };
-            let path = found(Part::Unet, module).unwrap();
+            let path = found(Component::Unet, module).unwrap();
             assert_eq!(*from, [format!("{path}.weight")], "{module}");
-            assert_eq!(found(Part::Unet, &module.replace('.', "_")), Some(path));
+            assert_eq!(found(Component::Unet, &module.replace('.', "_")), Some(path));
             count += 1;
         }
         assert_eq!(count, modules(&lists.diffusers["unet"]).len());
         for wrong in ["", "core_to_q", "down_blocks__to_q", "down_blocks_1_foo"] {
-            assert_eq!(found(Part::Unet, wrong).filter(|path| !path.is_empty()), None, "{wrong}");
+            assert_eq!(found(Component::Unet, wrong).filter(|path| !path.is_empty()), None, "{wrong}");
         }
     }
 }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::lora::file::{ADAPTER_METADATA, names};
 use crate::lora::{LoraModule, LoraSet};
-use crate::source::Part;
+use crate::source::Component;
 use crate::weights::{self, HASHES, TensorEntry};
 
 /// Metadata keys that are rewritten or dropped because names, bytes and title change. Hashes are dropped too: tools
@@ -97,7 +97,7 @@ impl LoraSet {
     /// PEFT's `LoraConfig` of each component, keys joined by dots. Diffusers reads ranks and alphas from it.
     fn adapter_metadata(&self) -> Result<String> {
         let mut adapter = Map::new();
-        for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
+        for part in [Component::Unet, Component::TextEncoder, Component::TextEncoder2] {
             let modules = || self.modules.iter().filter(|((of, _), _)| *of == part).map(|((_, name), m)| (name, m));
             let Some((_, first)) = modules().next() else { continue };
             let (rank, alpha) = (first.rank(), first.alpha);

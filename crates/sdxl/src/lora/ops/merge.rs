@@ -10,7 +10,7 @@ use hyperlora_core::files::{OutputFile, Ownership, StagedFolder, apart, copy};
 use hyperlora_core::{Error, Result};
 
 use crate::lora::ops::merge_file::{FileChanges, merge_file};
-use crate::source::{BaseSource, PartUpdates};
+use crate::source::{BaseSource, ComponentUpdates};
 use crate::weights::{Form, SafetensorsFile};
 
 /// Extensions of weight files.
@@ -25,7 +25,7 @@ const WEIGHTS: [&str; 8] = ["safetensors", "bin", "pt", "pth", "ckpt", "msgpack"
 /// # Errors
 /// Input: the target is, contains or lies in the base, the target folder exists, or an update exceeds a tensor's type;
 /// Disk: the disk is full or failing.
-pub fn merge(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Result<()> {
+pub fn merge(source: &BaseSource, updates: &ComponentUpdates, target: &Path) -> Result<()> {
     match source.single_file() {
         Some(file) => {
             let output = OutputFile::claim(target, [source.path()])?;
@@ -35,7 +35,7 @@ pub fn merge(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Resul
     }
 }
 
-fn single_file_changes(source: &BaseSource, file: &SafetensorsFile, updates: &PartUpdates) -> Result<FileChanges> {
+fn single_file_changes(source: &BaseSource, file: &SafetensorsFile, updates: &ComponentUpdates) -> Result<FileChanges> {
     let mut changes = FileChanges::new();
     for (&part, updates) in updates {
         let table = source.table(part)?;
@@ -54,7 +54,7 @@ fn single_file_changes(source: &BaseSource, file: &SafetensorsFile, updates: &Pa
     Ok(changes)
 }
 
-fn merge_folder(source: &BaseSource, updates: &PartUpdates, target: &Path) -> Result<()> {
+fn merge_folder(source: &BaseSource, updates: &ComponentUpdates, target: &Path) -> Result<()> {
     apart(target, [source.path()])?;
     let staged = StagedFolder::new(target, Ownership::Never)?;
 

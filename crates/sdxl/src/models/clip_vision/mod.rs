@@ -62,7 +62,7 @@ impl ClipVisionConfig {
         };
         match config.problem() {
             None => Ok(config),
-            Some((key, problem)) => Err(Error::input(format!("{}: {key}", text.place().display()), problem, REMEDY)),
+            Some((key, problem)) => Err(Error::input(format!("{}: {key}", text.origin().display()), problem, REMEDY)),
         }
     }
 

@@ -138,7 +138,7 @@ impl UNet2DConditionConfig {
     /// # Errors
     /// Same as [`load`](Self::load).
     pub fn parse(text: &ConfigText) -> Result<Self> {
-        let place = text.place();
+        let place = text.origin();
         let keys: Value = text.parse()?;
         if let Some((key, found, wanted)) = unsupported(&keys) {
             return Err(Error::file(
