@@ -14,11 +14,11 @@ fn main() -> Result<()> {
     let shards = ShardFolder::open(&folder)?;
     for group in shards.row_groups() {
         // Rows are checked as they are read. A damaged row group is not an error, so that training can continue.
-        match shards.read(group)? {
+        match shards.read(group) {
             Ok(faces) => faces.iter().for_each(|face| {
                 println!("{}\t{}x{}\t{:.3}\t{}", face.key, face.width, face.height, face.score, face.caption);
             }),
-            Err(damage) => println!("row group {} of shard {} is left out: {damage}", group.index, group.shard),
+            Err(error) => println!("row group {} of shard {}: {}", group.index, group.shard, error.damage()?),
         }
     }
     Ok(())

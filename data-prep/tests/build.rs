@@ -82,7 +82,7 @@ fn prepare(dir: &Path, out: &str, workers: usize) -> hyperlora_core::Result<Mani
 fn rows(folder: &Path) -> Vec<FaceRecord> {
     let folder = ShardFolder::open(folder).unwrap();
     folder.verify().unwrap();
-    folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap().unwrap()).collect()
+    folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap()).collect()
 }
 
 fn bytes_of(dir: &Path) -> BTreeMap<String, Vec<u8>> {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 use std::{fs, thread};
 
-use data_prep::shard::{FaceRecord, MANIFEST_FILE, RemoteConfig, ShardFolder};
+use data_prep::shard::{FaceRecord, MANIFEST_FILE, ReadError, RemoteConfig, ShardFolder};
 use hyperlora_core::{Error, Result};
 use tempfile::TempDir;
 
@@ -124,7 +124,7 @@ impl World {
 }
 
 fn rows(folder: &ShardFolder) -> Vec<FaceRecord> {
-    folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap().unwrap()).collect()
+    folder.row_groups().iter().flat_map(|group| folder.read(group).unwrap()).collect()
 }
 
 /// Checks for one line of cause with all of `parts`, and one line of remedy.
@@ -250,7 +250,7 @@ fn who_waits_for_another_process_in_vain_asks_itself() {
     let checksum = &remote.manifest().shards[0].row_groups[0].sha256;
     let held = fs::File::create(world.cache().join("locks").join(checksum)).unwrap();
     held.lock().unwrap();
-    assert_eq!(remote.read(&remote.row_groups()[0]).unwrap().unwrap(), world.records[..2]);
+    assert_eq!(remote.read(&remote.row_groups()[0]).unwrap(), world.records[..2]);
 }
 
 #[test]
@@ -275,7 +275,7 @@ fn what_is_not_what_was_written_is_asked_for_once_more_and_then_counts_as_damage
     fs::remove_dir_all(world.cache()).unwrap();
     let remote = world.open_well();
     world.plan(&[Mischief::TooMuch, Mischief::TooMuch]);
-    assert!(remote.read(&remote.row_groups()[0]).unwrap().unwrap_err().to_string().contains("SHA-256"));
+    assert!(remote.read(&remote.row_groups()[0]).unwrap_err().damage().unwrap().to_string().contains("SHA-256"));
     world.plan(&[Mischief::Endless]);
     assert_refused(
         &world.open("faces").unwrap_err(),
@@ -291,16 +291,16 @@ fn what_is_not_what_was_written_is_asked_for_once_more_and_then_counts_as_damage
     damaged[20] ^= 1;
     fs::write(world.file("shard-00001.parquet"), damaged).unwrap();
     world.asked();
-    let [before, of_it] = [1, 2].map(|group| remote.read(&remote.row_groups()[group]).unwrap());
+    let [before, of_it] = [1, 2].map(|group| remote.read(&remote.row_groups()[group]));
     assert_eq!(before.unwrap(), world.records[2..4]);
-    assert!(of_it.unwrap_err().to_string().contains("SHA-256"));
+    assert!(of_it.unwrap_err().damage().unwrap().to_string().contains("SHA-256"));
     assert_eq!(world.asked().iter().filter(|asked| asked.contains("shard-00001")).count(), 1 + 2);
     assert_refused(&remote.verify().unwrap_err(), 2, &["shard-00001.parquet: row group 0 is damaged"]);
 
     // Truncated: its footer is beyond the end.
     fs::remove_dir_all(world.cache()).unwrap();
     fs::write(world.file("shard-00001.parquet"), &whole[..whole.len() / 2]).unwrap();
-    let damage = world.open_well().read(&remote.row_groups()[2]).unwrap().unwrap_err();
+    let damage = world.open_well().read(&remote.row_groups()[2]).unwrap_err().damage().unwrap();
     assert!(damage.to_string().contains("the file ends within it"), "{damage}");
 }
 
@@ -331,7 +331,7 @@ fn what_is_no_shard_folder_is_refused_with_its_cause() {
     // A page in place of a part, as from a server without range requests.
     let remote = world.open_well();
     world.plan(&[Mischief::Page]);
-    let error = remote.read(&remote.row_groups()[0]).unwrap_err();
+    let ReadError::Failed(error) = remote.read(&remote.row_groups()[0]).unwrap_err() else { unreachable!() };
     assert_refused(&error, 2, &["/faces/shard-00000.parquet: the server sent something else"]);
 
     // A folder with foreign files is not a cache.
@@ -372,7 +372,7 @@ fn the_cache_keeps_to_its_size_and_the_longest_unused_goes_first() {
         file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
     }
     // Room for all but one row group, and one was used since.
-    assert!(remote.read(&remote.row_groups()[0]).unwrap().is_ok());
+    remote.read(&remote.row_groups()[0]).unwrap();
     let [used, kept] = [of_group(0, 0), of_group(1, 0)].map(|path| fs::metadata(path).unwrap().len());
     let footer = world.cache().join(&remote.manifest().shards[0].footer_sha256);
     let limit = used + kept + fs::metadata(footer).unwrap().len();

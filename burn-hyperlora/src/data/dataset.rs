@@ -143,11 +143,14 @@ impl Dataset {
         self.cache.get_or_read(group, || {
             self.groups_read.fetch_add(1, Ordering::Relaxed);
             let place = &self.shards.row_groups()[group as usize];
-            let of_index = |records: Vec<FaceRecord>| self.mislabelled(place, &records).map_or(Ok(records), Err);
-            match self.shards.read(place)?.and_then(of_index) {
-                Ok(records) => Ok(Some(Arc::new(records))),
-                Err(damage) => self.leave_out(group, &damage).map(|()| None),
-            }
+            let damage = match self.shards.read(place) {
+                Ok(records) => match self.mislabelled(place, &records) {
+                    None => return Ok(Some(Arc::new(records))),
+                    Some(damage) => damage,
+                },
+                Err(error) => error.damage()?,
+            };
+            self.leave_out(group, &damage).map(|()| None)
         })
     }
 

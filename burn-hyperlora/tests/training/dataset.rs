@@ -143,8 +143,7 @@ fn a_row_that_the_index_has_under_another_name_is_told() {
         let folder = world.path(name);
         fs::create_dir(&folder).unwrap();
         let mut writer = ShardWriter::new(&folder, &ShardConfig { rows_per_group: 5, rows_per_shard: 20 }, []);
-        for (number, mut record) in
-            shards.row_groups().iter().flat_map(|group| shards.read(group).unwrap().unwrap()).enumerate()
+        for (number, mut record) in shards.row_groups().iter().flat_map(|group| shards.read(group).unwrap()).enumerate()
         {
             match name {
                 "identity" if number == row => record.identity = Some("somebody else".into()),

@@ -9,6 +9,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Errors, sorted by who can fix them.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// Invalid user input: a YAML key, a model file, a shard, a path.
     #[error("{}: {}\n  remedy: {}", name(place), shown(problem), shown(remedy))]
@@ -48,6 +49,20 @@ pub enum Error {
         /// Its exit code.
         exit_code: u8,
     },
+}
+
+/// Party that can fix an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The user, by changing the input.
+    Input,
+    /// The machine's owner: a disk is full or fails.
+    Disk,
+    /// The developers of the program.
+    Fault,
+    /// A restart: another rank was lost.
+    Peer,
 }
 
 impl Error {
@@ -120,6 +135,24 @@ impl Error {
         }
     }
 
+    /// Returns the kind of the error. A rank that hears of another rank's error reports that error's kind.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Input { .. } | Self::PeerFailed { exit_code: 2, .. } => ErrorKind::Input,
+            Self::Disk { .. } => ErrorKind::Disk,
+            Self::Peer(_) | Self::PeerFailed { exit_code: 75, .. } => ErrorKind::Peer,
+            Self::Fault(_) | Self::PeerFailed { .. } => ErrorKind::Fault,
+        }
+    }
+
+    /// Returns the remedy, if one is known.
+    pub fn remedy(&self) -> Option<&str> {
+        match self {
+            Self::Input { remedy, .. } | Self::Disk { remedy, .. } => Some(remedy),
+            Self::Fault(_) | Self::Peer(_) | Self::PeerFailed { .. } => None,
+        }
+    }
+
     /// Returns the process exit code: 2 for user input, 1 for a fault of the machine or the program, 75 (`EX_TEMPFAIL`)
     /// for the loss of another process of the run, after which a new start may succeed. If another process reported its
     /// error, returns that process's exit code.
@@ -166,5 +199,24 @@ mod tests {
             assert_eq!(code(kind), 2, "{kind}");
         }
         assert_eq!(code(Kind::Other), 1);
+    }
+
+    #[test]
+    fn kind_remedy_and_source_agree_with_the_exit_code() {
+        let peer = |exit_code| Error::PeerFailed { rank: "rank 1".into(), problem: "x".into(), exit_code };
+        let disk = Error::write(Path::new("a"), io::ErrorKind::StorageFull.into());
+        assert!(std::error::Error::source(&disk).is_some() && disk.remedy().is_some_and(|text| text.contains("space")));
+        for (error, kind, code) in [
+            (Error::input("a", "b", "c"), ErrorKind::Input, 2),
+            (disk, ErrorKind::Disk, 1),
+            (Error::Fault("a".into()), ErrorKind::Fault, 1),
+            (Error::Peer("a".into()), ErrorKind::Peer, 75),
+            (peer(2), ErrorKind::Input, 2),
+            (peer(75), ErrorKind::Peer, 75),
+            (peer(1), ErrorKind::Fault, 1),
+        ] {
+            assert_eq!((error.kind(), error.exit_code()), (kind, code), "{error}");
+        }
+        assert_eq!(Error::input("a", "b", "c").remedy(), Some("c"));
     }
 }

@@ -13,4 +13,4 @@ pub mod random;
 pub mod signals;
 pub mod text;
 
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};

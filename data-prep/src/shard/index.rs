@@ -76,8 +76,10 @@ impl ShardFolder {
     /// Passes the rows to `visit` until it reports a problem.
     fn scan_index(&self, mut visit: impl FnMut(Row<'_>) -> std::result::Result<(), String>) -> Result<()> {
         let IndexFile { file, bytes, sha256 } = self.manifest().index.clone();
-        let read = self.store().read_piece(&file, &Piece { offset: 0, bytes, sha256 })?;
-        let bytes = Arc::new(read.map_err(|damage| self.bad_index(format!("is damaged: {damage}")))?);
+        let bytes = match self.store().read_piece(&file, &Piece { offset: 0, bytes, sha256 }) {
+            Ok(bytes) => Arc::new(bytes),
+            Err(error) => return Err(self.bad_index(format!("is damaged: {}", error.damage()?))),
+        };
         let damaged = |error: &dyn Display| self.bad_index(format!("is damaged: {error}"));
         let metadata = ArrowReaderMetadata::load(bytes.as_ref(), reader_options()).map_err(|error| damaged(&error))?;
         let expected = schema();

@@ -21,7 +21,7 @@ pub use limits::ROWS_PER_GROUP;
 pub use manifest::{IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, ShardFile};
 pub use reader::{RowGroup, ShardFolder};
 pub use schema::{EMBEDDING_DIM, SCHEMA_VERSION};
-pub use store::{Damage, RemoteConfig};
+pub use store::{Damage, ReadError, RemoteConfig};
 pub use writer::{ShardConfig, ShardWriter, Written};
 
 /// One kept face: a row of a shard.

@@ -19,7 +19,7 @@ use crate::shard::limits::Budget;
 use crate::shard::manifest::{MANIFEST_FILE, Manifest, ShardFile, no_manifest};
 use crate::shard::pages::batches;
 use crate::shard::schema::{columns, difference, from_batch};
-use crate::shard::store::{Damage, RemoteConfig, Store, unreadable};
+use crate::shard::store::{Damage, ReadError, RemoteConfig, Store, unreadable};
 
 pub(super) const REMEDY: &str = "restore the file, or prepare the data again with `data-prep build`";
 
@@ -120,22 +120,21 @@ impl ShardFolder {
     /// Reads the faces of one row group, in order. Checks its checksum, and that each row can be a face.
     ///
     /// # Errors
-    /// Input or Disk: the file cannot be read. The inner error reports content that can be read but differs from what
-    /// was written, or is not a face.
-    pub fn read(&self, group: &RowGroup) -> Result<std::result::Result<Vec<FaceRecord>, Damage>> {
+    /// Damaged: content that differs from what was written, or is not a face. Failed with Input or Disk: the file cannot
+    /// be read.
+    pub fn read(&self, group: &RowGroup) -> std::result::Result<Vec<FaceRecord>, ReadError> {
         let shard = self.manifest.shards.get(group.shard);
         let Some((shard, piece)) = shard.and_then(|shard| Some((shard, shard.row_group(group.index)?))) else {
-            return Err(Error::Fault(format!("no row group {} in shard {}", group.index, group.shard)));
+            return Err(Error::Fault(format!("no row group {} in shard {}", group.index, group.shard)).into());
         };
-        let footer = match self.store.read_piece(&shard.file, &shard.footer())? {
-            Ok(bytes) => Window { file: shard.bytes, offset: shard.footer().offset, bytes },
-            Err(damage) => return Ok(Err(Damage(format!("the footer of the file: {damage}")))),
-        };
-        let rows = match self.store.read_piece(&shard.file, &piece)? {
-            Ok(bytes) => Window { file: shard.bytes, offset: piece.offset, bytes },
-            Err(damage) => return Ok(Err(damage)),
-        };
-        Ok(decode(footer, rows, group))
+        let footer = self.store.read_piece(&shard.file, &shard.footer()).map_err(|error| match error {
+            ReadError::Damaged(damage) => Damage(format!("the footer of the file: {damage}")).into(),
+            failed @ ReadError::Failed(_) => failed,
+        })?;
+        let footer = Window { file: shard.bytes, offset: shard.footer().offset, bytes: footer };
+        let rows = self.store.read_piece(&shard.file, &piece)?;
+        let rows = Window { file: shard.bytes, offset: piece.offset, bytes: rows };
+        Ok(decode(footer, rows, group)?)
     }
 
     /// Compares all checksums with the manifest's.
@@ -147,8 +146,8 @@ impl ShardFolder {
         for shard in &self.manifest.shards {
             let groups = (0..shard.row_groups.len()).filter_map(|index| Some((Some(index), shard.row_group(index)?)));
             for (index, piece) in groups.chain([(None, shard.footer())]) {
-                if let Err(damage) = self.store.read_piece(&shard.file, &piece)? {
-                    return Err(self.damaged(shard, index, &damage));
+                if let Err(error) = self.store.read_piece(&shard.file, &piece) {
+                    return Err(self.damaged(shard, index, &error.damage()?));
                 }
             }
         }

@@ -23,7 +23,7 @@ use url::{Position, Url};
 use crate::shard::limits::MANIFEST_BYTES;
 use crate::shard::manifest::{MANIFEST_FILE, Piece};
 use crate::shard::piece_cache::PieceCache;
-use crate::shard::store::{Damage, RemoteConfig};
+use crate::shard::store::{Damage, ReadError, RemoteConfig};
 
 /// Pause before an object whose content stopped arriving is requested again.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -107,14 +107,14 @@ impl Remote {
 
     /// Reads a part of an object, from the cache if present. If the received part has another checksum, it is requested
     /// once more.
-    pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
+    pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> std::result::Result<Bytes, ReadError> {
         if let Some(bytes) = self.cache.get(&piece.sha256, piece.bytes) {
-            return Ok(Ok(bytes));
+            return Ok(bytes);
         }
         // One process of this machine requests the part; the others wait and read it from the cache.
         let _turn = self.cache.turn(&piece.sha256, Instant::now() + self.deadline);
         if let Some(bytes) = self.cache.get(&piece.sha256, piece.bytes) {
-            return Ok(Ok(bytes));
+            return Ok(bytes);
         }
         // The deadline starts again after the wait, because this process has requested nothing yet.
         let until = Instant::now() + self.deadline;
@@ -124,14 +124,14 @@ impl Remote {
             match self.get(file, options, piece.bytes, until) {
                 Ok(Some(bytes)) if sha256_of(&bytes) == piece.sha256 => {
                     self.cache.put(&piece.sha256, &bytes);
-                    return Ok(Ok(bytes));
+                    return Ok(bytes);
                 }
                 Ok(_) => {}
-                Err(error) if cause(&error).contains(BEYOND_THE_END) => return Ok(Err(Damage::of_end())),
-                Err(error) => return Err(self.failure(file, &error)),
+                Err(error) if cause(&error).contains(BEYOND_THE_END) => return Err(Damage::of_end().into()),
+                Err(error) => return Err(self.failure(file, &error).into()),
             }
         }
-        Ok(Err(Damage::of_checksum()))
+        Err(Damage::of_checksum().into())
     }
 
     /// Requests an object until the deadline. The client retries failed requests, but not every content that stops

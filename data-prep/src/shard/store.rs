@@ -32,6 +32,30 @@ impl Damage {
     }
 }
 
+/// Failure to read a part of a shard: damaged content, which a training may leave out, or a medium that fails.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The medium could be read, but returned something other than what was written.
+    #[error(transparent)]
+    Damaged(#[from] Damage),
+    /// The medium could not be read.
+    #[error(transparent)]
+    Failed(#[from] Error),
+}
+
+impl ReadError {
+    /// Returns the damage.
+    ///
+    /// # Errors
+    /// The failure, if the medium could not be read.
+    pub fn damage(self) -> Result<Damage> {
+        match self {
+            Self::Damaged(damage) => Ok(damage),
+            Self::Failed(error) => Err(error),
+        }
+    }
+}
+
 /// Settings for reading a shard folder behind a URL.
 #[derive(Debug, Clone)]
 pub struct RemoteConfig {
@@ -94,9 +118,8 @@ impl Store {
     /// Reads a part of a file and checks its checksum.
     ///
     /// # Errors
-    /// Input or Disk: the part cannot be read. The inner error reports content that could be read but differs from what
-    /// was written.
-    pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
+    /// Damaged: content that differs from what was written. Failed with Input or Disk: the part cannot be read.
+    pub(super) fn read_piece(&self, file: &str, piece: &Piece) -> std::result::Result<Bytes, ReadError> {
         match self {
             Self::Folder(root) => read_local(root, file, piece),
             #[cfg(feature = "cloud")]
@@ -111,7 +134,7 @@ pub(super) fn read_manifest(root: &Root) -> Result<Vec<u8>> {
         .map_err(|source| unreadable(&root.path().join(MANIFEST_FILE), source))
 }
 
-fn read_local(root: &Root, file: &str, piece: &Piece) -> Result<std::result::Result<Bytes, Damage>> {
+fn read_local(root: &Root, file: &str, piece: &Piece) -> std::result::Result<Bytes, ReadError> {
     let read = |file: File| {
         // Check the length first, to allocate nothing for a file that ends early.
         if file.metadata()?.len().checked_sub(piece.bytes).is_none_or(|last| last < piece.offset) {
@@ -121,10 +144,10 @@ fn read_local(root: &Root, file: &str, piece: &Piece) -> Result<std::result::Res
         file.read_exact_at(&mut bytes, piece.offset).map(|()| bytes)
     };
     match root.open_file(Path::new(file)).and_then(read) {
-        Ok(bytes) if sha256_of(&bytes) == piece.sha256 => Ok(Ok(bytes.into())),
-        Ok(_) => Ok(Err(Damage::of_checksum())),
-        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(Err(Damage::of_end())),
-        Err(source) => Err(unreadable(&root.path().join(file), source)),
+        Ok(bytes) if sha256_of(&bytes) == piece.sha256 => Ok(bytes.into()),
+        Ok(_) => Err(Damage::of_checksum().into()),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err(Damage::of_end().into()),
+        Err(source) => Err(unreadable(&root.path().join(file), source).into()),
     }
 }
 

@@ -101,7 +101,7 @@ pub(crate) fn replace_index(dir: &Path, batches: &[RecordBatch]) {
 pub(crate) fn problem(dir: &Path, batches: &[RecordBatch]) -> String {
     replace(dir, batches);
     let folder = ShardFolder::open(dir).unwrap();
-    folder.read(&folder.row_groups()[4]).unwrap().unwrap_err().to_string()
+    folder.read(&folder.row_groups()[4]).unwrap_err().damage().unwrap().to_string()
 }
 
 /// Writes one row group that stores each distinct text once, however long it is.

@@ -32,6 +32,7 @@ pub use json::{parse_json, read_text};
 pub use layers::WeightsAt;
 pub use output_name::check_name;
 pub use place::Form;
+pub(crate) use place::ReadError;
 pub use rewrite::rewrite;
 pub use save::{TensorEntry, bytes_of, data_of, save, save_lazily, save_with_metadata};
 pub(crate) use update::transposed;
@@ -256,16 +257,17 @@ impl Weights {
         record.mistyped |= !place.is_readable();
         let values = match self.updates.get(name) {
             None => place.read(self.dtype, transpose),
-            Some(changes) => place.read(FloatDType::F32, false).map(|values| {
-                let changed = update::changed(values?, changes, first_row, transpose).convert_dtype(self.dtype.into());
+            Some(changes) => place.read(FloatDType::F32, false).and_then(|values| {
+                let changed = update::changed(values, changes, first_row, transpose).convert_dtype(self.dtype.into());
                 let finite = changed.iter::<f32>().all(f32::is_finite);
-                finite.then_some(changed).ok_or_else(|| "its updates lead to values that are not finite".into())
+                let problem = "its updates lead to values that are not finite";
+                finite.then_some(changed).ok_or_else(|| ReadError::Values(problem.into()))
             }),
         };
         match values {
-            Ok(Ok(values)) => return Some(values),
-            Ok(Err(problem)) => record.problems.push(format!("{name}: {problem}")),
-            Err(failure) => _ = record.failure.get_or_insert(failure),
+            Ok(values) => return Some(values),
+            Err(ReadError::Values(problem)) => record.problems.push(format!("{name}: {problem}")),
+            Err(ReadError::File(failure)) => _ = record.failure.get_or_insert(failure),
         }
         None
     }

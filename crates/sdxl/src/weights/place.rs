@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn::tensor::{Element, FloatDType, TensorData};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use hyperlora_core::Result;
+use hyperlora_core::Error;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
@@ -28,6 +28,21 @@ pub enum Form {
     Third(usize),
     /// Linear layer that the file may store as a 1x1 convolution.
     Linear,
+}
+
+/// Failure to read a tensor.
+#[derive(Debug)]
+pub(crate) enum ReadError {
+    /// A model cannot use the values, for this reason.
+    Values(String),
+    /// The file cannot be read.
+    File(Error),
+}
+
+impl From<Error> for ReadError {
+    fn from(error: Error) -> Self {
+        Self::File(error)
+    }
 }
 
 /// A tensor, or rows of it, in a file. It is read on demand.
@@ -102,9 +117,9 @@ impl Place {
         self.file.is_some()
     }
 
-    /// Reads the values as `dtype` in the model's order or, for a matrix, transposed. The inner error reports values
-    /// that a model cannot use.
-    pub(super) fn read(&self, dtype: FloatDType, transpose: bool) -> Result<std::result::Result<TensorData, String>> {
+    /// Reads the values as `dtype` in the model's order or, for a matrix, transposed. Values are refused that
+    /// a model cannot use.
+    pub(super) fn read(&self, dtype: FloatDType, transpose: bool) -> std::result::Result<TensorData, ReadError> {
         match dtype {
             FloatDType::BF16 => self.read_as(bf16::from_f32, transpose),
             FloatDType::F16 => self.read_as(f16::from_f32, transpose),
@@ -116,7 +131,7 @@ impl Place {
         &self,
         convert: fn(f32) -> T,
         transpose: bool,
-    ) -> Result<std::result::Result<TensorData, String>> {
+    ) -> std::result::Result<TensorData, ReadError> {
         // Rows and columns in the file's order.
         let transpose = transpose != self.transposed;
         let [columns, rows] = match (self.shape.as_slice(), self.transposed) {
@@ -133,9 +148,7 @@ impl Place {
         for start in (0..values.len()).step_by(chunk_length.max(1)) {
             let length = chunk_length.min(values.len() - start);
             let chunk = &mut chunk[..length];
-            if let Err(problem) = self.read_chunk(start, chunk, &mut bytes)? {
-                return Ok(Err(problem));
-            }
+            self.read_chunk(start, chunk, &mut bytes)?;
             if transpose {
                 let (first, count) = (start / columns, length / columns);
                 for column in 0..columns {
@@ -153,31 +166,23 @@ impl Place {
             }
         }
         if !finite {
-            return Ok(Err("holds values that are not finite".into()));
+            return Err(ReadError::Values("holds values that are not finite".into()));
         }
         let shape = if transpose { vec![columns, rows] } else { vec![rows, columns] };
         let shape = if self.shape.len() == 2 { shape } else { self.shape.clone() };
-        Ok(Ok(TensorData::new(values, shape)))
+        Ok(TensorData::new(values, shape))
     }
 
     /// Reads elements from `start` on, as many as `chunk` takes, through the buffer `bytes`.
-    fn read_chunk(
-        &self,
-        start: usize,
-        chunk: &mut [f32],
-        bytes: &mut Vec<u16>,
-    ) -> Result<std::result::Result<(), String>> {
+    fn read_chunk(&self, start: usize, chunk: &mut [f32], bytes: &mut Vec<u16>) -> std::result::Result<(), ReadError> {
         let Some(file) = &self.file else {
-            return Ok(Err("is known by name and shape only".into()));
+            return Err(ReadError::Values("is known by name and shape only".into()));
         };
-        let size = match float_size(self.dtype) {
-            Ok(size) => size,
-            Err(problem) => return Ok(Err(problem)),
-        };
+        let size = float_size(self.dtype).map_err(ReadError::Values)?;
         let start = self.start + start * size;
         if self.dtype == Dtype::F32 {
             file.read_at(bytemuck::cast_slice_mut(chunk), start)?;
-            return Ok(Ok(()));
+            return Ok(());
         }
         let length = chunk.len() * size;
         bytes.resize(length.div_ceil(size_of::<u16>()), 0);
@@ -185,9 +190,11 @@ impl Place {
         match self.dtype {
             Dtype::F16 => bytemuck::cast_slice::<_, f16>(bytes).convert_to_f32_slice(chunk),
             Dtype::BF16 => bytemuck::cast_slice::<_, bf16>(bytes).convert_to_f32_slice(chunk),
-            other => return Ok(decode_into(other, &bytemuck::cast_slice(bytes)[..length], chunk)),
+            other => {
+                return decode_into(other, &bytemuck::cast_slice(bytes)[..length], chunk).map_err(ReadError::Values);
+            }
         }
-        Ok(Ok(()))
+        Ok(())
     }
 }
 

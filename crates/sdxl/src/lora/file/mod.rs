@@ -17,7 +17,7 @@ use hyperlora_core::{Error, Result};
 use crate::lora::file::adapter::Adapter;
 use crate::lora::file::keys::{Key, Side};
 use crate::source::{Component, ComponentUpdates};
-use crate::weights::{LowRank, SafetensorsFile, TensorEntry, values};
+use crate::weights::{LowRank, ReadError, SafetensorsFile, TensorEntry, values};
 
 pub use adapter::ADAPTER_METADATA;
 pub use base_names::BaseNames;
@@ -178,38 +178,42 @@ impl LoraFile {
                 problems.push(format!("{}: the base has no such module", module.name));
                 continue;
             };
-            match self.change(module, shape, weight)? {
+            match self.change(module, shape, weight) {
                 Ok(change) => {
                     let part = updates.entry(module.part).or_default();
                     part.entry(weight_name.to_owned()).or_default().push(change);
                 }
-                Err(problem) => problems.push(problem),
+                Err(ReadError::Values(problem)) => problems.push(problem),
+                Err(ReadError::File(error)) => return Err(error),
             }
         }
         refuse(self.file.path(), &problems, REMEDY)
     }
 
-    /// Computes the update of a weight of this shape. The inner error reports a mismatch.
-    fn change(&self, module: &Module, shape: &[usize], weight: f32) -> Result<std::result::Result<LowRank, String>> {
+    /// Computes the update of a weight of this shape.
+    fn change(&self, module: &Module, shape: &[usize], weight: f32) -> std::result::Result<LowRank, ReadError> {
         let Module { down, up, alpha, .. } = module;
         let rank = down.shape.first().copied().unwrap_or_default();
         // A linear layer may be stored as a 1x1 convolution, and the other way round.
         let expected = [[&[rank], &shape[1..]].concat(), vec![shape[0], rank]];
         for (entry, expected) in [down, up].into_iter().zip(expected) {
             if entry.shape.contains(&0) || trimmed(&entry.shape) != trimmed(&expected) {
-                return Ok(Err(format!("{}: shape {:?}, expected {expected:?}", entry.name, entry.shape)));
+                let problem = format!("{}: shape {:?}, expected {expected:?}", entry.name, entry.shape);
+                return Err(ReadError::Values(problem));
             }
         }
-        let mut values = Vec::with_capacity(2);
+        let mut matrices = Vec::with_capacity(2);
         for entry in [down, up] {
-            match floats(&self.file, entry)? {
-                Ok(floats) if floats.iter().all(|value| value.is_finite()) => values.push(floats),
-                Ok(_) => return Ok(Err(format!("{}: holds values that are not finite", entry.name))),
-                Err(problem) => return Ok(Err(format!("{}: {problem}", entry.name))),
+            let unusable = |problem: &str| ReadError::Values(format!("{}: {problem}", entry.name));
+            let floats = values::decode(entry.dtype, &self.file.read_raw(&entry.name)?);
+            let floats = floats.map_err(|problem| unusable(&problem))?;
+            if !floats.iter().all(|value| value.is_finite()) {
+                return Err(unusable("holds values that are not finite"));
             }
+            matrices.push(floats);
         }
-        let [down, up] = <[Vec<f32>; 2]>::try_from(values).unwrap_or_default();
-        Ok(Ok(LowRank::new(down, up, rank, alpha / rank as f32 * weight)))
+        let [down, up] = <[Vec<f32>; 2]>::try_from(matrices).unwrap_or_default();
+        Ok(LowRank::new(down, up, rank, alpha / rank as f32 * weight))
     }
 }
 
@@ -238,9 +242,4 @@ fn refuse(path: &Path, problems: &[String], remedy: &str) -> Result<()> {
         shown.push(format!("and {} more", problems.len() - PROBLEMS_SHOWN));
     }
     Err(Error::file(path, format!("{} modules do not fit:\n    {}", problems.len(), shown.join("\n    ")), remedy))
-}
-
-/// Reads a tensor's values as f32. The inner error reports a type that is not a float.
-fn floats(file: &SafetensorsFile, entry: &TensorEntry) -> Result<std::result::Result<Vec<f32>, String>> {
-    Ok(values::decode(entry.dtype, &file.read_raw(&entry.name)?))
 }
