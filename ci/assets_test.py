@@ -11,6 +11,7 @@ import http.server
 import io
 import json
 import os
+import sys
 import tarfile
 import tempfile
 import threading
@@ -19,6 +20,7 @@ import zipfile
 from pathlib import Path
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 import assets
 
 SETTINGS = ("PIP_INDEX_URL", "PIP_CERT", "NPM_CONFIG_REGISTRY")

@@ -6,7 +6,7 @@
 # other cases, HYPERLORA_FUZZ_PACKAGES='-p data-prep' leaves Burn out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ci/setup.sh
+. launch/setup.sh
 
 export HYPERLORA_FUZZ_CASES=${1:-1000000}
 only=${2:-}

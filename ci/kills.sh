@@ -5,7 +5,7 @@
 #   ./ci/kills.sh [KILLS]      [120 of each]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ci/setup.sh
+. launch/setup.sh
 
 check_tools
 command -v mpirun >/dev/null && command -v mpicc >/dev/null || apt_install mpicc libopenmpi-dev openmpi-bin libclang-dev

@@ -9,7 +9,7 @@
 # slurm-wlm and munge, which it installs where it may; their own configuration and services stay as they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ci/setup.sh
+. launch/setup.sh
 . ci/small_training.sh
 
 [ "$(id -u)" = 0 ] || fail "slurmd starts jobs as their users and needs root" "run this as root, as in a container"

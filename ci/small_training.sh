@@ -15,7 +15,7 @@ build_programs() {
 # $state/train.yaml: 4 people, three stages, 20 steps of 8 samples, a checkpoint every 4.
 make_training() {
   local quickstart=$PWD/experiments/quickstart photos=${HYPERLORA_CACHE:-$HOME/.cache/hyperlora}/photos/orl
-  ci/assets.sh
+  launch/assets.sh
   say "data"
   mkdir -p "$state/photos/orl"
   cp -r "$photos"/s0[1-4] "$state/photos/orl/"

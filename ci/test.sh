@@ -2,13 +2,13 @@
 # Everything that must hold: format, lints, tests, docs, and that the CUDA code still type-checks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ci/setup.sh
+. launch/setup.sh
 
 check_tools
 cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 \
   || fail "clippy or rustfmt is missing" "rustup component add clippy rustfmt"
 say "assets (photos and face models, downloaded once)"
-ci/assets.sh
+launch/assets.sh
 
 python3 -B ci/assets_test.py
 python3 -B ci/check_links.py

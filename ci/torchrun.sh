@@ -9,7 +9,7 @@
 # into a virtual environment in HYPERLORA_CACHE [~/.cache/hyperlora].
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ci/setup.sh
+. launch/setup.sh
 . ci/small_training.sh
 
 given=${1:-}

@@ -2,7 +2,7 @@
 # ci/wheel.sh [OUT]: builds a Python wheel with both programs, in dist/ or OUT. Its installation brings ONNX Runtime along.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ci/setup.sh
+. launch/setup.sh
 
 out=${1:-dist}
 check_tools

@@ -6,7 +6,7 @@
 # HYPERLORA names the program [target/release/hyperlora], built with --features burn-hyperlora/mpi.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ci/setup.sh
+. launch/setup.sh
 
 ranks=${1:-} config=${2:-}
 [[ $ranks =~ ^[1-9][0-9]*$ && -n $config ]] || fail "number of ranks or configuration missing" \

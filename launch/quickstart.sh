@@ -6,7 +6,7 @@
 #   ./launch/quickstart.sh [cpu|cuda:N]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ci/setup.sh
+. launch/setup.sh
 
 device=${1:-cpu}
 features=()
@@ -24,7 +24,7 @@ target=${CARGO_TARGET_DIR:-target}
 
 check_tools
 say "1/6 assets: photos and face models (once)"
-ci/assets.sh
+launch/assets.sh
 
 say "2/6 build (the first one takes about ten minutes)"
 cargo build --release -p data-prep -p burn-hyperlora --bins "${features[@]}"

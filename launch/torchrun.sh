@@ -27,7 +27,7 @@
 # NCCL_SOCKET_IFNAME (such as eth0), with InfiniBand NCCL_IB_HCA (such as mlx5).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ci/setup.sh
+. launch/setup.sh
 
 config=${1:-}
 [ -n "$config" ] || fail "no configuration" "./launch/torchrun.sh experiments/sdxl/id-clip.yaml --out runs/id-clip"

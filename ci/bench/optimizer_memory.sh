@@ -4,7 +4,7 @@
 #   ./ci/bench/optimizer_memory.sh [SITES]      [8 attentions of width 1280]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-. ci/setup.sh
+. launch/setup.sh
 
 profile=${PROFILE:-release}
 command -v mpirun >/dev/null || apt_install mpirun openmpi-bin libopenmpi-dev

@@ -8,7 +8,7 @@
 # PROFILE=release is what docs/design/distributed.md quotes; any other is for trying the script out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-. ci/setup.sh
+. launch/setup.sh
 
 profile=${PROFILE:-release}
 command -v mpirun >/dev/null || apt_install mpirun openmpi-bin libopenmpi-dev

@@ -1,7 +1,7 @@
 """The ORL faces as training images for the tiny base model.
 
 The photographs are the ORL database of faces, AT&T Laboratories Cambridge: 40 people, 10 grey photographs of 92 x 112 px
-each. They are read from the asset cache that `ci/assets.sh` fills; which photograph may be used for what stands in the
+each. They are read from the asset cache that `launch/assets.sh` fills; which photograph may be used for what stands in the
 committed split list (columns key, identity, split).
 """
 
@@ -38,7 +38,7 @@ def load_photos(photos: Path, keys: list[str]) -> list[np.ndarray]:
     for key in keys:
         path = photos / key
         if not path.is_file():
-            raise SystemExit(f"{path}: missing; run ci/assets.sh first, or name the photo folder with --photos")
+            raise SystemExit(f"{path}: missing; run launch/assets.sh first, or name the photo folder with --photos")
         images.append(np.asarray(Image.open(path).convert("L")))
     return images
 

@@ -1,4 +1,4 @@
-//! `data-prep build` from photos to shards, on real faces and with the real models that `ci/assets.sh` downloads.
+//! `data-prep build` from photos to shards, on real faces and with the real models that `launch/assets.sh` downloads.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

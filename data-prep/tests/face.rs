@@ -1,4 +1,4 @@
-//! Face models on real photos: the files that `ci/assets.sh` downloads.
+//! Face models on real photos: the files that `launch/assets.sh` downloads.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};

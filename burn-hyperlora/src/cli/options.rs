@@ -38,6 +38,11 @@ impl Common {
     pub(super) fn display(&self) -> metrics::Display {
         metrics::Display::detect(self.quiet)
     }
+
+    /// Selects the display of a training.
+    pub(super) fn training_display(&self) -> metrics::Display {
+        metrics::Display::detect_for_training(self.quiet)
+    }
 }
 
 /// Settings that a hypernetwork in the released layout does not contain, and the models that process photos for it.

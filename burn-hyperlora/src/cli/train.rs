@@ -54,7 +54,7 @@ pub(super) fn run(args: &TrainArgs, common: &Common, device: &Device) -> Result<
     let options = TrainOptions {
         max_steps: args.max_steps,
         stop,
-        display: common.display(),
+        display: common.training_display(),
         work: plan::work(&experiment, args.gpu),
     };
     let outcome = experiment.train_together(&ranks, &run, device, options)?;

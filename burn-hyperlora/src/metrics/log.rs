@@ -14,6 +14,7 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::metrics::anonymous::{Anonymous, Entry};
+use crate::metrics::live::is_open;
 use crate::metrics::progress::around_bars;
 
 /// Starts the log, once per process.
@@ -99,7 +100,10 @@ struct BesideBars {
 
 impl Write for BesideBars {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        around_bars(|| io::stderr().write_all(&[self.prefix.as_bytes(), line].concat()))?;
+        // The line stands in run.log. Here it would tear the curves.
+        if !is_open() {
+            around_bars(|| io::stderr().write_all(&[self.prefix.as_bytes(), line].concat()))?;
+        }
         Ok(line.len())
     }
 

@@ -3,6 +3,7 @@
 mod anonymous;
 mod event;
 mod history;
+mod live;
 pub mod log;
 mod progress;
 mod summary;
@@ -10,6 +11,7 @@ mod tensorboard;
 mod usage;
 
 pub use history::LastScalars;
+pub use live::LiveCurves;
 pub use progress::{Display, Progress};
 pub use summary::{GapStatistics, IdentityGap, RunSummary, StageSummary};
 pub use tensorboard::MetricsWriter;

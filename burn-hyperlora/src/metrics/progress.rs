@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
+use crate::metrics::live::AVAILABLE;
+
 /// All bars of the process, so that log lines can be printed around them.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
@@ -19,6 +21,8 @@ const TEMPLATE: &str = "{prefix} {bar:30} {pos}/{len}  {msg}";
 pub enum Display {
     /// Bar at a fixed place on the terminal; lines go to the log file only.
     Bar,
+    /// Live curves that fill the terminal (feature `tui`); lines go to the log file only.
+    Curves,
     /// Log line at intervals.
     Lines,
     /// Log line at intervals, in the log file only.
@@ -32,6 +36,14 @@ impl Display {
             (true, _) => Self::Hidden,
             (false, true) => Self::Bar,
             (false, false) => Self::Lines,
+        }
+    }
+
+    /// Selects live curves for a training, if this build has them and the terminal is free for them.
+    pub fn detect_for_training(quiet: bool) -> Self {
+        match Self::detect(quiet) {
+            Self::Bar if AVAILABLE && io::stdout().is_terminal() => Self::Curves,
+            other => other,
         }
     }
 }
@@ -94,7 +106,7 @@ impl Progress {
             let Self { stage, total, .. } = self;
             match self.display {
                 Display::Lines => tracing::info!("{stage} {step}/{total}  {state}"),
-                Display::Bar | Display::Hidden => tracing::debug!("{stage} {step}/{total}  {state}"),
+                Display::Bar | Display::Curves | Display::Hidden => tracing::debug!("{stage} {step}/{total}  {state}"),
             }
         }
     }

@@ -180,9 +180,9 @@ fn a_run_folder_that_cannot_be_written_is_named() {
 fn commands_that_read_a_run_name_what_is_no_run() {
     let world = World::new();
     let nowhere = world.path("nowhere").display().to_string();
-    run(hyperlora(["eval", "identity-gap", &nowhere])).refused(2, &[&nowhere, "no run folder"]);
+    run(hyperlora(["eval", "identity-gap", &nowhere])).refused(2, &[&nowhere, "not a run folder"]);
     let output = world.path("a.safetensors").display().to_string();
     run(hyperlora(["generate", "--checkpoint", &nowhere, "--image", &nowhere, "-o", &output]))
-        .refused(2, &[&nowhere, "no checkpoint folder"]);
+        .refused(2, &[&nowhere, "not a checkpoint folder"]);
     assert!(!Path::new(&output).exists());
 }

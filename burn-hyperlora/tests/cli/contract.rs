@@ -56,7 +56,7 @@ fn a_gpu_is_refused_by_commands_that_run_no_model() {
         &["checkpoint", "list", "run"],
     ] {
         let asked = |device: &str| run(hyperlora(command.iter().chain(&["--device", device])));
-        asked("cuda:0").refused(2, &["--device cuda:0", "the CPU alone", "leave --device out"]);
+        asked("cuda:0").refused(2, &["--device cuda:0", "the CPU only", "leave --device out"]);
         let stderr = asked("cpu").with(2).stderr;
         assert!(!stderr.contains("--device"), "{stderr}");
     }

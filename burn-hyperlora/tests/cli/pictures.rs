@@ -186,7 +186,7 @@ fn what_cannot_be_drawn_with_is_named() {
 /// Returns a photo of the asset cache.
 pub(crate) fn photo() -> PathBuf {
     let photo = hyperlora_testing::asset("photos/orl/s36/1.pgm");
-    assert!(photo.exists(), "{} is missing: run ci/assets.sh", photo.display());
+    assert!(photo.exists(), "{} is missing: run launch/assets.sh", photo.display());
     photo
 }
 
@@ -241,5 +241,5 @@ fn a_lora_is_made_of_photos_of_one_face() {
     let settings = world.path("run/paths.yaml");
     let text = fs::read_to_string(&settings).unwrap();
     fs::write(&settings, text.replace("/models", "/no-models")).unwrap();
-    run(generate(&[&photo], &[])).refused(2, &["/no-models", "ci/assets.sh"]);
+    run(generate(&[&photo], &[])).refused(2, &["/no-models", "launch/assets.sh"]);
 }

@@ -37,6 +37,11 @@ impl StopFlag {
         Ok(raised)
     }
 
+    /// Raises the flag as SIGINT does, for a user who asks for a stop in another way.
+    pub fn raise(&self) {
+        self.signal.store(SIGINT as usize, Ordering::Relaxed);
+    }
+
     /// Returns the name of the signal that requested a stop, if any.
     pub fn raised_by(&self) -> Option<&'static str> {
         match self.signal.load(Ordering::Relaxed) {

@@ -36,7 +36,7 @@ pub fn fixture(name: impl AsRef<Path>) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
 }
 
-/// Returns a file that `ci/assets.sh` downloaded, by its path in the cache: photos and face models.
+/// Returns a file that `launch/assets.sh` downloaded, by its path in the cache: photos and face models.
 pub fn asset(name: &str) -> PathBuf {
     let cache = std::env::var_os("HYPERLORA_CACHE").map(PathBuf::from);
     cache.unwrap_or_else(|| Path::new(&std::env::var_os("HOME").unwrap()).join(".cache/hyperlora")).join(name)

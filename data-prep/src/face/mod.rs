@@ -10,6 +10,7 @@ pub mod align;
 pub mod detect;
 pub mod embed;
 pub mod landmark;
+mod library;
 pub mod mask;
 mod model;
 mod models;
@@ -36,7 +37,7 @@ use crate::face::model::Runtime;
 pub use crate::face::detect::Detection;
 pub use crate::face::models::FaceModels;
 
-/// Models that find and measure faces. Everything has a default: the files that `ci/assets.sh` downloads.
+/// Models that find and measure faces. Everything has a default: the files that `launch/assets.sh` downloads.
 ///
 /// The role of each model in a folder follows from its inputs and outputs. Name a file only if several fit a role.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -107,7 +108,7 @@ impl FaceConfig {
             SAID.call_once(|| {
                 tracing::warn!(
                     "`runtime: {library}` of the face models is passed over: to load another ONNX Runtime than that of \
-                     ci/assets.sh, set ORT_DYLIB_PATH to its path"
+                     launch/assets.sh, set ORT_DYLIB_PATH to its path"
                 );
             });
         }

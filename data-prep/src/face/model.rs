@@ -1,30 +1,20 @@
 //! ONNX Runtime, loaded once per process, and a model with one input.
 
-use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use hyperlora_core::config::ConfigPath;
 use hyperlora_core::{Error, Result};
 use ort::environment::Environment;
 use ort::logging::LogLevel;
 use ort::session::Session;
 use ort::value::Tensor;
 
+use crate::face::library::{self, REMEDY};
 use crate::face::onnx::check_external_data;
 
 /// Environment of the process, which can load only one copy of the library: the first path that loads stays.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
-
-/// Environment variable that names the library.
-const VARIABLE: &str = "ORT_DYLIB_PATH";
-
-const REMEDY: &str =
-    "run ci/assets.sh, or set ORT_DYLIB_PATH to the absolute path of libonnxruntime.so (1.31 or newer)";
-
-/// Place where `ci/assets.sh` puts the library.
-const ASSET: &str = "${HYPERLORA_CACHE:-~/.cache/hyperlora}/lib/libonnxruntime.so";
 
 /// ONNX Runtime, ready to load models.
 #[derive(Clone)]
@@ -37,13 +27,12 @@ impl fmt::Debug for Runtime {
 }
 
 impl Runtime {
-    /// Loads the library that `ORT_DYLIB_PATH` names, or else the one that `ci/assets.sh` downloads. Nothing else may
-    /// name one, because its code is executed, and folders of models, data and runs come from strangers.
+    /// Loads the library that [`library::find`] finds.
     ///
     /// # Errors
     /// Input: there is no library, or it does not load.
     pub(super) fn load() -> Result<Self> {
-        let library = library(std::env::var_os(VARIABLE), ConfigPath::new(ASSET).resolve(Path::new("")))?;
+        let library = library::find()?;
         let mut environment = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(loaded) = environment.as_ref() {
             return Ok(Self(loaded.clone()));
@@ -60,20 +49,6 @@ impl Runtime {
             .map_err(|error| Error::file(&absolute, format!("ONNX Runtime does not start: {error}"), REMEDY))?;
         Ok(Self(environment.insert(loaded).clone()))
     }
-}
-
-/// Returns the library's path, which must be absolute: a relative one depends on the current folder, and the system
-/// would search for a bare name.
-fn library(named: Option<OsString>, asset: Result<PathBuf>) -> Result<PathBuf> {
-    let (place, path) = match named {
-        Some(path) if !path.is_empty() => (VARIABLE, path.into()),
-        _ => ("HYPERLORA_CACHE", asset?),
-    };
-    if path.is_absolute() {
-        return Ok(path);
-    }
-    let problem = format!("names ONNX Runtime by `{}`, which is not an absolute path", path.display());
-    Err(Error::input(place, problem, "give the absolute path: a library is not searched for"))
 }
 
 /// ONNX model with one input. Runs on one thread, so that the numbers are the same every time.
@@ -140,26 +115,4 @@ fn open(runtime: &Runtime, file: &Path) -> ort::Result<Session> {
         .with_deterministic_compute(true)?
         .with_log_level(LogLevel::Error)?
         .commit_from_file(file)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_library_is_named_by_a_whole_path_or_pinned() {
-        let found = |named: Option<&str>, asset: &str| library(named.map(OsString::from), Ok(asset.into()));
-        assert_eq!(found(Some("/opt/ort.so"), "/cache/ort.so").unwrap(), Path::new("/opt/ort.so"));
-        for none in [None, Some("")] {
-            assert_eq!(found(none, "/cache/ort.so").unwrap(), Path::new("/cache/ort.so"));
-        }
-        for (named, asset, place) in [
-            (Some("libonnxruntime.so"), "/cache/ort.so", VARIABLE),
-            (Some("./lib/libonnxruntime.so"), "/cache/ort.so", VARIABLE),
-            (None, "cache/ort.so", "HYPERLORA_CACHE"),
-        ] {
-            let message = found(named, asset).unwrap_err().to_string();
-            assert!(message.starts_with(place) && message.contains("not an absolute path"), "{message}");
-        }
-    }
 }

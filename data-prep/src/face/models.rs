@@ -1,6 +1,6 @@
 //! Roles of the model files in a folder (detector, embedder, ...), recognised by their inputs and outputs.
 //!
-//! Supports folders in the layout of insightface's packs (antelopev2, buffalo_l) and the one that `ci/assets.sh` makes.
+//! Supports folders in the layout of insightface's packs (antelopev2, buffalo_l) and the one that `launch/assets.sh` makes.
 //! Ignores models that are not needed here (3D landmarks, gender and age).
 
 use std::collections::BTreeMap;
@@ -252,14 +252,14 @@ impl Role {
         Error::file(
             folder,
             format!("holds no file that is {}{found}", self.what),
-            format!("add one or name it with `{}`; `ci/assets.sh` brings a free set of models", self.key),
+            format!("add one or name it with `{}`; `launch/assets.sh` brings a free set of models", self.key),
         )
     }
 }
 
 /// Lists the ONNX files of a folder, sorted by name.
 fn onnx_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    const REMEDY: &str = "give the folder of the ONNX files (such as antelopev2), or run ci/assets.sh";
+    const REMEDY: &str = "give the folder of the ONNX files (such as antelopev2), or run launch/assets.sh";
     let failed = |source| Error::read(folder, source).with_remedy(REMEDY);
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(failed)? {

@@ -22,7 +22,7 @@ use crate::conditioning::FrozenModels;
 use crate::data::dataset::Dataset;
 use crate::data::rank::Rank;
 use crate::hypernet::{HyperLora, Stage};
-use crate::metrics::MetricsWriter;
+use crate::metrics::{Display, LiveCurves, MetricsWriter};
 use crate::objective::Objective;
 use crate::run::claim::{Claim, claim_together, write_config};
 use crate::run::state::TrainState;
@@ -52,6 +52,7 @@ pub struct Session {
     metrics: Option<MetricsWriter>,
     rank: Rank,
     stage: Option<OpenStage>,
+    live: Option<LiveCurves>,
     outcome: Option<Outcome>,
     /// Keeps other processes out of the run folder.
     _claim: Option<Claim>,
@@ -131,6 +132,9 @@ impl Session {
             let create = || MetricsWriter::create(&setup.run.join(TENSORBOARD), state.global_step + 1);
             ranks.is_main().then(create).transpose()
         })?;
+        let live = (ranks.is_main() && options.display == Display::Curves)
+            .then(|| LiveCurves::open(setup.train.stages.len()))
+            .flatten();
         let setup = Rc::new(setup);
         let mut session = Self {
             setup: Rc::clone(&setup),
@@ -145,6 +149,7 @@ impl Session {
             metrics,
             rank,
             stage: None,
+            live,
             outcome: None,
             _claim: claim,
         };
@@ -177,6 +182,9 @@ impl Session {
                 continue;
             }
             self.writer.advance(&*self.setup.ranks)?;
+            if self.live.as_ref().is_some_and(LiveCurves::asked_to_stop) {
+                self.options.stop.raise();
+            }
             if let Some(signal) = self.setup.ranks.asked_to_stop(self.options.stop.raised_by())? {
                 self.close_stage(StageEnd::Stopped(signal))?;
                 break;
@@ -277,6 +285,9 @@ impl Session {
     /// Writes values of the current step as curves, on the main rank.
     pub fn log(&mut self, values: &[(String, f64)]) {
         self.record(|metrics, step| metrics.scalars(step, values));
+        if let Some(live) = &mut self.live {
+            live.add(values);
+        }
     }
 
     /// Finishes the pending checkpoint after a failure, because it is still useful. Several ranks cannot do so, because

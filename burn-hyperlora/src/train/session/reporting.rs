@@ -39,6 +39,9 @@ impl Session {
             stage.images += report.losses.len() / self.setup.ranks.world_size();
             stage.progress.step(self.state.stage_step, report.mean_loss(), report.losses.len());
         }
+        if let Some(live) = &mut self.live {
+            live.step(self.state.stage_step);
+        }
         Ok(())
     }
 

