@@ -385,6 +385,23 @@ fn a_changed_shard_with_right_checksums_is_read_or_refused() {
     }
 }
 
+/// The library panics at some of them, such as a run of levels that ends behind its page.
+#[test]
+fn a_changed_index_with_a_right_checksum_is_read_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let whole = foreign::plain_index(dir.path());
+    for at in 4..whole.len() - 8 {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        foreign::seal_index(dir.path(), &bytes);
+        let folder = ShardFolder::open(dir.path()).unwrap();
+        if let Err(error) = folder.labels(|_, _| ()) {
+            assert!(error.exit_code() == 2 && error.to_string().contains(INDEX_FILE), "byte {at}: {error}");
+        }
+    }
+}
+
 #[test]
 fn an_index_whose_keys_repeat_or_are_not_in_order_is_refused() {
     let dir = tempfile::tempdir().unwrap();

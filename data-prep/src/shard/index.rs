@@ -12,15 +12,14 @@ use arrow::datatypes::{DataType, Field, Schema};
 use arrow::error::ArrowError;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use parquet::file::properties::WriterProperties;
 
 use crate::error::{Error, Result};
 use crate::shard::FaceRecord;
 use crate::shard::limits::{Budget, LABEL_BYTES};
 use crate::shard::manifest::{IndexFile, Piece, sha256_of_file};
-use crate::shard::pages::batches;
-use crate::shard::reader::{REMEDY, ShardFolder, reader_options};
+use crate::shard::pages::{self, batches};
+use crate::shard::reader::{REMEDY, ShardFolder};
 use crate::shard::writer::{reproducible, write_error};
 
 /// Name of the index in its folder.
@@ -79,7 +78,7 @@ impl ShardFolder {
         let read = self.store().read_piece(&file, &Piece { offset: 0, bytes, sha256 })?;
         let bytes = Arc::new(read.map_err(|damage| self.bad_index(format!("is damaged: {damage}")))?);
         let damaged = |error: &dyn Display| self.bad_index(format!("is damaged: {error}"));
-        let metadata = ArrowReaderMetadata::load(bytes.as_ref(), reader_options()).map_err(|error| damaged(&error))?;
+        let metadata = pages::footer(bytes.as_ref()).map_err(|error| damaged(&error))?;
         let expected = schema();
         if metadata.schema().fields() != expected.fields() {
             return Err(damaged(&"it has other columns than key, identity and split"));

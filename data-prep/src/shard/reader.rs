@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 
@@ -16,7 +15,7 @@ use crate::paths::Root;
 use crate::shard::FaceRecord;
 use crate::shard::limits::Budget;
 use crate::shard::manifest::{MANIFEST_FILE, Manifest, ShardFile, no_manifest, sha256_of};
-use crate::shard::pages::batches;
+use crate::shard::pages::{self, batches};
 use crate::shard::schema::{columns, difference, from_batch};
 use crate::shard::store::{Damage, RemoteConfig, Store, unreadable};
 
@@ -166,7 +165,7 @@ impl ShardFolder {
 
 fn decode(footer: Window, rows: Window, group: &RowGroup) -> std::result::Result<Vec<FaceRecord>, Damage> {
     let damage = |error: &dyn Display| Damage(error.to_string());
-    let metadata = ArrowReaderMetadata::load(&footer, reader_options()).map_err(|error| damage(&error))?;
+    let metadata = pages::footer(&footer).map_err(|error| damage(&error))?;
     if let Some(difference) = difference(metadata.schema().fields()) {
         return Err(Damage(difference));
     }
@@ -193,11 +192,6 @@ fn decode(footer: Window, rows: Window, group: &RowGroup) -> std::result::Result
         return Err(Damage(format!("{} rows instead of {}", records.len(), group.rows)));
     }
     Ok(records)
-}
-
-/// Arrow's own notes on the columns are passed over: the columns tell enough.
-pub(super) fn reader_options() -> ArrowReaderOptions {
-    ArrowReaderOptions::new().with_skip_arrow_metadata(true)
 }
 
 /// A part of a Parquet file that stands for the whole: the rest is not asked for.

@@ -8,7 +8,7 @@ use arrow::array::{Array, ArrayRef, AsArray, FixedSizeListArray, Float32Array, L
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Float32Type, Schema};
 use data_prep::shard::manifest::sha256_of;
-use data_prep::shard::{INDEX_FILE, Manifest, ShardFolder};
+use data_prep::shard::{INDEX_FILE, MANIFEST_FILE, Manifest, ShardFolder};
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::Compression;
@@ -64,7 +64,7 @@ fn element() -> Arc<Field> {
 
 /// Writes the rows as one row group of the shard, and the manifest for it.
 pub(crate) fn replace(dir: &Path, batches: &[RecordBatch]) {
-    let bytes = parquet(batches);
+    let bytes = parquet(batches, Compression::ZSTD(Default::default()));
     let footer = u32::from_le_bytes(bytes[bytes.len() - 8..][..4].try_into().unwrap()) as usize + 8;
     seal(dir, &bytes, bytes.len() - footer, batches.iter().map(RecordBatch::num_rows).sum());
 }
@@ -90,11 +90,21 @@ pub(crate) fn seal(dir: &Path, bytes: &[u8], end: usize, rows: usize) {
 
 /// Writes the rows as the index, and its checksum into the manifest.
 pub(crate) fn replace_index(dir: &Path, batches: &[RecordBatch]) {
-    let bytes = parquet(batches);
-    fs::write(dir.join(INDEX_FILE), &bytes).unwrap();
+    seal_index(dir, &parquet(batches, Compression::ZSTD(Default::default())));
+}
+
+/// The index as it is without compression: a change of a byte reaches the values.
+pub(crate) fn plain_index(dir: &Path) -> Vec<u8> {
+    parquet(&[index(dir)], Compression::UNCOMPRESSED)
+}
+
+/// Makes `bytes` the index, and writes the manifest for it.
+pub(crate) fn seal_index(dir: &Path, bytes: &[u8]) {
+    fs::write(dir.join(INDEX_FILE), bytes).unwrap();
     let mut manifest = Manifest::read(dir).unwrap();
-    (manifest.index.bytes, manifest.index.sha256) = (bytes.len() as u64, sha256_of(&bytes));
-    manifest.write(dir).unwrap();
+    (manifest.index.bytes, manifest.index.sha256) = (bytes.len() as u64, sha256_of(bytes));
+    // Not synced: that would take most of a test's time.
+    fs::write(dir.join(MANIFEST_FILE), serde_json::to_vec(&manifest).unwrap()).unwrap();
 }
 
 /// What is said of the rows once they are the shard's.
@@ -105,9 +115,9 @@ pub(crate) fn problem(dir: &Path, batches: &[RecordBatch]) -> String {
 }
 
 /// One row group whose texts are written once each, however long they are.
-fn parquet(batches: &[RecordBatch]) -> Vec<u8> {
+fn parquet(batches: &[RecordBatch], compression: Compression) -> Vec<u8> {
     let properties = WriterProperties::builder()
-        .set_compression(Compression::ZSTD(Default::default()))
+        .set_compression(compression)
         .set_dictionary_page_size_limit(1 << 30)
         .set_column_dictionary_enabled("image".into(), false)
         .set_max_row_group_row_count(Some(1 << 20))
