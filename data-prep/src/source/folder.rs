@@ -313,6 +313,16 @@ mod tests {
     }
 
     #[test]
+    fn a_list_among_the_photos_is_not_counted() {
+        let (dir, mut config) = folder("");
+        config.labels = Some(ConfigPath::new("photos/list.csv"));
+        fs::write(dir.path().join("photos/list.csv"), "key,identity,split\na.pgm,ada,\n").unwrap();
+        let Source { photos, notes, .. } = config.open(dir.path(), false).unwrap();
+        assert_eq!(photos[0].identity.as_deref(), Some("ada"));
+        assert_eq!(notes.to_string(), "txt_file 1 (notes.txt), unlabelled_photo 2 (b/10.jpg and more)");
+    }
+
+    #[test]
     fn what_is_no_photo_is_counted_by_its_kind() {
         let (dir, config) = folder("key,identity,split\na.pgm,,\nb/2.PNG,,\nb/10.jpg,,\n");
         for name in
