@@ -132,6 +132,11 @@ fn weights_are_read_from_the_models_own_folder_alone() {
             assert!(message.contains(&format!("glintr100.onnx: keeps weights in `{location}`")), "{message}");
         }
     }
+    // A graph in an attribute of a node of a graph, and so on.
+    let deep =
+        (0..40).fold(field(5, &external_tensor("weights.bin")), |graph, _| field(1, &field(5, &field(6, &graph))));
+    fs::write(folder.join("glintr100.onnx"), [field(7, &deep), whole.clone()].concat()).unwrap();
+    assert!(refusal(&folder).contains("has too many graphs within each other"));
     fs::write(folder.join("glintr100.onnx"), [ways[0](external_tensor("weights.bin")), whole].concat()).unwrap();
     load(&folder).unwrap();
 }

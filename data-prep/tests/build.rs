@@ -355,6 +355,12 @@ fn no_output_is_put_into_the_photos_around_them_or_beside_another_build() {
     assert!(error.exit_code() == 2 && error.to_string().contains("another process"), "{error}");
     drop(held);
     assert_eq!(names(dir.path()), before);
+    // Nor into the models, empty ones here.
+    fs::create_dir(dir.path().join("models")).unwrap();
+    fs::write(dir.path().join("data.yaml"), format!("{CONFIG}  models: models\n")).unwrap();
+    let error = prepare(dir.path(), "models/shards", 1).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("lies in the input"), "{error}");
+    assert_eq!(names(&dir.path().join("models")), BTreeSet::new());
 }
 
 #[test]

@@ -195,7 +195,8 @@ mod tests {
     fn what_a_file_holds_is_no_fault_of_the_disk() {
         use std::io::ErrorKind as Kind;
         let code = |kind: Kind| Error::read(Path::new("a.json"), kind.into()).exit_code();
-        for kind in [Kind::NotFound, Kind::PermissionDenied, Kind::InvalidData, Kind::UnexpectedEof] {
+        for kind in [Kind::NotFound, Kind::PermissionDenied, Kind::InvalidData, Kind::UnexpectedEof, Kind::FileTooLarge]
+        {
             assert_eq!(code(kind), 2, "{kind}");
         }
         assert_eq!(code(Kind::Other), 1);

@@ -177,9 +177,11 @@ mod tests {
         tracing::subscriber::with_default(subscriber.finish(), || {
             let name = "a\u{1b}[2J\nERROR all is lost";
             tracing::warn!(url = "https://me:pass@h/x?sig=1", "{name}: https://h/y?sig=1");
+            tracing::warn!(log.file = "/root/lib.rs", "done");
         });
         let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-        let shown = " WARN a\\u{1b}[2J\n    ERROR all is lost: https://h/y?*** url=\"https://***@h/x?***\"\n";
+        let shown =
+            " WARN a\\u{1b}[2J\n    ERROR all is lost: https://h/y?*** url=\"https://***@h/x?***\"\n WARN done \n";
         assert_eq!(log, shown);
     }
 }

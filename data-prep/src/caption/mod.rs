@@ -101,6 +101,9 @@ mod tests {
         let caption = || captioner.caption(&files, Path::new("x.jpg"));
         let fallback = Caption { text: "a photo of a person".into(), fallback: true };
         assert_eq!(caption().unwrap(), fallback);
+        let template = Captioner::Template { text: fallback.text.clone() };
+        let words = Caption { fallback: false, ..fallback.clone() };
+        assert_eq!(template.caption(&files, Path::new("x.jpg")).unwrap(), words);
         write(b" a woman\n in a hat \n");
         assert_eq!(caption().unwrap(), Caption { text: "a woman in a hat".into(), fallback: false });
         write(b"\xef\xbb\xbfa woman in orange");

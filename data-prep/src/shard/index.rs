@@ -12,15 +12,14 @@ use arrow::datatypes::{DataType, Field, Schema};
 use arrow::error::ArrowError;
 use hyperlora_core::hash::sha256_of_file;
 use hyperlora_core::{Error, Result};
-use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use parquet::arrow::{ArrowWriter, ProjectionMask};
 use parquet::file::properties::WriterProperties;
 
 use crate::shard::FaceRecord;
 use crate::shard::limits::{Budget, LABEL_BYTES};
 use crate::shard::manifest::{IndexFile, Piece};
-use crate::shard::pages::batches;
-use crate::shard::reader::{REMEDY, ShardFolder, reader_options};
+use crate::shard::pages::{self, batches};
+use crate::shard::reader::{REMEDY, ShardFolder};
 use crate::shard::writer::{reproducible, write_error};
 
 /// Name of the index in its folder.
@@ -81,7 +80,7 @@ impl ShardFolder {
             Err(error) => return Err(self.bad_index(format!("is damaged: {}", error.damage()?))),
         };
         let damaged = |error: &dyn Display| self.bad_index(format!("is damaged: {error}"));
-        let metadata = ArrowReaderMetadata::load(bytes.as_ref(), reader_options()).map_err(|error| damaged(&error))?;
+        let metadata = pages::footer(bytes.as_ref()).map_err(|error| damaged(&error))?;
         let expected = schema();
         if metadata.schema().fields() != expected.fields() {
             return Err(damaged(&"it has other columns than key, identity and split"));

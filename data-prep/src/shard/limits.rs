@@ -71,3 +71,23 @@ impl Budget {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn a_row_group_has_its_budget_once_and_the_index_anew_for_each_page() {
+        let (group, index) = (Budget::of_group(1 << 20), Budget::of_index());
+        for budget in [&group, &index] {
+            budget.take(60 << 20).unwrap();
+        }
+        // 64 and 16 MiB.
+        group.take(20 << 20).unwrap();
+        assert!(group.take(1).unwrap_err().to_string().contains("1 more bytes would be decoded, and 0 may be"));
+        index.take(INDEX_PAGE).unwrap();
+        assert!(index.take(INDEX_PAGE + 1).is_err());
+    }
+}

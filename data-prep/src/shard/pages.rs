@@ -1,10 +1,13 @@
 //! Pages of a Parquet file, decompressed within a budget: the size that a page states is not trusted.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Fields};
+use arrow::error::ArrowError;
 use bytes::Bytes;
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, RowGroups};
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, RowGroups};
 use parquet::arrow::{ProjectionMask, parquet_to_arrow_field_levels};
 use parquet::basic::{Compression, Encoding};
 use parquet::column::page::{Page, PageIterator, PageMetadata, PageReader};
@@ -20,6 +23,12 @@ use crate::shard::limits::Budget;
 /// Bytes of a value besides its content: its offset, levels, or a view of it.
 const PER_VALUE: u64 = 16;
 
+/// Reads the footer of a file. Ignores Arrow's own metadata about the columns, because the columns are sufficient.
+pub(super) fn footer(file: &impl ChunkReader) -> Result<ArrowReaderMetadata> {
+    let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
+    without_panic(|| ArrowReaderMetadata::load(file, options))?
+}
+
 /// Reads the batches of one row group, for the columns in `mask`. Texts and binaries are views of the pages: a page
 /// that repeats a value a thousand times takes no more memory than one copy.
 pub(super) fn batches<R: ChunkReader + 'static>(
@@ -28,11 +37,35 @@ pub(super) fn batches<R: ChunkReader + 'static>(
     group: usize,
     (fields, mask): (&Fields, ProjectionMask),
     (batch_size, budget): (usize, &Arc<Budget>),
-) -> Result<ParquetRecordBatchReader> {
+) -> Result<Batches> {
     let schema = metadata.file_metadata().schema_descr();
     let levels = parquet_to_arrow_field_levels(schema, mask, Some(&viewed(fields)))?;
     let group = Group { reader: Arc::clone(reader), metadata, group, budget: Arc::clone(budget) };
-    ParquetRecordBatchReader::try_new_with_row_groups(&levels, &group, batch_size, None)
+    let reader =
+        without_panic(|| ParquetRecordBatchReader::try_new_with_row_groups(&levels, &group, batch_size, None))??;
+    Ok(Batches(Some(reader)))
+}
+
+/// The batches of a row group, up to the first that cannot be read.
+pub(super) struct Batches(Option<ParquetRecordBatchReader>);
+
+impl Iterator for Batches {
+    type Item = std::result::Result<RecordBatch, ArrowError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let mut reader = self.0.take()?;
+        let batch = without_panic(|| reader.next()).unwrap_or_else(|error| Some(Err(error.into())));
+        if let Some(Ok(_)) = batch {
+            self.0 = Some(reader);
+        }
+        batch
+    }
+}
+
+/// Runs what the library does with bytes of a file. It panics at some that contradict themselves, such as a run of levels
+/// that ends behind its page: that is the file's fault as well. What it was at work on must not be used again.
+fn without_panic<T>(read: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(read)).map_err(|_| general("what it holds contradicts itself"))
 }
 
 /// Returns the same columns, with views in place of texts and binaries.

@@ -243,6 +243,8 @@ fn is_partial(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
@@ -277,11 +279,14 @@ mod tests {
     #[test]
     fn files_of_others_are_neither_removed_nor_counted() {
         let dir = tempfile::tempdir().unwrap();
-        let others = ["holiday.jpg", "notes.partial", ".thesis.tex.12.0.partial", "model.latest"];
         let piece = "a".repeat(64);
-        for (other, alone) in others.iter().map(|other| (*other, true)).chain([(&*piece, false)]) {
+        // Names close to those of our half-written files.
+        let [unlike, joined] = [format!(".{}.00ff.partial", "x".repeat(64)), format!(".{piece}00ff.partial")];
+        let others = ["holiday.jpg", "notes.partial", ".thesis.tex.12.0.partial", "model.latest", &*unlike, &*joined];
+        let named_alike = [(MARK, true), (&*piece, true), (&*piece, false)];
+        for (other, alone) in others.iter().map(|other| (*other, true)).chain(named_alike) {
             // Matching names prove nothing in an unmarked folder: other programs name files by checksums, too.
-            let folder = dir.path().join(other);
+            let folder = dir.path().join(format!("{other}-{alone}"));
             fs::create_dir(&folder).unwrap();
             aged(&folder.join(other), b"mine");
             if !alone {
@@ -334,6 +339,59 @@ mod tests {
     }
 
     #[test]
+    fn what_was_used_last_and_what_is_being_written_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = PieceCache::open(dir.path(), 100).unwrap();
+        let [one, other, third] = [&b"one"[..], b"two", b"six"].map(sha256_of);
+        for (piece, bytes) in [(&one, b"one"), (&other, b"two"), (&third, b"six")] {
+            aged(&dir.path().join(piece), bytes);
+        }
+        let partial = format!(".{one}.00ff.partial");
+        fs::write(dir.path().join(&partial), b"on").unwrap();
+        assert_eq!(cache.get(&one, 3).unwrap(), &b"one"[..]);
+        PieceCache::open(dir.path(), 8).unwrap();
+        let left = names(dir.path());
+        assert!(left.contains(&one) && left.contains(&partial), "{left:?}");
+        // No more went than had to: the three pieces and the half-written file are 11 bytes.
+        assert_eq!(left.len(), 2 + 3, "{left:?}");
+    }
+
+    #[test]
+    fn a_piece_is_what_its_name_says_and_nobody_elses() {
+        let outer = tempfile::tempdir().unwrap();
+        let folder = outer.path().join("cache");
+        let cache = PieceCache::open(&folder, 1 << 20).unwrap();
+        let sha256 = sha256_of(b"piece");
+        cache.put(&sha256, b"piece");
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!([mode(&folder), mode(&folder.join(&sha256))], [0o700, 0o600]);
+        // Longer than asked for, and changed: both are gone then.
+        assert!(cache.get(&sha256, 4).is_none() && !folder.join(&sha256).exists());
+        fs::write(folder.join(&sha256), b"peace").unwrap();
+        assert!(cache.get(&sha256, 5).is_none() && !folder.join(&sha256).exists());
+        // Something stands in its place.
+        fs::create_dir(folder.join(&sha256)).unwrap();
+        cache.put(&sha256, b"piece");
+        assert_eq!(names(&folder), [&*sha256, MARK, LOCKS]);
+        fs::write(outer.path().join("other"), b"mine").unwrap();
+        cache.put("../new", b"piece");
+        assert!(cache.get("../other", 4).is_none());
+        assert_eq!(names(outer.path()), ["cache", "other"]);
+    }
+
+    #[test]
+    fn a_turn_follows_no_link_and_waits_for_no_pipe() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = PieceCache::open(dir.path(), 1 << 20).unwrap();
+        let (linked, piped) = (sha256_of(b"1"), sha256_of(b"2"));
+        let lock = |sha256: &str| dir.path().join(LOCKS).join(sha256);
+        std::os::unix::fs::symlink(dir.path().join("new"), lock(&linked)).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(lock(&piped)).status().unwrap().success());
+        assert!([linked, piped].iter().all(|sha256| cache.turn(sha256, Instant::now()).is_none()));
+        assert!(!dir.path().join("new").exists());
+    }
+
+    #[test]
     fn a_piece_that_grew_and_a_pipe_are_not_read() {
         let dir = tempfile::tempdir().unwrap();
         let cache = PieceCache::open(dir.path(), 1 << 20).unwrap();
@@ -341,6 +399,6 @@ mod tests {
         File::create(dir.path().join(&grown)).unwrap().set_len(1 << 40).unwrap();
         assert!(std::process::Command::new("mkfifo").arg(dir.path().join(&pipe)).status().unwrap().success());
         assert!(cache.get(&grown, 1).is_none() && cache.get(&pipe, 1).is_none());
-        assert_eq!(names(dir.path()), [pipe.as_str(), MARK, LOCKS]);
+        assert_eq!(names(dir.path()), [MARK, pipe.as_str(), LOCKS]);
     }
 }

@@ -10,14 +10,13 @@ use hyperlora_core::hash::sha256_of;
 use hyperlora_core::paths::Root;
 use hyperlora_core::{Error, Result};
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 
 use crate::shard::FaceRecord;
 use crate::shard::limits::Budget;
 use crate::shard::manifest::{MANIFEST_FILE, Manifest, ShardFile, no_manifest};
-use crate::shard::pages::batches;
+use crate::shard::pages::{self, batches};
 use crate::shard::schema::{columns, difference, from_batch};
 use crate::shard::store::{Damage, ReadError, RemoteConfig, Store, unreadable};
 
@@ -166,7 +165,7 @@ impl ShardFolder {
 
 fn decode(footer: Window, rows: Window, group: &RowGroup) -> std::result::Result<Vec<FaceRecord>, Damage> {
     let damage = |error: &dyn Display| Damage(error.to_string());
-    let metadata = ArrowReaderMetadata::load(&footer, reader_options()).map_err(|error| damage(&error))?;
+    let metadata = pages::footer(&footer).map_err(|error| damage(&error))?;
     if let Some(difference) = difference(metadata.schema().fields()) {
         return Err(Damage(difference));
     }
@@ -193,11 +192,6 @@ fn decode(footer: Window, rows: Window, group: &RowGroup) -> std::result::Result
         return Err(Damage(format!("{} rows instead of {}", records.len(), group.rows)));
     }
     Ok(records)
-}
-
-/// Ignores Arrow's own metadata about the columns, because the columns are sufficient.
-pub(super) fn reader_options() -> ArrowReaderOptions {
-    ArrowReaderOptions::new().with_skip_arrow_metadata(true)
 }
 
 /// Part of a Parquet file that stands in for the whole. The rest is never requested.

@@ -164,7 +164,20 @@ mod tests {
     }
 
     #[test]
+    fn no_frame_of_a_webp_is_larger_than_its_picture() {
+        // A picture of 17 x 13 with a frame of 16383 x 16383.
+        let canvas = [&b"VP8X\x0a\0\0\0"[..], &[0, 0, 0, 0, 16, 0, 0, 12, 0, 0]].concat();
+        let frame = [&b"VP8 \x0a\0\0\0"[..], &[0, 0, 0, 0x9d, 1, 0x2a, 0xff, 0x3f, 0xff, 0x3f]].concat();
+        let file = [&b"RIFF\x28\0\0\0WEBP"[..], &canvas, &frame].concat();
+        let problem = DecodeConfig::default().decode(&file).unwrap_err();
+        assert_eq!(problem, "a frame of 16383 x 16383 pixels stands in a picture of 17 x 13");
+    }
+
+    #[test]
     fn limits_hold() {
+        for (max_side, max_bytes, holds) in [(1, 1, true), (0, 1, false), (1, 0, false)] {
+            assert_eq!(DecodeConfig { max_side, max_bytes }.validate("data.yaml: decode").is_ok(), holds);
+        }
         let narrow = DecodeConfig { max_side: 25, ..DecodeConfig::default() };
         assert!(narrow.decode(&png(25, 25)).is_ok());
         assert!(narrow.decode(&png(26, 2)).is_err());

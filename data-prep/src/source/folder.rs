@@ -311,15 +311,27 @@ mod tests {
     }
 
     #[test]
+    fn a_list_among_the_photos_is_not_counted() {
+        let (dir, mut config) = folder("");
+        config.labels = Some(ConfigPath::new("photos/list.csv"));
+        fs::write(dir.path().join("photos/list.csv"), "key,identity,split\na.pgm,ada,\n").unwrap();
+        let Source { photos, notes, .. } = config.open(dir.path(), false).unwrap();
+        assert_eq!(photos[0].identity.as_deref(), Some("ada"));
+        assert_eq!(notes.to_string(), "txt_file 1 (notes.txt), unlabelled_photo 2 (b/10.jpg and more)");
+    }
+
+    #[test]
     fn what_is_no_photo_is_counted_by_its_kind() {
         let (dir, config) = folder("key,identity,split\na.pgm,,\nb/2.PNG,,\nb/10.jpg,,\n");
-        for name in ["x.heic", "y.HEIC", "a.txt", "a.pgm.txt", "b/10.caption", "README", "b/10.x.txt"] {
+        for name in
+            ["x.heic", "y.HEIC", "a.txt", "a.pgm.txt", "b/10.caption", "README", "b/10.x.txt", "c.d.jpg", "c.txt"]
+        {
             put(dir.path(), name);
         }
         let source = config.open(dir.path(), true).unwrap();
-        assert_eq!(keys(&source), ["a.pgm", "b/10.jpg", "b/2.PNG"]);
+        assert_eq!(keys(&source), ["a.pgm", "b/10.jpg", "b/2.PNG", "c.d.jpg"]);
         let noted = "caption_file 1 (b/10.caption), heic_file 2 (x.heic and more), other_file 1 (README), \
-                     txt_file 3 (a.pgm.txt and more)";
+                     txt_file 4 (a.pgm.txt and more), unlabelled_photo 1 (c.d.jpg)";
         assert_eq!(source.notes.to_string(), noted);
         (0..100).for_each(|number| put(dir.path(), format!("z.e{number}")));
         assert!(config.open(dir.path(), true).unwrap().notes.kinds() < 50);
@@ -359,17 +371,20 @@ mod tests {
             ("../outside/o.png", "o.png"),
             ("/dev/zero", "zero.png"),
             ("/etc/hostname", "a.txt"),
+            ("nowhere", "broken.dat"),
         ] {
             symlink(target, photos.join(link)).unwrap();
         }
+        // It leads to the folder on this machine alone.
+        symlink(photos.join("a.pgm"), photos.join("absolute.pgm")).unwrap();
         let pipe = std::process::Command::new("mkfifo").arg(photos.join("pipe.jpg")).status().unwrap();
         assert!(pipe.success());
         let source = config.open(dir.path(), true).unwrap();
         let inside =
             ["a.pgm", "b/10.jpg", "b/2.PNG", "b/inside.pgm", "c/10.jpg", "c/2.PNG", "c/inside.pgm", "dangling.png"];
         assert_eq!(keys(&source), inside);
-        let noted = "link_loop 2 (b/loop and more), link_out_of_folder 4 (a.txt and more), \
-                     no_regular_file 1 (pipe.jpg), txt_file 1 (notes.txt)";
+        let noted = "broken_link 1 (broken.dat), link_loop 2 (b/loop and more), \
+                     link_out_of_folder 5 (a.txt and more), no_regular_file 1 (pipe.jpg), txt_file 1 (notes.txt)";
         assert_eq!(source.notes.to_string(), noted);
         assert_eq!(source.files.read(Path::new("c/inside.pgm"), 9).unwrap(), b"x");
         for refused in ["dangling.png", "out/o.png", "o.png", "zero.png", "a.txt", "pipe.jpg"] {
@@ -439,7 +454,11 @@ mod tests {
             config.labels = Some(ConfigPath::new(list));
             let error = config.open(dir.path(), true).unwrap_err();
             assert!(error.exit_code() == 2 && error.to_string().contains("cannot be read"), "{error}");
+            assert_eq!(error.to_string().contains("not a regular file"), list == "/dev/zero", "{error}");
         }
+        fs::File::create(dir.path().join("huge.csv")).unwrap().set_len(labels::MAX_BYTES + 1).unwrap();
+        config.labels = Some(ConfigPath::new("huge.csv"));
+        assert!(config.open(dir.path(), true).unwrap_err().to_string().contains("it holds more than"));
         fs::write(dir.path().join("list.csv"), b"\xff\xfek\0e\0y\0").unwrap();
         config.labels = Some(ConfigPath::new("list.csv"));
         assert!(config.open(dir.path(), true).unwrap_err().to_string().contains("is UTF-16 text"));

@@ -149,6 +149,17 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_progressive_file_of_one_scan_is_coarse_and_whole() {
+        let (_, bytes) = FILES[1];
+        let scan = next_scan(bytes) + 2;
+        let data = scan + usize::from(u16::from_be_bytes([bytes[scan], bytes[scan + 1]]));
+        let cut = next_marker(bytes, data).unwrap() - 1;
+        let coarse = [&bytes[..cut], b"\xff\xd9"].concat();
+        assert_eq!(Outline::of(&coarse).unwrap().scans, 1);
+        assert!(decode(&coarse, [40, 40], ColorType::Rgb8).is_ok());
+    }
+
     fn next_scan(bytes: &[u8]) -> usize {
         bytes.windows(2).position(|pair| pair == [0xff, marker::SCAN]).unwrap()
     }

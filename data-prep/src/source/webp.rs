@@ -83,9 +83,13 @@ mod tests {
     fn a_frame_is_as_large_as_what_it_is_of() {
         let canvas = chunk(b"VP8X", &[0, 0, 0, 0, 16, 0, 0, 12, 0, 0]);
         let animated = |frame: Vec<u8>| chunk(b"ANMF", &[&[0; 6][..], &[4, 0, 0, 5, 0, 0], &[0; 4], &frame].concat());
-        for good in
-            [vec![frame(17, 13)], vec![canvas.clone(), frame(17, 13)], vec![canvas.clone(), animated(frame(5, 6))]]
-        {
+        for good in [
+            vec![frame(17, 13)],
+            vec![canvas.clone(), frame(17, 13)],
+            // It asks to be shown larger.
+            vec![canvas.clone(), frame(17 | 0x4000, 13 | 0x8000)],
+            vec![canvas.clone(), animated(frame(5, 6))],
+        ] {
             check(&file(&good)).unwrap();
         }
         for bad in [frame(16383, 16383), animated(frame(17, 13))] {

@@ -7,12 +7,15 @@ use std::sync::Arc;
 use arrow::array::{Array, ArrayRef, AsArray, FixedSizeListArray, Float32Array, ListArray, RecordBatch};
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Float32Type, Schema};
-use data_prep::shard::{INDEX_FILE, Manifest, ShardFolder};
+use data_prep::shard::{INDEX_FILE, MANIFEST_FILE, Manifest, ShardFolder};
 use hyperlora_core::hash::sha256_of;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::Compression;
-use parquet::file::properties::WriterProperties;
+use parquet::file::properties::{WriterProperties, WriterPropertiesBuilder};
+
+/// How a file is written, if not as usual.
+pub(crate) type Way = fn(WriterPropertiesBuilder) -> WriterPropertiesBuilder;
 
 /// Shard that is replaced.
 const SHARD: &str = "shard-00002.parquet";
@@ -64,7 +67,12 @@ fn element() -> Arc<Field> {
 
 /// Writes the rows as one row group of the shard, and updates the manifest.
 pub(crate) fn replace(dir: &Path, batches: &[RecordBatch]) {
-    let bytes = parquet(batches);
+    replace_with(dir, batches, |properties| properties);
+}
+
+/// As [`replace`], written in another way.
+pub(crate) fn replace_with(dir: &Path, batches: &[RecordBatch], way: Way) {
+    let bytes = parquet(batches, way);
     let footer = u32::from_le_bytes(bytes[bytes.len() - 8..][..4].try_into().unwrap()) as usize + 8;
     seal(dir, &bytes, bytes.len() - footer, batches.iter().map(RecordBatch::num_rows).sum());
 }
@@ -85,16 +93,30 @@ pub(crate) fn seal(dir: &Path, bytes: &[u8], end: usize, rows: usize) {
     (piece.rows, piece.offset, piece.bytes, piece.sha256) = (rows, 4, end as u64 - 4, sha256_of(&bytes[4..end]));
     (shard.rows, shard.bytes, shard.footer_sha256) = (rows, bytes.len() as u64, sha256_of(&bytes[end..]));
     manifest.kept = 8 + rows;
-    manifest.write(dir).unwrap();
+    write_manifest(dir, &manifest);
 }
 
 /// Writes the rows as the index, and its checksum into the manifest.
 pub(crate) fn replace_index(dir: &Path, batches: &[RecordBatch]) {
-    let bytes = parquet(batches);
-    fs::write(dir.join(INDEX_FILE), &bytes).unwrap();
+    seal_index(dir, &parquet(batches, |properties| properties));
+}
+
+/// The index as it is without compression: a change of a byte reaches the values.
+pub(crate) fn plain_index(dir: &Path) -> Vec<u8> {
+    parquet(&[index(dir)], |properties| properties.set_compression(Compression::UNCOMPRESSED))
+}
+
+/// Makes `bytes` the index, and writes the manifest for it.
+pub(crate) fn seal_index(dir: &Path, bytes: &[u8]) {
+    fs::write(dir.join(INDEX_FILE), bytes).unwrap();
     let mut manifest = Manifest::read(dir).unwrap();
-    (manifest.index.bytes, manifest.index.sha256) = (bytes.len() as u64, sha256_of(&bytes));
-    manifest.write(dir).unwrap();
+    (manifest.index.bytes, manifest.index.sha256) = (bytes.len() as u64, sha256_of(bytes));
+    write_manifest(dir, &manifest);
+}
+
+/// Not synced: that would take most of a test's time.
+fn write_manifest(dir: &Path, manifest: &Manifest) {
+    fs::write(dir.join(MANIFEST_FILE), serde_json::to_vec(manifest).unwrap()).unwrap();
 }
 
 /// Puts the rows into the shard, and returns the reader's error.
@@ -105,15 +127,15 @@ pub(crate) fn problem(dir: &Path, batches: &[RecordBatch]) -> String {
 }
 
 /// Writes one row group that stores each distinct text once, however long it is.
-fn parquet(batches: &[RecordBatch]) -> Vec<u8> {
+fn parquet(batches: &[RecordBatch], way: Way) -> Vec<u8> {
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(Default::default()))
         .set_dictionary_page_size_limit(1 << 30)
         .set_column_dictionary_enabled("image".into(), false)
         .set_max_row_group_row_count(Some(1 << 20))
         .set_statistics_enabled(parquet::file::properties::EnabledStatistics::None)
-        .set_offset_index_disabled(true)
-        .build();
+        .set_offset_index_disabled(true);
+    let properties = way(properties).build();
     let fields: Vec<Field> = (0..batches[0].num_columns())
         .map(|place| {
             let nullable = batches.iter().any(|batch| batch.schema().field(place).is_nullable());

@@ -243,7 +243,7 @@ mod tests {
             "HOME" => "/home/ada",
             "CACHE" => "/cache",
             "EMPTY" => "",
-            "AWS_SECRET_ACCESS_KEY" | "SIGNED" => "hush",
+            "AWS_SECRET_ACCESS_KEY" | "SIGNED" | "my_token" => "hush",
             "DATA" => "https://ada:hush@host/faces",
             _ => return None,
         };
@@ -304,6 +304,7 @@ mod tests {
         for (text, problem) in [
             ("https://host/${AWS_SECRET_ACCESS_KEY}", "AWS_SECRET_ACCESS_KEY, by its name a secret"),
             ("https://host/${X:-${AWS_SECRET_ACCESS_KEY}}", "AWS_SECRET_ACCESS_KEY, by its name a secret"),
+            ("https://host/${my_token}", "my_token, by its name a secret"),
             ("https://ada:hush@host/faces", "a user or a password"),
             ("${DATA}", "a user or a password"),
             ("https://host/faces?sig=${SIGNED}", "a `?` or a `#` part"),
@@ -329,9 +330,11 @@ mod tests {
             let message = found(text).unwrap_err().to_string();
             let named = message.contains("config.yaml: names `") && message.contains("paths.yaml");
             assert!(named && !message.contains("hush") && !message.contains("ada"), "{message}");
+            assert_eq!(message.contains("not expanded in a run folder"), text != "nothing", "{message}");
         }
         assert!(found("https://ada:hush@host/x").unwrap_err().to_string().contains("a password"));
-        // The author is unknown here, so it counts as a stranger.
+        // The author is unknown, so it counts as a stranger: a file that was read before does not matter.
+        reading(Origin::Started, || ());
         let path: ConfigPath = serde_json::from_value("${HOME}/x".into()).unwrap();
         assert!(path.resolve_with(run.path(), &variable).is_err());
     }

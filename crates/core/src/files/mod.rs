@@ -101,3 +101,42 @@ fn sync_parent(path: &Path) -> io::Result<()> {
 fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::io::Write;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn nothing_is_appended_to_what_is_no_file_of_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        for text in ["one", " two"] {
+            append(&place("log")).unwrap().write_all(text.as_bytes()).unwrap();
+        }
+        assert_eq!(fs::read(place("log")).unwrap(), b"one two");
+        symlink("log", place("link")).unwrap();
+        symlink("new", place("dangling")).unwrap();
+        assert!(Command::new("mkfifo").arg(place("pipe")).status().unwrap().success());
+        for name in ["link", "dangling", "pipe"] {
+            assert_eq!(append(&place(name)).unwrap_err().kind(), ErrorKind::InvalidInput, "{name}");
+        }
+        assert!(!place("new").exists());
+    }
+
+    #[test]
+    fn a_copy_has_the_mode_of_a_new_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+        fs::write(&from, "content").unwrap();
+        fs::set_permissions(&from, fs::Permissions::from_mode(0o777)).unwrap();
+        copy(&from, &to).unwrap();
+        assert_eq!(fs::read(&to).unwrap(), b"content");
+        assert_eq!(fs::metadata(&to).unwrap().permissions().mode() & 0o111, 0);
+    }
+}

@@ -253,13 +253,29 @@ mod tests {
     #[test]
     fn a_folder_is_replaced_where_it_holds_what_was_written_and_nothing_else() {
         type Change = fn(&Path);
-        let changes: [(Change, &str); 8] = [
+        let changes: [(Change, &str); 10] = [
             (|folder| fs::write(folder.join("notes.txt"), "mine").unwrap(), "`notes.txt`, which this program did not"),
             (|folder| fs::write(folder.join("sub/notes.txt"), "mine").unwrap(), "`sub/notes.txt`"),
             (|folder| fs::create_dir(folder.join("mine")).unwrap(), "`mine`"),
             (|folder| symlink("sub", folder.join("link")).unwrap(), "`link`"),
             (|folder| fs::write(folder.join("sub/a"), "written on").unwrap(), "`sub/a`, which was changed"),
+            (
+                |folder| {
+                    // As long as the file that it stands for.
+                    fs::remove_file(folder.join("sub/a")).unwrap();
+                    symlink("mine!", folder.join("sub/a")).unwrap();
+                },
+                "`sub/a`, which this program did not",
+            ),
             (|folder| fs::remove_file(folder.join(MARKER)).unwrap(), "nothing in it tells"),
+            (
+                |folder| {
+                    let mut marker = fs::read(folder.join(MARKER)).unwrap();
+                    marker.resize((16 << 20) + 1, b' ');
+                    fs::write(folder.join(MARKER), marker).unwrap();
+                },
+                "nothing in it tells",
+            ),
             (|folder| fs::write(folder.join(MARKER), "{}").unwrap(), "nothing in it tells"),
             (
                 |folder| fs::write(folder.join(MARKER), r#"{"made_by": "pip", "files": {"sub/a": 5}}"#).unwrap(),
@@ -284,6 +300,50 @@ mod tests {
             assert_eq!(names(root.path()), ["mine", "mine-1"]);
             assert_eq!(names(&root.path().join("mine-1")), [MARKER]);
         }
+    }
+
+    #[test]
+    fn a_marker_that_names_files_outside_of_its_folder_tells_nothing_of_them() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("mine");
+        write_folder(&target, b"first").unwrap();
+        fs::write(root.path().join("other"), "longer than one byte").unwrap();
+        let marker = r#"{"made_by": "hyperlora", "files": {"sub/a": 5, "../other": 1}}"#;
+        fs::write(target.join(MARKER), marker).unwrap();
+        write_folder(&target, b"again").unwrap();
+        assert_eq!(content(&target), b"again");
+    }
+
+    #[test]
+    fn a_foreign_folder_in_the_place_of_a_leftover_is_kept() {
+        let root = tempfile::tempdir().unwrap();
+        let (target, old) = (root.path().join("faces"), root.path().join(".faces.hyperlora.old"));
+        write_folder(&target, b"first").unwrap();
+        let staged = marked(&target).unwrap();
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("1.jpg"), "mine").unwrap();
+        for error in [staged.commit().unwrap_err(), marked(&target).unwrap_err()] {
+            let message = error.to_string();
+            assert!(error.exit_code() == 2 && message.contains(".faces.hyperlora.old: is not empty"), "{message}");
+            assert_eq!(fs::read(old.join("1.jpg")).unwrap(), b"mine");
+            assert_eq!(names(root.path()), [".faces.hyperlora.old", "faces"]);
+        }
+    }
+
+    #[test]
+    fn a_finished_folder_that_cannot_take_its_place_takes_no_others_place() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("faces");
+        write_folder(&target, b"first").unwrap();
+        let staged = marked(&target).unwrap();
+        fs::write(target.join("notes.txt"), "mine").unwrap();
+        // An empty one is somebody's, too.
+        fs::create_dir(root.path().join("faces-1")).unwrap();
+        let error = staged.commit().unwrap_err();
+        assert!(error.to_string().contains("faces-2: move either"), "{error}");
+        assert_eq!(names(root.path()), ["faces", "faces-1", "faces-2"]);
+        assert_eq!(names(&root.path().join("faces-1")), [""; 0]);
+        assert_eq!(names(&root.path().join("faces-2")), [MARKER]);
     }
 
     #[test]

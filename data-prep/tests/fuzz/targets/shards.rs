@@ -20,6 +20,9 @@ use hyperlora_testing::fuzz::{Answer, Refusal, fuzz, scratch};
 
 const SHARD: &str = "shard-00000.parquet";
 
+/// Budget of the reader for a small row group and for a page of the index, 64 MiB, and room for the rest.
+const MEMORY: usize = 80 << 20;
+
 /// Parquet file with the ranges of its row groups.
 #[derive(Clone)]
 struct Table {
@@ -153,7 +156,7 @@ fn shard() {
     let path = folder.path().join(SHARD);
     let tables = tables(&path);
     let named = folder.path().display().to_string();
-    fuzz("shard", 1000, 16 << 20, &named, |case| {
+    fuzz("shard", 1000, MEMORY, &named, |case| {
         let mut table = tables[case.choose(tables.len())].clone();
         table.bytes = case.binary(&table.bytes);
         manifest.shards = vec![table.shard()];
@@ -170,7 +173,7 @@ fn index() {
     let path = folder.path().join(INDEX_FILE);
     let seeds: Vec<Vec<u8>> = tables(&path).into_iter().map(|table| table.bytes).collect();
     let named = folder.path().display().to_string();
-    fuzz("index", 1000, 16 << 20, &named, |case| {
+    fuzz("index", 1000, MEMORY, &named, |case| {
         let bytes = case.one_binary(&seeds);
         manifest.index = IndexFile { file: INDEX_FILE.into(), bytes: bytes.len() as u64, sha256: sha256_of(&bytes) };
         fs::write(&path, &bytes).unwrap();
