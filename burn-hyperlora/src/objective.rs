@@ -6,6 +6,22 @@ use hyperlora_core::{Error, Result};
 use crate::conditioning::Conditions;
 
 /// Loss of the UNet's prediction given its conditions. Implement it to train with a custom loss.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::Tensor;
+/// use burn_hyperlora::conditioning::Conditions;
+/// use burn_hyperlora::objective::Objective;
+///
+/// /// Mean absolute error.
+/// struct L1;
+///
+/// impl Objective for L1 {
+///     fn loss(&self, prediction: Tensor<4>, conditions: &Conditions) -> Tensor<1> {
+///         (prediction - conditions.target.clone()).abs().mean()
+///     }
+/// }
+/// ```
 pub trait Objective: Sync {
     /// Computes the loss of a batch, `[1]`.
     ///
@@ -35,6 +51,17 @@ pub fn mean_squared_error(prediction: Tensor<4>, target: Tensor<4>) -> Tensor<1>
 ///
 /// # Errors
 /// Fault: the device fails to return its data.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use burn_hyperlora::objective::per_sample;
+///
+/// let prediction = Tensor::ones([2, 4, 8, 8], &Device::flex());
+/// let target = prediction.zeros_like();
+/// assert_eq!(per_sample(prediction, target)?, [1.0, 1.0]);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn per_sample(prediction: Tensor<4>, target: Tensor<4>) -> Result<Vec<f32>> {
     let squares = (prediction - target).square().flatten::<2>(1, 3); // [B, C*h*w]
     let data = squares

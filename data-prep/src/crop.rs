@@ -9,6 +9,18 @@ use serde::{Deserialize, Serialize};
 pub const LARGEST_SIDE: u32 = 8192;
 
 /// Extent of the photo around the face that a crop keeps.
+///
+/// # Examples
+/// ```
+/// use data_prep::crop::CropConfig;
+/// use image::RgbImage;
+///
+/// let face_box = [300.0, 200.0, 500.0, 400.0];
+/// let crop = CropConfig { margin: 2.5, max_side: 250 }.cut(&RgbImage::new(1200, 900), face_box);
+/// // 2.5 times the face, scaled from 500 pixels to 250.
+/// assert_eq!(crop.image.dimensions(), (250, 250));
+/// assert_eq!(crop.place_box(face_box), [75.0, 75.0, 175.0, 175.0]);
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CropConfig {

@@ -58,6 +58,20 @@ impl Rejection {
 }
 
 /// Requirements for a face.
+///
+/// # Examples
+/// ```
+/// use data_prep::face::Detection;
+/// use data_prep::filter::{FilterConfig, Reason};
+/// use image::RgbImage;
+///
+/// let photo = RgbImage::new(200, 200);
+/// let points = [[85.0, 90.0], [115.0, 90.0], [100.0, 105.0], [90.0, 120.0], [110.0, 120.0]];
+/// let face = Detection { face_box: [60.0, 60.0, 140.0, 140.0], points, score: 0.9 };
+/// // A black photo shows no detail.
+/// let rejection = FilterConfig::default().select(&photo, &[face]).unwrap_err();
+/// assert_eq!((rejection.reason, rejection.reason.name()), (Reason::Blurred, "blurred"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FilterConfig {

@@ -2,6 +2,9 @@
 //!
 //! Pipeline of a photo: [`source`] -> [`face`] -> [`filter`] -> [`crop`] -> [`caption`] -> [`shard`]. [`pipeline`] runs
 //! it and [`report`] shows the outcome. Training reads the result through [`shard`], generation shares [`face`].
+//!
+//! Start with [`pipeline::build`], which makes a shard folder from a YAML file, or with [`shard::ShardFolder`], which
+//! reads one. Programs with faces of their own write them with [`shard::ShardWriter`].
 
 pub mod caption;
 pub mod crop;

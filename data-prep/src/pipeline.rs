@@ -93,6 +93,22 @@ impl PrepConfig {
 /// Input: `out` contains something else, is inside the source or around it, or is being written by another process; the
 /// source or a model is missing; no photo contains a usable face. Disk: a full or failing disk. An existing folder at
 /// `out` then stays.
+///
+/// # Examples
+/// ```no_run
+/// use std::num::NonZeroUsize;
+/// use std::path::Path;
+/// use data_prep::pipeline::{PrepConfig, build};
+/// use hyperlora_core::signals::StopFlag;
+///
+/// let yaml_folder = Path::new("experiments/quickstart");
+/// let config = PrepConfig::load(&yaml_folder.join("data.yaml"))?;
+/// let stop = StopFlag::install()?;
+/// let mut progress = |progress: data_prep::pipeline::Progress| println!("{} of {}", progress.done, progress.total);
+/// let manifest = build(&config, yaml_folder, Path::new("shards"), NonZeroUsize::MIN, &stop, &mut progress)?;
+/// println!("{:?} faces kept", manifest.map(|manifest| manifest.kept));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn build(
     config: &PrepConfig,
     base_dir: &Path,

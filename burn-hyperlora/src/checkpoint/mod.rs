@@ -34,6 +34,24 @@ const LONGEST: u64 = 64 << 20;
 const OWNERSHIP: Ownership = Ownership::Listed(listing);
 
 /// Checkpoints of one run.
+///
+/// # Examples
+/// ```
+/// use burn_hyperlora::checkpoint::CheckpointStore;
+/// use hyperlora_core::files::write_whole;
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// let store = CheckpointStore::open(&folder.join("checkpoints"))?;
+/// let checkpoint = store.write(100, |part| {
+///     part.file("model/weights.bin", |path| write_whole(path, b"weights"))?;
+///     part.state(&"the state of the run")
+/// })?;
+/// checkpoint.verify()?;
+/// assert_eq!(store.latest()?.map(|latest| latest.step), Some(100));
+/// assert_eq!(checkpoint.state::<String>()?, "the state of the run");
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct CheckpointStore {
     root: PathBuf,

@@ -47,6 +47,19 @@ impl Scenario {
 
 /// Weights of the scenarios, which need not sum to one. The paper gives 0.9 / 0.05 / 0.05 without naming the scenarios;
 /// the defaults are this project's interpretation.
+///
+/// # Examples
+/// ```
+/// use burn_hyperlora::data::scenario::{Scenario, Scenarios};
+///
+/// let scenarios = Scenarios { full: 0.9, id_only: 0.1, base_only: 0.0 };
+/// scenarios.validate("train.yaml: scenarios")?;
+/// let (seed, stage) = (7, 1);
+/// let drawn: Vec<Scenario> = (0..1000).map(|draw| scenarios.draw(seed, stage, draw)).collect();
+/// assert!(drawn.iter().filter(|scenario| **scenario == Scenario::Full).count() > 800);
+/// assert!(!drawn.contains(&Scenario::BaseOnly));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenarios {

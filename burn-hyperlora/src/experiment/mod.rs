@@ -21,6 +21,21 @@ use crate::train::config::TrainConfig;
 use crate::train::{self, Outcome, Session, TrainOptions, TrainSetup};
 
 /// Full description of a run, without cluster-specific settings.
+///
+/// # Examples
+/// ```no_run
+/// use std::path::Path;
+/// use burn::tensor::Device;
+/// use burn_hyperlora::experiment::Experiment;
+/// use burn_hyperlora::train::TrainOptions;
+///
+/// let mut experiment = Experiment::load(Path::new("experiments/quickstart/train.yaml"))?;
+/// experiment.train.log_every = 1;
+/// let options = TrainOptions { max_steps: Some(3), ..TrainOptions::default() };
+/// let outcome = experiment.train(Path::new("runs/tiny"), &Device::flex(), options)?;
+/// println!("{outcome:?}");
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Experiment {

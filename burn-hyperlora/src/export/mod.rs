@@ -26,6 +26,40 @@ const LINEARS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 /// # Errors
 /// Input: the path is not writable; Disk: the disk is full or failing; Fault: the LoRA has several samples, other
 /// modules than `sites`, or values that are not finite in `dtype`.
+///
+/// # Examples
+/// ```
+/// use std::collections::BTreeMap;
+/// use burn::tensor::{Device, FloatDType, Tensor};
+/// use burn_hyperlora::export::save_lora;
+/// # use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig};
+/// use hyperlora_sdxl::lora::file::Layout;
+/// # use hyperlora_sdxl::lora::{AttentionSite, LoraSet};
+///
+/// # fn example() -> HyperLora {
+/// #     let config = HyperLoraConfig {
+/// #         basis: 4,
+/// #         id_tokens: 2,
+/// #         clip_dim: 16,
+/// #         resampler: ResamplerConfig { dim: 16, depth: 1, heads: 2, head_dim: 8, ff_mult: 2 },
+/// #         ..HyperLoraConfig::default()
+/// #     };
+/// #     let path = "mid_block.attentions.0.transformer_blocks.0.attn1".to_string();
+/// #     let sites = [AttentionSite { path, hidden_size: 8, cross_attention_dim: None }];
+/// #     HyperLora::new(&config, &sites, 7, &Device::flex())
+/// # }
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// # let hyper_lora = example();
+/// # let states = Tensor::ones([1, 5, 16], &Device::flex());
+/// // `Generator::lora` makes the LoRA of a person from photos.
+/// let lora = hyper_lora.id_lora(states, None);
+/// let path = folder.join("anna.safetensors");
+/// let notes = BTreeMap::from([("ss_training_comment".to_string(), "trigger words: fcsks".to_string())]);
+/// save_lora(&path, &hyper_lora.sites(), &lora, FloatDType::F16, Layout::Kohya, &notes)?;
+/// assert_eq!(LoraSet::open(&path)?.modules.len(), 4);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn save_lora(
     path: &Path,
     sites: &[AttentionSite],

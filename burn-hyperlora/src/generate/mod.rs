@@ -29,6 +29,23 @@ pub struct Person {
 }
 
 /// A trained hypernetwork that generates LoRAs.
+///
+/// # Examples
+/// ```no_run
+/// use std::path::Path;
+/// use burn::tensor::Device;
+/// use burn_hyperlora::generate::Generator;
+/// use burn_hyperlora::generate::photos::{PhotoModels, PhotoReader};
+///
+/// let generator = Generator::open(Path::new("runs/quickstart"), None, &Device::flex())?;
+/// let mut reader = PhotoReader::open(&generator, &PhotoModels::default())?;
+/// let portrait = reader.portrait(Path::new("anna.jpg"))?;
+/// let person = reader.person(&[portrait], false);
+/// let (id_weight, base_weight) = (1.0, 0.0);
+/// let lora = generator.lora(&person, id_weight, base_weight)?;
+/// println!("LoRA of {} attention modules, trigger words: {}", lora.modules.len(), generator.trigger());
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub struct Generator {
     weights: PathBuf,
     experiment: Option<Experiment>,

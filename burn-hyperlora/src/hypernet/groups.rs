@@ -26,6 +26,16 @@ pub enum Stage {
 }
 
 /// Parameters that train or stay frozen together. Every parameter belongs to exactly one group.
+///
+/// # Examples
+/// ```
+/// use burn_hyperlora::hypernet::{ParameterGroup, Stage};
+///
+/// let group = ParameterGroup::of("id_projector.norm.weight");
+/// assert_eq!(group, Some(ParameterGroup::IdProjector));
+/// assert!(ParameterGroup::defaults(Stage::IdEmbedding).contains(&ParameterGroup::IdProjector));
+/// assert!(!ParameterGroup::IdProjector.is_used(Stage::Base, true));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ParameterGroup {

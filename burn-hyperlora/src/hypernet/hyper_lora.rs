@@ -21,6 +21,30 @@ pub const LORA_SCALE: f64 = 0.5;
 /// Hypernetwork: maps conditions of a portrait to the weights of an ID-LoRA and a Base-LoRA (arXiv 2503.16944).
 ///
 /// Runs on plain and on autodiff devices.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ResamplerConfig};
+/// use hyperlora_sdxl::lora::AttentionSite;
+///
+/// let config = HyperLoraConfig {
+///     basis: 4,
+///     id_tokens: 2,
+///     clip_dim: 16,
+///     resampler: ResamplerConfig { dim: 16, depth: 1, heads: 2, head_dim: 8, ff_mult: 2 },
+///     ..HyperLoraConfig::default()
+/// };
+/// // `UNet2DConditionModel::attention_sites` lists those of a base.
+/// let path = "mid_block.attentions.0.transformer_blocks.0.attn1".to_string();
+/// let sites = [AttentionSite { path, hidden_size: 8, cross_attention_dim: None }];
+/// let (seed, device) = (7, Device::flex());
+/// let hyper_lora = HyperLora::new(&config, &sites, seed, &device);
+/// // Two portraits: 5 states of the image encoder and an ID embedding each.
+/// let (states, embeddings) = (Tensor::ones([2, 5, 16], &device), Tensor::ones([2, 512], &device));
+/// let lora = hyper_lora.id_lora(states, Some(embeddings));
+/// assert_eq!(lora.modules[0].q.down.dims(), [2, 8, config.id_rank]);
+/// ```
 #[derive(Module, Debug)]
 pub struct HyperLora {
     pub(super) resampler: Resampler,

@@ -41,6 +41,31 @@ impl HyperLora {
     }
 
     /// Lists the names of all parameters.
+    ///
+    /// # Examples
+    /// ```
+    /// use burn_hyperlora::hypernet::{HyperLora, ParameterGroup};
+    /// # use burn::tensor::Device;
+    /// # use burn_hyperlora::hypernet::{HyperLoraConfig, ResamplerConfig};
+    /// # use hyperlora_sdxl::lora::AttentionSite;
+    /// # fn example() -> HyperLora {
+    /// #     let config = HyperLoraConfig {
+    /// #         basis: 4,
+    /// #         id_tokens: 2,
+    /// #         clip_dim: 16,
+    /// #         resampler: ResamplerConfig { dim: 16, depth: 1, heads: 2, head_dim: 8, ff_mult: 2 },
+    /// #         ..HyperLoraConfig::default()
+    /// #     };
+    /// #     let path = "mid_block.attentions.0.transformer_blocks.0.attn1".to_string();
+    /// #     let sites = [AttentionSite { path, hidden_size: 8, cross_attention_dim: None }];
+    /// #     HyperLora::new(&config, &sites, 7, &Device::flex())
+    /// # }
+    ///
+    /// # let hyper_lora = example();
+    /// let names = hyper_lora.parameter_names();
+    /// assert!(names.iter().all(|name| ParameterGroup::of(name).is_some()));
+    /// assert!(names.iter().any(|name| name.starts_with("id_projector.")));
+    /// ```
     pub fn parameter_names(&self) -> Vec<String> {
         struct Names(Vec<String>);
         impl ParameterVisitor for Names {

@@ -16,6 +16,17 @@ const FILE: &str = "summary.json";
 const LARGEST: u64 = 16 << 20;
 
 /// Key figures of a run. Fields that this version does not know are kept.
+///
+/// # Examples
+/// ```no_run
+/// use std::path::Path;
+/// use burn_hyperlora::metrics::RunSummary;
+///
+/// for stage in RunSummary::read(Path::new("runs/quickstart"))?.stages {
+///     println!("{}: {} steps, {:.1} images/s", stage.name, stage.steps, stage.images_per_second);
+/// }
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunSummary {
     /// Stages in the order in which they ran.

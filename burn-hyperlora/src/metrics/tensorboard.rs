@@ -20,6 +20,19 @@ const STRING: i32 = 7;
 
 /// Writes one event file. Monitoring never stops a run: after the first error, such as a full disk, later calls do
 /// nothing. [`take_error`](Self::take_error) returns that error.
+///
+/// # Examples
+/// ```
+/// use burn_hyperlora::metrics::MetricsWriter;
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// let mut curves = MetricsWriter::create(&folder.join("tensorboard"), 1)?;
+/// curves.scalar(1, "loss", 0.12);
+/// curves.text(1, "notes", "first step");
+/// assert!(curves.take_error().is_none());
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct MetricsWriter {
     path: PathBuf,

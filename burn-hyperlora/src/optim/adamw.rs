@@ -22,6 +22,28 @@ const FIRST_MOMENT: &str = "exp_avg";
 const SECOND_MOMENT: &str = "exp_avg_sq";
 
 /// Optimiser of one training stage.
+///
+/// # Examples
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn::tensor::{Device, Tensor};
+/// use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Sharding};
+/// use hyperlora_ranks::WorldOfOne;
+///
+/// let (world, device) = (WorldOfOne::new(), Device::flex().autodiff());
+/// let mut linear = LinearConfig::new(3, 2).init(&device);
+/// let config = OptimConfig::default();
+/// let mut optimizer = Optimizer::new(&config, &linear, Sharding::WHOLE);
+/// // A step may have several micro-batches.
+/// for _ in 0..2 {
+///     let loss = linear.forward(Tensor::<2>::ones([4, 3], &device)).square().mean();
+///     optimizer.accumulate(GradientMap::take(&linear, &mut loss.backward()))?;
+/// }
+/// let gradients = optimizer.reduce(&world)?.clip(config.clip_norm);
+/// optimizer.step(&mut linear, gradients, config.learning_rate_at(0, 100), &world)?;
+/// assert_eq!(optimizer.steps()["weight"], 1);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub struct Optimizer {
     adamw: AdamW,
     buckets: Vec<Bucket>,

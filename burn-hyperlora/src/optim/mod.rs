@@ -114,6 +114,16 @@ impl OptimConfig {
     }
 
     /// Returns the learning rate of step `step` (from 0) in a run of `total_steps`.
+    ///
+    /// # Examples
+    /// ```
+    /// use burn_hyperlora::optim::{OptimConfig, Schedule};
+    ///
+    /// let schedule = Schedule { warmup_steps: 100, ..Schedule::default() };
+    /// let config = OptimConfig { learning_rate: 1e-4, schedule, ..OptimConfig::default() };
+    /// assert_eq!(config.learning_rate_at(49, 1000), 0.5e-4);
+    /// assert_eq!(config.learning_rate_at(500, 1000), 1e-4);
+    /// ```
     pub fn learning_rate_at(&self, step: u64, total_steps: u64) -> f64 {
         self.learning_rate * self.schedule.factor(step, total_steps)
     }

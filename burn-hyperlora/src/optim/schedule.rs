@@ -5,6 +5,17 @@ use std::f64::consts::PI;
 use serde::{Deserialize, Serialize};
 
 /// Learning rate schedule: warm-up, then decay.
+///
+/// # Examples
+/// ```
+/// use burn_hyperlora::optim::{Decay, Schedule};
+///
+/// let schedule = Schedule { warmup_steps: 10, decay: Decay::Cosine { min_factor: 0.1 } };
+/// let factors = [0, 10, 60, 110].map(|step| schedule.factor(step, 110));
+/// for (factor, expected) in factors.into_iter().zip([0.1, 1.0, 0.55, 0.1]) {
+///     assert!((factor - expected).abs() < 1e-12);
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Schedule {

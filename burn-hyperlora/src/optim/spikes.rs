@@ -50,6 +50,18 @@ impl SpikeConfig {
 }
 
 /// Record of recent steps; part of the state that a resume needs.
+///
+/// # Examples
+/// ```
+/// use burn_hyperlora::optim::spikes::{SpikeAction, SpikeConfig, SpikeWatch};
+///
+/// let config = SpikeConfig { sigma: Some(10.0), window: 4, most: 2 };
+/// let mut watch = SpikeWatch::default();
+/// [0.9, 1.0, 1.1, 1.0].into_iter().for_each(|loss| watch.good(&config, loss));
+/// assert!(watch.loss_limit(&config) < 2.0);
+/// assert_eq!(watch.bad(&config), SpikeAction::Skip);
+/// assert_eq!(watch.bad(&config), SpikeAction::RollBack);
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SpikeWatch {
     /// Losses of the last good steps.

@@ -8,6 +8,17 @@ use crate::text::{name, shown};
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Errors, sorted by who can fix them.
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::{Error, ErrorKind};
+///
+/// let error = Error::input("train.yaml:3:1", "unknown key `bacth`", "rename it to `batch`");
+/// assert_eq!(error.kind(), ErrorKind::Input);
+/// assert_eq!(error.exit_code(), 2);
+/// assert_eq!(error.remedy(), Some("rename it to `batch`"));
+/// assert_eq!(error.to_string(), "train.yaml:3:1: unknown key `bacth`\n  remedy: rename it to `batch`");
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -127,6 +138,16 @@ impl Error {
     }
 
     /// Replaces the remedy of an [`Input`](Self::Input) error, for a caller that knows the purpose of the file.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::path::Path;
+    /// use hyperlora_core::Error;
+    ///
+    /// let error = Error::file(Path::new("base/unet"), "is missing", "check the path");
+    /// let error = error.with_remedy("run experiments/quickstart/prepare.sh");
+    /// assert!(error.to_string().ends_with("remedy: run experiments/quickstart/prepare.sh"));
+    /// ```
     #[must_use]
     pub fn with_remedy(self, remedy: impl ToString) -> Self {
         match self {

@@ -9,6 +9,13 @@ use crate::error::{Error, Result};
 use crate::paths::open_regular;
 
 /// Returns the SHA-256 of bytes in memory, in lower-case hexadecimal.
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::hash::sha256_of;
+///
+/// assert!(sha256_of(b"abc").starts_with("ba7816bf8f01cfea"));
+/// ```
 pub fn sha256_of(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }

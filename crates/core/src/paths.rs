@@ -30,6 +30,15 @@ pub fn below(root: &Path, name: &str, listed_in: &Path) -> Result<PathBuf> {
 }
 
 /// Tells whether `name` is a plain relative path: ordinary parts separated by `/`.
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::paths::is_plain;
+///
+/// assert!(is_plain("shards/shard-00000.parquet"));
+/// assert!(!is_plain("../secret"));
+/// assert!(!is_plain("/etc/passwd"));
+/// ```
 pub fn is_plain(name: &str) -> bool {
     problem(name).is_none()
 }
@@ -52,6 +61,21 @@ fn problem(name: &str) -> Option<&'static str> {
 
 /// Folder whose files are opened by name. A link that leads to a place below the folder is followed; one that leads out
 /// of it is refused.
+///
+/// # Examples
+/// ```
+/// use std::path::Path;
+/// use hyperlora_core::paths::Root;
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// # std::fs::write(folder.join("manifest.json"), "{}").expect("a file");
+/// let root = Root::open(folder)?;
+/// let limit = 1 << 20;
+/// assert!(root.read(Path::new("manifest.json"), limit).is_ok_and(|bytes| bytes == b"{}"));
+/// assert!(root.read(Path::new("../manifest.json"), limit).is_err());
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Root {
     dir: Dir,

@@ -39,6 +39,18 @@ pub enum Purpose {
 ///
 /// The ChaCha key is the four numbers themselves, little-endian, concatenated. There is no hash, so different arguments
 /// never share a stream. `stage` is the training stage or the epoch, whichever the purpose counts by.
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::random::{Purpose, below, for_sample, normal};
+///
+/// let (seed, stage, draw) = (42, 0, 7);
+/// let timestep = below(&mut for_sample(seed, stage, draw, Purpose::Timestep), 1000);
+/// let noise = normal(&mut for_sample(seed, stage, draw, Purpose::Noise), 4);
+/// // The same arguments give the same numbers, in any thread and on any rank.
+/// assert_eq!(timestep, below(&mut for_sample(seed, stage, draw, Purpose::Timestep), 1000));
+/// assert_eq!(noise, normal(&mut for_sample(seed, stage, draw, Purpose::Noise), 4));
+/// ```
 pub fn for_sample(seed: u64, stage: u64, draw_index: u64, purpose: Purpose) -> ChaCha8Rng {
     let mut key = [0; 32];
     for (field, number) in key.chunks_exact_mut(8).zip([seed, stage, draw_index, purpose as u64]) {
@@ -88,6 +100,17 @@ pub fn weighted(rng: &mut impl RngCore, weights: &[f64]) -> usize {
 }
 
 /// Returns the numbers `0..len` in random order (Fisher-Yates).
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::random::{Purpose, for_sample, permutation};
+///
+/// let epoch = 3;
+/// let mut order = permutation(&mut for_sample(42, epoch, 0, Purpose::Order), 100);
+/// assert_eq!(order.len(), 100);
+/// order.sort();
+/// assert_eq!(order, (0..100).collect::<Vec<_>>());
+/// ```
 pub fn permutation(rng: &mut impl RngCore, len: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..len).collect();
     for last in (1..len).rev() {

@@ -13,6 +13,14 @@ const LONGEST: usize = 6000;
 
 /// Shows `text` on one line, with control characters escaped and secrets of URLs masked. Meant for names and other
 /// single values.
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::text::name;
+///
+/// assert_eq!(name("photo\n\u{1b}[2J.png").to_string(), "photo\\n\\u{1b}[2J.png");
+/// assert_eq!(name("https://me:secret@host/x?key=1").to_string(), "https://***@host/x?***");
+/// ```
 pub fn name(text: &str) -> impl Display + '_ {
     Shown { text, newline: "\\n" }
 }

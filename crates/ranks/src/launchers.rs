@@ -10,6 +10,21 @@ use hyperlora_core::{Error, Result};
 use super::Token;
 
 /// Place of this process in its world, according to its launcher.
+///
+/// # Examples
+/// ```
+/// use hyperlora_ranks::Placement;
+///
+/// // `Placement::of_process` reads the variables of this process.
+/// let torchrun = |name: &str| match name {
+///     "RANK" | "LOCAL_RANK" => Some("1".into()),
+///     "WORLD_SIZE" | "LOCAL_WORLD_SIZE" => Some("2".into()),
+///     _ => None,
+/// };
+/// let placement = Placement::detect(torchrun)?.expect("a launcher");
+/// assert_eq!((placement.launcher, placement.rank, placement.world_size), ("torchrun", 1, 2));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placement {
     /// Launcher, for messages.

@@ -7,6 +7,9 @@
 //!
 //! Every wait has a deadline. A rank that exceeds it reports on one line what it waited for and, if known, which rank
 //! on which machine is missing. The process then ends with exit code 75.
+//!
+//! Start with [`Ranks`]: [`Ranks::alone`] is a single process, and [`join`] makes the [`Collective`] of several. Work
+//! that can fail runs in [`Ranks::on_main`] or [`Ranks::try_on_all`], so that no rank waits for one that failed.
 
 mod agreement;
 mod failure;
@@ -136,6 +139,20 @@ pub struct JoinConfig {
 ///
 /// # Errors
 /// Input: a contradictory environment, or a build that lacks what several ranks need. Peer: the ranks do not meet.
+///
+/// # Examples
+/// ```
+/// use std::time::Duration;
+/// use burn::tensor::Device;
+/// use hyperlora_ranks::{JoinConfig, join};
+///
+/// let timeout = Duration::from_secs(600);
+/// // `Placement::of_process` finds the placement in the variables of the launcher.
+/// let world = join(None, &Device::flex(), &JoinConfig { timeout, start_timeout: timeout })?;
+/// assert_eq!((world.rank(), world.world_size()), (0, 1));
+/// world.leave();
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn join(placement: Option<&Placement>, device: &Device, config: &JoinConfig) -> Result<Box<dyn Collective>> {
     match placement {
         Some(placement) if placement.world_size > 1 && *device == Device::flex() => on_cpus(placement, config),
@@ -147,6 +164,21 @@ pub fn join(placement: Option<&Placement>, device: &Device, config: &JoinConfig)
 /// Main function of a small program: runs `work` as one of the ranks that the launcher made on CPUs, and waits for all
 /// of them at the end. A rank that does not arrive within `timeout` is given up. Prints an error on stderr; the exit
 /// code is the error's.
+///
+/// # Examples
+/// ```no_run
+/// use std::process::ExitCode;
+/// use std::time::Duration;
+/// use hyperlora_ranks::run_as_rank;
+///
+/// fn main() -> ExitCode {
+///     run_as_rank(Duration::from_secs(60), |world| {
+///         let hosts = world.exchange("the hosts", world.hosts()[world.rank()].as_bytes())?;
+///         println!("rank {} of {}", world.rank(), hosts.len());
+///         Ok(())
+///     })
+/// }
+/// ```
 pub fn run_as_rank(timeout: Duration, work: impl FnOnce(&dyn Collective) -> Result<()>) -> ExitCode {
     let run = || {
         let placement = Placement::of_process()?;

@@ -15,6 +15,20 @@ use crate::{Collective, Failure, WorldOfOne};
 
 /// Ranks of a run, with their deadline for work that takes longer than a collective: reading models, writing
 /// checkpoints, generating pictures.
+///
+/// # Examples
+/// ```
+/// use hyperlora_ranks::Ranks;
+///
+/// let ranks = Ranks::alone();
+/// // The main rank works alone, and all ranks learn of its failure.
+/// ranks.on_main("rank 0 to write the summary", || Ok(()))?;
+/// // Every rank works, and none continues if one failed.
+/// let samples = ranks.try_on_all("all ranks to open the data", || Ok(100))?;
+/// // Every rank receives the results of all.
+/// assert_eq!(ranks.share("the sample counts", Ok(&samples))?, [100]);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Ranks {
     collective: Rc<dyn Collective>,

@@ -8,6 +8,21 @@ use hyperlora_core::Result;
 use super::{Collective, Pending};
 
 /// World of one rank. Every collective returns its input.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use hyperlora_ranks::{Collective, WorldOfOne};
+///
+/// let world = WorldOfOne::new();
+/// assert!(world.is_main() && world.world_size() == 1);
+/// let gradients = Tensor::<1>::from_floats([1.0, 2.0], &Device::flex());
+/// let pending = world.all_reduce_mean("the gradients", gradients)?;
+/// // Other work runs here, while the data travel.
+/// let mean = pending()?;
+/// assert_eq!(mean.dims(), [2]);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct WorldOfOne {
     hosts: [String; 1],

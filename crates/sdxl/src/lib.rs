@@ -1,7 +1,9 @@
 //! Stable Diffusion XL on Burn, with diffusers names: models, schedulers, weights on disk, and LoRAs.
 //!
 //! Start with [`source::BaseSource`], which opens a base model from a diffusers folder or a single file, and
-//! [`models::unet::UNet2DConditionModel`], which takes a LoRA per sample.
+//! [`models::unet::UNet2DConditionModel`], which takes a LoRA per sample. [`lora::LoraSet`] reads and writes LoRA
+//! files, [`lora::ops`] sums, reduces and merges them, [`scheduler::NoiseSampler`] steps from noise to a picture, and
+//! [`weights`] reads and writes safetensors.
 
 pub mod lora;
 pub mod memory;

@@ -237,6 +237,16 @@ fn for_batch(lora: &LoraWeights, count: usize, halves: usize) -> LoraWeights {
 }
 
 /// Arranges pictures of equal size in rows and columns; short rows end in black.
+///
+/// # Examples
+/// ```
+/// use hyperlora_sdxl::sample::tile;
+/// use image::RgbImage;
+///
+/// let picture = RgbImage::new(64, 32);
+/// let grid = tile(&[vec![picture.clone(), picture.clone()], vec![picture]]);
+/// assert_eq!(grid.dimensions(), (128, 64));
+/// ```
 pub fn tile<Row: AsRef<[RgbImage]>>(rows: &[Row]) -> RgbImage {
     let (width, height) = rows.first().and_then(|row| row.as_ref().first()).map_or((1, 1), RgbImage::dimensions);
     let columns = rows.iter().map(|row| row.as_ref().len()).max().unwrap_or(0) as u32;

@@ -19,6 +19,20 @@ pub struct PromptStates {
 }
 
 /// Tokenizers and text encoders of an SDXL base.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::Device;
+/// use hyperlora_sdxl::source::BaseSource;
+/// use hyperlora_sdxl::text::TextEncoders;
+///
+/// # let base = hyperlora_testing::fixture("encoders");
+/// let base = BaseSource::open(&base, None, None)?;
+/// let encoders = TextEncoders::open(&base, &Device::flex())?;
+/// let prompts = encoders.encode(&["a photo of a person", "a portrait"])?;
+/// assert_eq!(prompts.prompt_embeds.dims()[..2], [2, 77]);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct TextEncoders {
     tokenizers: [ClipTokenizer; 2],

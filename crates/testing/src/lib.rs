@@ -1,5 +1,7 @@
 //! Helpers that tests of several crates share: fixtures, a small world to train in, kills and comparisons of runs, a
 //! file server, and the fuzz harness.
+//!
+//! Start with [`fixture`] and [`asset`], which find files of tests, and [`fuzz`], which runs a target on mutated files.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};

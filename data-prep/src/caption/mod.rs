@@ -12,6 +12,18 @@ use crate::source::SourceFiles;
 const MAX_BYTES: u64 = 64 * 1024;
 
 /// Source of the captions, tagged in the YAML by the kind, as in `caption: {template: {text: a photo of a person}}`.
+///
+/// # Examples
+/// ```
+/// use data_prep::caption::Captioner;
+///
+/// let captioner = Captioner::Template { text: "a photo of a person".into() };
+/// captioner.validate("data.yaml: caption")?;
+/// // A placeholder could tell the text encoder who the person is.
+/// let named = Captioner::Template { text: "a photo of {name}".into() };
+/// assert!(named.validate("data.yaml: caption").is_err());
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum Captioner {

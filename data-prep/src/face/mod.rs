@@ -136,6 +136,22 @@ pub struct Upright {
 }
 
 /// Set of ONNX sessions with one thread each: make one per worker.
+///
+/// # Examples
+/// ```no_run
+/// use std::path::Path;
+/// use data_prep::face::{FaceAnalyser, FaceConfig};
+/// use image::RgbImage;
+///
+/// # let photo = RgbImage::new(640, 480);
+/// // The models that `ci/assets.sh` downloads.
+/// let mut analyser = FaceAnalyser::load(&FaceConfig::default(), Path::new(""))?;
+/// for face in analyser.detect(&photo)? {
+///     let description = analyser.describe(&photo, &face)?;
+///     println!("{:?}: {} numbers", face.face_box, description.id_embedding.len());
+/// }
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct FaceAnalyser {
     detector: Detector,

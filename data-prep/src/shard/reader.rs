@@ -23,6 +23,22 @@ use crate::shard::store::{Damage, ReadError, RemoteConfig, Store, unreadable};
 pub(super) const REMEDY: &str = "restore the file, or prepare the data again with `data-prep build`";
 
 /// Folder that `data-prep build` wrote.
+///
+/// # Examples
+/// ```no_run
+/// use std::path::Path;
+/// use data_prep::shard::ShardFolder;
+///
+/// let shards = ShardFolder::open(Path::new("runs/quickstart-data"))?;
+/// println!("{} faces of {} photos", shards.manifest().kept, shards.manifest().photos);
+/// for group in shards.row_groups() {
+///     match shards.read(group) {
+///         Ok(faces) => faces.iter().for_each(|face| println!("{}: {}", face.key, face.caption)),
+///         Err(error) => println!("{}: {}", shards.file(group), error.damage()?),
+///     }
+/// }
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct ShardFolder {
     store: Store,

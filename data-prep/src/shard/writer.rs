@@ -62,6 +62,45 @@ impl ShardConfig {
 }
 
 /// Takes rows in order and writes `shard-00000.parquet`, `shard-00001.parquet`, ... into a folder.
+///
+/// # Examples
+/// ```
+/// use std::collections::BTreeMap;
+/// use data_prep::shard::{EMBEDDING_DIM, FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardFolder, ShardWriter};
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// # let mut id_embedding = vec![0.0; EMBEDDING_DIM];
+/// # id_embedding[0] = 1.0;
+/// # let face = FaceRecord {
+/// #     key: "anna/1.jpg".into(),
+/// #     image: vec![0; 100],
+/// #     width: 64,
+/// #     height: 64,
+/// #     face_box: [10.0, 10.0, 50.0, 50.0],
+/// #     points: [[20.0, 25.0], [40.0, 25.0], [30.0, 35.0], [22.0, 45.0], [38.0, 45.0]],
+/// #     landmarks: (15..50_u8).map(|x| [x.into(), 40.0 - f32::from(x) / 4.0]).collect(),
+/// #     score: 0.9,
+/// #     id_embedding,
+/// #     caption: "a photo of a person".into(),
+/// #     sha256: "0".repeat(64),
+/// #     identity: None,
+/// #     split: None,
+/// # };
+/// let models = BTreeMap::from([("embedder".to_string(), "fr_feature.onnx".to_string())]);
+/// let mut writer = ShardWriter::new(folder, &ShardConfig::default(), &models);
+/// writer.push(face)?;
+/// let written = writer.finish()?;
+/// # let (splits, rejected, notes) = Default::default();
+/// # let config = Default::default();
+/// # let (photos, kept, schema_version) = (1, 1, SCHEMA_VERSION);
+/// let (shards, index) = (written.shards, written.index);
+/// Manifest { schema_version, photos, kept, splits, rejected, notes, models, shards, index, config }.write(folder)?;
+///
+/// let shards = ShardFolder::open(folder)?;
+/// assert!(shards.read(&shards.row_groups()[0]).is_ok_and(|faces| faces[0].key == "anna/1.jpg"));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub struct ShardWriter {
     dir: PathBuf,
     config: ShardConfig,

@@ -37,6 +37,22 @@ use crate::train::step::{self, Learner, StepConfig, StepGradients, StepReport};
 use crate::train::{Outcome, TrainOptions, TrainSetup};
 
 /// Run in progress.
+///
+/// # Examples
+/// ```no_run
+/// use burn::tensor::Device;
+/// use burn_hyperlora::objective::Denoising;
+/// use burn_hyperlora::train::Session;
+///
+/// let mut session = Session::open("experiments/quickstart/train.yaml", &Device::flex())?;
+/// while let Some(window) = session.next_window()? {
+///     let gradients = session.gradients(&window, &Denoising)?;
+///     println!("step {}: loss {:.5}", window.global_step, gradients.mean_loss());
+///     session.apply(gradients, window.learning_rate)?;
+/// }
+/// println!("{:?}", session.outcome()?);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub struct Session {
     setup: Rc<TrainSetup>,
     options: TrainOptions,

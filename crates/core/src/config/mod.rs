@@ -56,6 +56,26 @@ fn read(path: &Path, file: io::Result<File>) -> Result<String> {
 /// # Errors
 /// Input, with `origin:line:column`: malformed YAML, an unknown, missing or repeated key, a value of the wrong type, a
 /// float that is not finite.
+///
+/// # Examples
+/// ```
+/// use std::path::Path;
+/// use hyperlora_core::config::parse;
+/// use serde::Deserialize;
+///
+/// #[derive(Debug, Deserialize)]
+/// #[serde(deny_unknown_fields)]
+/// struct Training {
+///     batch: u32,
+/// }
+///
+/// let training: Training = parse("batch: 4", Path::new("train.yaml"))?;
+/// assert_eq!(training.batch, 4);
+///
+/// let error = parse::<Training>("bacth: 4", Path::new("train.yaml")).unwrap_err();
+/// assert!(error.to_string().starts_with("train.yaml:1:1: unknown key `bacth`: did you mean `batch`?"));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn parse<T: DeserializeOwned>(text: &str, origin: &Path) -> Result<T> {
     parse_from(text, origin, Origin::Started)
 }

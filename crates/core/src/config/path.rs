@@ -73,6 +73,19 @@ impl ConfigPath {
     /// Input: a variable that is not set and has no default, or `${` without `}`; a URL with a user, a password, a
     /// query or the value of a variable whose name suggests a secret. For a path from a file in a run folder also: a
     /// variable or `~`, which are expanded only for the user, and a relative path to nothing.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::path::Path;
+    /// use hyperlora_core::config::ConfigPath;
+    ///
+    /// let yaml_folder = Path::new("/work/experiment");
+    /// let faces = ConfigPath::new("${EXAMPLE_FACES:-data}/faces");
+    /// assert_eq!(faces.resolve(yaml_folder)?, Path::new("/work/experiment/data/faces"));
+    /// let shards = ConfigPath::new("s3://bucket/shards");
+    /// assert_eq!(shards.resolve(yaml_folder)?, Path::new("s3://bucket/shards"));
+    /// # Ok::<(), hyperlora_core::Error>(())
+    /// ```
     pub fn resolve(&self, base_dir: &Path) -> Result<PathBuf> {
         self.resolve_with(base_dir, &|name| std::env::var(name).ok())
     }

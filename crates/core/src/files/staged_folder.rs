@@ -13,6 +13,21 @@ use crate::{Error, Result};
 
 /// Folder under construction: fill [`path`](Self::path), then [`commit`](Self::commit). Dropped without a commit, it
 /// leaves nothing behind.
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::files::{Ownership, StagedFolder, write_whole};
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// let target = folder.join("shards");
+/// let staged = StagedFolder::new(&target, Ownership::Marked)?;
+/// write_whole(&staged.path().join("manifest.json"), b"{}")?;
+/// assert!(!target.exists());
+/// staged.commit()?;
+/// assert!(target.join("manifest.json").is_file());
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct StagedFolder {
     staged: PathBuf,

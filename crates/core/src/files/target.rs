@@ -13,6 +13,20 @@ use crate::{Error, Result};
 const LINKS: usize = 40;
 
 /// Output file of a command, checked and locked before the work begins until it is dropped.
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::files::{OutputFile, write_whole};
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// # let inputs = [folder.join("photo.jpg")];
+/// let output = OutputFile::claim(&folder.join("anna.safetensors"), &inputs)?;
+/// // Long work goes here. No other process of this program can claim the same file meanwhile.
+/// write_whole(output.path(), b"weights")?;
+/// assert!(folder.join("anna.safetensors").is_file());
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct OutputFile {
     path: PathBuf,
@@ -54,6 +68,20 @@ pub(super) fn no_file(path: &Path) -> Error {
 ///
 /// # Errors
 /// Input: the target is an input, is inside one or contains one.
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::files::apart;
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// let photos = folder.join("photos");
+/// # std::fs::create_dir(&photos).expect("a folder");
+/// apart(&folder.join("shards"), [&photos])?;
+/// let refused = apart(&photos.join("shards"), [&photos]).unwrap_err();
+/// assert!(refused.to_string().contains("lies in the input"));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn apart<I: AsRef<Path>>(target: &Path, inputs: impl IntoIterator<Item = I>) -> Result<()> {
     let real = real(&follow(target)?);
     for input in inputs {

@@ -15,6 +15,19 @@ use crate::{Error, Result};
 /// # Errors
 /// Input: the place cannot be written to or contains something other than a file, or another process is writing the
 /// file. Disk: a full or failing disk.
+///
+/// # Examples
+/// ```
+/// use hyperlora_core::files::write_whole;
+/// use hyperlora_core::hash::{sha256_of, sha256_of_file};
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// let path = folder.join("state.json");
+/// write_whole(&path, b"{}")?;
+/// assert_eq!(sha256_of_file(&path)?, sha256_of(b"{}"));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     write_whole_with(path, |file| file.write_all(bytes))
 }

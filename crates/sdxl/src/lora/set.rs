@@ -15,6 +15,28 @@ const NOT_FINITE: &str = "holds values that are not finite";
 const REMEDY: &str = "give a plain LoRA for SDXL, in the format of sd-scripts or diffusers";
 
 /// Updates of a base's modules, by diffusers path.
+///
+/// # Examples
+/// ```
+/// use hyperlora_sdxl::lora::file::Layout;
+/// use hyperlora_sdxl::lora::{LoraModule, LoraSet, Matrix};
+/// use hyperlora_sdxl::source::Component;
+/// use safetensors::Dtype;
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// let zeros = |shape: [usize; 2]| Matrix {
+///     dtype: Dtype::F16,
+///     shape: shape.to_vec(),
+///     bytes: vec![0; 2 * shape[0] * shape[1]],
+/// };
+/// let mut lora = LoraSet::default();
+/// let module = LoraModule { down: zeros([4, 640]), up: zeros([640, 4]), alpha: 4.0 };
+/// lora.modules.insert((Component::Unet, "down_blocks.1.attentions.0.proj_in".into()), module);
+/// lora.save(&folder.join("lora.safetensors"), Layout::Kohya)?;
+/// assert_eq!(LoraSet::open(&folder.join("lora.safetensors"))?.modules, lora.modules);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LoraSet {
     /// Updates by component and path.

@@ -5,6 +5,21 @@ use burn::tensor::Tensor;
 /// One low-rank update per sample: `y = W x + (x @ down) @ up`.
 ///
 /// `up` already includes the scale (alpha / rank) and the user's weight.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use hyperlora_sdxl::lora::LoraPair;
+///
+/// let device = Device::flex();
+/// let (batch, input, output, rank) = (2, 8, 6, 4);
+/// let pair = LoraPair {
+///     down: Tensor::ones([batch, input, rank], &device),
+///     up: Tensor::ones([batch, rank, output], &device),
+/// };
+/// let tokens = Tensor::ones([batch, 5, input], &device);
+/// assert_eq!(pair.apply(tokens).dims(), [batch, 5, output]);
+/// ```
 #[derive(Debug, Clone)]
 pub struct LoraPair {
     /// Down matrices, `[B, in, r]`.
@@ -27,6 +42,23 @@ pub struct AttentionLora {
 }
 
 /// LoRA of every attention module of a UNet, in the UNet's module order.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use hyperlora_sdxl::lora::{AttentionLora, LoraPair, LoraWeights};
+///
+/// let device = Device::flex();
+/// let pair = |rank| LoraPair { down: Tensor::ones([1, 8, rank], &device), up: Tensor::ones([1, rank, 8], &device) };
+/// let lora = |rank| LoraWeights {
+///     modules: vec![AttentionLora { q: pair(rank), k: pair(rank), v: pair(rank), out: pair(rank) }],
+/// };
+/// // An ID-LoRA of rank 8 at weight 0.7, plus a Base-LoRA of rank 4: the ranks add up.
+/// let id = lora(8).weighted(&Tensor::from_floats([0.7], &device));
+/// let both = id.concat(lora(4));
+/// assert_eq!(both.modules[0].q.down.dims(), [1, 8, 12]);
+/// assert_eq!(both.tensors().count(), 8);
+/// ```
 #[derive(Debug, Clone)]
 pub struct LoraWeights {
     /// LoRA of each attention module.

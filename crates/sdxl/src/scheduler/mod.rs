@@ -153,6 +153,24 @@ impl ScheduleConfig {
 }
 
 /// Noise schedule: the image's share at each training timestep.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use hyperlora_sdxl::scheduler::NoiseSchedule;
+/// use hyperlora_sdxl::source::configs::SCHEDULER;
+/// use hyperlora_sdxl::weights::ConfigText;
+///
+/// // `NoiseSchedule::load` reads the config of a base instead.
+/// let schedule = NoiseSchedule::parse(&ConfigText::built_in("scheduler_config.json", SCHEDULER))?;
+/// assert_eq!(schedule.alphas_cumprod().len(), 1000);
+/// let latents = Tensor::<4>::zeros([2, 4, 8, 8], &Device::flex());
+/// let noise = latents.ones_like();
+/// // One timestep per sample.
+/// let noisy = schedule.add_noise(latents, noise, &[10, 900]);
+/// assert_eq!(noisy.dims(), [2, 4, 8, 8]);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct NoiseSchedule {
     config: ScheduleConfig,

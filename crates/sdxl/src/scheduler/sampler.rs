@@ -37,6 +37,25 @@ impl SamplerKind {
 }
 
 /// A sampling run from noise to an image.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use hyperlora_sdxl::scheduler::{NoiseSampler, NoiseSchedule, SamplerKind};
+/// # use hyperlora_sdxl::source::configs::SCHEDULER;
+/// # use hyperlora_sdxl::weights::ConfigText;
+///
+/// # let schedule = NoiseSchedule::parse(&ConfigText::built_in("scheduler_config.json", SCHEDULER))?;
+/// # let unet = |input: Tensor<4>, _timestep: f32| input.zeros_like();
+/// let mut sampler = NoiseSampler::new(&schedule, Some(SamplerKind::Euler), 20)?;
+/// let mut latents = Tensor::ones([1, 4, 8, 8], &Device::flex()) * sampler.init_noise_sigma();
+/// for (step, timestep) in sampler.timesteps().to_vec().into_iter().enumerate() {
+///     let noise = unet(sampler.scale_model_input(latents.clone(), step), timestep);
+///     latents = sampler.step(noise, latents, step);
+/// }
+/// assert_eq!(latents.dims(), [1, 4, 8, 8]);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub enum NoiseSampler {
     /// Euler.

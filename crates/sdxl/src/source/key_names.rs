@@ -92,6 +92,20 @@ pub struct Pair {
 }
 
 /// Key names of one SDXL component in both namings.
+///
+/// # Examples
+/// ```
+/// use hyperlora_sdxl::models::unet::UNet2DConditionConfig;
+/// use hyperlora_sdxl::source::configs::UNET;
+/// use hyperlora_sdxl::source::key_names::KeyTable;
+/// use hyperlora_sdxl::weights::{ConfigText, Form};
+///
+/// let table = KeyTable::unet(&UNet2DConditionConfig::parse(&ConfigText::built_in("unet/config.json", UNET))?);
+/// let (diffusers, single_file) = ("down_blocks.1.attentions.0.proj_in.weight", "input_blocks.4.1.proj_in.weight");
+/// assert_eq!(table.to_stability(diffusers), Some((single_file.into(), Form::Same)));
+/// assert_eq!(table.to_diffusers(single_file), [(diffusers.into(), Form::Same)]);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct KeyTable {
     pairs: Vec<Pair>,

@@ -111,6 +111,20 @@ impl Component {
 pub type ComponentUpdates = BTreeMap<Component, Updates>;
 
 /// A base on disk, opened but not read.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::Device;
+/// use hyperlora_sdxl::source::{BaseSource, Component};
+///
+/// # let base = hyperlora_testing::fixture("encoders");
+/// // A pipeline folder or a single file.
+/// let base = BaseSource::open(&base, None, None)?;
+/// assert_eq!(base.schedule()?.alphas_cumprod().len(), 1000);
+/// let vae = base.weights(Component::Vae, &Device::flex())?;
+/// assert!(vae.shapes().contains_key("decoder.conv_in.weight"));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct BaseSource {
     path: PathBuf,

@@ -34,6 +34,19 @@ const WORD_END: &str = "</w>";
 const PIECES: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 /// A CLIP tokenizer.
+///
+/// # Examples
+/// ```
+/// use hyperlora_sdxl::tokenizer::{ClipTokenizer, PROMPT_TOKENS};
+///
+/// // `ClipTokenizer::load` reads the vocabulary of a base instead.
+/// let tokenizer = ClipTokenizer::built_in("<|endoftext|>")?;
+/// let tokens = tokenizer.encode("a photo of a person")?;
+/// assert_eq!(tokens[..7], [49406, 320, 1125, 539, 320, 2533, 49407]);
+/// assert_eq!(tokens.len(), PROMPT_TOKENS);
+/// assert_eq!(tokenizer.count("a photo of a person")?, 5);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct ClipTokenizer {
     tokenizer: Tokenizer,

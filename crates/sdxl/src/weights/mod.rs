@@ -98,6 +98,23 @@ impl ConfigText {
 }
 
 /// Tensors of one model on disk, with a record of what the model requested.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, TensorData};
+/// use hyperlora_sdxl::weights::{Weights, save};
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// let path = folder.join("model.safetensors");
+/// save(&path, [("proj.weight".into(), TensorData::from([[1.0_f32, 2.0, 3.0]]))])?;
+/// let weights = Weights::open(&path, &Device::flex())?;
+/// let proj = weights.at("proj").linear(3, 1, false);
+/// assert_eq!(proj.weight.dims(), [3, 1]);
+/// // Reports every tensor that is missing, misshaped or left over.
+/// weights.finish()?;
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Weights {
     path: PathBuf,

@@ -58,6 +58,22 @@ impl TensorEntry {
 /// # Errors
 /// Input: the path is not writable; Disk: the disk is full or failing; Fault: two tensors share a name, or safetensors
 /// files do not support an element type.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::TensorData;
+/// use hyperlora_sdxl::weights::{SafetensorsFile, save};
+///
+/// # let folder = tempfile::tempdir().expect("a temporary folder");
+/// # let folder = folder.path();
+/// let path = folder.join("model.safetensors");
+/// save(&path, [("proj.weight".into(), TensorData::from([[1.0_f32, 2.0], [3.0, 4.0]]))])?;
+/// let file = SafetensorsFile::open(&path)?;
+/// let shapes: Vec<_> = file.entries().map(|entry| (entry.name, entry.shape)).collect();
+/// assert_eq!(shapes, [("proj.weight".to_string(), vec![2, 2])]);
+/// assert_eq!(file.read_raw("proj.weight")?.len(), 16);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn save(path: &Path, tensors: impl IntoIterator<Item = (String, TensorData)>) -> Result<()> {
     save_with_metadata(path, BTreeMap::new(), tensors)
 }

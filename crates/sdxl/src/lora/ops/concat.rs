@@ -13,6 +13,31 @@ use safetensors::Dtype;
 ///
 /// # Errors
 /// Input, with the module's name: module sizes differ, `dtype` cannot hold a value, or no LoRA is left.
+///
+/// # Examples
+/// ```
+/// use hyperlora_sdxl::lora::LoraSet;
+/// use hyperlora_sdxl::lora::ops::concat;
+/// # use hyperlora_sdxl::lora::{LoraModule, Matrix};
+/// # use hyperlora_sdxl::source::Component;
+/// use safetensors::Dtype;
+/// # fn example(rank: usize) -> LoraSet {
+/// #     let ones = |shape: [usize; 2]| Matrix {
+/// #         dtype: Dtype::F32,
+/// #         shape: shape.to_vec(),
+/// #         bytes: 1_f32.to_le_bytes().repeat(shape[0] * shape[1]),
+/// #     };
+/// #     let module = LoraModule { down: ones([rank, 640]), up: ones([640, rank]), alpha: rank as f32 };
+/// #     let key = (Component::Unet, "down_blocks.1.attentions.0.proj_in".to_string());
+/// #     LoraSet { modules: [(key, module)].into(), ..LoraSet::default() }
+/// # }
+///
+/// # let (style, person): (LoraSet, LoraSet) = (example(4), example(8));
+/// // `LoraSet::open` reads `style` and `person` from files.
+/// let sum = concat(&[(&style, 0.5), (&person, 1.0)], Dtype::F16)?;
+/// assert!(sum.modules.values().all(|module| module.rank() == 4 + 8));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn concat(loras: &[(&LoraSet, f32)], dtype: Dtype) -> Result<LoraSet> {
     let used: Vec<_> = loras.iter().filter(|(_, weight)| *weight != 0.0).collect();
     let mut sum = LoraSet { notes: common_notes(&used), ..LoraSet::default() };

@@ -25,6 +25,20 @@ const WEIGHTS: [&str; 8] = ["safetensors", "bin", "pt", "pth", "ckpt", "msgpack"
 /// # Errors
 /// Input: the target is, contains or lies in the base, the target folder exists, or an update exceeds a tensor's type;
 /// Disk: the disk is full or failing.
+///
+/// # Examples
+/// ```no_run
+/// use std::path::Path;
+/// use hyperlora_sdxl::lora::file::{BaseNames, LoraFile, sum};
+/// use hyperlora_sdxl::lora::ops::merge;
+/// use hyperlora_sdxl::source::BaseSource;
+///
+/// let base = BaseSource::open(Path::new("models/sdxl-base"), None, None)?;
+/// let loras = [(LoraFile::open(Path::new("anna.safetensors"))?, 1.0)];
+/// let updates = sum(&loras, &BaseNames::of(&base)?)?;
+/// merge(&base, &updates, Path::new("models/sdxl-anna"))?;
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn merge(source: &BaseSource, updates: &ComponentUpdates, target: &Path) -> Result<()> {
     match source.single_file() {
         Some(file) => {

@@ -23,6 +23,33 @@ pub struct Reduction {
 ///
 /// # Errors
 /// Input: the rank is 0, or the LoRA's type cannot hold a value; Fault: the decomposition does not converge.
+///
+/// # Examples
+/// ```
+/// use hyperlora_sdxl::lora::LoraSet;
+/// use hyperlora_sdxl::lora::ops::reduce;
+/// # use hyperlora_sdxl::lora::{LoraModule, Matrix};
+/// # use hyperlora_sdxl::source::Component;
+/// # use safetensors::Dtype;
+/// # fn example(rank: usize) -> LoraSet {
+/// #     let ones = |shape: [usize; 2]| Matrix {
+/// #         dtype: Dtype::F32,
+/// #         shape: shape.to_vec(),
+/// #         bytes: 1_f32.to_le_bytes().repeat(shape[0] * shape[1]),
+/// #     };
+/// #     let module = LoraModule { down: ones([rank, 640]), up: ones([640, rank]), alpha: rank as f32 };
+/// #     let key = (Component::Unet, "down_blocks.1.attentions.0.proj_in".to_string());
+/// #     LoraSet { modules: [(key, module)].into(), ..LoraSet::default() }
+/// # }
+///
+/// # let mut lora = example(8);
+/// // `LoraSet::open` reads `lora` from a file.
+/// let lost = reduce(&mut lora, 2)?;
+/// assert!(lora.modules.values().all(|module| module.rank() == 2));
+/// // All rows of this example's matrices are the same, so rank 2 holds them.
+/// assert!(lost.worst < 1e-6, "{}: {}", lost.worst_module, lost.worst);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 pub fn reduce(lora: &mut LoraSet, rank: usize) -> Result<Reduction> {
     if rank == 0 {
         return Err(Error::input("--rank", "is 0", "give a rank of at least 1"));

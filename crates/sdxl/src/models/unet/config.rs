@@ -9,6 +9,19 @@ use serde_json::{Value, json};
 use crate::weights::ConfigText;
 
 /// Sizes of an SDXL UNet (diffusers `UNet2DConditionModel`).
+///
+/// # Examples
+/// ```
+/// use hyperlora_sdxl::models::unet::UNet2DConditionConfig;
+/// use hyperlora_sdxl::source::configs::UNET;
+/// use hyperlora_sdxl::weights::ConfigText;
+///
+/// // `UNet2DConditionConfig::load` reads the config of a base instead.
+/// let config = UNet2DConditionConfig::parse(&ConfigText::built_in("unet/config.json", UNET))?;
+/// assert_eq!(config.block_out_channels, [320, 640, 1280]);
+/// assert_eq!((config.pooled_dim(), config.cross_attention_dim.get(0)), (1280, 2048));
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct UNet2DConditionConfig {
     /// Channels of the latents.

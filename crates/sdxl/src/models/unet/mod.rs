@@ -39,6 +39,28 @@ pub struct UnetInput {
 }
 
 /// The UNet as a flat list of operations.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use hyperlora_sdxl::models::unet::{UNet2DConditionModel, UnetInput};
+///
+/// # let folder = hyperlora_testing::fixture("unet");
+/// let device = Device::flex();
+/// let unet = UNet2DConditionModel::load(&folder, &device)?;
+/// let (prompt_dim, pooled_dim) = (unet.config().cross_attention_dim.get(0), unet.config().pooled_dim());
+/// let input = UnetInput {
+///     latents: Tensor::zeros([1, 4, 8, 8], &device),
+///     timesteps: Tensor::from_floats([999.0], &device),
+///     prompt_embeds: Tensor::zeros([1, 77, prompt_dim], &device),
+///     pooled: Tensor::zeros([1, pooled_dim], &device),
+///     time_ids: Tensor::zeros([1, 6], &device),
+/// };
+/// // A LoRA for each sample is optional.
+/// let noise = unet.forward(&input, None);
+/// assert_eq!(noise.dims(), [1, 4, 8, 8]);
+/// # Ok::<(), hyperlora_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct UNet2DConditionModel {
     config: UNet2DConditionConfig,
