@@ -217,9 +217,9 @@ fn pages_are_read_whoever_wrote_them_or_it_is_told_why_not() {
         let plain = properties.set_writer_version(WriterVersion::PARQUET_2_0);
         plain.set_column_encoding("image".into(), Encoding::PLAIN)
     };
-    foreign::replace_with(dir.path(), &[sound.clone()], second);
+    foreign::replace_with(dir.path(), std::slice::from_ref(&sound), second);
     assert_eq!(read().unwrap(), [record(8), record(9)]);
-    foreign::replace_with(dir.path(), &[sound.clone()], |properties| {
+    foreign::replace_with(dir.path(), std::slice::from_ref(&sound), |properties| {
         let differences = properties.set_column_dictionary_enabled("caption".into(), false);
         differences.set_column_encoding("caption".into(), Encoding::DELTA_BYTE_ARRAY)
     });

@@ -104,8 +104,6 @@ fn parent_of(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::io::Write;
     use std::os::unix::fs::{PermissionsExt, symlink};
     use std::process::Command;
