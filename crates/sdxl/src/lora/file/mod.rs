@@ -7,6 +7,7 @@ mod adapter;
 mod base_names;
 mod keys;
 pub mod names;
+mod notes;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,8 +22,8 @@ use crate::weights::{LowRank, ReadError, SafetensorsFile, TensorEntry, values};
 
 pub use adapter::ADAPTER_METADATA;
 pub use base_names::BaseNames;
+pub(crate) use notes::{COMMENT, notes_of};
 pub use write::Layout;
-pub(crate) use write::{COMMENT, notes_of};
 
 /// Number of problems that one error lists.
 const PROBLEMS_SHOWN: usize = 10;
