@@ -8,6 +8,8 @@ pub mod data;
 
 pub mod conditioning;
 
+pub mod parameters;
+
 pub mod hypernet;
 
 pub mod objective;
