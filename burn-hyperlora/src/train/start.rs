@@ -23,9 +23,10 @@ use crate::run::moments::MomentFiles;
 use crate::run::saved::{SavedState, Source, WEIGHTS, check_settings};
 use crate::run::state::TrainState;
 use crate::train::config::StageEntry;
+use crate::train::fingerprint;
 use crate::train::settings::binding_settings;
+use crate::train::setup::{TrainOptions, TrainSetup, open_dataset};
 use crate::train::step::Learner;
-use crate::train::{TrainOptions, TrainSetup, fingerprint, open_dataset};
 
 /// Returns the learner and state of `checkpoint`, or those of a new run.
 ///
