@@ -20,6 +20,7 @@ use hyperlora_core::Result;
 use image::RgbImage;
 
 use crate::runs::{RUINOUS, skipped};
+use hyperlora_sdxl::planes::Planes;
 use hyperlora_testing::world::World;
 
 const STREAMS: usize = 12;
@@ -48,7 +49,7 @@ fn steps_of(
         shuffle_window: 1,
     };
     let draws = Draws::new(&dataset, &draws).unwrap();
-    let transform = Arc::new(|image: &RgbImage| image.as_raw().iter().map(|&byte| f32::from(byte)).collect());
+    let transform = Arc::new(|image: &RgbImage| Planes::new(image, |_, level| level.into()));
     let shape = SampleShape { latent_len: 4 * 8 * 8, timesteps: 1000, transform, with_id: true };
     let maker = SampleMaker::new(Arc::new(dataset), &experiment.data, 3, shape);
     rank.check("train.yaml", STREAMS, MICRO_BATCH, GLOBAL_BATCH as usize).unwrap();
