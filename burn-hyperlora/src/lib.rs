@@ -24,6 +24,8 @@ pub mod run;
 
 pub mod train;
 
+pub mod eval;
+
 pub mod experiment;
 
 pub mod plan;
@@ -31,7 +33,5 @@ pub mod plan;
 pub mod status;
 
 pub mod export;
-
-pub mod eval;
 
 pub mod generate;

@@ -13,7 +13,7 @@ use burn_hyperlora::data::quarantine::{QUARANTINE_FILE, Quarantine};
 use burn_hyperlora::data::rank::Rank;
 use burn_hyperlora::data::sample::{Sample, SampleMaker, SampleShape};
 use burn_hyperlora::data::scenario::Scenarios;
-use burn_hyperlora::eval::identity_gap;
+use burn_hyperlora::experiment::Experiment;
 use burn_hyperlora::train::Outcome;
 use data_prep::shard::{Manifest, ShardFolder};
 use hyperlora_core::Result;
@@ -226,7 +226,7 @@ fn a_training_goes_on_without_a_damaged_row_group_and_the_gap_is_measured() {
     damage(&world, &[1]);
     let outcome = world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap();
     assert!(matches!(outcome, Outcome::Finished { step: 9, .. }), "{outcome:?}");
-    let gap = identity_gap::run(&world.path("run"), &Device::flex()).unwrap();
+    let gap = Experiment::identity_gap(&world.path("run"), &Device::flex()).unwrap();
     assert!(gap.known.n > 0 && gap.known.n < 4, "{} photos", gap.known.n);
     let strict = world.experiment(&[("shuffle_window: 2", "bad_row_groups: 0")]).unwrap();
     let error = world.train(&strict, "strict", None).unwrap_err();
