@@ -23,15 +23,17 @@ use burn_hyperlora::data::batch::Batch;
 use burn_hyperlora::data::sample::{Request, Sample};
 use burn_hyperlora::data::scenario::Scenarios;
 use burn_hyperlora::experiment::Experiment;
-use burn_hyperlora::hypernet::{HyperLora, ParameterMapper, Stage};
+use burn_hyperlora::hypernet::{HyperLora, Stage};
 use burn_hyperlora::objective::Denoising;
 use burn_hyperlora::optim::{Optimizer, Sharding};
+use burn_hyperlora::parameters::ParameterMapper;
 use burn_hyperlora::train::config::StageEntry;
 use burn_hyperlora::train::step::{self, Learner, StepConfig};
 use hyperlora_core::files::write_whole;
 use hyperlora_core::random::{Purpose, below, for_sample, normal};
 use hyperlora_core::{Error, Result};
 use hyperlora_ranks::Ranks;
+use hyperlora_sdxl::planes::Planes;
 use hyperlora_sdxl::weights;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -107,17 +109,20 @@ impl Bench {
         let latent_len = latent.iter().product();
         let rng = |purpose| for_sample(seed, stage, draw, purpose);
         let mut pictures = rng(Purpose::Augmentation);
-        let mut picture = |side: usize| normal(&mut pictures, 3 * side * side);
+        let mut picture = |side: usize| Planes { side, data: normal(&mut pictures, 3 * side * side) };
+        let mut pixels = picture(image);
+        pixels.data.iter_mut().for_each(|value| *value = value.clamp(-1.0, 1.0));
+        let id_pixels = Some(picture(condition));
         let id_embedding = normal(&mut rng(Purpose::Reference), id_embedding);
         let length = id_embedding.iter().map(|value| value * value).sum::<f32>().sqrt();
         let size = image as f32;
         Sample {
             request: Request { target: 0, reference: 0, scenario: Scenarios::ID.draw(seed, stage, draw), stage, draw },
             key: draw.to_string(),
-            pixels: picture(image).into_iter().map(|value| value.clamp(-1.0, 1.0)).collect(),
+            pixels,
             time_ids: [size, size, 0.0, 0.0, size, size],
             caption: CAPTION.into(),
-            id_pixels: picture(condition),
+            id_pixels,
             base_pixels: picture(condition),
             id_embedding: id_embedding.into_iter().map(|value| value / length).collect(),
             posterior_noise: normal(&mut rng(Purpose::Posterior), latent_len),

@@ -52,6 +52,8 @@ pub mod data;
 
 pub mod conditioning;
 
+pub mod parameters;
+
 pub mod hypernet;
 
 pub mod objective;
@@ -66,6 +68,8 @@ pub mod run;
 
 pub mod train;
 
+pub mod eval;
+
 pub mod experiment;
 
 pub mod plan;
@@ -73,7 +77,5 @@ pub mod plan;
 pub mod status;
 
 pub mod export;
-
-pub mod eval;
 
 pub mod generate;

@@ -21,6 +21,7 @@ use crate::caption::Captioner;
 use crate::crop::CropConfig;
 use crate::face::{FaceAnalyser, FaceConfig, FaceModels, Upright};
 use crate::filter::{FilterConfig, Reason, Rejection};
+use crate::notes::Notes;
 use crate::prepared::PREPARED;
 use crate::report::{Cell, Report};
 use crate::shard::{FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardWriter, Written};
@@ -121,15 +122,18 @@ pub fn build(
     apart(out, config.source.places(base_dir)?)?;
     apart(out, [config.faces.models.resolve(base_dir)?])?;
     let staged = StagedFolder::new(out, PREPARED)?;
-    let Source { photos, files, mut notes } = config.source.open(base_dir, config.caption.reads_files())?;
+    let Source { photos, files, notes } = config.source.open(base_dir, config.caption.reads_files())?;
     let models = FaceModels::find(&config.faces, base_dir)?.fingerprints()?;
     let analysers = Analysers::load(config, base_dir, workers, &files)?;
 
     // 2. Process the photos in key order, a chunk at a time.
-    let mut writer = ShardWriter::new(staged.path(), &config.shards, &models);
-    let mut report = Report::new(staged.path())?;
+    let mut build = Build {
+        writer: ShardWriter::new(staged.path(), &config.shards, &models),
+        report: Report::new(staged.path())?,
+        notes,
+        splits: BTreeMap::new(),
+    };
     let mut first_of = analysers.labelled_copies(&photos);
-    let mut splits = BTreeMap::new();
     let mut done = 0;
     for chunk in photos.chunks(workers.get() * PHOTOS_PER_WORKER) {
         if stop.raised_by().is_some() {
@@ -143,47 +147,79 @@ pub fn build(
         });
         let files = files.collect();
         for (photo, outcome) in chunk.iter().zip(analysers.process_all(chunk, files)) {
-            match outcome? {
-                Outcome::Kept { record, cell, changes } => {
-                    changes.iter().for_each(|change| notes.add(change, &photo.key));
-                    if let Some(split) = &record.split {
-                        *splits.entry(split.clone()).or_insert(0) += 1;
-                    }
-                    report.kept(&photo.key, cell);
-                    writer.push(*record)?;
-                }
-                Outcome::Rejected { why, cell } => {
-                    tracing::debug!("{}: {} {}", photo.key, why.reason.name(), why.detail);
-                    report.rejected(&photo.key, &why, cell)?;
-                }
-            }
-            done += 1;
+            build.take(photo, outcome?)?;
         }
-        progress(Progress { done, total: photos.len(), kept: report.kept_count() });
+        done += chunk.len();
+        progress(Progress { done, total: photos.len(), kept: build.report.kept_count() });
     }
 
     // 3. Report it to the user if nothing is usable. Otherwise, everything becomes visible at once.
-    if report.kept_count() == 0 {
-        let problem = format!("none of {} photos holds a usable face ({})", photos.len(), report.reasons());
-        return Err(Error::input("source", problem, "check the photos and the filter's thresholds"));
-    }
-    let Written { shards, index } = writer.finish()?;
-    let manifest = Manifest {
-        schema_version: SCHEMA_VERSION,
-        photos: photos.len(),
-        kept: report.kept_count(),
-        splits,
-        rejected: report.rejected_counts(),
-        notes,
-        models,
-        shards,
-        index,
-        config: as_json(config)?,
-    };
-    report.finish(&manifest.notes)?;
-    manifest.write(staged.path())?;
+    let manifest = build.finish(staged.path(), config, photos.len(), models)?;
     staged.commit()?;
     Ok(Some(manifest))
+}
+
+/// Content of a shard folder while it is made.
+struct Build {
+    writer: ShardWriter,
+    report: Report,
+    notes: Notes,
+    /// Kept faces by split.
+    splits: BTreeMap<String, usize>,
+}
+
+impl Build {
+    /// Adds a processed photo.
+    fn take(&mut self, photo: &Photo, outcome: Outcome) -> Result<()> {
+        match outcome {
+            Outcome::Kept { record, cell, changes } => {
+                changes.iter().for_each(|change| self.notes.add(change, &photo.key));
+                if let Some(split) = &record.split {
+                    *self.splits.entry(split.clone()).or_insert(0) += 1;
+                }
+                self.report.kept(&photo.key, cell);
+                self.writer.push(*record)
+            }
+            Outcome::Rejected { why, cell } => {
+                tracing::debug!("{}: {} {}", photo.key, why.reason.name(), why.detail);
+                self.report.rejected(&photo.key, &why, cell)
+            }
+        }
+    }
+
+    /// Writes what remains, the report and the manifest into `folder`.
+    ///
+    /// # Errors
+    /// Input: no photo holds a usable face. Disk: a full or failing disk.
+    fn finish(
+        self,
+        folder: &Path,
+        config: &PrepConfig,
+        photos: usize,
+        models: BTreeMap<String, String>,
+    ) -> Result<Manifest> {
+        let Self { writer, report, notes, splits } = self;
+        if report.kept_count() == 0 {
+            let problem = format!("none of {photos} photos holds a usable face ({})", report.reasons());
+            return Err(Error::input("source", problem, "check the photos and the filter's thresholds"));
+        }
+        let Written { shards, index } = writer.finish()?;
+        let manifest = Manifest {
+            schema_version: SCHEMA_VERSION,
+            photos,
+            kept: report.kept_count(),
+            splits,
+            rejected: report.rejected_counts(),
+            notes,
+            models,
+            shards,
+            index,
+            config: as_json(config)?,
+        };
+        report.finish(&manifest.notes)?;
+        manifest.write(folder)?;
+        Ok(manifest)
+    }
 }
 
 /// File of a photo in memory.

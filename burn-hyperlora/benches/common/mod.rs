@@ -82,9 +82,15 @@ impl BatchSizes {
         };
         let timesteps: Vec<i64> = samples.iter().map(|sample| sample.timestep.into()).collect();
         [
-            ("pixels", stack(|sample| &sample.pixels, &[3, image, image])),
-            ("id_pixels", stack(|sample| &sample.id_pixels, &[3, condition, condition])),
-            ("base_pixels", stack(|sample| &sample.base_pixels, &[3, condition, condition])),
+            ("pixels", stack(|sample| &sample.pixels.data, &[3, image, image])),
+            (
+                "id_pixels",
+                stack(
+                    |sample| sample.id_pixels.as_ref().map_or(&[], |planes| &planes.data),
+                    &[3, condition, condition],
+                ),
+            ),
+            ("base_pixels", stack(|sample| &sample.base_pixels.data, &[3, condition, condition])),
             ("id_embedding", stack(|sample| &sample.id_embedding, &[id_embedding])),
             ("posterior_noise", stack(|sample| &sample.posterior_noise, &latent)),
             ("noise", stack(|sample| &sample.noise, &latent)),

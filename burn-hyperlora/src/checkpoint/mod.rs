@@ -18,13 +18,12 @@ use std::path::{Path, PathBuf};
 use hyperlora_core::files::{Hidden, Listing, Ownership, StagedFolder, unlisted};
 use hyperlora_core::paths::{Root, below, read_limited};
 use hyperlora_core::{Error, Result};
-use part::{FileSums, sum, write_json};
+use part::{FileSums, STATE, names, sum, write_json};
 use serde::de::DeserializeOwned;
 
 pub use part::RankPart;
 pub use writer::CheckpointWriter;
 
-const STATE: &str = "state.json";
 const CHECKSUMS: &str = "checksums.json";
 
 /// Maximum size of `state.json` and `checksums.json`, in bytes.
@@ -294,16 +293,6 @@ fn listing_of(sums: &FileSums) -> Listing {
 fn step_of(name: &str) -> Option<u64> {
     let digits = name.strip_prefix("step-").filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))?;
     digits.parse().ok()
-}
-
-/// Lists the names in a folder, sorted. Names that are not UTF-8 are skipped: this program writes none.
-fn names(folder: &Path) -> io::Result<Vec<String>> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        names.extend(entry?.file_name().into_string());
-    }
-    names.sort();
-    Ok(names)
 }
 
 /// Removes a hidden folder that is no longer needed. If it cannot be removed, it does no harm.

@@ -1,4 +1,4 @@
-//! RankPart of a checkpoint that one process writes, with the checksums of its files.
+//! Part of a checkpoint that one process writes, with the checksums of its files.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -11,7 +11,7 @@ use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{STATE, names};
+pub(super) const STATE: &str = "state.json";
 
 /// Size and SHA-256 of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +74,16 @@ fn sync_folders(folder: &Path) -> io::Result<()> {
         }
     }
     File::open(folder)?.sync_all()
+}
+
+/// Lists the names in a folder, sorted. Names that are not UTF-8 are skipped: this program writes none.
+pub(super) fn names(folder: &Path) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        names.extend(entry?.file_name().into_string());
+    }
+    names.sort();
+    Ok(names)
 }
 
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {

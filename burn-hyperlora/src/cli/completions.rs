@@ -3,11 +3,9 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 use clap_complete::Shell;
 use hyperlora_core::{Error, Result, output};
-
-use crate::cli::Cli;
 
 /// Print completions for a shell
 #[derive(Debug, Args)]
@@ -28,14 +26,14 @@ pub(super) struct ManArgs {
     output: PathBuf,
 }
 
-pub(super) fn run(args: &CompletionsArgs) -> Result<ExitCode> {
+pub(super) fn run(args: &CompletionsArgs, mut program: Command) -> Result<ExitCode> {
     let mut text = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "hyperlora", &mut text);
+    clap_complete::generate(args.shell, &mut program, "hyperlora", &mut text);
     output::text(format_args!("{}", String::from_utf8_lossy(&text)))?;
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) fn write_man_pages(args: &ManArgs) -> Result<ExitCode> {
-    clap_mangen::generate_to(Cli::command(), &args.output).map_err(|source| Error::write(&args.output, source))?;
+pub(super) fn write_man_pages(args: &ManArgs, program: Command) -> Result<ExitCode> {
+    clap_mangen::generate_to(program, &args.output).map_err(|source| Error::write(&args.output, source))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use burn_hyperlora::eval::identity_gap;
+use burn_hyperlora::experiment::Experiment;
 use burn_hyperlora::metrics::GapStatistics;
 use clap::{Args, Subcommand};
 use hyperlora_core::{Result, output};
@@ -29,7 +29,7 @@ pub(super) struct IdentityGapArgs {
 pub(super) fn run(command: &EvalCommand, common: &Common, device: &Device) -> Result<ExitCode> {
     let EvalCommand::IdentityGap(args) = command;
     common.start_log(None)?;
-    let gap = identity_gap::run(&args.run, device)?;
+    let gap = Experiment::identity_gap(&args.run, device)?;
     let (known, unseen) = (line("held-out photos of known people", &gap.known), line("people never seen", &gap.unseen));
     let title = "identity gap: denoising loss with another person's LoRA minus that with the person's own";
     output::line(format_args!("{title}\n{known}\n{unseen}"))?;

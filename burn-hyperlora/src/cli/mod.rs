@@ -23,7 +23,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use burn_hyperlora::metrics::log;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use hyperlora_core::files::restrict_modes;
 use hyperlora_core::output;
 use hyperlora_ranks::{PEER_LOST, end_process};
@@ -100,8 +100,8 @@ fn dispatch(cli: &Cli) -> ExitCode {
             Command::Checkpoint(command) => checkpoint::run(command, &cli.common),
             Command::Status(args) => status::run(args, &cli.common),
             Command::Eval(command) => eval::run(command, &cli.common, &device),
-            Command::Completions(args) => completions::run(args),
-            Command::Man(args) => completions::write_man_pages(args),
+            Command::Completions(args) => completions::run(args, Cli::command()),
+            Command::Man(args) => completions::write_man_pages(args, Cli::command()),
         });
     done.unwrap_or_else(|error| {
         complain(&error);

@@ -11,6 +11,7 @@ use hyperlora_sdxl::models::clip_vision::{ClipVisionModel, ImageProcessor};
 use hyperlora_sdxl::models::unet::config::{TIME_IDS, UNet2DConditionConfig};
 use hyperlora_sdxl::models::unet::{UNet2DConditionModel, UnetInput};
 use hyperlora_sdxl::models::vae::AutoencoderKl;
+use hyperlora_sdxl::planes::Planes;
 use hyperlora_sdxl::scheduler::NoiseSchedule;
 use hyperlora_sdxl::source::{BaseSource, Component};
 use hyperlora_sdxl::text::{PromptStates, TextEncoders};
@@ -312,12 +313,9 @@ impl FrozenModels {
         }
         let PromptStates { prompt_embeds, pooled } = side_by_side(prompts);
         let (count, device) = (samples.len(), &self.device);
-        let side = samples.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
-        let images = stack(samples, |sample| &sample.pixels, [count, 3, side, side], device);
-        let [channels, height, width] = self.latent_shape(side);
-        let latent_shape = [count, channels, height, width];
-        let posterior = stack(samples, |sample| &sample.posterior_noise, latent_shape, device);
-        let latents = self.vae.encode(images, posterior);
+        let images: Vec<&Planes> = samples.iter().map(|sample| &sample.pixels).collect();
+        let posterior = self.latents_of(samples, |sample| &sample.posterior_noise);
+        let latents = self.vae.encode(Planes::stack(&images, device), posterior);
 
         let noise = self.noise(samples);
         let timesteps: Vec<usize> = samples.iter().map(|sample| sample.timestep as usize).collect();
@@ -339,17 +337,15 @@ impl FrozenModels {
     pub fn portraits(&self, samples: &[Sample]) -> Result<Portraits> {
         let (count, device) = (samples.len(), &self.device);
         let vision = self.vision()?;
-        let side = vision.processor.side() as usize;
-        let states =
-            |of: fn(&Sample) -> &[f32]| vision.encoder.penultimate(stack(samples, of, [count, 3, side, side], device));
-        let with_id = samples.iter().all(|sample| !sample.id_pixels.is_empty());
+        let states = |images: Vec<&Planes>| vision.encoder.penultimate(Planes::stack(&images, device));
+        let faces: Option<Vec<&Planes>> = samples.iter().map(|sample| sample.id_pixels.as_ref()).collect();
         let embedding = samples.first().map_or(0, |sample| sample.id_embedding.len());
         Ok(Portraits {
-            id: with_id.then(|| IdPortraits {
-                states: states(|sample| &sample.id_pixels),
+            id: faces.map(|faces| IdPortraits {
+                states: states(faces),
                 embedding: stack(samples, |sample| &sample.id_embedding, [count, embedding], device),
             }),
-            base_states: states(|sample| &sample.base_pixels),
+            base_states: states(samples.iter().map(|sample| &sample.base_pixels).collect()),
             id_weight: per_sample(samples, |sample| f32::from(sample.request.scenario.id_lora()), device),
             base_weight: per_sample(samples, |sample| f32::from(sample.request.scenario.base_lora()), device),
         })
@@ -357,9 +353,14 @@ impl FrozenModels {
 
     /// Noise of the samples, `[B, C, h, w]`.
     pub fn noise(&self, samples: &[Sample]) -> Tensor<4> {
-        let side = samples.first().map_or(0, |sample| (sample.pixels.len() / 3).isqrt());
+        self.latents_of(samples, |sample| &sample.noise)
+    }
+
+    /// Stacks a field of the latents' size, `[B, C, h, w]`.
+    fn latents_of(&self, samples: &[Sample], of: fn(&Sample) -> &[f32]) -> Tensor<4> {
+        let side = samples.first().map_or(0, |sample| sample.pixels.side);
         let [channels, height, width] = self.latent_shape(side);
-        stack(samples, |sample| &sample.noise, [samples.len(), channels, height, width], &self.device)
+        stack(samples, of, [samples.len(), channels, height, width], &self.device)
     }
 
     /// Encodes the samples' captions. `trigger` precedes those of samples whose ID-LoRA is on.

@@ -7,6 +7,7 @@ use data_prep::face::mask::{self, MaskConfig};
 use data_prep::shard::FaceRecord;
 use hyperlora_core::random::{Purpose, below, for_sample, normal};
 use hyperlora_core::{Error, Result};
+use hyperlora_sdxl::planes::Planes;
 use image::{ImageFormat, ImageReader, Limits, RgbImage, imageops};
 
 use crate::data::crop::Square;
@@ -14,8 +15,8 @@ use crate::data::dataset::Dataset;
 use crate::data::scenario::Scenario;
 use crate::data::{CropConfig, DataConfig, SizeConditioning};
 
-/// Converts a condition image to the image encoder's input, flat `[3, S, S]`; called from loader threads.
-pub type ImageTransform = Arc<dyn Fn(&RgbImage) -> Vec<f32> + Send + Sync>;
+/// Converts a condition image to the image encoder's input; called from loader threads.
+pub type ImageTransform = Arc<dyn Fn(&RgbImage) -> Planes + Send + Sync>;
 
 /// Definition of a sample, which is a pure function of this request and the shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,16 +40,16 @@ pub struct Sample {
     pub request: Request,
     /// Key of the target photo in its source.
     pub key: String,
-    /// Target image, flat `[3, H, W]` in [-1, 1].
-    pub pixels: Vec<f32>,
+    /// Target image, in [-1, 1].
+    pub pixels: Planes,
     /// Time ids: original height and width, crop top and left, target height and width.
     pub time_ids: [f32; 6],
     /// Caption of the target, without trigger words.
     pub caption: String,
-    /// Image encoder input of the reference photo's masked face, flat `[3, S, S]`; empty without an ID-LoRA.
-    pub id_pixels: Vec<f32>,
-    /// Image encoder input of the target with a blurred face, flat `[3, S, S]`.
-    pub base_pixels: Vec<f32>,
+    /// Image encoder input of the reference photo's masked face; `None` without an ID-LoRA.
+    pub id_pixels: Option<Planes>,
+    /// Image encoder input of the target with a blurred face.
+    pub base_pixels: Planes,
     /// ID embedding of the reference photo, L2-normalised.
     pub id_embedding: Vec<f32>,
     /// Standard normal noise of the latents' size, for sampling the autoencoder's posterior.
@@ -62,10 +63,11 @@ pub struct Sample {
 impl Sample {
     /// Size of the sample in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        let numbers =
-            [&self.pixels, &self.id_pixels, &self.base_pixels, &self.id_embedding, &self.posterior_noise, &self.noise];
+        let pictures = [Some(&self.pixels), self.id_pixels.as_ref(), Some(&self.base_pixels)];
+        let pictures = pictures.into_iter().flatten().map(|picture| &picture.data[..]);
+        let numbers = pictures.chain([&self.id_embedding[..], &self.posterior_noise, &self.noise]);
         let texts = self.key.len() + self.caption.len();
-        size_of::<Self>() + texts + numbers.iter().map(|values| size_of_val(values.as_slice())).sum::<usize>()
+        size_of::<Self>() + texts + numbers.map(size_of_val).sum::<usize>()
     }
 }
 
@@ -162,11 +164,11 @@ impl SampleMaker {
     }
 
     /// Makes the masked face and ID embedding of a row from the unchanged photo, without crop or flip.
-    fn id_condition(&self, row: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+    fn id_condition(&self, row: usize) -> Result<(Option<Planes>, Vec<f32>)> {
         let record = self.dataset.record(row)?;
         let photo = self.decode(&record)?;
         let face = mask::id_image(&photo, &record.landmarks, &self.mask);
-        Ok(((self.shape.transform)(&face), record.id_embedding.clone()))
+        Ok((Some((self.shape.transform)(&face)), record.id_embedding.clone()))
     }
 
     fn decode(&self, record: &FaceRecord) -> Result<RgbImage> {
@@ -199,21 +201,7 @@ impl SampleMaker {
     }
 }
 
-/// Converts an image to flat `[3, H, W]` in [-1, 1].
-fn to_signed_planes(image: &RgbImage) -> Vec<f32> {
-    (0..3).flat_map(|channel| image.pixels().map(move |pixel| f32::from(pixel[channel]) / 127.5 - 1.0)).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use image::Rgb;
-
-    use super::*;
-
-    #[test]
-    fn pixels_become_planes_between_minus_one_and_one() {
-        let mut image = RgbImage::from_pixel(2, 1, Rgb([0, 255, 51]));
-        image.put_pixel(1, 0, Rgb([255, 0, 204]));
-        assert_eq!(to_signed_planes(&image), [-1.0, 1.0, 1.0, -1.0, 51.0 / 127.5 - 1.0, 204.0 / 127.5 - 1.0]);
-    }
+/// Converts an image to planes in [-1, 1].
+fn to_signed_planes(image: &RgbImage) -> Planes {
+    Planes::new(image, |_, level| f32::from(level) / 127.5 - 1.0)
 }

@@ -10,16 +10,16 @@ use burn::tensor::{Device, Tensor};
 use hyperlora_core::random::{Purpose, below, for_sample, normal, unit};
 use hyperlora_core::{Error, Result};
 
-use crate::conditioning::FrozenModels;
-use crate::data::Reference;
+use crate::conditioning::{BaseConfig, FrozenModels};
 use crate::data::dataset::Dataset;
 use crate::data::loader::make_all;
 use crate::data::pairs::Pair;
 use crate::data::sample::{Request, Sample, SampleMaker};
 use crate::data::scenario::Scenario;
+use crate::data::{DataConfig, Reference};
+use crate::eval::config::{GapSet, IdentityGapConfig};
 use crate::eval::paired::{mean, paired_gap};
-use crate::experiment::{Experiment, GapSet};
-use crate::hypernet::{HyperLora, Stage};
+use crate::hypernet::{HyperLora, HyperLoraConfig, Stage};
 use crate::metrics::{GapStatistics, IdentityGap, RunSummary};
 use crate::run::saved::{self, SavedState, WEIGHTS};
 use crate::train::forward::{denoising_loss, make_lora};
@@ -28,37 +28,58 @@ use crate::train::open_dataset;
 /// Stage number of this evaluation's draws; no training stage has it.
 const DRAWS: u64 = 2 << 32;
 
-/// Measures the identity gap of the latest checkpoint of `run` and writes it to its `summary.json`. A set whose split
-/// is missing in the shards is reported with n = 0.
+/// Parts of an experiment that the measurement reads.
+pub struct GapSetup<'a> {
+    /// Path of the YAML file, for messages.
+    pub place: &'a str,
+    /// Folder that the YAML's relative paths start from.
+    pub folder: &'a Path,
+    /// Run folder.
+    pub run: &'a Path,
+    /// Seed of all randomness.
+    pub seed: u64,
+    /// Frozen base models.
+    pub base: &'a BaseConfig,
+    /// Source of the samples.
+    pub data: &'a DataConfig,
+    /// Sizes of the hypernetwork.
+    pub hyper_lora: &'a HyperLoraConfig,
+    /// Trigger words of the ID-LoRA.
+    pub trigger: &'a str,
+    /// Settings of the measurement.
+    pub config: &'a IdentityGapConfig,
+}
+
+/// Measures the identity gap of the run's latest checkpoint and writes it to its `summary.json`. A set whose split is
+/// missing in the shards is reported with n = 0.
 ///
 /// # Errors
 /// Input: the run has no checkpoint, or the shards have no identities.
-pub fn run(run: &Path, device: &Device) -> Result<IdentityGap> {
-    let experiment = Experiment::of_run(run)?;
+pub fn run(setup: &GapSetup<'_>, device: &Device) -> Result<IdentityGap> {
+    let &GapSetup { place, folder, run, seed, base, data, hyper_lora, trigger, config } = setup;
     let checkpoint = saved::latest(run)?.ok_or_else(|| {
         Error::file(run, "holds no checkpoint yet", "let `hyperlora train` reach its first checkpoint")
     })?;
     let saved: SavedState = checkpoint.state()?;
-    let base = FrozenModels::load(&experiment.base, experiment.folder(), device)?;
-    base.check(&experiment.origin(), experiment.data.image_size, experiment.hyper_lora.clip_dim)?;
+    let base = FrozenModels::load(base, folder, device)?;
+    base.check(place, data.image_size, hyper_lora.clip_dim)?;
     let sites = base.unet.attention_sites();
-    let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), &experiment.hyper_lora, sites, device)?;
+    let hyper_lora = HyperLora::load(&checkpoint.path().join(WEIGHTS), hyper_lora, sites, device)?;
     if !hyper_lora.has_learnt_id() {
         return Err(Error::file(checkpoint.path(), "has learnt no ID-LoRA so far", "continue training to an ID stage"));
     }
-    let dataset = open_dataset(&experiment.data, experiment.folder(), run)?;
-    let shape = base.sample_shape(experiment.data.image_size, true)?;
-    let maker = SampleMaker::new(dataset, &experiment.data, experiment.seed, shape);
-    let config = &experiment.eval.identity_gap;
+    let dataset = open_dataset(data, folder, run)?;
+    let shape = base.sample_shape(data.image_size, true)?;
+    let maker = SampleMaker::new(dataset, data, seed, shape);
     for (key, set) in [("known", &config.known), ("unseen", &config.unseen)] {
-        let place = format!("{}: eval.identity_gap.{key}.photos", experiment.origin());
-        maker.dataset.check_apart(&experiment.data.split, &set.photos, &place)?;
+        let place = format!("{place}: eval.identity_gap.{key}.photos");
+        maker.dataset.check_apart(&data.split, &set.photos, &place)?;
     }
     let judge = Judge {
         base: &base,
         hyper_lora: &hyper_lora,
         kind: saved.taught.unwrap_or(Stage::IdEmbedding),
-        trigger: &experiment.train.trigger,
+        trigger,
         maker: &maker,
         draws: config.draws,
         batch: config.batch,

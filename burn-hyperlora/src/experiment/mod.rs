@@ -15,7 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::conditioning::BaseConfig;
 use crate::data::{DataConfig, RemoteShards};
+use crate::eval::config::EvalConfig;
+use crate::eval::identity_gap::{self, GapSetup};
 use crate::hypernet::HyperLoraConfig;
+use crate::metrics::IdentityGap;
 use crate::run::{CONFIG_FILE, PATHS_FILE, Resolved};
 use crate::train::config::TrainConfig;
 use crate::train::{self, Outcome, Session, TrainOptions, TrainSetup};
@@ -61,45 +64,6 @@ pub struct Experiment {
     /// File that this was read from.
     #[serde(skip)]
     origin: PathBuf,
-}
-
-/// Evaluation settings of a trained hypernetwork.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EvalConfig {
-    /// Identity gap: whether a LoRA of the right person helps more than one of another person.
-    pub identity_gap: IdentityGapConfig,
-}
-
-/// Settings of `hyperlora eval identity-gap`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct IdentityGapConfig {
-    /// Noises and timesteps per photo, averaged before any statistics.
-    pub draws: usize,
-    /// Held-out photos of people in the training set.
-    pub known: GapSet,
-    /// Photos of people that training never saw.
-    pub unseen: GapSet,
-    /// Samples that pass through the UNet at once.
-    pub batch: usize,
-}
-
-/// Photos of one evaluation, with the split of their reference photos.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GapSet {
-    /// Split of the photos.
-    pub photos: String,
-    /// Split of the photos that the LoRAs are made from; the evaluated photo itself is never used.
-    pub references: String,
-}
-
-impl Default for IdentityGapConfig {
-    fn default() -> Self {
-        let set = |photos: &str, references: &str| GapSet { photos: photos.into(), references: references.into() };
-        Self { draws: 8, known: set("held_out", "train"), unseen: set("unseen", "unseen"), batch: 32 }
-    }
 }
 
 impl Experiment {
@@ -205,6 +169,26 @@ impl Experiment {
         Session::begin(self.setup(ranks, run, device)?, options)
     }
 
+    /// Measures the [identity gap](identity_gap::run) of the latest checkpoint of `run`.
+    ///
+    /// # Errors
+    /// Input: a folder that holds no run, or no checkpoint, or shards without identities.
+    pub fn identity_gap(run: &Path, device: &Device) -> Result<IdentityGap> {
+        let experiment = Self::of_run(run)?;
+        let setup = GapSetup {
+            place: &experiment.origin(),
+            folder: experiment.folder(),
+            run,
+            seed: experiment.seed,
+            base: &experiment.base,
+            data: &experiment.data,
+            hyper_lora: &experiment.hyper_lora,
+            trigger: &experiment.train.trigger,
+            config: &experiment.eval.identity_gap,
+        };
+        identity_gap::run(&setup, device)
+    }
+
     /// Collects everything that training reads of the experiment, and checks that the face models are those that made
     /// the shards.
     fn setup(&self, ranks: &Ranks, run: &Path, device: &Device) -> Result<TrainSetup> {
@@ -272,17 +256,13 @@ impl Experiment {
             ));
         }
         self.train.validate(&place, self.hyper_lora.base_rank > 0)?;
-        let IdentityGapConfig { draws, batch, ref known, ref unseen } = self.eval.identity_gap;
-        if draws == 0 || batch == 0 {
-            return Err(Error::input(
-                format!("{place}: eval.identity_gap"),
-                format!("draws {draws}, batch {batch}"),
-                "give at least 1 of each; 8 draws or more make a photo's figure steady",
-            ));
-        }
+        let gap = &self.eval.identity_gap;
+        gap.validate(&format!("{place}: eval.identity_gap"))?;
         let fixed_set = self.train.fixed_set.as_ref().map(|set| ("train.fixed_set.split", &set.split));
-        let judged =
-            [("eval.identity_gap.known.photos", &known.photos), ("eval.identity_gap.unseen.photos", &unseen.photos)];
+        let judged = [
+            ("eval.identity_gap.known.photos", &gap.known.photos),
+            ("eval.identity_gap.unseen.photos", &gap.unseen.photos),
+        ];
         match fixed_set.into_iter().chain(judged).find(|(_, split)| **split == self.data.split) {
             Some((key, split)) => Err(Error::input(
                 format!("{place}: {key}"),

@@ -9,7 +9,7 @@ use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use super::hyper_lora::HyperLora;
-use super::parameters::ParameterMapper;
+use crate::parameters::ParameterMapper;
 
 /// Training stages, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -9,8 +9,8 @@ use super::basis::{AttentionBases, LoraKind};
 use super::config::HyperLoraConfig;
 use super::id_projector::IdProjector;
 use super::init::Init;
-use super::parameters::ParameterMapper;
 use super::resampler::{Resampler, ResamplerPorts};
+use crate::parameters::ParameterMapper;
 
 /// Query tokens per attention module: down and up of `to_q`, `to_k`, `to_v`, `to_out`.
 pub const TOKENS_PER_SITE: usize = 8;

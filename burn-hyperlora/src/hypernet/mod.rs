@@ -14,7 +14,7 @@ mod groups;
 mod hyper_lora;
 mod id_projector;
 mod init;
-mod parameters;
+mod names;
 mod resampler;
 mod statistics;
 
@@ -22,5 +22,4 @@ pub use config::{HyperLoraConfig, ResamplerConfig};
 pub use folder::{FolderFile, WholeFile, convert, is_released, read_sites, whole_files};
 pub use groups::{ParameterGroup, Stage};
 pub use hyper_lora::{HyperLora, LORA_SCALE, TOKENS_PER_SITE};
-pub use parameters::{ParameterMapper, ParameterVisitor};
 pub use statistics::CoefficientStatistics;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer as _};
 use burn::tensor::{FloatDType, Tensor, TensorData};
 use hyperlora_core::{Error, Result};
@@ -17,6 +17,7 @@ use hyperlora_ranks::{Collective, Pending};
 use super::buckets::{Bucket, bucket_numbers, cut};
 use super::window::Window;
 use crate::optim::{GradientMap, OptimConfig, Wire};
+use crate::parameters::{self, ParameterMapper, ParameterVisitor};
 
 const FIRST_MOMENT: &str = "exp_avg";
 const SECOND_MOMENT: &str = "exp_avg_sq";
@@ -185,9 +186,9 @@ impl Optimizer {
         world: &dyn Collective,
     ) -> Result<()> {
         let mut swap = Swap::default();
-        *module = module.clone().map(&mut swap);
-        let stepped = self.step_values(&mut swap.values, gradients, learning_rate, world);
-        *module = module.clone().map(&mut swap);
+        *module = parameters::map(module.clone(), &mut swap);
+        let stepped = self.step_values(&mut swap.0, gradients, learning_rate, world);
+        *module = parameters::map(module.clone(), &mut swap);
         stepped
     }
 
@@ -338,62 +339,38 @@ impl Sharding {
 
 /// Collects every trainable parameter by its path, flat, on the plain device.
 fn trainable<M: Module>(module: &M) -> BTreeMap<String, Tensor<1>> {
-    let mut lister = Lister::default();
-    module.visit(&mut lister);
-    lister.trainable
+    let mut trainable = Trainable::default();
+    parameters::visit(module, &mut trainable);
+    trainable.0
 }
 
 #[derive(Default)]
-struct Lister {
-    path: Vec<String>,
-    trainable: BTreeMap<String, Tensor<1>>,
-}
+struct Trainable(BTreeMap<String, Tensor<1>>);
 
-impl ModuleVisitor for Lister {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if param.is_require_grad() {
-            self.trainable.insert(self.path.join("."), param.val().inner().flatten(0, -1));
+impl ParameterVisitor for Trainable {
+    fn visit<const D: usize>(&mut self, path: &str, parameter: &Param<Tensor<D>>) {
+        if parameter.is_require_grad() {
+            self.0.insert(path.into(), parameter.val().inner().flatten(0, -1));
         }
     }
 }
 
 /// Puts values into trainable parameters, and takes out the values of parameters that it has none for. A single zero,
-/// broadcast to the shape, replaces what is taken.
+/// broadcast to the shape, replaces what is taken. The values are flat, on the plain device.
 #[derive(Default)]
-struct Swap {
-    path: Vec<String>,
-    /// Flat, on the plain device.
-    values: BTreeMap<String, Tensor<1>>,
-}
+struct Swap(BTreeMap<String, Tensor<1>>);
 
-impl ModuleMapper for Swap {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if !param.is_require_grad() {
-            return param;
+impl ParameterMapper for Swap {
+    fn map<const D: usize>(&mut self, path: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !parameter.is_require_grad() {
+            return parameter;
         }
-        let path = self.path.join(".");
-        param.map(|old| {
-            let value = match self.values.remove(&path) {
+        parameter.map(|old| {
+            let value = match self.0.remove(path) {
                 Some(value) => value.reshape(old.dims()),
                 None => {
                     let stand_in = Tensor::<D>::zeros([1; D], &old.clone().inner().device()).expand(old.dims());
-                    self.values.insert(path, old.inner().flatten(0, -1));
+                    self.0.insert(path.into(), old.inner().flatten(0, -1));
                     stand_in
                 }
             };

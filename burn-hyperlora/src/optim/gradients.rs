@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::{Gradients, Tensor};
+
+use crate::parameters::{self, ParameterVisitor};
 
 /// Gradients of a module's trainable parameters, keyed by the parameter's path in the module.
 ///
@@ -18,8 +20,8 @@ impl GradientMap {
     /// Takes the gradients of `module`'s trainable parameters. A parameter that the backward pass did not reach gets a
     /// zero gradient, so the set of paths does not depend on the batch.
     pub fn take<M: Module>(module: &M, gradients: &mut Gradients) -> Self {
-        let mut taker = Taker { gradients, path: Vec::new(), taken: Self::default() };
-        module.visit(&mut taker);
+        let mut taker = Taker { gradients, taken: Self::default() };
+        parameters::visit(module, &mut taker);
         taker.taken
     }
 
@@ -41,26 +43,17 @@ impl GradientMap {
 
 struct Taker<'a> {
     gradients: &'a mut Gradients,
-    path: Vec<String>,
     taken: GradientMap,
 }
 
-impl ModuleVisitor for Taker<'_> {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !param.is_require_grad() {
+impl ParameterVisitor for Taker<'_> {
+    fn visit<const D: usize>(&mut self, path: &str, parameter: &Param<Tensor<D>>) {
+        if !parameter.is_require_grad() {
             return;
         }
-        let value = param.val();
+        let value = parameter.val();
         let gradient = value.grad_remove(self.gradients).unwrap_or_else(|| Tensor::zeros_like(&value.clone().inner()));
-        self.taken.insert(self.path.join("."), gradient.flatten(0, -1));
+        self.taken.insert(path, gradient.flatten(0, -1));
     }
 }
 

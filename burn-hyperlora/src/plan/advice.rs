@@ -2,8 +2,8 @@
 
 use burn::tensor::FloatDType;
 
-use crate::plan::Setup;
-use crate::plan::report::gib;
+use crate::plan::memory::gib;
+use crate::plan::setup::Setup;
 
 /// Step between tried values of K, from the grid of the released nodes.
 const BASIS_STEP: usize = 32;

@@ -59,3 +59,8 @@ impl MemoryPlan {
         self.unet + self.encoders + self.hypernetwork + self.window + self.largest_moment() + self.workspace
     }
 }
+
+/// Formats bytes in GiB.
+pub(super) fn gib(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / (1_u64 << 30) as f64)
+}

@@ -4,13 +4,11 @@ use std::fmt::{self, Display, Formatter};
 
 use hyperlora_core::text::name;
 
+use crate::plan::Plan;
 use crate::plan::hardware::PER_MACHINE;
-use crate::plan::{MemoryPlan, ModelPart, Plan, StagePlan};
-
-/// Formats bytes in GiB.
-pub(super) fn gib(bytes: u64) -> String {
-    format!("{:.1}", bytes as f64 / (1_u64 << 30) as f64)
-}
+use crate::plan::memory::{MemoryPlan, gib};
+use crate::plan::setup::ModelPart;
+use crate::plan::stage::StagePlan;
 
 /// Formats a count: 2.568 B, 83.65 M.
 fn count(number: u64) -> String {

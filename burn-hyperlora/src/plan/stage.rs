@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use crate::optim::{Wire, bucket_bytes};
 use crate::plan::memory::{F32, MemoryPlan, WORKSPACE};
-use crate::plan::{Setup, encoders, unet};
+use crate::plan::setup::{ModelPart, Setup};
+use crate::plan::{encoders, unet};
 use crate::train::StageWork;
 use crate::train::config::StageEntry;
 
@@ -205,7 +206,7 @@ impl Setup {
         let bytes = |elements: u128| u64::try_from(elements * u128::from(F32)).unwrap_or(u64::MAX);
         let frozen = self.frozen();
         let (unet, encoders): (Vec<_>, Vec<_>) = frozen.iter().partition(|part| part.name == "unet");
-        let count = |parts: Vec<&super::ModelPart>| parts.into_iter().map(|part| part.parameters).sum::<u64>();
+        let count = |parts: Vec<&ModelPart>| parts.into_iter().map(|part| part.parameters).sum::<u64>();
 
         let unet_activations = activation_bytes(
             &self.architecture.unet,

@@ -7,14 +7,17 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use hyperlora_core::config::ConfigPath;
 use hyperlora_ranks::WorldOfOne;
+use hyperlora_sdxl::lora::AttentionSite;
 use hyperlora_sdxl::source::configs;
 use serde_json::Value;
 
 use super::*;
 use crate::checkpoint::CheckpointStore;
 use crate::conditioning::{BaseConfig, FrozenModels};
-use crate::hypernet::{HyperLora, ParameterVisitor, Stage};
+use crate::hypernet::{HyperLora, ParameterGroup, Stage};
 use crate::optim::{GradientMap, Optimizer, Sharding, Wire};
+use crate::parameters::ParameterVisitor;
+use crate::plan::architecture::Architecture;
 use crate::plan::hardware::{Hops, between_machines};
 use crate::run::saved::{SavedState, Snapshot};
 use crate::run::state::TrainState;

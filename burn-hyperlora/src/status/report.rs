@@ -21,59 +21,72 @@ impl Display for Status {
             _ => String::new(),
         };
         writeln!(f, "{}: {activity}{ranks}", self.name)?;
-        let mut row = |key: &str, text: String| writeln!(f, "  {key:<11} {text}");
-        let in_all = format!("{} of {} steps", self.step, self.steps);
-        match &self.stage {
-            Some(stage) => row(
-                "stage",
-                format!(
-                    "{} ({} of {}), step {} of {}; {in_all} in all",
-                    stage.name, stage.number, stage.of, stage.step, stage.steps
-                ),
-            )?,
-            None => row("stage", format!("all are done, {in_all}"))?,
+        for (key, text) in self.progress().into_iter().chain(self.notes()) {
+            writeln!(f, "  {key:<11} {text}")?;
         }
+        self.last_lines.iter().try_for_each(|line| writeln!(f, "    {line}"))
+    }
+}
+
+/// Name and content of a line.
+type Row = (&'static str, String);
+
+impl Status {
+    /// Position, speed and results of the run.
+    fn progress(&self) -> Vec<Row> {
+        let in_all = format!("{} of {} steps", self.step, self.steps);
+        let mut rows = vec![match &self.stage {
+            Some(stage) => {
+                let (name, step, steps) = (&stage.name, stage.step, stage.steps);
+                let place = format!("({} of {}), step {step} of {steps}", stage.number, stage.of);
+                ("stage", format!("{name} {place}; {in_all} in all"))
+            }
+            None => ("stage", format!("all are done, {in_all}")),
+        }];
         if let (Some(speed), Some(left)) = (self.images_per_second, self.seconds_left) {
             let left = if self.stage.is_some() { format!("; {} left", human(left)) } else { String::new() };
-            row("speed", format!("{speed:.1} images/s{left}"))?;
+            rows.push(("speed", format!("{speed:.1} images/s{left}")));
         }
-        for (curve, loss) in &self.losses {
-            row("loss", format!("{loss:.5}  {}", name(curve)))?;
-        }
+        rows.extend(self.losses.iter().map(|(curve, loss)| ("loss", format!("{loss:.5}  {}", name(curve)))));
         for stage in &self.stages {
             if let (Some(before), Some(after)) = (stage.fixed_set_loss_before, stage.fixed_set_loss_after) {
-                let stage_name = name(&stage.name);
-                row(
+                let (steps, stage) = (stage.steps, name(&stage.name));
+                rows.push((
                     "learnt",
-                    format!("{before:.5} -> {after:.5} on the fixed set in {} steps of {stage_name}", stage.steps),
-                )?;
+                    format!("{before:.5} -> {after:.5} on the fixed set in {steps} steps of {stage}"),
+                ));
             }
         }
-        match &self.checkpoint {
+        rows
+    }
+
+    /// Ages of the files, and everything that was left out.
+    fn notes(&self) -> Vec<Row> {
+        let mut rows = vec![match &self.checkpoint {
             Some(last) => {
                 let (age, path) = (human(last.age_seconds as f64), last.path.to_string_lossy());
-                row("checkpoint", format!("step {}, {age} ago: {}", last.step, name(&path)))?;
+                ("checkpoint", format!("step {}, {age} ago: {}", last.step, name(&path)))
             }
-            None => row("checkpoint", "none yet".into())?,
-        }
+            None => ("checkpoint", "none yet".into()),
+        }];
         if let Some(seconds) = self.last_entry_seconds {
-            row("last entry", format!("in the curves {} ago", human(seconds as f64)))?;
+            rows.push(("last entry", format!("in the curves {} ago", human(seconds as f64))));
         }
         if self.skipped_steps > 0 {
-            row("skipped", format!("{} steps that would have done harm: skipped.jsonl", self.skipped_steps))?;
+            rows.push(("skipped", format!("{} steps that would have done harm: skipped.jsonl", self.skipped_steps)));
         }
         if let Some(share) = self.cut_captions {
-            row("captions", format!("{:.1} % are truncated: longer than the text encoders accept", 100.0 * share))?;
+            let share = 100.0 * share;
+            rows.push(("captions", format!("{share:.1} % are truncated: longer than the text encoders accept")));
         }
         if self.quarantined_row_groups > 0 {
             let count = self.quarantined_row_groups;
-            row("left out", format!("{count} damaged row groups: quarantine.jsonl"))?;
+            rows.push(("left out", format!("{count} damaged row groups: quarantine.jsonl")));
         }
         if !self.last_lines.is_empty() {
-            row("run.log", "ends with".into())?;
-            self.last_lines.iter().try_for_each(|line| writeln!(f, "    {line}"))?;
+            rows.push(("run.log", "ends with".into()));
         }
-        Ok(())
+        rows
     }
 }
 

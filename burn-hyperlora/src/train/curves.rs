@@ -6,8 +6,8 @@ use hyperlora_core::Result;
 use hyperlora_ranks::Collective;
 
 use crate::metrics::{ProcessMemory, RunningMeans};
-use crate::train::StageWork;
 use crate::train::rank_figures::{self, RankFigures};
+use crate::train::setup::StageWork;
 use crate::train::step::StepReport;
 
 /// Curve of the images per second of all ranks.

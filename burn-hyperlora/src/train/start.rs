@@ -16,15 +16,17 @@ use sha2::{Digest, Sha256};
 use crate::checkpoint::Checkpoint;
 use crate::conditioning::FrozenModels;
 use crate::data::dataset::Dataset;
-use crate::hypernet::{HyperLora, ParameterVisitor};
+use crate::hypernet::HyperLora;
 use crate::optim::{OptimConfig, Optimizer, Sharding, Wire};
+use crate::parameters::ParameterVisitor;
 use crate::run::moments::MomentFiles;
 use crate::run::saved::{SavedState, Source, WEIGHTS, check_settings};
 use crate::run::state::TrainState;
 use crate::train::config::StageEntry;
+use crate::train::fingerprint;
 use crate::train::settings::binding_settings;
+use crate::train::setup::{TrainOptions, TrainSetup, open_dataset};
 use crate::train::step::Learner;
-use crate::train::{TrainOptions, TrainSetup, fingerprint, open_dataset};
 
 /// Returns the learner and state of `checkpoint`, or those of a new run.
 ///

@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use burn_hyperlora::hypernet::{
-    CoefficientStatistics, HyperLora, HyperLoraConfig, ParameterGroup, ParameterVisitor, Stage,
-};
+use burn_hyperlora::hypernet::{CoefficientStatistics, HyperLora, HyperLoraConfig, ParameterGroup, Stage};
+use burn_hyperlora::parameters::ParameterVisitor;
 use hyperlora_sdxl::lora::LoraWeights;
 use hyperlora_sdxl::weights::Weights;
 

@@ -14,6 +14,7 @@ use burn_hyperlora::data::scenario::Scenarios;
 use burn_hyperlora::status::Status;
 use data_prep::shard::{INDEX_FILE, Manifest, ShardConfig, ShardFolder, ShardWriter};
 
+use hyperlora_sdxl::planes::Planes;
 use hyperlora_testing::world::World;
 
 fn dataset(world: &World, cache_mib: usize) -> Arc<Dataset> {
@@ -32,7 +33,7 @@ fn batches(world: &World, cache_mib: usize, from: u64, batch_size: usize, worker
     let shape = SampleShape {
         latent_len: 4 * 8 * 8,
         timesteps: 1000,
-        transform: Arc::new(|image| image.as_raw().iter().map(|&byte| f32::from(byte)).collect()),
+        transform: Arc::new(|image| Planes::new(image, |_, level| level.into())),
         with_id: true,
     };
     let maker = SampleMaker::new(Arc::clone(&dataset), &experiment.data, 3, shape);
@@ -68,7 +69,12 @@ fn a_flipped_sample_is_told_the_corner_of_the_mirrored_photo() {
         let crop = "crop: {smallest: 1.5, largest: 1.5}\n  size_conditioning: crop";
         let experiment =
             world.experiment(&[("crop: {smallest: 1.2, largest: 1.8}", crop), ("flip: true", flip)]).unwrap();
-        let shape = SampleShape { latent_len: 4, timesteps: 1000, transform: Arc::new(|_| Vec::new()), with_id: false };
+        let shape = SampleShape {
+            latent_len: 4,
+            timesteps: 1000,
+            transform: Arc::new(|image| Planes::new(image, |_, _| 0.0)),
+            with_id: false,
+        };
         let maker = SampleMaker::new(dataset(&world, 64), &experiment.data, 3, shape);
         let mut draws = draws(&maker.dataset, Reference::Target);
         (0..40).map(|draw| maker.make(draws.request(draw)).unwrap()).collect::<Vec<_>>()

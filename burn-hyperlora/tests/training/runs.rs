@@ -6,7 +6,6 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use burn_hyperlora::checkpoint::CheckpointStore;
-use burn_hyperlora::eval::identity_gap;
 use burn_hyperlora::experiment::Experiment;
 use burn_hyperlora::metrics::{RunSummary, StageSummary};
 use burn_hyperlora::run::{CHECKPOINTS, SKIPPED};
@@ -300,7 +299,7 @@ fn a_run_goes_on_with_its_base_elsewhere_and_never_with_another() {
 fn a_run_without_an_id_stage_so_far_has_no_identity_gap() {
     let world = World::small();
     world.train(&world.experiment(&[]).unwrap(), "run", Some(2)).unwrap();
-    let error = identity_gap::run(&world.path("run"), &Device::flex()).unwrap_err();
+    let error = Experiment::identity_gap(&world.path("run"), &Device::flex()).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("no ID-LoRA"), "{error}");
 }
 
@@ -335,8 +334,8 @@ fn a_run_folder_tells_its_story() {
     // The resolved configuration works from any folder; evaluations read it.
     let resolved = Experiment::of_run(&run).unwrap();
     assert_eq!(resolved.train.stages[1].config().groups.len(), 8);
-    let first = identity_gap::run(&run, &Device::flex()).unwrap();
-    let again = identity_gap::run(&run, &Device::flex()).unwrap();
+    let first = Experiment::identity_gap(&run, &Device::flex()).unwrap();
+    let again = Experiment::identity_gap(&run, &Device::flex()).unwrap();
     assert_eq!(first, again);
     assert_eq!((first.known.n, first.unseen.n), (4, 12));
     assert!(first.known.t.is_some_and(f64::is_finite) && first.known.mean != 0.0);

@@ -13,13 +13,14 @@ use burn_hyperlora::data::quarantine::{QUARANTINE_FILE, Quarantine};
 use burn_hyperlora::data::rank::Rank;
 use burn_hyperlora::data::sample::{Sample, SampleMaker, SampleShape};
 use burn_hyperlora::data::scenario::Scenarios;
-use burn_hyperlora::eval::identity_gap;
+use burn_hyperlora::experiment::Experiment;
 use burn_hyperlora::train::Outcome;
 use data_prep::shard::{Manifest, ShardFolder};
 use hyperlora_core::Result;
 use image::RgbImage;
 
 use crate::runs::{RUINOUS, skipped};
+use hyperlora_sdxl::planes::Planes;
 use hyperlora_testing::world::World;
 
 const STREAMS: usize = 12;
@@ -48,7 +49,7 @@ fn steps_of(
         shuffle_window: 1,
     };
     let draws = Draws::new(&dataset, &draws).unwrap();
-    let transform = Arc::new(|image: &RgbImage| image.as_raw().iter().map(|&byte| f32::from(byte)).collect());
+    let transform = Arc::new(|image: &RgbImage| Planes::new(image, |_, level| level.into()));
     let shape = SampleShape { latent_len: 4 * 8 * 8, timesteps: 1000, transform, with_id: true };
     let maker = SampleMaker::new(Arc::new(dataset), &experiment.data, 3, shape);
     rank.check("train.yaml", STREAMS, MICRO_BATCH, GLOBAL_BATCH as usize).unwrap();
@@ -225,7 +226,7 @@ fn a_training_goes_on_without_a_damaged_row_group_and_the_gap_is_measured() {
     damage(&world, &[1]);
     let outcome = world.train(&world.experiment(&[]).unwrap(), "run", None).unwrap();
     assert!(matches!(outcome, Outcome::Finished { step: 9, .. }), "{outcome:?}");
-    let gap = identity_gap::run(&world.path("run"), &Device::flex()).unwrap();
+    let gap = Experiment::identity_gap(&world.path("run"), &Device::flex()).unwrap();
     assert!(gap.known.n > 0 && gap.known.n < 4, "{} photos", gap.known.n);
     let strict = world.experiment(&[("shuffle_window: 2", "bad_row_groups: 0")]).unwrap();
     let error = world.train(&strict, "strict", None).unwrap_err();

@@ -8,6 +8,7 @@
 pub mod lora;
 pub mod memory;
 pub mod models;
+pub mod planes;
 pub mod sample;
 pub mod scheduler;
 pub mod source;

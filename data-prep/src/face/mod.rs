@@ -7,7 +7,9 @@
 //! centre.
 
 pub mod align;
+mod config;
 pub mod detect;
+mod detection;
 pub mod embed;
 pub mod landmark;
 mod library;
@@ -21,99 +23,19 @@ mod scrfd;
 mod yunet;
 
 use std::path::Path;
-use std::sync::Once;
 
-use hyperlora_core::config::ConfigPath;
-use hyperlora_core::{Error, Result};
+use hyperlora_core::Result;
 use image::RgbImage;
 use image::imageops::{rotate90, rotate180, rotate270};
-use serde::{Deserialize, Serialize};
 
-use crate::face::detect::{Detector, LARGEST_SIDE};
+use crate::face::detect::Detector;
 use crate::face::embed::Embedder;
 use crate::face::landmark::Landmarker;
 use crate::face::model::Runtime;
 
-pub use crate::face::detect::Detection;
+pub use crate::face::config::FaceConfig;
+pub use crate::face::detection::Detection;
 pub use crate::face::models::FaceModels;
-
-/// Models that find and measure faces. Everything has a default: the files that `launch/assets.sh` downloads.
-///
-/// The role of each model in a folder follows from its inputs and outputs. Name a file only if several fit a role.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct FaceConfig {
-    /// Folder of the ONNX files, such as insightface's antelopev2.
-    pub models: ConfigPath,
-    /// Ignored, with a warning: a file that comes with data or a run must not load a library. Only `ORT_DYLIB_PATH`
-    /// names one.
-    #[serde(skip_serializing)]
-    pub runtime: Option<String>,
-    /// File of the face detector: SCRFD with points, or YuNet (2023mar).
-    pub detector: Option<String>,
-    /// File of the landmark model: 106 points from 192 x 192 RGB, or 68 from 64 x 64 grey.
-    pub landmarker: Option<String>,
-    /// File of the ID embedder: 512 numbers from 112 x 112 RGB.
-    pub embedder: Option<String>,
-    /// File of the embedder that only evaluation uses: CurricularFace, SFace, or another that takes 112 x 112 RGB.
-    pub independent_embedder: Option<String>,
-    /// Lowest accepted score of a face, in 0..1. Default: 0.5 with SCRFD, as in insightface, and 0.6 with YuNet.
-    pub min_score: Option<f32>,
-    /// Longest sides of the photo in the detector's input, tried in this order until a face is found; 32..=640. The
-    /// smaller ones are for faces that fill the photo.
-    pub detector_sides: Vec<u32>,
-}
-
-impl Default for FaceConfig {
-    fn default() -> Self {
-        Self {
-            models: ConfigPath::new("${HYPERLORA_CACHE:-~/.cache/hyperlora}/models"),
-            runtime: None,
-            detector: None,
-            landmarker: None,
-            embedder: None,
-            independent_embedder: None,
-            min_score: None,
-            detector_sides: vec![640, 480, 320, 256],
-        }
-    }
-}
-
-impl FaceConfig {
-    /// Checks the sizes and the score.
-    ///
-    /// # Errors
-    /// Input, at `place`: a detector side or a score is out of its range.
-    pub fn validate(&self, place: &str) -> Result<()> {
-        let sides = &self.detector_sides;
-        if sides.is_empty() || sides.iter().any(|side| !(32..=LARGEST_SIDE).contains(side)) {
-            let problem = format!("{sides:?} is not a list of sides in 32..={LARGEST_SIDE}");
-            return Err(Error::input(format!("{place}.detector_sides"), problem, "give e.g. [640, 480, 320, 256]"));
-        }
-        if let Some(score) = self.min_score
-            && !(score > 0.0 && score < 1.0)
-        {
-            let problem = format!("{score} is not a score between 0 and 1");
-            return Err(Error::input(format!("{place}.min_score"), problem, "give e.g. 0.6"));
-        }
-        Ok(())
-    }
-}
-
-impl FaceConfig {
-    /// Warns once that the library named in the YAML is not loaded.
-    fn warn_of_runtime(&self) {
-        static SAID: Once = Once::new();
-        if let Some(library) = &self.runtime {
-            SAID.call_once(|| {
-                tracing::warn!(
-                    "`runtime: {library}` of the face models is passed over: to load another ONNX Runtime than that of \
-                     launch/assets.sh, set ORT_DYLIB_PATH to its path"
-                );
-            });
-        }
-    }
-}
 
 /// Description of a face: its landmarks and its identity.
 #[derive(Debug, Clone, PartialEq)]
@@ -144,7 +66,7 @@ pub struct Upright {
 /// use image::RgbImage;
 ///
 /// # let photo = RgbImage::new(640, 480);
-/// // The models that `ci/assets.sh` downloads.
+/// // The models that `launch/assets.sh` downloads.
 /// let mut analyser = FaceAnalyser::load(&FaceConfig::default(), Path::new(""))?;
 /// for face in analyser.detect(&photo)? {
 ///     let description = analyser.describe(&photo, &face)?;

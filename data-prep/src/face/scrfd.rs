@@ -3,7 +3,7 @@
 use hyperlora_core::Result;
 use image::RgbImage;
 
-use crate::face::detect::{Detection, SameFace};
+use crate::face::detection::{Detection, SameFace};
 use crate::face::model::Model;
 use crate::face::onnx::Header;
 use crate::face::pixels::Normalisation;

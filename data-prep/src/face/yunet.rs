@@ -5,7 +5,7 @@ use hyperlora_core::Result;
 use image::RgbImage;
 use image::imageops::{self, FilterType};
 
-use crate::face::detect::{Detection, SameFace};
+use crate::face::detection::{Detection, SameFace};
 use crate::face::model::Model;
 
 /// Side of the model's square input.

@@ -18,9 +18,9 @@ use parquet::file::properties::WriterProperties;
 use crate::shard::FaceRecord;
 use crate::shard::limits::{Budget, LABEL_BYTES};
 use crate::shard::manifest::{IndexFile, Piece};
+use crate::shard::output::{reproducible, write_error};
 use crate::shard::pages::{self, batches};
 use crate::shard::reader::{REMEDY, ShardFolder};
-use crate::shard::writer::{reproducible, write_error};
 
 /// Name of the index in its folder.
 pub const INDEX_FILE: &str = "index.parquet";

@@ -9,9 +9,11 @@ use hyperlora_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::notes::Notes;
-use crate::shard::limits::{FOOTER_BYTES, GROUP_BYTES, INDEX_BYTES, INDEX_ROWS_PER_BYTE, ROWS, ROWS_PER_GROUP};
+use crate::shard::access::unreadable;
+use crate::shard::limits::{
+    FOOTER_BYTES, GROUP_BYTES, INDEX_BYTES, INDEX_ROWS_PER_BYTE, MANIFEST_BYTES, ROWS, ROWS_PER_GROUP,
+};
 use crate::shard::schema::SCHEMA_VERSION;
-use crate::shard::store::read_manifest;
 
 /// Name of the manifest in its folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
@@ -247,6 +249,12 @@ impl Manifest {
         text.push(b'\n');
         write_whole(&dir.join(MANIFEST_FILE), &text)
     }
+}
+
+/// Reads the manifest of a folder.
+pub(super) fn read_manifest(root: &Root) -> Result<Vec<u8>> {
+    root.read(Path::new(MANIFEST_FILE), MANIFEST_BYTES)
+        .map_err(|source| unreadable(&root.path().join(MANIFEST_FILE), source))
 }
 
 pub(super) fn no_manifest(place: &Path) -> Error {

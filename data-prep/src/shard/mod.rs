@@ -2,9 +2,11 @@
 //!
 //! `docs/reference/formats.md` describes the format for readers in other languages.
 
+mod access;
 pub mod index;
 mod limits;
 pub mod manifest;
+mod output;
 mod pages;
 #[cfg(feature = "cloud")]
 mod piece_cache;
@@ -16,13 +18,16 @@ pub mod schema;
 pub mod store;
 pub mod writer;
 
+pub use access::{Damage, ReadError, RemoteConfig};
 pub use index::INDEX_FILE;
 pub use limits::ROWS_PER_GROUP;
 pub use manifest::{IndexFile, MANIFEST_FILE, Manifest, RowGroupPiece, ShardFile};
 pub use reader::{RowGroup, ShardFolder};
-pub use schema::{EMBEDDING_DIM, SCHEMA_VERSION};
-pub use store::{Damage, ReadError, RemoteConfig};
+pub use schema::SCHEMA_VERSION;
 pub use writer::{ShardConfig, ShardWriter, Written};
+
+/// Length of an identity embedding.
+pub const EMBEDDING_DIM: usize = 512;
 
 /// One kept face: a row of a shard.
 ///

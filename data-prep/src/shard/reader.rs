@@ -14,11 +14,12 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 
 use crate::shard::FaceRecord;
+use crate::shard::access::{Damage, ReadError, RemoteConfig, unreadable};
 use crate::shard::limits::Budget;
 use crate::shard::manifest::{MANIFEST_FILE, Manifest, ShardFile, no_manifest};
 use crate::shard::pages::{self, batches};
 use crate::shard::schema::{columns, difference, from_batch};
-use crate::shard::store::{Damage, ReadError, RemoteConfig, Store, unreadable};
+use crate::shard::store::Store;
 
 pub(super) const REMEDY: &str = "restore the file, or prepare the data again with `data-prep build`";
 

@@ -20,10 +20,10 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::time::{sleep, timeout_at};
 use url::{Position, Url};
 
+use crate::shard::access::{Damage, ReadError, RemoteConfig};
 use crate::shard::limits::MANIFEST_BYTES;
 use crate::shard::manifest::{MANIFEST_FILE, Piece};
 use crate::shard::piece_cache::PieceCache;
-use crate::shard::store::{Damage, ReadError, RemoteConfig};
 
 /// Pause before an object whose content stopped arriving is requested again.
 const PAUSE: Duration = Duration::from_millis(500);

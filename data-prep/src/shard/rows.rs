@@ -1,9 +1,8 @@
 //! Checks of the values that training uses unchecked, once for each row group.
 
 use crate::crop::LARGEST_SIDE;
-use crate::shard::FaceRecord;
 use crate::shard::limits::{LABEL_BYTES, LANDMARKS};
-use crate::shard::schema::EMBEDDING_DIM;
+use crate::shard::{EMBEDDING_DIM, FaceRecord};
 
 /// Tolerance of an embedding's length around 1.
 const LENGTH_TOLERANCE: f32 = 0.01;

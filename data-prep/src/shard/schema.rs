@@ -10,15 +10,12 @@ use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields, Float32Type, Schema, UInt32Type};
 use arrow::error::ArrowError;
 
+use crate::shard::access::Damage;
 use crate::shard::limits::Budget;
-use crate::shard::store::Damage;
-use crate::shard::{FaceRecord, rows};
+use crate::shard::{EMBEDDING_DIM, FaceRecord, rows};
 
 /// Version of the columns and the manifest. A reader refuses any other.
 pub const SCHEMA_VERSION: u32 = 2;
-
-/// Length of an identity embedding.
-pub const EMBEDDING_DIM: usize = 512;
 
 /// Returns the columns of a shard, in order. Only `identity` and `split` may be null.
 pub fn schema() -> Schema {

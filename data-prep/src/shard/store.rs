@@ -1,71 +1,19 @@
 //! Storage of a shard folder: the place of its files, and checked reads of their parts.
 
 use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use bytes::Bytes;
 use hyperlora_core::hash::sha256_of;
 use hyperlora_core::paths::Root;
 use hyperlora_core::{Error, Result};
 
-use crate::shard::limits::MANIFEST_BYTES;
-use crate::shard::manifest::{MANIFEST_FILE, Piece};
+use crate::shard::access::{Damage, ReadError, RemoteConfig, unreadable};
+use crate::shard::manifest::{Piece, read_manifest};
 #[cfg(feature = "cloud")]
 use crate::shard::remote::Remote;
-
-/// Description of damaged content in a part of a shard: the medium could be read, but returned something other than
-/// what was written.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Damage(pub String);
-
-impl Damage {
-    pub(super) fn of_checksum() -> Self {
-        Self("its SHA-256 is not the one in manifest.json".into())
-    }
-
-    pub(super) fn of_end() -> Self {
-        Self("the file ends within it".into())
-    }
-}
-
-/// Failure to read a part of a shard: damaged content, which a training may leave out, or a medium that fails.
-#[derive(Debug, thiserror::Error)]
-pub enum ReadError {
-    /// The medium could be read, but returned something other than what was written.
-    #[error(transparent)]
-    Damaged(#[from] Damage),
-    /// The medium could not be read.
-    #[error(transparent)]
-    Failed(#[from] Error),
-}
-
-impl ReadError {
-    /// Returns the damage.
-    ///
-    /// # Errors
-    /// The failure, if the medium could not be read.
-    pub fn damage(self) -> Result<Damage> {
-        match self {
-            Self::Damaged(damage) => Ok(damage),
-            Self::Failed(error) => Err(error),
-        }
-    }
-}
-
-/// Settings for reading a shard folder behind a URL.
-#[derive(Debug, Clone)]
-pub struct RemoteConfig {
-    /// Cache folder, shared by the processes of a machine.
-    pub cache: PathBuf,
-    /// Size of the cache in bytes, which it may exceed a little during a write.
-    pub cache_bytes: u64,
-    /// Time after which a failing read is given up, including retries.
-    pub deadline: Duration,
-}
 
 /// Place of a shard folder.
 #[derive(Debug)]
@@ -128,12 +76,6 @@ impl Store {
     }
 }
 
-/// Reads the manifest of a folder.
-pub(super) fn read_manifest(root: &Root) -> Result<Vec<u8>> {
-    root.read(Path::new(MANIFEST_FILE), MANIFEST_BYTES)
-        .map_err(|source| unreadable(&root.path().join(MANIFEST_FILE), source))
-}
-
 fn read_local(root: &Root, file: &str, piece: &Piece) -> std::result::Result<Bytes, ReadError> {
     let read = |file: File| {
         // Check the length first, to allocate nothing for a file that ends early.
@@ -148,16 +90,5 @@ fn read_local(root: &Root, file: &str, piece: &Piece) -> std::result::Result<Byt
         Ok(_) => Err(Damage::of_checksum().into()),
         Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err(Damage::of_end().into()),
         Err(source) => Err(unreadable(&root.path().join(file), source).into()),
-    }
-}
-
-/// Maps a read error of a file in a folder: the folder's fault, or the disk's.
-pub(super) fn unreadable(path: &Path, source: io::Error) -> Error {
-    match source.kind() {
-        ErrorKind::InvalidInput | ErrorKind::PermissionDenied | ErrorKind::FileTooLarge => {
-            let remedy = "a shard folder holds plain files that this user may read, and no links that lead out of it";
-            Error::file(path, format!("cannot be read: {source}"), remedy)
-        }
-        _ => Error::read(path, source),
     }
 }

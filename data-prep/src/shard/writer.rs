@@ -8,18 +8,17 @@ use std::sync::Arc;
 use hyperlora_core::hash::{hex, sha256_of};
 use hyperlora_core::{Error, Result};
 use parquet::arrow::ArrowWriter;
-use parquet::basic::{Compression, ZstdLevel};
-use parquet::errors::ParquetError;
 use parquet::file::metadata::{ColumnChunkMetaData, KeyValue, ParquetMetaData};
-use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::shard::FaceRecord;
 use crate::shard::index::IndexWriter;
 use crate::shard::limits::ROWS_PER_GROUP;
 use crate::shard::manifest::{IndexFile, RowGroupPiece, ShardFile};
-use crate::shard::schema::{EMBEDDING_DIM, SCHEMA_VERSION, schema, to_batch};
+use crate::shard::output::{reproducible, write_error};
+use crate::shard::schema::{SCHEMA_VERSION, schema, to_batch};
+use crate::shard::{EMBEDDING_DIM, FaceRecord};
 
 /// Sizes of row groups and files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -250,23 +249,4 @@ fn describe(path: &Path, file: String, rows: usize, metadata: &ParquetMetaData) 
     let footer_sha256 = read(end, bytes)?;
     let sha256 = hex(&whole.finalize());
     Ok(ShardFile { file, rows, bytes, sha256, row_groups, footer_sha256 })
-}
-
-/// Makes the bytes reproducible for the same rows, and small.
-pub(super) fn reproducible(properties: WriterPropertiesBuilder) -> WriterPropertiesBuilder {
-    properties
-        .set_compression(Compression::ZSTD(ZstdLevel::default()))
-        // The library's default contains its own version: an upgrade would change every byte.
-        .set_created_by("hyperlora data-prep".into())
-}
-
-/// Maps a write error: an I/O error is the disk's, everything else a fault of the program.
-pub(super) fn write_error(path: &Path, error: ParquetError) -> Error {
-    match error {
-        ParquetError::External(source) => match source.downcast::<std::io::Error>() {
-            Ok(source) => Error::write(path, *source),
-            Err(other) => Error::Fault(format!("{}: {other}", path.display())),
-        },
-        other => Error::Fault(format!("{}: {other}", path.display())),
-    }
 }

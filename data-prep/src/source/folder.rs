@@ -12,7 +12,7 @@ use walkdir::{DirEntry, WalkDir};
 
 use crate::notes::Notes;
 use crate::source::labels::{self, Label};
-use crate::source::{Photo, Source, SourceFiles};
+use crate::source::photo::{Photo, Source, SourceFiles, key_of};
 
 /// Folder that is searched with all its subfolders, except hidden ones and those that tools keep.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -232,23 +232,6 @@ fn read_labels(path: &Path, root: &Path, files: &SourceFiles) -> Result<HashMap<
         Err(_) => read_regular(path, labels::MAX_BYTES),
     };
     labels::parse(bytes.map_err(|source| Error::read(path, source))?, path)
-}
-
-/// Converts a path from the root to a key: UTF-8, and unique. A byte that is not UTF-8 becomes U+FFFD and two
-/// hexadecimal digits, and so do the bytes of U+FFFD itself.
-pub(super) fn key_of(relative: &Path) -> String {
-    let mut key = String::new();
-    let escape = |key: &mut String, bytes: &[u8]| bytes.iter().for_each(|byte| *key += &format!("\u{fffd}{byte:02x}"));
-    for chunk in relative.as_os_str().as_bytes().utf8_chunks() {
-        for (index, part) in chunk.valid().split('\u{fffd}').enumerate() {
-            if index > 0 {
-                escape(&mut key, "\u{fffd}".as_bytes());
-            }
-            key += part;
-        }
-        escape(&mut key, chunk.invalid());
-    }
-    key
 }
 
 fn walk_error(root: &Path, error: walkdir::Error) -> Error {

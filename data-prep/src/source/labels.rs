@@ -7,7 +7,7 @@ use hyperlora_core::paths::is_plain;
 use hyperlora_core::{Error, Result, text};
 use serde::Deserialize;
 
-use crate::source::folder::key_of;
+use crate::source::photo::key_of;
 
 /// Size limit of the list in bytes: ten million rows take less.
 pub(super) const MAX_BYTES: u64 = 1 << 30;

@@ -4,20 +4,17 @@ mod decode;
 mod folder;
 mod jpeg;
 mod labels;
+mod photo;
 mod webp;
 
-use std::io;
 use std::path::{Path, PathBuf};
 
+use hyperlora_core::Result;
 use serde::{Deserialize, Serialize};
 
 pub use decode::{DecodeConfig, Decoded};
 pub use folder::FolderConfig;
-
-use hyperlora_core::Result;
-use hyperlora_core::paths::{Root, read_regular};
-
-use crate::notes::Notes;
+pub use photo::{Photo, Source, SourceFiles};
 
 /// Source of the photos, tagged in the YAML by the kind, as in `source: {folder: {root: photos}}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,53 +22,6 @@ use crate::notes::Notes;
 pub enum SourceConfig {
     /// Image files below a folder.
     Folder(FolderConfig),
-}
-
-/// Content of a source.
-#[derive(Debug)]
-pub struct Source {
-    /// All photos, in the order of their keys.
-    pub photos: Vec<Photo>,
-    /// Reader of their files.
-    pub files: SourceFiles,
-    /// Notes on skipped files.
-    pub notes: Notes,
-}
-
-/// One photo that has not been read yet.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Photo {
-    /// Name in the source: unique, and the same on every machine.
-    pub key: String,
-    /// Path of its file, relative to the source's root.
-    pub path: PathBuf,
-    /// Identity of the person, if the source names it.
-    pub identity: Option<String>,
-    /// Split of the photo, if the source names it.
-    pub split: Option<String>,
-}
-
-/// Files of a source. The author of the folder may be a stranger: only regular files are read, and no link is followed
-/// out of it unless the user wants that.
-#[derive(Debug)]
-pub struct SourceFiles {
-    root: Root,
-    follow_links: bool,
-}
-
-impl SourceFiles {
-    /// Reads the file at `path` from the root, of at most `limit` bytes.
-    ///
-    /// # Errors
-    /// As [`Root::read`].
-    pub fn read(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-        if self.follow_links { read_regular(&self.root.path().join(path), limit) } else { self.root.read(path, limit) }
-    }
-
-    /// Returns the size in bytes of the file at `path` from the root, 0 if unknown.
-    pub fn size(&self, path: &Path) -> u64 {
-        std::fs::metadata(self.root.path().join(path)).map_or(0, |file| file.len())
-    }
 }
 
 impl SourceConfig {

@@ -7,45 +7,13 @@ use burn_hyperlora::conditioning::{BaseConfig, FrozenModels};
 use burn_hyperlora::generate::Generator;
 use burn_hyperlora::generate::photos::{PhotoReader, Portrait};
 use burn_hyperlora::metrics::Progress;
-use burn_hyperlora::run::saved::Source;
-use clap::Args;
 use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::sample::tile;
 use image::RgbImage;
 use image::imageops::{self, FilterType};
 
-use super::{SampleArgs, negative, sampler};
-
-use crate::cli::formats::finite;
-use crate::cli::options::{Common, HyperLoraArgs};
-
-/// Options of a grid.
-#[derive(Debug, Args)]
-pub(super) struct GridArgs {
-    /// Draw a grid with the LoRAs of this run folder (its latest checkpoint), checkpoint, or HyperLoRA folder in the
-    /// released layout, which needs --base
-    #[arg(long, value_name = "DIR", requires = "images", conflicts_with_all = ["loras", "lora_weights"])]
-    pub(super) checkpoint: Option<PathBuf>,
-    /// Photo for one row of the grid; may be repeated
-    #[arg(long = "image", value_name = "FILE", requires = "checkpoint")]
-    images: Vec<PathBuf>,
-    #[command(flatten)]
-    models: HyperLoraArgs,
-    /// Weight of the ID-LoRA in the grid
-    #[arg(long, default_value_t = 1.0, requires = "checkpoint", value_parser = finite::<f32>, allow_negative_numbers = true)]
-    id_weight: f32,
-    /// Weight of the Base-LoRA in the grid's last column
-    #[arg(long, default_value_t = 0.4, requires = "checkpoint", value_parser = finite::<f32>, allow_negative_numbers = true)]
-    base_weight: f32,
-}
-
-impl GridArgs {
-    /// Lists the files and folders that are read.
-    pub(super) fn inputs(&self) -> Vec<PathBuf> {
-        let checkpoint = self.checkpoint.as_deref().map(Source::inputs).unwrap_or_default();
-        [&self.images[..], &self.models.folders(), &checkpoint].concat()
-    }
-}
+use super::args::{SampleArgs, negative, sampler};
+use crate::cli::options::Common;
 
 /// Draws one row per photo, with every column from the same noise: photo | no LoRA | ID-LoRA | ID-LoRA and Base-LoRA.
 pub(super) fn draw(args: &SampleArgs, checkpoint: &Path, common: &Common, device: &Device) -> Result<RgbImage> {

@@ -13,7 +13,7 @@ use super::modules::write_sites;
 use super::write::in_file_layout;
 use super::{BASES, MODULES_JSON, stems};
 use crate::hypernet::hyper_lora::HyperLora;
-use crate::hypernet::parameters::ParameterVisitor;
+use crate::parameters::ParameterVisitor;
 
 /// A file of the released folder, copied to host memory.
 pub struct FolderFile {

@@ -13,7 +13,7 @@ use super::modules::{read_sites, unet_order};
 use super::{BASES, ID_PROJECTOR, RESAMPLER, stems, weights_of};
 use crate::hypernet::config::{HyperLoraConfig, ResamplerConfig};
 use crate::hypernet::hyper_lora::HyperLora;
-use crate::hypernet::parameters::ParameterMapper;
+use crate::parameters::ParameterMapper;
 
 impl HyperLora {
     /// Loads a released folder for a UNet with the attention modules `sites`. Module names may be in diffusers or

@@ -16,7 +16,7 @@ use super::{MODULES_JSON, file, stems};
 use crate::hypernet::config::HyperLoraConfig;
 use crate::hypernet::groups::ParameterGroup;
 use crate::hypernet::hyper_lora::HyperLora;
-use crate::hypernet::parameters::ParameterVisitor;
+use crate::parameters::ParameterVisitor;
 
 impl HyperLora {
     /// Writes the folder `target` atomically. It may replace a folder that this program wrote.

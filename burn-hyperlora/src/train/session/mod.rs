@@ -4,6 +4,7 @@
 //! [`Session::gradients`] computes the gradients. [`Session::apply`] updates the weights, counts the step, and writes
 //! the curves, pictures and checkpoints that are due.
 
+mod open_stage;
 mod reporting;
 mod saving;
 mod stages;
@@ -28,13 +29,13 @@ use crate::run::claim::{Claim, claim_together, write_config};
 use crate::run::state::TrainState;
 use crate::run::{CHECKPOINTS, PATHS_FILE, TENSORBOARD, saved};
 use crate::train::curves::StepTime;
-use crate::train::session::stages::{OpenStage, StageEnd};
+use crate::train::session::open_stage::{OpenStage, StageEnd};
 use crate::train::settings::common_settings;
+use crate::train::setup::{Outcome, TrainOptions, TrainSetup};
 use crate::train::start::{
     begin_or_resume, check_same_files, check_same_settings, check_same_start, check_wire, load_base, open, origin,
 };
 use crate::train::step::{self, Learner, StepConfig, StepGradients, StepReport};
-use crate::train::{Outcome, TrainOptions, TrainSetup};
 
 /// Run in progress.
 ///

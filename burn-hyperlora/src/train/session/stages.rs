@@ -1,4 +1,4 @@
-//! Stages of a run: opening, open state and closing.
+//! Stages of a run: opening and closing.
 
 use std::ops::ControlFlow;
 use std::rc::Rc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use burn::tensor::Device;
 use hyperlora_core::Result;
-use hyperlora_ranks::{Ranks, Timed};
+use hyperlora_ranks::Timed;
 use hyperlora_sdxl::tokenizer::TEXT_TOKENS;
 
 use crate::data::batch::{DrawConfig, Draws};
@@ -14,41 +14,13 @@ use crate::data::loader::{Loader, LoaderConfig};
 use crate::data::sample::SampleMaker;
 use crate::hypernet::Stage;
 use crate::metrics::{Display, Progress, StageSummary, WaitClock};
-use crate::train::Outcome;
 use crate::train::config::StageEntry;
 use crate::train::curves::StepCurves;
 use crate::train::fixed_set::FixedSet;
 use crate::train::session::Session;
+use crate::train::session::open_stage::{OpenStage, StageEnd};
+use crate::train::setup::Outcome;
 use crate::train::start::begin_learning;
-
-/// Stage in progress.
-pub(super) struct OpenStage {
-    pub(super) loader: Loader,
-    pub(super) fixed_set: Option<Rc<FixedSet>>,
-    pub(super) curves: StepCurves,
-    pub(super) progress: Progress,
-    /// Time spent waiting for data.
-    pub(super) waits: WaitClock,
-    /// Ranks whose collectives are timed by `timed`.
-    pub(super) ranks: Ranks,
-    pub(super) timed: Rc<Timed>,
-    /// Number of passes that run in parallel.
-    pub(super) lanes: usize,
-    /// Captions truncated before the stage.
-    pub(super) cut_before: u64,
-    /// Images of this rank since the stage was opened.
-    pub(super) images: usize,
-}
-
-/// Reason for closing a stage.
-pub(super) enum StageEnd {
-    /// All steps are done.
-    Done,
-    /// `max_steps` is reached.
-    Paused,
-    /// A signal of this name asked for a stop.
-    Stopped(&'static str),
-}
 
 impl Session {
     /// Opens a stage, or the rest of it. Returns `false` if a signal arrived meanwhile and set the outcome of the run.

@@ -11,6 +11,7 @@ use burn_hyperlora::data::scenario::Scenario;
 use data_prep::shard::{EMBEDDING_DIM, FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardFolder, ShardWriter};
 use hyperlora_core::config;
 
+use hyperlora_sdxl::planes::Planes;
 use hyperlora_testing::fuzz::{Case, fuzz, scratch};
 use hyperlora_testing::mutate::Random;
 
@@ -93,18 +94,16 @@ fn samples() {
         let shape = SampleShape {
             latent_len: 16,
             timesteps: 1000,
-            transform: Arc::new(|image| image.as_raw().iter().map(|&byte| f32::from(byte)).collect()),
+            transform: Arc::new(|image| Planes::new(image, |_, level| level.into())),
             with_id: true,
         };
         let maker = SampleMaker::new(Arc::new(dataset), &config, 3, shape);
         let draw = case.random.next() % 1000;
         let sample = maker.make(Request { target: 0, reference: 0, scenario: Scenario::Full, stage: 0, draw })?;
-        let numbers =
-            [&sample.pixels, &sample.id_pixels, &sample.base_pixels, &sample.id_embedding, &sample.posterior_noise];
-        assert!(
-            numbers.iter().all(|numbers| numbers.iter().all(|number| number.is_finite())),
-            "no number is trained on"
-        );
+        let pictures = [Some(sample.pixels), sample.id_pixels, Some(sample.base_pixels)];
+        let pictures = pictures.into_iter().flatten().map(|picture| picture.data);
+        let mut numbers = pictures.chain([sample.id_embedding, sample.posterior_noise]);
+        assert!(numbers.all(|numbers| numbers.iter().all(|number| number.is_finite())), "no number is trained on");
         Ok(())
     });
 }

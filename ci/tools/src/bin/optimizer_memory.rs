@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
-use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ParameterGroup, ParameterVisitor};
+use burn_hyperlora::hypernet::{HyperLora, HyperLoraConfig, ParameterGroup};
 use burn_hyperlora::metrics::ProcessMemory;
 use burn_hyperlora::optim::{GradientMap, OptimConfig, Optimizer, Sharding, Wire};
+use burn_hyperlora::parameters::ParameterVisitor;
 use hyperlora_core::{Error, Result};
 use hyperlora_ranks::{Collective, run_as_rank};
 use hyperlora_sdxl::lora::AttentionSite;

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Hidden, leads_to, open_own};
+use super::place::{Hidden, leads_to, open_own};
 use crate::{Error, Result};
 
 /// Locked file, removed on drop unless it was renamed.

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use walkdir::WalkDir;
 
 use super::lock::Lock;
+use super::ownership::Ownership;
+use super::place::{Hidden, parent_of, stands, sync_parent};
 use super::target::resolve;
-use super::{Hidden, Ownership, parent_of, stands, sync_parent};
 use crate::{Error, Result};
 
 /// Folder under construction: fill [`path`](Self::path), then [`commit`](Self::commit). Dropped without a commit, it

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::lock::Lock;
-use super::parent_of;
+use super::place::parent_of;
 use crate::{Error, Result};
 
 /// Links in a row that Linux follows.

@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use super::lock::{Lock, busy};
+use super::place::{Hidden, sync_parent};
 use super::target::no_file;
-use super::{Hidden, sync_parent};
 use crate::{Error, Result};
 
 /// Writes `path` in one piece: the previous file stays until the last byte is on the disk. Replaces a link instead of

@@ -13,9 +13,12 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
+use self::vocabulary::{START, WORD_END};
 use crate::weights::{parse_json, read_text};
 
 mod vocabulary;
+
+pub(crate) use self::vocabulary::END;
 
 /// Tokens of every encoded prompt.
 pub const PROMPT_TOKENS: usize = 77;
@@ -26,10 +29,6 @@ const LARGEST_ID: u64 = i32::MAX as u64;
 /// Tokens of text in a prompt, between the start and end tokens.
 pub const TEXT_TOKENS: usize = PROMPT_TOKENS - 2;
 
-const START: &str = "<|startoftext|>";
-pub(super) const END: &str = "<|endoftext|>";
-/// Suffix of a token that ends a word.
-const WORD_END: &str = "</w>";
 /// Pattern that splits text before byte-pair encoding: contractions, words, single digits, runs of anything else.
 const PIECES: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 

@@ -6,7 +6,10 @@ use flate2::read::GzDecoder;
 use hyperlora_core::{Error, Result};
 use serde_json::{Map, Value};
 
-use crate::tokenizer::{END, START, WORD_END};
+pub(super) const START: &str = "<|startoftext|>";
+pub(crate) const END: &str = "<|endoftext|>";
+/// Suffix of a token that ends a word.
+pub(super) const WORD_END: &str = "</w>";
 
 /// Merges of OpenAI's CLIP, one per line, most frequent first (`ci/parity/clip_vocab.py`; licence beside it).
 const MERGES: &[u8] = include_bytes!("merges.txt.gz");

@@ -14,8 +14,15 @@ use crate::weights::Weights;
 /// Its layers are frozen: they are on the plain device and collect no gradients.
 #[derive(Debug, Clone)]
 pub struct WeightsAt<'a> {
-    pub(super) weights: &'a Weights,
-    pub(super) prefix: String,
+    weights: &'a Weights,
+    prefix: String,
+}
+
+impl Weights {
+    /// Returns a handle for the keys that start with `prefix` and a dot, or for all keys if the prefix is empty.
+    pub fn at(&self, prefix: impl Into<String>) -> WeightsAt<'_> {
+        WeightsAt { weights: self, prefix: prefix.into() }
+    }
 }
 
 impl<'a> WeightsAt<'a> {

@@ -215,11 +215,6 @@ impl Weights {
         self.places.iter().map(|(name, place)| (name.as_str(), place.shape())).collect()
     }
 
-    /// Returns a handle for the keys that start with `prefix` and a dot, or for all keys if the prefix is empty.
-    pub fn at(&self, prefix: impl Into<String>) -> WeightsAt<'_> {
-        WeightsAt { weights: self, prefix: prefix.into() }
-    }
-
     /// Finishes loading and reports all problems.
     ///
     /// # Errors

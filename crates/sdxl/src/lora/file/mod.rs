@@ -7,6 +7,7 @@ mod adapter;
 mod base_names;
 mod keys;
 pub mod names;
+mod notes;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,13 +22,15 @@ use crate::weights::{LowRank, ReadError, SafetensorsFile, TensorEntry, values};
 
 pub use adapter::ADAPTER_METADATA;
 pub use base_names::BaseNames;
+pub(crate) use notes::{COMMENT, notes_of};
 pub use write::Layout;
-pub(crate) use write::{COMMENT, notes_of};
 
 /// Number of problems that one error lists.
 const PROBLEMS_SHOWN: usize = 10;
 
 const REMEDY: &str = "give a LoRA that was made for this base model";
+
+const REMEDY_OF_FORMAT: &str = "give a LoRA in the format of sd-scripts or diffusers";
 
 /// An opened LoRA file: keys are parsed, values are not yet read.
 #[derive(Debug)]
@@ -61,6 +64,98 @@ struct Tensors {
     alpha: Option<TensorEntry>,
 }
 
+/// Tensors of a file, by what they belong to.
+#[derive(Debug, Default)]
+struct Contents {
+    modules: BTreeMap<String, Tensors>,
+    embeddings: BTreeSet<String>,
+    problems: Vec<String>,
+}
+
+impl Contents {
+    /// Sorts the tensors of a file by their keys.
+    ///
+    /// # Errors
+    /// Input: a key is that of another kind of adapter.
+    fn of(file: &SafetensorsFile) -> Result<Self> {
+        let mut contents = Self::default();
+        for entry in file.entries() {
+            match keys::parse(&entry.name) {
+                Key::Of(module, side) => {
+                    let module = module.to_owned();
+                    contents.put(module, side, entry);
+                }
+                Key::Embedding(name) => _ = contents.embeddings.insert(name.to_owned()),
+                Key::OtherKind(kind) => {
+                    let remedy = "give a plain LoRA, or convert this one with the tool that made it";
+                    let problem = format!("is {kind} ({}), which is not supported", entry.name);
+                    return Err(Error::file(file.path(), problem, remedy));
+                }
+                Key::Unknown => contents.problems.push(format!("{}: no tensor of a LoRA", entry.name)),
+            }
+        }
+        Ok(contents)
+    }
+
+    fn put(&mut self, module: String, side: Side, entry: TensorEntry) {
+        let tensors = self.modules.entry(module).or_default();
+        let place = match side {
+            Side::Down => &mut tensors.down,
+            Side::Up => &mut tensors.up,
+            Side::Alpha => &mut tensors.alpha,
+        };
+        if let Some(other) = place.replace(entry) {
+            self.problems.push(format!("{}: the file has another one for the same module", other.name));
+        }
+    }
+
+    /// Checks that there is a LoRA, and that it is not one for another base.
+    ///
+    /// # Errors
+    /// Input: there is none, or it is.
+    fn check(&self, path: &Path) -> Result<()> {
+        if let Some(architecture) = self.modules.keys().find_map(|name| keys::other_architecture(name)) {
+            return Err(Error::file(path, format!("was made for {architecture}, not for SDXL"), REMEDY));
+        }
+        if self.modules.is_empty() {
+            let what = self.problems.first().map(|problem| format!(" ({problem})")).unwrap_or_default();
+            return Err(Error::file(path, format!("holds no LoRA{what}"), REMEDY_OF_FORMAT));
+        }
+        Ok(())
+    }
+
+    /// Logs the embeddings, which are not read.
+    fn tell_embeddings(&self, path: &Path) {
+        if !self.embeddings.is_empty() {
+            let shown: Vec<_> = self.embeddings.iter().take(PROBLEMS_SHOWN).map(String::as_str).collect();
+            let (path, count, names) = (path.display(), self.embeddings.len(), shown.join(", "));
+            tracing::warn!("{path}: {count} embeddings bundled with the LoRA are skipped: {names}");
+        }
+    }
+}
+
+impl Module {
+    /// Puts a module together, with its alpha read.
+    fn new(
+        name: &str,
+        tensors: Tensors,
+        file: &SafetensorsFile,
+        adapter: &Adapter,
+    ) -> std::result::Result<Self, ReadError> {
+        let (part, path) = keys::module(name).map_err(|problem| ReadError::Values(format!("{name}: {problem}")))?;
+        let (Some(down), Some(up)) = (tensors.down, tensors.up) else {
+            return Err(ReadError::Values(format!("{name}: lacks one of its two matrices")));
+        };
+        let rank = down.shape.first().copied().unwrap_or_default();
+        let alpha = match tensors.alpha {
+            Some(entry) => values::number(entry.dtype, &file.read_raw(&entry.name)?)
+                .map_err(|problem| format!("{}: {problem}", entry.name)),
+            None => adapter.alpha(part, &path, rank),
+        };
+        Ok(Self { name: name.to_owned(), part, path, down, up, alpha: alpha.map_err(ReadError::Values)? })
+    }
+}
+
 impl LoraFile {
     /// Reads the header and the alphas. Bundled embeddings are skipped with a warning that names them.
     ///
@@ -69,83 +164,19 @@ impl LoraFile {
     /// module; Disk: a read fails.
     pub fn open(path: &Path) -> Result<Self> {
         let file = SafetensorsFile::open(path)?;
-        let mut named: BTreeMap<String, Tensors> = BTreeMap::new();
-        let mut problems = Vec::new();
-        let mut embeddings = BTreeSet::new();
-        for entry in file.entries() {
-            let (module, side) = match keys::parse(&entry.name) {
-                Key::Of(module, side) => (module, side),
-                Key::Embedding(name) => {
-                    embeddings.insert(name.to_owned());
-                    continue;
-                }
-                Key::OtherKind(kind) => {
-                    let remedy = "give a plain LoRA, or convert this one with the tool that made it";
-                    let problem = format!("is {kind} ({}), which is not supported", entry.name);
-                    return Err(Error::file(path, problem, remedy));
-                }
-                Key::Unknown => {
-                    problems.push(format!("{}: no tensor of a LoRA", entry.name));
-                    continue;
-                }
-            };
-            let tensors = named.entry(module.to_owned()).or_default();
-            let place = match side {
-                Side::Down => &mut tensors.down,
-                Side::Up => &mut tensors.up,
-                Side::Alpha => &mut tensors.alpha,
-            };
-            if let Some(other) = place.replace(entry) {
-                problems.push(format!("{}: the file has another one for the same module", other.name));
+        let mut contents = Contents::of(&file)?;
+        contents.check(path)?;
+        let adapter = Adapter::of(&file)?;
+        let mut modules = Vec::with_capacity(contents.modules.len());
+        for (name, tensors) in std::mem::take(&mut contents.modules) {
+            match Module::new(&name, tensors, &file, &adapter) {
+                Ok(module) => modules.push(module),
+                Err(ReadError::Values(problem)) => contents.problems.push(problem),
+                Err(ReadError::File(error)) => return Err(error),
             }
         }
-        if let Some(architecture) = named.keys().find_map(|name| keys::other_architecture(name)) {
-            return Err(Error::file(path, format!("was made for {architecture}, not for SDXL"), REMEDY));
-        }
-        if named.is_empty() {
-            let what = problems.first().map(|problem| format!(" ({problem})")).unwrap_or_default();
-            return Err(Error::file(
-                path,
-                format!("holds no LoRA{what}"),
-                "give a LoRA in the format of sd-scripts or diffusers",
-            ));
-        }
-
-        let adapter = Adapter::of(&file)?;
-        let mut modules = Vec::with_capacity(named.len());
-        for (name, tensors) in named {
-            let (part, module) = match keys::module(&name) {
-                Ok(found) => found,
-                Err(problem) => {
-                    problems.push(format!("{name}: {problem}"));
-                    continue;
-                }
-            };
-            let (Some(down), Some(up)) = (tensors.down, tensors.up) else {
-                problems.push(format!("{name}: lacks one of its two matrices"));
-                continue;
-            };
-            let rank = down.shape.first().copied().unwrap_or_default();
-            let alpha = match tensors.alpha {
-                Some(entry) => values::number(entry.dtype, &file.read_raw(&entry.name)?)
-                    .map_err(|problem| format!("{}: {problem}", entry.name)),
-                None => adapter.alpha(part, &module, rank),
-            };
-            let alpha = match alpha {
-                Ok(alpha) => alpha,
-                Err(problem) => {
-                    problems.push(problem);
-                    continue;
-                }
-            };
-            modules.push(Module { name, part, path: module, down, up, alpha });
-        }
-        refuse(path, &problems, "give a LoRA in the format of sd-scripts or diffusers")?;
-        if !embeddings.is_empty() {
-            let shown: Vec<_> = embeddings.iter().take(PROBLEMS_SHOWN).map(String::as_str).collect();
-            let (path, count, names) = (path.display(), embeddings.len(), shown.join(", "));
-            tracing::warn!("{path}: {count} embeddings bundled with the LoRA are skipped: {names}");
-        }
+        refuse(path, &contents.problems, REMEDY_OF_FORMAT)?;
+        contents.tell_embeddings(path);
         Ok(Self { file, modules })
     }
 

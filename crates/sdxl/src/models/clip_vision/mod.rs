@@ -5,7 +5,7 @@ use std::path::Path;
 use burn::nn::LayerNorm;
 use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use hyperlora_core::{Error, Result};
 use image::{RgbImage, imageops};
 use serde::Deserialize;
@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 
 use crate::models::clip_encoder::{ClipEncoder, ClipEncoderConfig};
 use crate::models::clip_vision::resize::bicubic;
+use crate::planes::Planes;
 use crate::weights::{ConfigText, Weights, parse_json, read_text};
 
 mod resize;
@@ -264,13 +265,12 @@ impl ImageProcessor {
 
     /// Computes pixel values `[B, 3, side, side]` of pictures of any nonzero sizes.
     pub fn process(&self, pictures: &[RgbImage], device: &Device) -> Tensor<4> {
-        let side = self.crop as usize;
-        let values: Vec<f32> = pictures.iter().flat_map(|picture| self.pixel_values(picture)).collect();
-        Tensor::from_data(TensorData::new(values, [pictures.len(), 3, side, side]), device)
+        let values: Vec<Planes> = pictures.iter().map(|picture| self.pixel_values(picture)).collect();
+        Planes::stack(&values.iter().collect::<Vec<_>>(), device)
     }
 
-    /// Computes flat pixel values `[3, side, side]` of one picture.
-    pub fn pixel_values(&self, picture: &RgbImage) -> Vec<f32> {
+    /// Computes pixel values `[3, side, side]` of one picture.
+    pub fn pixel_values(&self, picture: &RgbImage) -> Planes {
         // 1. Resize the shortest edge; the other in proportion, rounded down.
         let (width, height) = picture.dimensions();
         let scaled = |edge: u32| {
@@ -283,10 +283,8 @@ impl ImageProcessor {
         let (left, top) = ((width - self.crop) / 2, (height - self.crop) / 2);
         let cropped = imageops::crop_imm(&resized, left, top, self.crop, self.crop).to_image();
         // 3. Rescale and normalise.
-        let normalised = |channel: usize| {
-            let (mean, std) = (self.mean[channel], self.std[channel]);
-            cropped.pixels().map(move |pixel| (f32::from(pixel[channel]) * self.rescale_factor - mean) / std)
-        };
-        (0..3).flat_map(normalised).collect()
+        Planes::new(&cropped, |channel, level| {
+            (f32::from(level) * self.rescale_factor - self.mean[channel]) / self.std[channel]
+        })
     }
 }
