@@ -3,6 +3,7 @@
 use hyperlora_core::{Error, Result};
 use image::imageops::{self, FilterType};
 use image::{GrayImage, RgbImage};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::face::Detection;
@@ -58,12 +59,12 @@ impl Rejection {
 }
 
 /// Requirements for a face.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FilterConfig {
-    /// Least length of the shorter side of the face box, in pixels of the photo.
+    /// Least length of the shorter side of the face box, in pixels of the photo; 0 keeps all.
     pub min_face: f32,
-    /// Least [`sharpness`] of the face.
+    /// Least [`sharpness`] of the face, the variance of the Laplacian; 0 keeps all.
     pub min_sharpness: f32,
 }
 

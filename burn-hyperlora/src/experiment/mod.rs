@@ -11,6 +11,7 @@ use hyperlora_core::files::apart;
 use hyperlora_core::paths::is_plain;
 use hyperlora_core::{Error, Result, config};
 use hyperlora_ranks::Ranks;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::BaseConfig;
@@ -21,16 +22,18 @@ use crate::train::config::TrainConfig;
 use crate::train::{self, Outcome, Session, TrainOptions, TrainSetup};
 
 /// Full description of a run, without cluster-specific settings.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(title = "Training")]
 pub struct Experiment {
-    /// Name of the run folder: `runs/<name>` unless the command sets another.
+    /// Name of the run folder: `runs/<name>` unless the command sets another. Letters, digits, `-`, `_` and `.`.
     pub name: String,
-    /// Seed of all randomness.
+    /// Seed of all randomness: crop, flip, noise, timestep, scenario, reference, initial weights.
     pub seed: u64,
     /// Frozen base models.
     pub base: BaseConfig,
-    /// Face detection for the photos given to `generate` and `sample`.
+    /// Face models that find the faces in the photos given to `generate` and `sample`. The embedder must be the one
+    /// that made `data.shards`. Training needs none.
     #[serde(default)]
     pub faces: Option<FaceConfig>,
     /// Source of the samples.
@@ -49,7 +52,7 @@ pub struct Experiment {
 }
 
 /// Evaluation settings of a trained hypernetwork.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvalConfig {
     /// Identity gap: whether a LoRA of the right person helps more than one of another person.
@@ -57,24 +60,25 @@ pub struct EvalConfig {
 }
 
 /// Settings of `hyperlora eval identity-gap`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct IdentityGapConfig {
-    /// Noises and timesteps per photo, averaged before any statistics.
+    /// Noises and timesteps per photo, averaged before any statistics; at least 1. 8 or more make a photo's figure
+    /// steady.
     pub draws: usize,
     /// Held-out photos of people in the training set.
     pub known: GapSet,
     /// Photos of people that training never saw.
     pub unseen: GapSet,
-    /// Samples that pass through the UNet at once.
+    /// Samples that pass through the UNet at once, at least 1.
     pub batch: usize,
 }
 
 /// Photos of one evaluation, with the split of their reference photos.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GapSet {
-    /// Split of the photos.
+    /// Split of the photos; must not be the training split, because evaluating on training data would hide overfitting.
     pub photos: String,
     /// Split of the photos that the LoRAs are made from; the evaluated photo itself is never used.
     pub references: String,

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use hyperlora_core::{Error, Result, text};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::filter::{Reason, Rejection};
@@ -12,10 +13,10 @@ use crate::source::SourceFiles;
 const MAX_BYTES: u64 = 64 * 1024;
 
 /// Source of the captions, tagged in the YAML by the kind, as in `caption: {template: {text: a photo of a person}}`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum Captioner {
-    /// The `.txt` file next to the photo (`x.jpg` -> `x.txt`), joined to one line.
+    /// The `.txt` file next to the photo (`photo.txt` for `photo.jpg`), joined to one line.
     Sidecar {
         /// Caption of a photo whose file is missing or empty.
         fallback: String,

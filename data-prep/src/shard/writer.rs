@@ -12,6 +12,7 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ColumnChunkMetaData, KeyValue, ParquetMetaData};
 use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -22,10 +23,10 @@ use crate::shard::manifest::{IndexFile, RowGroupPiece, ShardFile};
 use crate::shard::schema::{EMBEDDING_DIM, SCHEMA_VERSION, schema, to_batch};
 
 /// Sizes of row groups and files.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ShardConfig {
-    /// Faces per row group, which training reads at once.
+    /// Faces per row group, which training reads at once; 1 to 65536.
     pub rows_per_group: usize,
     /// Faces per file; a multiple of `rows_per_group`.
     pub rows_per_shard: usize,

@@ -9,6 +9,7 @@ mod webp;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use decode::{DecodeConfig, Decoded};
@@ -20,7 +21,7 @@ use hyperlora_core::paths::{Root, read_regular};
 use crate::notes::Notes;
 
 /// Source of the photos, tagged in the YAML by the kind, as in `source: {folder: {root: photos}}`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum SourceConfig {
     /// Image files below a folder.
