@@ -341,3 +341,15 @@ fn encode_png(image: &RgbImage) -> Result<Vec<u8>> {
         .map_err(|error| Error::Fault(format!("a crop cannot be encoded as PNG: {error}")))?;
     Ok(bytes.into_inner())
 }
+
+#[cfg(test)]
+mod tests {
+    use hyperlora_testing::reference::check_config;
+
+    use super::PrepConfig;
+
+    #[test]
+    fn the_reference_of_the_configuration_is_up_to_date() {
+        check_config::<PrepConfig>("data");
+    }
+}

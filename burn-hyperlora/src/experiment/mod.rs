@@ -308,3 +308,15 @@ fn compare_models(faces: &FaceConfig, base_dir: &Path, manifest: &Manifest, plac
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use hyperlora_testing::reference::check_config;
+
+    use super::Experiment;
+
+    #[test]
+    fn the_reference_of_the_configuration_is_up_to_date() {
+        check_config::<Experiment>("train");
+    }
+}
