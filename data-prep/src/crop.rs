@@ -3,6 +3,7 @@
 use hyperlora_core::{Error, Result};
 use image::RgbImage;
 use image::imageops::{self, FilterType};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Longest side of a crop in pixels. A reader of shards decodes no larger one.
@@ -21,13 +22,13 @@ pub const LARGEST_SIDE: u32 = 8192;
 /// assert_eq!(crop.image.dimensions(), (250, 250));
 /// assert_eq!(crop.place_box(face_box), [75.0, 75.0, 175.0, 175.0]);
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CropConfig {
     /// Side of the square crop as a multiple of the longer side of the face box, at least 1. Near an edge the square
     /// moves inwards; if it is larger than the photo, the photo's edges cut it.
     pub margin: f32,
-    /// Longest side of a crop in pixels. Larger crops are scaled down to it.
+    /// Longest side of a crop in pixels, 1 to 8192. Larger crops are scaled down to it.
     pub max_side: u32,
 }
 

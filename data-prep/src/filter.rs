@@ -3,6 +3,7 @@
 use hyperlora_core::{Error, Result};
 use image::imageops::{self, FilterType};
 use image::{GrayImage, RgbImage};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::face::Detection;
@@ -72,12 +73,12 @@ impl Rejection {
 /// let rejection = FilterConfig::default().select(&photo, &[face]).unwrap_err();
 /// assert_eq!((rejection.reason, rejection.reason.name()), (Reason::Blurred, "blurred"));
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FilterConfig {
-    /// Least length of the shorter side of the face box, in pixels of the photo.
+    /// Least length of the shorter side of the face box, in pixels of the photo; 0 keeps all.
     pub min_face: f32,
-    /// Least [`sharpness`] of the face.
+    /// Least [`sharpness`] of the face, the variance of the Laplacian; 0 keeps all.
     pub min_sharpness: f32,
 }
 

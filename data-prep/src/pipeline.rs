@@ -14,6 +14,7 @@ use hyperlora_core::{Error, Result, config};
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{ImageEncoder, RgbImage};
 use rayon::prelude::*;
+use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -28,8 +29,9 @@ use crate::shard::{FaceRecord, Manifest, SCHEMA_VERSION, ShardConfig, ShardWrite
 use crate::source::{DecodeConfig, Decoded, Photo, Source, SourceConfig, SourceFiles};
 
 /// YAML of `data-prep build`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(title = "Data preparation", transform = add_earlier_names)]
 pub struct PrepConfig {
     /// Source of the photos.
     pub source: SourceConfig,
@@ -47,11 +49,21 @@ pub struct PrepConfig {
     /// Extent of the photo around the face.
     #[serde(default)]
     pub crop: CropConfig,
-    /// Captions.
+    /// Captions. They have no placeholders: a name in the caption would let the text encoder do what the hypernetwork
+    /// has to learn.
     pub caption: Captioner,
     /// Sizes of row groups and files.
     #[serde(default)]
     pub shards: ShardConfig,
+}
+
+/// Adds to the schema the aliases, which the derive leaves out.
+fn add_earlier_names(schema: &mut Schema) {
+    let Some(keys) = schema.get_mut("properties").and_then(serde_json::Value::as_object_mut) else { return };
+    if let Some(mut faces) = keys.get("faces").cloned() {
+        faces["deprecated"] = true.into();
+        keys.insert("face".into(), faces);
+    }
 }
 
 /// Progress of the build.
@@ -380,4 +392,16 @@ fn encode_png(image: &RgbImage) -> Result<Vec<u8>> {
         .write_image(image, image.width(), image.height(), image::ExtendedColorType::Rgb8)
         .map_err(|error| Error::Fault(format!("a crop cannot be encoded as PNG: {error}")))?;
     Ok(bytes.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use hyperlora_testing::reference::check_config;
+
+    use super::PrepConfig;
+
+    #[test]
+    fn the_reference_of_the_configuration_is_up_to_date() {
+        check_config::<PrepConfig>("data");
+    }
 }

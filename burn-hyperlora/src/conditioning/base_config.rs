@@ -7,35 +7,42 @@ use clap::ValueEnum;
 use hyperlora_core::config::ConfigPath;
 use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::source::BaseSource;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Locations of the frozen models: `base:` of an experiment.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BaseConfig {
-    /// An SDXL pipeline folder in diffusers layout, or a single-file checkpoint in Stability naming (.safetensors).
+    /// SDXL pipeline folder in diffusers layout (safetensors, single or sharded), or single-file checkpoint in
+    /// Stability naming (`.safetensors`), also in fp8 without scales. Averages, losses and buffers left in a file are
+    /// passed over and counted in the log.
     pub path: ConfigPath,
-    /// Preferred variant of the files in a pipeline folder, such as `fp16`.
+    /// Preferred variant of the files in a pipeline folder, such as `fp16`; parts without it use their plain files.
+    /// Default: the plain files, else `fp16`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
-    /// Pipeline folder, with or without weights, whose configs and tokenizers describe a single-file checkpoint;
-    /// defaults to those of SDXL-Base-1.0.
+    /// Pipeline folder, with or without weights, whose configs, scheduler and tokenizers describe a single-file
+    /// checkpoint of other sizes than SDXL's. Default: those of SDXL-Base-1.0; keys `v_pred` and `ztsnr` in the file
+    /// make it a v-prediction base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ConfigPath>,
-    /// Float type of the UNet's weights and computation.
+    /// Float type of the UNet's weights and computation. The other parts are f32: the autoencoder overflows in f16, and
+    /// the encoders are small.
     #[serde(default)]
     pub dtype: UnetDtype,
-    /// Folder of the CLIP image encoder; defaults to the pipeline's `image_encoder`.
+    /// Folder of the CLIP image encoder, or of a whole CLIP model, in transformers layout. Default: the pipeline's
+    /// `image_encoder`. Required with a single-file checkpoint, which has none.
     #[serde(default)]
     pub image_encoder: Option<ConfigPath>,
-    /// Folder of the image encoder's preprocessing; defaults to the pipeline's `feature_extractor`, else to the image
-    /// encoder's own folder.
+    /// Folder of the image encoder's `preprocessor_config.json`. Default: the pipeline's `feature_extractor`, else the
+    /// image encoder's own folder.
     #[serde(default)]
     pub feature_extractor: Option<ConfigPath>,
 }
 
 /// Float type of the UNet. All other components are f32: the autoencoder overflows in f16, and the encoders are small.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum UnetDtype {
     /// 32-bit float.

@@ -23,10 +23,11 @@ use data_prep::face::mask::MaskConfig;
 use data_prep::shard::{RemoteConfig, ShardFolder};
 use hyperlora_core::config::{ConfigPath, is_url};
 use hyperlora_core::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Data source and preprocessing: `data:` of an experiment.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
     /// Folder written by `data-prep build`, or its URL: `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`,
@@ -35,10 +36,11 @@ pub struct DataConfig {
     /// Settings for shards behind a URL.
     #[serde(default)]
     pub remote: RemoteShards,
-    /// Split to train on: rows with this label; unlabelled sets use `all`.
+    /// Split to train on: rows with this label; `all` for unlabelled sets. Photos to evaluate (`train.fixed_set.split`,
+    /// `eval.identity_gap.*.photos`) must be in other splits: evaluating on training data would hide overfitting.
     #[serde(default = "default_split")]
     pub split: String,
-    /// Side of the target images in pixels.
+    /// Side of the target images in pixels, 1 to 8192.
     pub image_size: usize,
     /// Random crop around the face.
     #[serde(default)]
@@ -46,26 +48,27 @@ pub struct DataConfig {
     /// Mirrors half of the targets; the reference photo stays unchanged.
     #[serde(default)]
     pub flip: bool,
-    /// Size and crop that the UNet is conditioned on.
+    /// Size and crop that the UNet is conditioned on: SDXL's size micro-conditions (arXiv 2307.01952, section 2.2).
     #[serde(default)]
     pub size_conditioning: SizeConditioning,
     /// Masking and blurring of faces for the conditions.
     #[serde(default)]
     pub mask: MaskConfig,
-    /// Number of canonical streams: the parts of an epoch that are read in parallel. It must be a multiple of the world
-    /// size.
+    /// Number of canonical streams: the parts of an epoch that are read in parallel; 1 to 8192. It must be a multiple
+    /// of the world size.
     #[serde(default = "default_streams")]
     pub streams: usize,
-    /// Number of a stream's row groups whose rows are shuffled together.
+    /// Number of a stream's row groups whose rows are shuffled together, 1 to 8192.
     #[serde(default = "default_shuffle_window")]
     pub shuffle_window: usize,
-    /// Memory in MiB for cached rows, with encoded photos.
+    /// Memory in MiB for cached row groups, with encoded photos. It should hold `streams` / world size x
+    /// `shuffle_window` of them.
     #[serde(default = "default_cache_mib")]
     pub cache_mib: usize,
-    /// Number of damaged row groups that a run may leave out.
+    /// Number of damaged row groups that a run leaves out before it stops.
     #[serde(default = "default_bad_row_groups")]
     pub bad_row_groups: usize,
-    /// Number of threads that decode, crop and mask ahead of the training step.
+    /// Number of threads that decode, crop and mask ahead of the training step, 1 to 8192.
     #[serde(default = "default_workers")]
     pub workers: usize,
     /// Memory in MiB for samples in preparation or ready; one micro-batch is always allowed.
@@ -102,15 +105,15 @@ fn default_prefetch_mib() -> usize {
 }
 
 /// Settings for shards behind a URL: `data.remote`. A resumed run may change them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RemoteShards {
-    /// Cache folder, shared by the processes of a machine.
+    /// Folder that keeps the shards that were read, shared by the processes of a machine.
     pub cache: ConfigPath,
-    /// Cache size in GiB; the least recently used files are evicted.
+    /// Cache size in GiB, 1 to 8192; the least recently used files are evicted.
     pub cache_gib: usize,
-    /// Seconds after which a failing read ends the run. Keep it below the time that ranks wait for each other, so that
-    /// the message names the cause.
+    /// Seconds after which a failing read ends the run, 1 to 8192. Keep it below the time that ranks wait for each
+    /// other (`train.collective_timeout_s`), so that the message names the cause.
     pub deadline_seconds: usize,
 }
 
@@ -122,12 +125,13 @@ impl Default for RemoteShards {
 }
 
 /// Random square crop around a face. It contains the whole face if the photo is large enough.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CropConfig {
-    /// Smallest side, in units of the face box's longer side.
+    /// Smallest side, in units of the face box's longer side; at least 1.
     pub smallest: f32,
-    /// Largest side, in units of the face box's longer side; also limited by the photo's shorter side.
+    /// Largest side, in units of the face box's longer side; at least `smallest`. The photo's shorter side limits it
+    /// too.
     pub largest: f32,
 }
 
@@ -138,7 +142,7 @@ impl Default for CropConfig {
 }
 
 /// SDXL's size micro-conditions (arXiv 2307.01952, section 2.2).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SizeConditioning {
     /// Photo size, and the crop's offset in the photo resized so that the crop has the target size.
@@ -149,7 +153,7 @@ pub enum SizeConditioning {
 }
 
 /// Choice of the reference photo: the photo of the target's person that the hypernetwork sees.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Reference {
     /// The target photo itself, for sets without identities.

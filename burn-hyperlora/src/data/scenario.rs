@@ -2,6 +2,7 @@
 
 use hyperlora_core::random::{Purpose, for_sample, weighted};
 use hyperlora_core::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Combination of trigger words and LoRAs that a sample is trained with.
@@ -45,8 +46,8 @@ impl Scenario {
     }
 }
 
-/// Weights of the scenarios, which need not sum to one. The paper gives 0.9 / 0.05 / 0.05 without naming the scenarios;
-/// the defaults are this project's interpretation.
+/// Weights of the scenarios, which need not sum to one; at least one is above 0. The paper gives 0.9 / 0.05 / 0.05
+/// without naming the scenarios; the defaults are this project's interpretation.
 ///
 /// # Examples
 /// ```
@@ -60,16 +61,16 @@ impl Scenario {
 /// assert!(!drawn.contains(&Scenario::BaseOnly));
 /// # Ok::<(), hyperlora_core::Error>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Scenarios {
-    /// Weight of [`Scenario::Full`].
+    /// Weight of samples with trigger words, ID-LoRA and Base-LoRA.
     #[serde(default)]
     pub full: f64,
-    /// Weight of [`Scenario::IdOnly`].
+    /// Weight of samples with trigger words and ID-LoRA.
     #[serde(default)]
     pub id_only: f64,
-    /// Weight of [`Scenario::BaseOnly`].
+    /// Weight of samples with the Base-LoRA only, without trigger words.
     #[serde(default)]
     pub base_only: f64,
 }

@@ -1,10 +1,11 @@
 //! Settings of the evaluations.
 
 use hyperlora_core::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Evaluation settings of a trained hypernetwork.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvalConfig {
     /// Identity gap: whether a LoRA of the right person helps more than one of another person.
@@ -12,24 +13,25 @@ pub struct EvalConfig {
 }
 
 /// Settings of `hyperlora eval identity-gap`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct IdentityGapConfig {
-    /// Noises and timesteps per photo, averaged before any statistics.
+    /// Noises and timesteps per photo, averaged before any statistics; at least 1. 8 or more make a photo's figure
+    /// steady.
     pub draws: usize,
     /// Held-out photos of people in the training set.
     pub known: GapSet,
     /// Photos of people that training never saw.
     pub unseen: GapSet,
-    /// Samples that pass through the UNet at once.
+    /// Samples that pass through the UNet at once, at least 1.
     pub batch: usize,
 }
 
 /// Photos of one evaluation, with the split of their reference photos.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GapSet {
-    /// Split of the photos.
+    /// Split of the photos; must not be the training split, because evaluating on training data would hide overfitting.
     pub photos: String,
     /// Split of the photos that the LoRAs are made from; the evaluated photo itself is never used.
     pub references: String,

@@ -11,6 +11,7 @@ use hyperlora_core::files::apart;
 use hyperlora_core::paths::is_plain;
 use hyperlora_core::{Error, Result, config};
 use hyperlora_ranks::Ranks;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::BaseConfig;
@@ -39,16 +40,18 @@ use crate::train::{self, Outcome, Session, TrainOptions, TrainSetup};
 /// println!("{outcome:?}");
 /// # Ok::<(), hyperlora_core::Error>(())
 /// ```
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(title = "Training")]
 pub struct Experiment {
-    /// Name of the run folder: `runs/<name>` unless the command sets another.
+    /// Name of the run folder: `runs/<name>` unless the command sets another. Letters, digits, `-`, `_` and `.`.
     pub name: String,
-    /// Seed of all randomness.
+    /// Seed of all randomness: crop, flip, noise, timestep, scenario, reference, initial weights.
     pub seed: u64,
     /// Frozen base models.
     pub base: BaseConfig,
-    /// Face detection for the photos given to `generate` and `sample`.
+    /// Face models that find the faces in the photos given to `generate` and `sample`. The embedder must be the one
+    /// that made `data.shards`. Training needs none.
     #[serde(default)]
     pub faces: Option<FaceConfig>,
     /// Source of the samples.
@@ -298,4 +301,16 @@ fn compare_models(faces: &FaceConfig, base_dir: &Path, manifest: &Manifest, plac
         tracing::warn!("{difference}");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use hyperlora_testing::reference::check_config;
+
+    use super::Experiment;
+
+    #[test]
+    fn the_reference_of_the_configuration_is_up_to_date() {
+        check_config::<Experiment>("train");
+    }
 }

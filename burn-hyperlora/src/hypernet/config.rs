@@ -1,21 +1,23 @@
 //! Hypernetwork sizes.
 
 use hyperlora_core::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Sizes of a [`HyperLora`](super::HyperLora). The defaults are those of the released weights, plus a Base-LoRA.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// Sizes of the hypernetwork ([`HyperLora`](super::HyperLora)), each 1 to 65536. The defaults are those of the released
+/// weights, plus a Base-LoRA.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct HyperLoraConfig {
     /// LoRA rank of the ID-LoRA.
     pub id_rank: usize,
     /// LoRA rank of the Base-LoRA; half the ID-LoRA's in the paper. 0: no Base-LoRA.
     pub base_rank: usize,
-    /// K: number of matrices that span the space of each LoRA matrix.
+    /// K: number of matrices per basis, which spans the space of each LoRA matrix.
     pub basis: usize,
     /// Number of tokens made from the ID embedding.
     pub id_tokens: usize,
-    /// Width of the embedder's ID embedding.
+    /// Width of the embedder's ID embedding; 512, as in the shards.
     pub id_embedding_dim: usize,
     /// Width of the CLIP image encoder's hidden states.
     pub clip_dim: usize,
@@ -23,8 +25,8 @@ pub struct HyperLoraConfig {
     pub resampler: ResamplerConfig,
 }
 
-/// Sizes of a resampler.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// Sizes of a resampler, each 1 to 65536.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ResamplerConfig {
     /// Width of the latents.

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use burn::module::Param;
 use burn::tensor::Tensor;
 use hyperlora_core::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::hyper_lora::HyperLora;
@@ -36,34 +37,36 @@ pub enum Stage {
 /// assert!(ParameterGroup::defaults(Stage::IdEmbedding).contains(&ParameterGroup::IdProjector));
 /// assert!(!ParameterGroup::IdProjector.is_used(Stage::Base, true));
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
+#[schemars(!try_from, !into, rename_all = "snake_case")]
 pub enum ParameterGroup {
-    /// `latents`: queries of the ID resampler.
+    /// Queries of the ID resampler.
     Latents,
-    /// `attn1`: self-attention of the latents.
+    /// Self-attention of the latents.
     Attn1,
-    /// `attn2`: attention to the ID tokens, with its norms.
+    /// Attention to the ID tokens, with its norms.
     Attn2,
-    /// `attn3`: attention to the CLIP states, with its norms.
+    /// Attention to the CLIP states, with its norms.
     Attn3,
-    /// `proj_in`: projection of ID tokens to the resampler's width.
+    /// Projection of ID tokens to the resampler's width.
     ProjIn,
-    /// `proj_in_2`: projection of CLIP states to the resampler's width.
+    /// Projection of CLIP states to the resampler's width.
+    #[schemars(rename = "proj_in_2")]
     ProjIn2,
-    /// `proj_out`: projection of latents to coefficients.
+    /// Projection of latents to coefficients.
     ProjOut,
-    /// `ff`: feed-forward layers.
+    /// Feed-forward layers.
     Ff,
-    /// `norms`: norms before self-attention and feed-forward.
+    /// Norms before self-attention and feed-forward.
     Norms,
-    /// `id_projector`: projection of the ID embedding to tokens.
+    /// Projection of the ID embedding to tokens.
     IdProjector,
-    /// `id_bases`: bases of the ID-LoRA.
+    /// Bases of the ID-LoRA.
     IdBases,
-    /// `base_resampler`: resampler of the Base-LoRA.
+    /// Resampler of the Base-LoRA.
     BaseResampler,
-    /// `base_bases`: bases of the Base-LoRA.
+    /// Bases of the Base-LoRA.
     BaseBases,
 }
 
@@ -209,5 +212,18 @@ impl HyperLora {
         }
         let names = self.names_in(groups).into_iter().collect();
         self.map_parameters(&mut Mark(names))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ParameterGroup;
+
+    #[test]
+    fn the_schema_names_every_group_as_the_yaml_does() {
+        let schema = schemars::schema_for!(ParameterGroup).to_value();
+        let named: Vec<&str> =
+            schema["oneOf"].as_array().unwrap().iter().filter_map(|it| it["const"].as_str()).collect();
+        assert_eq!(named, ParameterGroup::ALL.map(ParameterGroup::name));
     }
 }

@@ -8,6 +8,7 @@ pub mod spikes;
 mod window;
 
 use hyperlora_core::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use adamw::{Optimizer, ReducedGradients, Sharding};
@@ -15,19 +16,19 @@ pub use buckets::bucket_bytes;
 pub use gradients::GradientMap;
 pub use schedule::{Decay, Schedule};
 
-/// Optimiser settings. The paper names none of them; the defaults are this project's.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Settings of AdamW. The paper names none of them; the defaults are this project's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimConfig {
     /// Peak learning rate, above 0.
     pub learning_rate: f64,
-    /// Decay rates of the first and second moment, each in `[0, 1)`.
+    /// Decay rates of the first and second moment, each at least 0 and below 1.
     pub betas: [f32; 2],
     /// Added to the square root of the bias-corrected second moment; above 0.
     pub epsilon: f32,
     /// Decoupled weight decay per step, multiplied by the learning rate; 0 or above.
     pub weight_decay: f32,
-    /// Largest global gradient norm that passes unscaled; `null` disables clipping.
+    /// Largest global gradient norm that passes unscaled, above 0; `null` disables clipping.
     pub clip_norm: Option<f64>,
     /// Warm-up and decay of the learning rate.
     pub schedule: Schedule,
@@ -35,7 +36,7 @@ pub struct OptimConfig {
 
 /// Scaling of the learning rate with the number of ranks. The batch does not scale: `global_batch` is fixed, so `none`
 /// keeps a run the same at any world size.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LrScaling {
     /// No scaling.
@@ -59,7 +60,7 @@ impl LrScaling {
 }
 
 /// Type in which gradients travel between ranks.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Wire {
     /// Full precision.

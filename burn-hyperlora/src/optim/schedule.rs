@@ -2,6 +2,7 @@
 
 use std::f64::consts::PI;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Learning rate schedule: warm-up, then decay.
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 ///     assert!((factor - expected).abs() < 1e-12);
 /// }
 /// ```
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Schedule {
     /// Steps of linear warm-up; the first step uses `1 / warmup_steps` of the peak.
@@ -26,7 +27,7 @@ pub struct Schedule {
 }
 
 /// Decay of the learning rate after the warm-up.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Decay {
     /// Stays at the peak.
@@ -34,7 +35,7 @@ pub enum Decay {
     Constant,
     /// Falls along half a cosine to `min_factor` of the peak at the end of the run.
     Cosine {
-        /// Fraction of the peak, in `[0, 1]`.
+        /// Fraction of the peak, 0 to 1.
         #[serde(default)]
         min_factor: f64,
     },

@@ -9,17 +9,19 @@
 use std::collections::VecDeque;
 
 use hyperlora_core::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Skip rule of `train.spikes`. Steps with NaN or infinity are always skipped.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+/// Rule for skipping steps: `train.spikes`. Steps with NaN or infinity are always skipped.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SpikeConfig {
-    /// Standard deviations above the mean loss of the last `window` steps; `null` accepts every finite loss.
+    /// Standard deviations above the mean loss of the last `window` steps at which a step is skipped, above 0; `null`
+    /// accepts every finite loss.
     pub sigma: Option<f64>,
-    /// Number of recent steps that set the limit; until there are as many, every finite loss passes.
+    /// Number of recent steps that set the limit, 2 to 100000; until there are as many, every finite loss passes.
     pub window: usize,
-    /// Skipped steps in a row that roll the weights back to the last checkpoint that was due.
+    /// Skipped steps in a row that roll the weights back to the last checkpoint that was due, at least 1.
     pub most: u32,
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use hyperlora_core::config::ConfigPath;
 use hyperlora_core::{Error, Result};
 use hyperlora_sdxl::scheduler::SamplerKind;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Reference;
@@ -14,37 +15,41 @@ use crate::optim::spikes::SpikeConfig;
 use crate::optim::{LrScaling, OptimConfig, Wire};
 
 /// Training settings: batches, stages, checkpoints and pictures.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Samples per micro-batch, which pass through the models at once.
+    /// Samples per micro-batch, which pass through the models at once; at least 1. On a CPU the passes of a step run
+    /// side by side, one per core (`RAYON_NUM_THREADS`), with the same bits at any number of cores.
     pub micro_batch: usize,
-    /// Samples per optimiser step; gradients are accumulated over `global_batch / micro_batch` passes.
+    /// Samples per optimiser step, a multiple of `micro_batch` up to 1048576; gradients are accumulated over
+    /// `global_batch / micro_batch` passes.
     pub global_batch: usize,
-    /// Recomputes the UNet's blocks in the backward pass instead of keeping their activations.
+    /// Keeps only the inputs of the UNet's layers and computes each layer again in the backward pass: less memory, more
+    /// time.
     #[serde(default = "yes")]
     pub recompute: bool,
-    /// Prefix of the caption whenever the ID-LoRA is active.
+    /// Prefix of the caption whenever the ID-LoRA is active. The text encoders read 75 tokens of both; longer captions
+    /// lose their end, with one warning and the curve `data/cut_captions`. A trigger that fills all 75 is refused.
     #[serde(default = "default_trigger")]
     pub trigger: String,
-    /// Initial weights instead of random ones: a run folder (its latest checkpoint), a checkpoint, or a folder in the
-    /// released layout.
+    /// Initial weights instead of random ones, with the sizes under `hyper_lora`: a run folder (its latest checkpoint),
+    /// a checkpoint, or a HyperLoRA folder in the released layout.
     #[serde(default)]
     pub init_from: Option<ConfigPath>,
     /// Checkpoint interval and retention.
     #[serde(default)]
     pub checkpoints: CheckpointPolicy,
-    /// Pictures drawn during training; `null` for none.
+    /// Pictures drawn during training, of people of the fixed set; `null` for none.
     #[serde(default)]
     pub samples: Option<SamplesConfig>,
-    /// Steps between two entries of the curves.
+    /// Steps between two points of the curves, at least 1.
     #[serde(default = "default_log_every")]
     pub log_every: u64,
     /// Fixed set whose loss is measured before and after each stage; `null` for none.
     #[serde(default)]
     pub fixed_set: Option<FixedSetConfig>,
-    /// Seconds that a rank waits for the others in one collective. The wait is ten times as long while one rank works
-    /// alone, such as during a save.
+    /// Seconds that a rank waits for the others in one collective, at least 1. The wait is ten times as long while one
+    /// rank works alone, such as during a save.
     #[serde(default = "default_collective_timeout")]
     pub collective_timeout_s: u64,
     /// Shards the optimiser state over the ranks instead of keeping all of it on each.
@@ -56,10 +61,11 @@ pub struct TrainConfig {
     /// Rule for skipping steps that would do harm.
     #[serde(default)]
     pub spikes: SpikeConfig,
-    /// Scaling of the learning rate with the number of ranks.
+    /// Scaling of the learning rate with the number of ranks. The batch does not scale: `global_batch` is fixed, so
+    /// `none` keeps a run the same at any world size.
     #[serde(default)]
     pub lr_scaling: LrScaling,
-    /// Stages in the order in which they run.
+    /// Stages in the order in which they run, at least one.
     pub stages: Vec<StageEntry>,
 }
 
@@ -91,14 +97,14 @@ pub fn long(timeout: Duration) -> Duration {
 }
 
 /// Checkpoint interval and the number of checkpoints kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointPolicy {
-    /// Steps between two checkpoints; the end of a stage always gets one.
+    /// Steps between two checkpoints, at least 1; the end of a stage always gets one.
     pub every: u64,
     /// Number of newest checkpoints to keep, at least 1.
     pub keep: usize,
-    /// Keeps the first checkpoint of every such number of steps permanently; `null` for none.
+    /// Keeps the first checkpoint of every such number of steps permanently, at least 1; `null` for none.
     #[serde(default)]
     pub keep_every: Option<u64>,
 }
@@ -119,18 +125,18 @@ impl Default for CheckpointPolicy {
 }
 
 /// Pictures drawn during training: reference, without LoRA, with LoRA.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SamplesConfig {
-    /// Steps between two grids; the end of a stage always gets one.
+    /// Steps between two grids, at least 1; the end of a stage always gets one.
     pub every: u64,
-    /// Number of people in a grid, the first of the fixed set.
+    /// Number of people in a grid, the first of the fixed set; at least 1.
     #[serde(default = "default_sample_count")]
     pub count: usize,
-    /// Sampling steps from noise to picture.
+    /// Sampling steps from noise to picture, at least 1.
     #[serde(default = "default_sample_steps")]
     pub steps: usize,
-    /// Sampler; the base's own if omitted.
+    /// Sampler, with options of the base's `scheduler_config.json`. Default: the base's own.
     #[serde(default)]
     pub sampler: Option<SamplerKind>,
     /// Scale of the classifier-free guidance.
@@ -151,14 +157,14 @@ fn default_guidance() -> f64 {
 }
 
 /// Fixed set of (photo, noise, timestep) triples, the same at every measurement.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FixedSetConfig {
-    /// Split of the photos; must not be the training split.
+    /// Split of the photos; must not be the training split, because evaluating on training data would hide overfitting.
     pub split: String,
     /// Split of the reference photos, for `reference: same_identity`.
     pub references: String,
-    /// Number of triples.
+    /// Number of triples, at least 1.
     pub triples: usize,
 }
 
@@ -169,7 +175,7 @@ impl Default for FixedSetConfig {
 }
 
 /// Training stage, named by what it trains.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum StageEntry {
     /// Base-LoRA, on crops with the face blurred.
@@ -181,21 +187,22 @@ pub enum StageEntry {
 }
 
 /// Settings of one stage.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StageConfig {
-    /// Optimiser steps.
+    /// Optimiser steps, 1 to 4294967296.
     pub steps: u64,
     /// Optimiser settings; the optimiser restarts with each stage.
     #[serde(default)]
     pub optim: OptimConfig,
-    /// Parameter groups to train; empty for the stage's default.
+    /// Parameter groups to train, of those that the stage uses. Default, also if empty: the stage's own.
     #[serde(default)]
     pub groups: Vec<ParameterGroup>,
-    /// Frequency of each scenario; the stage's default if omitted.
+    /// Weights of the scenarios. Default: `full` 0.9, `id_only` 0.05, `base_only` 0.05 in the ID stages; `base_only`
+    /// alone in `base`, which has no ID-LoRA.
     #[serde(default)]
     pub scenarios: Option<Scenarios>,
-    /// Photo that the hypernetwork sees.
+    /// Choice of the reference photo: the photo of the target's person that the hypernetwork sees.
     #[serde(default)]
     pub reference: Reference,
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use hyperlora_core::{Error, Result, text};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::filter::{Reason, Rejection};
@@ -24,10 +25,10 @@ const MAX_BYTES: u64 = 64 * 1024;
 /// assert!(named.validate("data.yaml: caption").is_err());
 /// # Ok::<(), hyperlora_core::Error>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum Captioner {
-    /// The `.txt` file next to the photo (`x.jpg` -> `x.txt`), joined to one line.
+    /// The `.txt` file next to the photo (`photo.txt` for `photo.jpg`), joined to one line.
     Sidecar {
         /// Caption of a photo whose file is missing or empty.
         fallback: String,

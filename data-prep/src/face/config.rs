@@ -4,6 +4,7 @@ use std::sync::Once;
 
 use hyperlora_core::config::ConfigPath;
 use hyperlora_core::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Longest side of a detector's input, in pixels.
@@ -12,14 +13,15 @@ const LARGEST_SIDE: u32 = 640;
 /// Models that find and measure faces. Everything has a default: the files that `launch/assets.sh` downloads.
 ///
 /// The role of each model in a folder follows from its inputs and outputs. Name a file only if several fit a role.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FaceConfig {
-    /// Folder of the ONNX files, such as insightface's antelopev2.
+    /// Folder of the ONNX files, such as insightface's antelopev2. Default: the files that `launch/assets.sh` downloads.
     pub models: ConfigPath,
     /// Ignored, with a warning: a file that comes with data or a run must not load a library. Only `ORT_DYLIB_PATH`
     /// names one.
     #[serde(skip_serializing)]
+    #[schemars(extend("deprecated" = true))]
     pub runtime: Option<String>,
     /// File of the face detector: SCRFD with points, or YuNet (2023mar).
     pub detector: Option<String>,
@@ -29,10 +31,11 @@ pub struct FaceConfig {
     pub embedder: Option<String>,
     /// File of the embedder that only evaluation uses: CurricularFace, SFace, or another that takes 112 x 112 RGB.
     pub independent_embedder: Option<String>,
-    /// Lowest accepted score of a face, in 0..1. Default: 0.5 with SCRFD, as in insightface, and 0.6 with YuNet.
+    /// Lowest accepted score of a face, above 0 and below 1. Default: 0.5 with SCRFD, as in insightface, and 0.6 with
+    /// YuNet.
     pub min_score: Option<f32>,
-    /// Longest sides of the photo in the detector's input, tried in this order until a face is found; 32..=640. The
-    /// smaller ones are for faces that fill the photo.
+    /// Longest sides of the photo in the detector's input, 32 to 640 pixels, tried in this order until a face is found.
+    /// The smaller ones are for faces that fill the photo.
     pub detector_sides: Vec<u32>,
 }
 

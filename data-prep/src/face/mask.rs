@@ -5,6 +5,7 @@
 //! standard deviations in that crop at 512 x 512, and scale with `size`.
 
 use image::{GrayImage, ImageBuffer, Luma, Pixel, Rgb, RgbImage, imageops};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::face::align::mean;
@@ -30,11 +31,11 @@ const BASE_OUTLINE: f32 = 1.4;
 const GREY: f32 = 127.0;
 
 /// Size of the masks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MaskConfig {
-    /// Side of the mask crop and of the ID image in pixels. The original uses 512; a CLIP encoder with a small input
-    /// needs at most twice its own side.
+    /// Side in pixels at which faces are cut out and blurred, 1 to 8192; blur radii scale with it. The original uses
+    /// 512; a CLIP encoder with a small input needs at most twice its own side.
     pub size: u32,
 }
 

@@ -10,6 +10,7 @@ use hyperlora_core::{Error, Result};
 use parquet::arrow::ArrowWriter;
 use parquet::file::metadata::{ColumnChunkMetaData, KeyValue, ParquetMetaData};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -21,10 +22,10 @@ use crate::shard::schema::{SCHEMA_VERSION, schema, to_batch};
 use crate::shard::{EMBEDDING_DIM, FaceRecord};
 
 /// Sizes of row groups and files.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ShardConfig {
-    /// Faces per row group, which training reads at once.
+    /// Faces per row group, which training reads at once; 1 to 65536.
     pub rows_per_group: usize,
     /// Faces per file; a multiple of `rows_per_group`.
     pub rows_per_shard: usize,

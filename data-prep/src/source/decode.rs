@@ -4,17 +4,19 @@ use std::io::Cursor;
 
 use hyperlora_core::{Error, Result};
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::source::{jpeg, webp};
 
 /// Resource limits per photo. One that exceeds them counts as undecodable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DecodeConfig {
-    /// Largest width and height in pixels.
+    /// Largest width and height in pixels, at least 1.
     pub max_side: u32,
-    /// Largest file in bytes, and largest allocation for decoding it. Each worker may need twice as much at a time.
+    /// Largest file and largest allocation for decoding it, in bytes, at least 1: the default takes 89 megapixels. Each
+    /// worker may need twice as much at a time.
     pub max_bytes: u64,
 }
 

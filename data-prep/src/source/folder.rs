@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use hyperlora_core::config::ConfigPath;
 use hyperlora_core::paths::{Root, read_regular};
 use hyperlora_core::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use walkdir::{DirEntry, WalkDir};
 
@@ -15,18 +16,20 @@ use crate::source::labels::{self, Label};
 use crate::source::photo::{Photo, Source, SourceFiles, key_of};
 
 /// Folder that is searched with all its subfolders, except hidden ones and those that tools keep.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FolderConfig {
-    /// Root folder.
+    /// Root folder of the photos.
     pub root: ConfigPath,
-    /// CSV list with the header `key,identity,split`. Photos that are not in it have neither.
+    /// CSV list with the header `key,identity,split`; either of the last two may be empty. Keys are plain relative
+    /// paths; the file may have 1 GiB. Photos that are not in it have neither.
     #[serde(default)]
     pub labels: Option<ConfigPath>,
     /// Extensions of the photos, in lower case; files in any case match.
     #[serde(default = "image_extensions")]
     pub extensions: Vec<String>,
-    /// True to follow links that lead out of the folder. Relative links that stay in it are always followed.
+    /// Follows links that are absolute or lead out of the folder. Relative links that stay in it are always followed.
+    /// Photos and captions are regular files either way: pipes and devices are never opened.
     #[serde(default)]
     pub follow_links: bool,
 }

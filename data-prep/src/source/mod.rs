@@ -10,6 +10,7 @@ mod webp;
 use std::path::{Path, PathBuf};
 
 use hyperlora_core::Result;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use decode::{DecodeConfig, Decoded};
@@ -17,7 +18,7 @@ pub use folder::FolderConfig;
 pub use photo::{Photo, Source, SourceFiles};
 
 /// Source of the photos, tagged in the YAML by the kind, as in `source: {folder: {root: photos}}`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum SourceConfig {
     /// Image files below a folder.

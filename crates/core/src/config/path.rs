@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{Error, Result};
@@ -57,6 +58,21 @@ impl<'de> Deserialize<'de> for ConfigPath {
 impl Serialize for ConfigPath {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.shareable())
+    }
+}
+
+impl JsonSchema for ConfigPath {
+    fn schema_name() -> Cow<'static, str> {
+        "ConfigPath".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "format": "path",
+            "description": "Path. A relative one starts at the YAML file's folder; `~`, `${VAR}` and `${VAR:-default}` \
+                are expanded.",
+        })
     }
 }
 

@@ -3,12 +3,13 @@
 use burn::tensor::Tensor;
 use clap::ValueEnum;
 use hyperlora_core::Result;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::scheduler::{DdimSampler, DpmSolverSampler, EulerSampler, NoiseSchedule, ScheduleConfig};
 
 /// Sampler kind. The base's `scheduler_config.json` sets its options.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum SamplerKind {
     /// Euler.

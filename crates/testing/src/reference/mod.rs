@@ -7,6 +7,10 @@ use clap::{Arg, Command};
 
 use crate::repository;
 
+mod config;
+
+pub use config::{check_config, config_schema, config_table};
+
 /// Compares the part of the page `docs/reference/{page}` between the two comments that name `part` with `text`. With the
 /// environment variable `HYPERLORA_BLESS` set, the part is written instead.
 #[track_caller]
