@@ -47,10 +47,12 @@ fn tidy(node: &mut Value) {
     }
 }
 
-/// Joins the lines of each paragraph, and turns rustdoc's links, "[`X`]" and "[`X`](X)", into code.
+/// Takes the paragraphs before the first heading, such as that of examples. Joins the lines of each, and turns
+/// rustdoc's links, "[`X`]" and "[`X`](X)", into code.
 fn plain(text: &str) -> String {
     let joined = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let text = text.split("\n\n").map(joined).collect::<Vec<_>>().join("\n\n");
+    let paragraphs = text.split("\n\n").take_while(|paragraph| !paragraph.starts_with('#'));
+    let text = paragraphs.map(joined).collect::<Vec<_>>().join("\n\n");
     let mut parts = text.split("[`");
     let mut plain = parts.next().unwrap_or_default().to_owned();
     for part in parts {
