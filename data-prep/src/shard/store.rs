@@ -6,9 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use hyperlora_core::Result;
 use hyperlora_core::hash::sha256_of;
 use hyperlora_core::paths::Root;
-use hyperlora_core::{Error, Result};
 
 use crate::shard::access::{Damage, ReadError, RemoteConfig, unreadable};
 use crate::shard::manifest::{Piece, read_manifest};
@@ -38,7 +38,7 @@ impl Store {
     /// Refuses a URL, because this build has no client.
     #[cfg(not(feature = "cloud"))]
     pub(super) fn remote(url: &str, _config: &RemoteConfig) -> Result<Self> {
-        Err(Error::file(
+        Err(hyperlora_core::Error::file(
             Path::new(url),
             "this program was built without reading from S3, Google Cloud Storage and HTTP",
             "build it with `--features burn-hyperlora/cloud`, or copy the folder to a disk",
