@@ -6,9 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use hyperlora_core::Result;
 use hyperlora_core::hash::sha256_of;
 use hyperlora_core::paths::Root;
-use hyperlora_core::Result;
 
 use crate::shard::access::{Damage, ReadError, RemoteConfig, unreadable};
 use crate::shard::manifest::{Piece, read_manifest};
