@@ -332,7 +332,7 @@ impl Sharding {
     }
 
     /// Gathers a whole bucket from the parts of all ranks.
-    fn gather<'a>(self, part: Tensor<1>, world: &'a dyn Collective) -> Result<Pending<'a>> {
+    fn gather(self, part: Tensor<1>, world: &dyn Collective) -> Result<Pending<'_>> {
         if self.parts == 1 { Ok(Box::new(|| Ok(part))) } else { world.all_gather("the weights of all ranks", part) }
     }
 }

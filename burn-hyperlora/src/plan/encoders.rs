@@ -76,7 +76,7 @@ pub(super) fn autoencoder(config: &AutoencoderKlConfig, side: usize) -> Encoder 
     let latent = wide(config.latent_channels);
     let quant = if config.use_quant_conv { 2 * latent * 2 * latent + 2 * latent } else { 0 };
     let post_quant = if config.use_post_quant_conv { latent * latent + latent } else { 0 };
-    let held = encoder.iter().chain(&decoder).map(|layer| layer.parameters()).sum::<u128>() + quant + post_quant;
+    let held = encoder.iter().chain(&decoder).map(Layer::parameters).sum::<u128>() + quant + post_quant;
     let smallest = wide(side >> (config.block_out_channels.len() - 1)).pow(2);
     let quant_flops = if config.use_quant_conv { 2 * smallest * 4 * latent * latent } else { 0 };
     let flops = encoder.iter().map(|layer| layer.flops(side)).sum::<u128>() + quant_flops;

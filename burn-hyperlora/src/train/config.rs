@@ -85,7 +85,7 @@ fn default_log_every() -> u64 {
 }
 
 /// Longest wait for the other ranks if no YAML sets it.
-pub const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(60);
+pub const COLLECTIVE_TIMEOUT: Duration = Duration::from_mins(1);
 
 fn default_collective_timeout() -> u64 {
     COLLECTIVE_TIMEOUT.as_secs()

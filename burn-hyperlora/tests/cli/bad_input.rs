@@ -98,7 +98,7 @@ fn a_missing_or_damaged_base_model_is_named_by_its_file() {
                     &base.join("unet/config.json"),
                     "projection_class_embeddings_input_dim\": 160",
                     "projection_class_embeddings_input_dim\": 164",
-                )
+                );
             },
             &["unet"],
         ),

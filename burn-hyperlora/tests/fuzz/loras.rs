@@ -101,7 +101,7 @@ proptest! {
         let mut tensors: Vec<&mut Value> =
             header.as_object_mut().unwrap().values_mut().filter(|value| value.get("shape").is_some()).collect();
         let index = place.index(tensors.len());
-        let tensor = &mut tensors[index];
+        let tensor = &mut *tensors[index];
         let shape: Vec<u64> = serde_json::from_value(tensor["shape"].clone()).unwrap();
         tensor["shape"] = match axes {
             0 => shape.iter().rev().copied().collect(),

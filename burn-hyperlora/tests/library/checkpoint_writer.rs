@@ -72,7 +72,7 @@ impl Collective for Threads {
 
 /// Runs `work` on each of `ranks` ranks, each with its own writer to `root`, and returns the results by rank.
 fn together<R: Send>(ranks: usize, root: &Path, work: impl Fn(&Threads, &mut CheckpointWriter) -> R + Sync) -> Vec<R> {
-    each_into(&vec![root; ranks], Duration::from_secs(60), work)
+    each_into(&vec![root; ranks], Duration::from_mins(1), work)
 }
 
 /// Runs `work` like [`together`], with a folder for each rank and a disk deadline.
@@ -248,7 +248,7 @@ fn a_copy_that_fails_is_told_like_a_disk_that_fails() {
 #[test]
 fn parts_in_folders_that_are_not_shared_make_no_checkpoint() {
     let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let errors = each_into(&[one.path(), other.path()], Duration::from_secs(60), |world, writer| {
+    let errors = each_into(&[one.path(), other.path()], Duration::from_mins(1), |world, writer| {
         writer.begin(world, 4, || Ok(part(world.rank())), || Ok(())).unwrap();
         writer.finish(world).unwrap_err()
     });

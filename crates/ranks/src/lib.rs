@@ -96,7 +96,7 @@ pub fn join(placement: Option<&Placement>, device: &Device, config: &JoinConfig)
 pub fn run_as_rank(timeout: Duration, work: impl FnOnce(&dyn Collective) -> Result<()>) -> ExitCode {
     let run = || {
         let placement = Placement::of_process()?;
-        let config = JoinConfig { timeout, start_timeout: Duration::from_secs(60) };
+        let config = JoinConfig { timeout, start_timeout: Duration::from_mins(1) };
         let world = join(placement.as_ref(), &Device::flex(), &config)?;
         work(&*world)?;
         world.barrier("all ranks to end", timeout)?;

@@ -81,7 +81,7 @@ mod tests {
         let soon = Duration::from_millis(1);
         let over = dog.watch(soon, "over".into());
         drop(over);
-        let _patient = dog.watch(Duration::from_secs(600), "patient".into());
+        let _patient = dog.watch(Duration::from_mins(10), "patient".into());
         thread::sleep(3 * LOOK);
         assert!(heard.try_recv().is_err());
         // The watch continues without its holder and without the watchdog's.

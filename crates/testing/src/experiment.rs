@@ -65,12 +65,18 @@ impl World {
     }
 
     /// Loads the experiment of [`YAML`] with some of its text replaced.
+    ///
+    /// # Errors
+    /// Same as [`Experiment::load`].
     pub fn experiment(&self, changes: &[(&str, &str)]) -> Result<Experiment> {
         self.write_yaml(changes);
         Experiment::load(&self.path("train.yaml"))
     }
 
     /// Trains into `run`, up to `max_steps`.
+    ///
+    /// # Errors
+    /// Same as [`Experiment::train`].
     pub fn train(&self, experiment: &Experiment, run: &str, max_steps: Option<u64>) -> Result<Outcome> {
         let options = TrainOptions { max_steps, ..TrainOptions::default() };
         experiment.train(&self.path(run), &Device::flex(), options)

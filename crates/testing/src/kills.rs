@@ -24,7 +24,7 @@ const OFTEN: [(&str, &str); 2] = [("keep: 9", "keep: 3"), ("log_every: 2", "log_
 const STAGE_ENDS: [u64; 2] = [2, 6];
 
 /// Longest life.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_mins(5);
 
 /// Number of kills from which every relevant moment must have been hit.
 const MANY: usize = 100;

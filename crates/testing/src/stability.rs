@@ -46,11 +46,10 @@ pub fn stability() -> BTreeMap<String, TensorData> {
             let name = format!("{}{stability}", part.prefix());
             let shape = data.shape().to_vec();
             let data = match form {
-                Form::Same => data,
                 Form::Linear if shape.len() == 2 => {
                     TensorData::new(data.try_into_vec::<f32>().unwrap(), [shape[0], shape[1], 1, 1])
                 }
-                Form::Linear => data,
+                Form::Same | Form::Linear => data,
                 Form::Transposed => Tensor::<2>::from_data(data, &Device::flex()).swap_dims(0, 1).into_data(),
                 Form::Third(third) => {
                     fused.entry(name).or_default()[third] = data.try_into_vec::<f32>().unwrap();

@@ -87,7 +87,7 @@ mod tests {
             vec![frame(17, 13)],
             vec![canvas.clone(), frame(17, 13)],
             // It asks to be shown larger.
-            vec![canvas.clone(), frame(17 | 0x4000, 13 | 0x8000)],
+            vec![canvas.clone(), frame(0x11 | 0x4000, 0x0d | 0x8000)],
             vec![canvas.clone(), animated(frame(5, 6))],
         ] {
             check(&file(&good)).unwrap();

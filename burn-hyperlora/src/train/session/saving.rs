@@ -45,7 +45,7 @@ impl Session {
 
     /// Returns the work that follows a checkpoint: pruning older ones and updating the summary.
     pub(super) fn tidying(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
-        let (run, store, policy) = (self.setup.run.to_owned(), self.checkpoints.clone(), self.setup.train.checkpoints);
+        let (run, store, policy) = (self.setup.run.clone(), self.checkpoints.clone(), self.setup.train.checkpoints);
         let (records, last_due) = (self.state.records.clone(), self.state.last_due);
         move || {
             store.prune(policy.keep, policy.keep_every, last_due)?;

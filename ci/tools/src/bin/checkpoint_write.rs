@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let learner = learner(sites)?;
     let store = CheckpointStore::open(&folder.join("checkpoints"))?;
     let world = WorldOfOne::new();
-    let mut writer = CheckpointWriter::new(store.clone(), Duration::from_secs(600));
+    let mut writer = CheckpointWriter::new(store.clone(), Duration::from_mins(10));
     println!("{:>5}  {:>8}  {:>9}  {:>9}  {:>9}", "round", "MB", "stall", "written", "dd");
     for round in 1..=rounds {
         let state = SavedState {

@@ -20,7 +20,7 @@ use hyperlora_sdxl::lora::AttentionSite;
 use serde_json::json;
 
 fn main() -> ExitCode {
-    run_as_rank(Duration::from_secs(60), measure)
+    run_as_rank(Duration::from_mins(1), measure)
 }
 
 fn measure(world: &dyn Collective) -> Result<()> {

@@ -13,7 +13,7 @@ use hyperlora_core::Result;
 use hyperlora_ranks::{Collective, run_as_rank};
 use serde_json::json;
 
-const MINUTE: Duration = Duration::from_secs(60);
+const MINUTE: Duration = Duration::from_mins(1);
 /// Number of repetitions. Only the fastest counts, because the others were disturbed.
 const TIMES: usize = 20;
 /// Number of pieces that a bucket is packed from: a hypernetwork's parameters have very different sizes.

@@ -113,6 +113,7 @@ impl AttentionLora {
 
 impl LoraWeights {
     /// Applies `f` to every tensor, in the order q.down q.up k.down k.up v.down v.up out.down out.up of each module.
+    #[must_use]
     pub fn map(self, mut f: impl FnMut(Tensor<3>) -> Tensor<3>) -> Self {
         Self { modules: self.modules.into_iter().map(|module| module.map(&mut f)).collect() }
     }

@@ -190,7 +190,7 @@ impl KeyTable {
                 let name = format!("encoder.down_blocks.{level}.resnets.{layer}");
                 pairs.module(&name, &format!("encoder.down.{level}.block.{layer}"), &VAE_RESNET);
             }
-            for layer in 0..config.layers_per_block + 1 {
+            for layer in 0..=config.layers_per_block {
                 let name = format!("decoder.up_blocks.{level}.resnets.{layer}");
                 pairs.module(&name, &format!("decoder.up.{from_below}.block.{layer}"), &VAE_RESNET);
             }

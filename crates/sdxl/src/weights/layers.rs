@@ -27,6 +27,7 @@ impl Weights {
 
 impl<'a> WeightsAt<'a> {
     /// Returns the handle of a submodule.
+    #[must_use]
     pub fn at(&self, name: impl Display) -> WeightsAt<'a> {
         WeightsAt { weights: self.weights, prefix: self.key(name) }
     }
