@@ -1,4 +1,4 @@
-//! Face pipeline on one photo of `ci/assets.sh`, by its steps:
+//! Face pipeline on one photo of `launch/assets.sh`, by its steps:
 //!
 //! ```text
 //! cargo bench --bench faces
@@ -62,10 +62,11 @@ struct Bench {
 impl Bench {
     fn open() -> Result<Self> {
         let path = hyperlora_testing::asset(PHOTO);
-        let photo = image::open(&path).map_err(|problem| Error::file(&path, problem, "run ci/assets.sh"))?.to_rgb8();
+        let photo =
+            image::open(&path).map_err(|problem| Error::file(&path, problem, "run launch/assets.sh"))?.to_rgb8();
         let mut analyser = FaceAnalyser::load(&FaceConfig::default(), Path::new(""))?;
         let face = analyser.detect(&photo)?.into_iter().next();
-        let face = face.ok_or_else(|| Error::file(&path, "shows no face", "run ci/assets.sh"))?;
+        let face = face.ok_or_else(|| Error::file(&path, "shows no face", "run launch/assets.sh"))?;
         Ok(Self { analyser, photo, face })
     }
 }

@@ -83,7 +83,8 @@ impl Vision {
     }
 }
 
-/// Conditions of a batch for the UNet and the hypernetwork; plain tensors, one entry per sample.
+/// Conditions of a batch for the UNet and the hypernetwork, one entry per sample; on the plain device until
+/// [`autodiff`](Self::autodiff).
 pub struct Conditions {
     /// UNet input: noisy latents, timesteps, prompt, size.
     pub input: UnetInput,

@@ -9,6 +9,7 @@ use data_prep::face::{FaceConfig, FaceModels};
 use data_prep::shard::{EMBEDDING_DIM, MANIFEST_FILE, Manifest};
 use hyperlora_core::files::apart;
 use hyperlora_core::paths::is_plain;
+use hyperlora_core::signals::StopFlag;
 use hyperlora_core::{Error, Result, config};
 use hyperlora_ranks::Ranks;
 use schemars::JsonSchema;
@@ -281,7 +282,7 @@ impl Experiment {
 
 impl Session {
     /// Opens the training described by the YAML file at `path`, in the run folder `runs/NAME`, as a single process.
-    /// Resumes from the latest checkpoint of the run.
+    /// Resumes from the latest checkpoint of the run. SIGTERM, SIGINT and SIGHUP end the run with everything saved.
     ///
     /// # Errors
     /// Input: names file and key for a problem with what the YAML names, or for a checkpoint of other settings; Disk: a
@@ -290,7 +291,8 @@ impl Session {
         let experiment = Experiment::load(path.as_ref())?;
         let run = Path::new("runs").join(&experiment.name);
         apart(&run, experiment.inputs()?)?;
-        experiment.session(&Ranks::alone(), &run, device, TrainOptions::default())
+        let options = TrainOptions { stop: StopFlag::install()?, ..TrainOptions::default() };
+        experiment.session(&Ranks::alone(), &run, device, options)
     }
 }
 

@@ -1,4 +1,5 @@
-//! One optimiser step.
+//! One optimiser step in nine numbered phases: [`gradients`] (1 to 8), then [`apply`] (9). Phases 1 to 5 are in `pass`,
+//! 6 in `window`.
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;

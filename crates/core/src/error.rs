@@ -145,8 +145,8 @@ impl Error {
     /// use hyperlora_core::Error;
     ///
     /// let error = Error::file(Path::new("base/unet"), "is missing", "check the path");
-    /// let error = error.with_remedy("run experiments/quickstart/prepare.sh");
-    /// assert!(error.to_string().ends_with("remedy: run experiments/quickstart/prepare.sh"));
+    /// let error = error.with_remedy("fetch the base model again");
+    /// assert!(error.to_string().ends_with("remedy: fetch the base model again"));
     /// ```
     #[must_use]
     pub fn with_remedy(self, remedy: impl ToString) -> Self {

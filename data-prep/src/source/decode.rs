@@ -172,7 +172,7 @@ mod tests {
         let frame = [&b"VP8 \x0a\0\0\0"[..], &[0, 0, 0, 0x9d, 1, 0x2a, 0xff, 0x3f, 0xff, 0x3f]].concat();
         let file = [&b"RIFF\x28\0\0\0WEBP"[..], &canvas, &frame].concat();
         let problem = DecodeConfig::default().decode(&file).unwrap_err();
-        assert_eq!(problem, "a frame of 16383 x 16383 pixels stands in a picture of 17 x 13");
+        assert_eq!(problem, "a frame of 16383 x 16383 pixels is in a picture of 17 x 13");
     }
 
     #[test]

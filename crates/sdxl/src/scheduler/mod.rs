@@ -247,7 +247,7 @@ impl NoiseSchedule {
         &self.config
     }
 
-    /// Share of the image's variance at each training timestep; falls from about 1 to about 0.
+    /// Alpha-bar: share of the image's variance at each training timestep; falls from about 1 to about 0.
     pub fn alphas_cumprod(&self) -> &[f32] {
         &self.alphas_cumprod
     }

@@ -109,7 +109,7 @@ fn row(argument: &Arg) -> String {
     let needed = if argument.is_required_set() && !flags.is_empty() { ". Required" } else { "" };
     format!(
         "| `{}` | {}{needed} |\n",
-        name.trim(),
+        name.trim().replace('|', "\\|"),
         meaning.replace('|', "\\|").replace('<', "\\<").replace(".. ", ". ")
     )
 }
