@@ -24,7 +24,7 @@ say "lints"
 cargo clippy --workspace --all-targets -- -D warnings
 mpi=(-p hyperlora-ranks -p burn-hyperlora --features burn-hyperlora/mpi)
 cargo clippy "${mpi[@]}" --all-targets -- -D warnings
-cloud=(-p data-prep -p burn-hyperlora --features burn-hyperlora/cloud)
+cloud=(-p data-prep --features data-prep/cloud)
 cargo clippy "${cloud[@]}" --test remote -- -D warnings
 
 say "licences, sources and advisories of the crates"

@@ -17,7 +17,7 @@ use hyperlora_core::{Error, Result};
 use crate::shard::manifest::is_sha256;
 
 /// Age from which a half-written file belongs to no living process.
-const STALE: Duration = Duration::from_secs(3600);
+const STALE: Duration = Duration::from_hours(1);
 
 /// Pause between two checks whether another process is done.
 const PAUSE: Duration = Duration::from_millis(10);

@@ -21,7 +21,7 @@ fn world(device: &Device) -> Nccl {
         one_machine: true,
         master: Some(("127.0.0.1".into(), free - 1)),
     };
-    let timeout = Duration::from_secs(60);
+    let timeout = Duration::from_mins(1);
     Nccl::start(&placement, device, &JoinConfig { timeout, start_timeout: timeout }).unwrap()
 }
 
