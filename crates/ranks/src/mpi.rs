@@ -16,7 +16,7 @@ use mpi::collective::SystemOperation;
 use mpi::environment::Universe;
 use mpi::request::{Request, Scope, StaticScope};
 use mpi::topology::SimpleCommunicator;
-use mpi::traits::{Communicator, CommunicatorCollectives, Destination, Group, Root, Source};
+use mpi::traits::{Communicator, CommunicatorCollectives, Destination, Root, Source};
 
 use super::{Collective, JoinConfig, PEER_LOST, Pending, Placement};
 
